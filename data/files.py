@@ -1,0 +1,90 @@
+"""Problem sets that are files: found, downloaded, checked, read.
+
+A set is looked for in the directory that the environment variable REASONER_DATA names, then in data/cache/; what is in
+neither is downloaded into the second. Either holds one directory per set: gsm8k/train.jsonl, math500/test.jsonl, ...
+"""
+
+import hashlib
+import json
+import os
+import random
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.families import check_request, split_of
+
+CACHE = Path(__file__).resolve().parent / "cache"
+
+
+def places(name):
+    """The directories where a set may lie, in the order in which they are tried."""
+    return [Path(root) / name for root in (os.environ.get("REASONER_DATA"), CACHE) if root]
+
+
+def download(url, path, timeout_s=30):
+    """Writes `url` to `path`, under another name until it is whole. Raises FileNotFoundError when it cannot be had."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=timeout_s) as reply, open(part, "wb") as file:
+            size = int(reply.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := reply.read(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+            if size and file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes came")
+        os.replace(part, path)
+    except (OSError, HTTPException, ValueError) as error:
+        raise FileNotFoundError(f"{url} could not be downloaded ({error}); place that file by hand at {path}, or set "
+                                f"REASONER_DATA to a directory that holds {path.parent.name}/{path.name}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def fetch(name, file, url, rows, sha256):
+    """The path of one file of a set, downloaded at need. Raises ValueError when it is not the published one."""
+    found = next((place / file for place in places(name) if (place / file).is_file()), None)
+    path = found or CACHE / name / file
+    if not found:
+        download(url, path)
+    content = path.read_bytes()
+    found_sha256, found_rows = hashlib.sha256(content).hexdigest(), len(content.splitlines())
+    if found_sha256 != sha256:
+        raise ValueError(f"{path} is not the published {name}/{file}: {found_rows} rows with sha256 {found_sha256[:12]}..., "
+                         f"expected {rows} with {sha256[:12]}...; delete it to have it downloaded")
+    return path
+
+
+def read_rows(path):
+    """Yields (line number, object) for each line of a .jsonl file that is not blank."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: found a {type(row).__name__}, expected an object")
+            yield number, row
+
+
+def hold_out(problems, split):
+    """A training set divided: `dev` is the tenth that the hash of a problem's text picks, `train` is the rest."""
+    if split == "test":
+        return problems
+    return [p for p in problems if (split_of(p["problem"]) == "dev") == (split == "dev")]
+
+
+def choose(problems, limit, seed):
+    """A random subset, the smaller one part of the larger. Never a prefix: files are often sorted by difficulty."""
+    if limit is None or limit >= len(problems):
+        return problems
+    order = list(range(len(problems)))
+    random.Random(seed).shuffle(order)
+    return [problems[i] for i in order[:limit]]

@@ -1,0 +1,25 @@
+"""GSM8K: 8,792 grade-school word problems with worked solutions (Cobbe et al. 2021, arXiv:2110.14168; MIT licence)."""
+
+from data.files import choose, fetch, hold_out, read_rows
+
+URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+FILES = {
+    "train.jsonl": (7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    "test.jsonl": (1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+}
+
+
+def from_row(row, name):
+    """One row as published, {"question", "answer": "worked solution #### 72"}, as a problem."""
+    solution, mark, answer = row["answer"].rpartition("####")
+    if not mark:
+        raise ValueError(f"{name}: a GSM8K answer ends in '#### NUMBER', found {row['answer'][-40:]!r}")
+    return {"id": name, "problem": row["question"], "answer": answer.strip().replace(",", ""), "subject": "gsm8k",
+            "solution": solution.strip()}
+
+
+def problems(split, limit=None, seed=0):
+    file = "test.jsonl" if split == "test" else "train.jsonl"
+    path = fetch("gsm8k", file, URL + file, *FILES[file])
+    rows = [from_row(row, f"gsm8k/{path.stem}/{number}") for number, row in read_rows(path)]
+    return choose(hold_out(rows, split), limit, seed)

@@ -1,0 +1,508 @@
+"""Qwen-2.5 as plain functions over the dict of tensors that its safetensors files hold.
+
+The checkpoint is the model: `params` maps Hugging Face names to tensors, `forward(params, config, tokens)` is a function
+of it. The reference model is another dict; a LoRA adapter is a small dict laid over the first, `params | lora`.
+
+    params, config = load_params(path), load_config(path)       # path = resolve_model("qwen2.5-1.5b")
+    logits = forward(params, config, tokens)                    # [B, T] -> [B, T, V] float32
+    save_model("out", params, config, like=path)                # a directory that transformers loads as it is
+
+Qwen2.5 technical report, arXiv:2412.15115; RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864; YaRN arXiv:2309.00071; grouped-query
+attention arXiv:2305.13245; SwiGLU arXiv:2002.05202; LoRA arXiv:2106.09685.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parent
+HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
+HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
+           for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
+SYSTEM_PROMPTS = {  # what each variant's chat template says when the conversation brings no system turn
+    "base": "You are a helpful assistant.",
+    "instruct": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "math": r"Please reason step by step, and put your final answer within \boxed{}.",
+}
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+# ------------------------------------------------------------------------------------ a model directory: finding it
+
+
+def resolve_model(name):
+    """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", "qwen2.5-math-7b", a hub id, or a directory.
+
+    Hub models are taken from models/NAME beside this file when they are there, else downloaded through huggingface_hub.
+    Raises FileNotFoundError, saying how to place the files by hand, when there is no such directory and no hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name == "tiny":
+        return ROOT / "data" / "tiny"
+    hub_id = HUB_IDS.get(str(name).lower(), str(name))
+    by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
+    if by_hand.is_dir():
+        return by_hand
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, or one of "
+                                f"tiny, {', '.join(HUB_IDS)}")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:  # the hub's errors share no base class: not found, gated, offline, time-outs, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"could not download {hub_id} ({reason}); place its config.json, generation_config.json, tokenizer.json, "
+                                f"tokenizer_config.json and *.safetensors in {by_hand}, or pass their directory") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json, tokenizer.json and *.safetensors") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+# ------------------------------------------------------------------------------------ config
+
+
+class Yarn(NamedTuple):
+    """rope_scaling as Qwen-2.5 documents it for contexts beyond the trained one."""
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+class Config(NamedTuple):
+    """The frozen numbers of config.json, under its names."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1000000.0
+    tie_word_embeddings: bool = True
+    rope_scaling: Yarn | None = None
+    eos_token_id: tuple[int, ...] = ()  # every id that ends a text: config.json and generation_config.json together
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_context(self):
+        """Tokens that the positions reach: the trained length, or what YaRN stretches it to."""
+        yarn = self.rope_scaling
+        return max(self.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings)) if yarn else self.max_position_embeddings
+
+
+def parse_yarn(raw, max_position_embeddings):
+    """`rope_scaling` of a config.json as a Yarn, or None for plain rotary positions. Raises ValueError for other kinds."""
+    kind = raw.get("rope_type", raw.get("type", "default")) if raw else "default"
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling type {kind!r} is not supported; Qwen-2.5 documents 'yarn' only")
+    factor = float(raw["factor"])
+    if factor < 1:
+        raise ValueError(f"rope_scaling factor {factor} is below 1")
+    attention_factor = raw.get("attention_factor") or 0.1 * math.log(factor) + 1.0  # YaRN, eq. 22
+    return Yarn(factor, int(raw.get("original_max_position_embeddings") or max_position_embeddings), float(attention_factor),
+                float(raw.get("beta_fast") or 32.0), float(raw.get("beta_slow") or 1.0))
+
+
+def load_config(model_dir):
+    """The Config of a model directory. Raises ValueError when it is not a Qwen-2.5 that this file computes exactly."""
+    path = Path(model_dir) / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "qwen2":
+        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2'")
+    if raw.get("use_sliding_window"):
+        raise ValueError(f"{path}: use_sliding_window is true; sliding windows are not implemented (Qwen-2.5 publishes false)")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
+    rope = raw.get("rope_parameters") or {}  # transformers 5 keeps rope_theta and rope_scaling in here
+    fields = {"rope_theta": rope.get("rope_theta", 1000000.0)} | {name: raw[name] for name in Config._fields if raw.get(name) is not None}
+    missing = [name for name in Config._fields if name not in fields and name not in Config._field_defaults]
+    if missing:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    length = fields.get("max_position_embeddings", Config._field_defaults["max_position_embeddings"])
+    fields["rope_scaling"] = parse_yarn(raw.get("rope_scaling") or rope, length)
+    ends = [raw.get("eos_token_id")]
+    if (generation := path.with_name("generation_config.json")).is_file():
+        ends.append(read_json(generation).get("eos_token_id"))
+    fields["eos_token_id"] = tuple(sorted({i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}))
+    fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)  # transformers leaves a false one out
+    config = Config(**fields)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
+            raise ValueError(f"{path}: {name} is {getattr(config, name)!r}, expected a positive integer")
+    if config.hidden_size % config.num_attention_heads or config.head_dim % 2 or raw.get("head_dim", config.head_dim) != config.head_dim:
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} over {config.num_attention_heads} heads gives no even head_dim")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"{path}: {config.num_attention_heads} heads are no multiple of {config.num_key_value_heads} key/value heads")
+    return config
+
+
+def config_json(config):
+    """The inverse of load_config: what transformers reads, as a dict."""
+    raw = {k: v for k, v in config._asdict().items() if k not in ("rope_scaling", "eos_token_id")}
+    if config.rope_scaling:
+        raw["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **config.rope_scaling._asdict()}
+    eos = list(config.eos_token_id)
+    return raw | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False,
+                  "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+
+
+# ------------------------------------------------------------------------------------ weights in and out
+
+
+def param_shapes(config):
+    """{name: shape} of every tensor of a checkpoint, in the order of the published files."""
+    D, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    Q, KV = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes = {"model.embed_tokens.weight": (V, D)}
+    for layer in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in {
+            "input_layernorm.weight": (D,),
+            "self_attn.q_proj.weight": (Q, D), "self_attn.q_proj.bias": (Q,),
+            "self_attn.k_proj.weight": (KV, D), "self_attn.k_proj.bias": (KV,),
+            "self_attn.v_proj.weight": (KV, D), "self_attn.v_proj.bias": (KV,),
+            "self_attn.o_proj.weight": (D, Q),
+            "post_attention_layernorm.weight": (D,),
+            "mlp.gate_proj.weight": (I, D), "mlp.up_proj.weight": (I, D), "mlp.down_proj.weight": (D, I)}.items()}
+    shapes["model.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def load_params(model_dir, device="cpu", dtype=torch.float32):
+    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists.
+
+    Files are memory-mapped and tensors read one by one, so there is never a second copy of the weights; on a CPU, tensors
+    that are already of `dtype` stay views of the (private) mapping. Raises ValueError naming every missing, extra or misshapen tensor.
+    """
+    model_dir = Path(model_dir)
+    index = model_dir / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    config = load_config(model_dir)
+    shapes, params, wrong = param_shapes(config), {}, []
+    for name in names:
+        path = model_dir / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a model directory holds model.safetensors, or an index and its shards")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for key in file.keys():
+                    shape = tuple(file.get_slice(key).get_shape())
+                    if key not in shapes:
+                        # a tied head stored twice, and the rotary table of old exports, carry nothing new
+                        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight":
+                            continue
+                        wrong.append(f"extra {key} {list(shape)}")
+                    elif shape != shapes[key]:
+                        wrong.append(f"{key} is {list(shape)}, expected {list(shapes[key])}")
+                    else:
+                        params[key] = file.get_tensor(key).to(dtype)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    misshapen = {text.split(" is ")[0] for text in wrong}
+    wrong += [f"missing {key} {list(shapes[key])}" for key in shapes if key not in params and key not in misshapen]
+    if wrong:
+        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: " + "; ".join(wrong))
+    return {key: params[key] for key in shapes}
+
+
+def save_model(out_dir, params, config, like):
+    """Write a directory that transformers, and every script here, loads as it is.
+
+    like: the directory whose tokenizer, chat template and generation settings to copy. An adapter in `params` is merged
+    into its weights. The directory appears whole or not at all; one of the same name is replaced.
+    """
+    out_dir, like = Path(out_dir), Path(like)
+    staging = out_dir.with_name(out_dir.name + ".writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+        if (like / name).is_file():
+            shutil.copyfile(like / name, staging / name)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in merge_lora(params).items()}
+    save_file({k: tensors[k] for k in param_shapes(config)}, staging / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    (staging / "config.json").write_text(json.dumps(config_json(config) | {"torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    for path in staging.iterdir():  # on the disk before the name says that it is whole
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(out_dir, ignore_errors=True)
+    os.replace(staging, out_dir)
+
+
+def init_params(config, seed, device="cpu", dtype=torch.float32):
+    """Random weights: normal(0, 0.02), the two projections that write to the residual stream scaled by 1/sqrt(2L) as in GPT-2."""
+    generator = torch.Generator().manual_seed(seed)
+    params = {}
+    for name, shape in param_shapes(config).items():
+        if name.endswith("norm.weight"):
+            tensor = torch.ones(shape)
+        elif name.endswith("bias"):
+            tensor = torch.zeros(shape)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensor = torch.randn(shape, generator=generator) * (0.02 / math.sqrt(2 * config.num_hidden_layers) if writes else 0.02)
+        params[name] = tensor.to(device, dtype)
+    return params
+
+
+# ------------------------------------------------------------------------------------ tokenizer and chat template
+
+
+def load_tokenizer(model_dir):
+    path = Path(model_dir) / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
+    return Tokenizer.from_file(str(path))
+
+
+def load_system_prompt(model_dir):
+    """The system turn that a model's chat template adds when there is none; None when it adds none."""
+    path = Path(model_dir) / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    found = re.findall(r"<\|im_start\|>system\\n([^'<]+?)(?:<\|im_end\|>|'|\\n)", template) if isinstance(template, str) else []
+    return found[-1].replace("\\\\", "\\") if found else None  # the last: templates with tools name the prompt there, too
+
+
+def render_chat(messages, add_generation_prompt=True, system=SYSTEM_PROMPTS["instruct"]):
+    """ChatML as Qwen-2.5 defines it: [{"role": "user", "content": "Hi"}, ...] as one string.
+
+    system: the turn put in front when the messages bring none; None for none.
+    """
+    if system is not None and (not messages or messages[0]["role"] != "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+
+# ------------------------------------------------------------------------------------ the forward pass
+
+
+def linear(params, name, x):
+    """x @ W.T (+ bias) (+ the adapter, when `params` holds one for this weight): [..., in] -> [..., out]."""
+    out = F.linear(x, params[name + ".weight"], params.get(name + ".bias"))
+    if (down := params.get(name + ".lora_A.weight")) is not None:
+        # the adapter is fp32, and added rather than merged: W + BA in bf16 would lose small updates
+        out = out + F.linear(F.linear(x.to(down.dtype), down), params[name + ".lora_B.weight"]).to(out.dtype)
+    return out
+
+
+def rms_norm(x, weight, eps):
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rope_frequencies(config, device="cpu"):
+    """Radians per position of each pair of dimensions, [head_dim / 2] float32; stretched by parts under YaRN."""
+    half = config.head_dim // 2
+    inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
+    if (yarn := config.rope_scaling) is None:
+        return inv_freq
+
+    def turns_to_dim(turns):  # the dimension that makes `turns` full turns within the trained context (YaRN, section 3.2)
+        return half * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(config.rope_theta)
+
+    low = max(math.floor(turns_to_dim(yarn.beta_fast)), 0)
+    high = min(math.ceil(turns_to_dim(yarn.beta_slow)), config.head_dim - 1)
+    ramp = (torch.arange(half, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+    slow = ramp.clamp(0, 1)  # 0: turns often, kept as it is; 1: never turns once, interpolated
+    return inv_freq * (1 - slow) + inv_freq / yarn.factor * slow
+
+
+def rope_table(config, positions, dtype):
+    """cos and sin at `positions` [B, T], each [B, 1, T, head_dim] in `dtype`."""
+    angles = positions[..., None].float() * rope_frequencies(config, positions.device)  # [B, T, head_dim / 2]
+    angles = torch.cat((angles, angles), -1)[:, None]
+    scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + head_dim/2) of x [B, H, T, head_dim] by their angles."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def causal_attention(layer, q, k, v):
+    """Each position sees itself and what stands before it: q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> like q.
+
+    An attend_fn is given to every layer in turn. Others: `cached_attention` below, the sampler's, and the packed rows of training.
+    """
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def block(params, config, layer, x, cos, sin, attend_fn):
+    """One transformer layer: x [B, T, D] -> [B, T, D]."""
+    B, T, _ = x.shape
+    pre = f"model.layers.{layer}."
+    h = rms_norm(x, params[pre + "input_layernorm.weight"], config.rms_norm_eps)
+    q = linear(params, pre + "self_attn.q_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, H, T, head_dim]
+    k = linear(params, pre + "self_attn.k_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, K, T, head_dim]
+    v = linear(params, pre + "self_attn.v_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)
+    out = attend_fn(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+    x = x + linear(params, pre + "self_attn.o_proj", out.transpose(1, 2).reshape(B, T, -1))
+    h = rms_norm(x, params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
+    return x + linear(params, pre + "mlp.down_proj", F.silu(linear(params, pre + "mlp.gate_proj", h)) * linear(params, pre + "mlp.up_proj", h))
+
+
+class Cache(NamedTuple):
+    """Keys and values by slot; the token at position p of a row is held in slot p."""
+    k: torch.Tensor  # [L, B, K, S, head_dim]
+    v: torch.Tensor
+    lengths: torch.Tensor  # [B] int64: tokens held in each row
+
+
+def init_cache(config, batch, slots, device="cpu", dtype=torch.float32):
+    """An empty cache for `batch` rows of at most `slots` tokens."""
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+    return Cache(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype),
+                 torch.zeros(batch, dtype=torch.int64, device=device))
+
+
+def cached_attention(cache, positions):
+    """The attend_fn that writes keys and values into `cache` and attends to all it holds up to each position."""
+    B, T = positions.shape
+    rows = torch.arange(B, device=positions.device)[:, None].expand(B, T)
+    seen = torch.arange(cache.k.shape[3], device=positions.device) <= positions[:, None, :, None]  # [B, 1, T, S]
+
+    def attend_fn(layer, q, k, v):
+        cache.k[layer][rows, :, positions] = k.transpose(1, 2).to(cache.k.dtype)
+        cache.v[layer][rows, :, positions] = v.transpose(1, 2).to(cache.v.dtype)
+        return F.scaled_dot_product_attention(q, cache.k[layer].to(q.dtype), cache.v[layer].to(q.dtype), attn_mask=seen,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend_fn
+
+
+def hidden_states(params, config, tokens, positions=None, attend_fn=causal_attention, checkpointing=False):
+    """What the head reads: tokens [B, T], positions [B, T] (default 0, 1, ...) -> [B, T, D], after the last norm.
+
+    checkpointing: keep only each layer's input for the backward pass and compute the rest again (arXiv:1604.06174).
+    """
+    if positions is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    x = F.embedding(tokens, params["model.embed_tokens.weight"])  # [B, T, D]
+    cos, sin = rope_table(config, positions, x.dtype)
+    for layer in range(config.num_hidden_layers):
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, params, config, layer, x, cos, sin, attend_fn, use_reentrant=False)
+        else:
+            x = block(params, config, layer, x, cos, sin, attend_fn)
+    return rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
+
+
+def lm_head(params, config, hidden):
+    """Logits in float32: [..., D] -> [..., V]. The matrix product runs in the dtype of the weights."""
+    return F.linear(hidden, params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]).float()
+
+
+def forward(params, config, tokens, positions=None, cache=None):
+    """Logits of every position: tokens [B, T] -> [B, T, V] float32.
+
+    positions: [B, T] absolute positions; default 0, 1, ..., or with a cache, on from what each row holds.
+    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what was written behind a row's real
+    end is never seen, once `positions` says where the row really continues. Raises ValueError when a row outgrows cache or context.
+    """
+    if cache is None:
+        if tokens.shape[1] > config.max_context:
+            raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {config.max_context}")
+        return lm_head(params, config, hidden_states(params, config, tokens, positions))
+    if positions is None:
+        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    if (last := int(positions.max())) >= cache.k.shape[3]:
+        raise ValueError(f"position {last} does not fit a cache of {cache.k.shape[3]} slots")
+    hidden = hidden_states(params, config, tokens, positions, cached_attention(cache, positions))
+    cache.lengths.copy_(positions[:, -1] + 1)
+    return lm_head(params, config, hidden)
+
+
+# ------------------------------------------------------------------------------------ log-probabilities
+
+
+def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=1024):
+    """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
+
+    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time and, with more than one slice,
+    made again in the backward pass: with 151,936 words, 8,192 positions of float32 logits and their gradient would take 9.3 GiB.
+    The entropy carries no gradient.
+    """
+    def one_slice(hidden, targets):
+        logits = lm_head(params, config, hidden) / temperature  # [n, V]
+        norm = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = norm - ((logits - norm[:, None]).exp() * logits).sum(-1)
+        return logits.gather(-1, targets[:, None])[:, 0] - norm, entropy
+
+    if len(targets) <= slice_tokens:
+        return one_slice(hidden, targets)
+    pairs = zip(hidden.split(slice_tokens), targets.split(slice_tokens))
+    parts = [checkpoint(one_slice, h, t, use_reentrant=False) if torch.is_grad_enabled() else one_slice(h, t) for h, t in pairs]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def token_logprobs(params, config, tokens, temperature=1.0, checkpointing=False):
+    """Log-probability of every token but the first, given those before it: [B, T] -> [B, T-1] float32, differentiable.
+
+    Padding stands at the right of a row, where causal attention keeps it from mattering.
+    """
+    hidden = hidden_states(params, config, tokens, checkpointing=checkpointing)[:, :-1]  # [B, T-1, D]
+    logprobs, _ = head_logprobs(params, config, hidden.flatten(0, 1), tokens[:, 1:].flatten(), temperature)
+    return logprobs.view(hidden.shape[:2])
+
+
+# ------------------------------------------------------------------------------------ LoRA
+
+
+def init_lora(config, rank, seed, device="cpu"):
+    """An adapter for every linear layer: {name.lora_A.weight: [rank, in], name.lora_B.weight: [out, rank]} in float32.
+
+    B starts at zero, so `params | lora` starts as `params`. The scale alpha / rank of the paper is 1.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank {rank} is not positive")
+    generator, lora = torch.Generator().manual_seed(seed), {}
+    for name, shape in param_shapes(config).items():
+        if (stem := name.removesuffix(".weight")).endswith(LINEARS):
+            bound = math.sqrt(3 / shape[1])  # Kaiming uniform, gain 1
+            lora[stem + ".lora_A.weight"] = ((torch.rand(rank, shape[1], generator=generator) * 2 - 1) * bound).to(device)
+            lora[stem + ".lora_B.weight"] = torch.zeros(shape[0], rank, device=device)
+    return lora
+
+
+def merge_lora(params):
+    """`params` without an adapter: W + B A, computed in float32. Returns a new dict; tensors without an adapter are shared."""
+    merged = {k: v for k, v in params.items() if ".lora_" not in k}
+    for name in params:
+        if name.endswith(".lora_A.weight"):
+            target = name.replace(".lora_A", "")
+            update = params[name.replace("lora_A", "lora_B")].float() @ params[name].float()
+            merged[target] = (merged[target].float() + update).to(merged[target].dtype)
+    return merged
