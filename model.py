@@ -1,14 +1,14 @@
 """Qwen-2.5 as plain functions over the dict of tensors that its safetensors files hold.
 
-The checkpoint is the model: `params` maps Hugging Face names to tensors, `forward(params, config, tokens)` is a function
-of it. The reference model is another dict; a LoRA adapter is a small dict laid over the first, `params | lora`.
+The checkpoint is the model: `params` maps Hugging Face names to tensors, `forward(params, config, tokens)` is a
+function of it. The reference model is another dict; a LoRA adapter is a small dict laid over the first, `params | lora`.
 
     params, config = load_params(path), load_config(path)       # path = resolve_model("qwen2.5-1.5b")
     logits = forward(params, config, tokens)                    # [B, T] -> [B, T, V] float32
     save_model("out", params, config, like=path)                # a directory that transformers loads as it is
 
-Qwen2.5 technical report, arXiv:2412.15115; RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864; YaRN arXiv:2309.00071; grouped-query
-attention arXiv:2305.13245; SwiGLU arXiv:2002.05202; LoRA arXiv:2106.09685.
+Qwen2.5 technical report, arXiv:2412.15115; RMSNorm arXiv:1910.07467; RoPE arXiv:2104.09864; YaRN arXiv:2309.00071;
+grouped-query attention arXiv:2305.13245; SwiGLU arXiv:2002.05202; LoRA arXiv:2106.09685.
 """
 
 import json
@@ -21,9 +21,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -57,25 +60,30 @@ def resolve_model(name):
     if by_hand.is_dir():
         return by_hand
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
-        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, or one of "
-                                f"tiny, {', '.join(HUB_IDS)}")
+        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
+                                f"or one of tiny, {', '.join(HUB_IDS)}")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub's errors share no base class: not found, gated, offline, time-outs, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"could not download {hub_id} ({reason}); place its config.json, generation_config.json, tokenizer.json, "
-                                f"tokenizer_config.json and *.safetensors in {by_hand}, or pass their directory") from None
+        raise FileNotFoundError(f"no directory {str(name)!r}, and could not download {hub_id} ({reason}); place its "
+                                "config.json, generation_config.json, tokenizer.json, tokenizer_config.json and "
+                                f"*.safetensors in {by_hand}, or pass their directory") from None
 
 
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json, tokenizer.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {error.strerror}; a model directory holds config.json, tokenizer.json and "
+                                "*.safetensors") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
+    return raw
 
 
 # ------------------------------------------------------------------------------------ config
@@ -113,22 +121,28 @@ class Config(NamedTuple):
     def max_context(self):
         """Tokens that the positions reach: the trained length, or what YaRN stretches it to."""
         yarn = self.rope_scaling
-        return max(self.max_position_embeddings, int(yarn.factor * yarn.original_max_position_embeddings)) if yarn else self.max_position_embeddings
+        stretched = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0
+        return max(self.max_position_embeddings, stretched)
 
 
 def parse_yarn(raw, max_position_embeddings):
-    """`rope_scaling` of a config.json as a Yarn, or None for plain rotary positions. Raises ValueError for other kinds."""
-    kind = raw.get("rope_type", raw.get("type", "default")) if raw else "default"
+    """`rope_scaling` of a config.json as a Yarn, or None for plain rotary positions. Raises ValueError for any other."""
+    kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
         raise ValueError(f"rope_scaling type {kind!r} is not supported; Qwen-2.5 documents 'yarn' only")
-    factor = float(raw["factor"])
-    if factor < 1:
-        raise ValueError(f"rope_scaling factor {factor} is below 1")
-    attention_factor = raw.get("attention_factor") or 0.1 * math.log(factor) + 1.0  # YaRN, eq. 22
-    return Yarn(factor, int(raw.get("original_max_position_embeddings") or max_position_embeddings), float(attention_factor),
-                float(raw.get("beta_fast") or 32.0), float(raw.get("beta_slow") or 1.0))
+    given = {k: v for k, v in raw.items() if v is not None and k not in ("type", "rope_type", "rope_theta")}
+    if unknown := sorted(given.keys() - set(Yarn._fields)):
+        raise ValueError(f"rope_scaling has {', '.join(unknown)}; expected only {', '.join(Yarn._fields)}")
+    for name, value in given.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"rope_scaling {name} is {value!r}, expected a positive number")
+    if given.get("factor", 0) < 1:
+        raise ValueError(f"rope_scaling factor is {given.get('factor')}, expected 1 or more")
+    given.setdefault("original_max_position_embeddings", max_position_embeddings)
+    given.setdefault("attention_factor", 0.1 * math.log(given["factor"]) + 1.0)  # YaRN, eq. 22
+    return Yarn(**given)
 
 
 def load_config(model_dir):
@@ -137,31 +151,46 @@ def load_config(model_dir):
     raw = read_json(path)
     if raw.get("model_type") != "qwen2":
         raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2'")
-    if raw.get("use_sliding_window"):
-        raise ValueError(f"{path}: use_sliding_window is true; sliding windows are not implemented (Qwen-2.5 publishes false)")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
-    rope = raw.get("rope_parameters") or {}  # transformers 5 keeps rope_theta and rope_scaling in here
-    fields = {"rope_theta": rope.get("rope_theta", 1000000.0)} | {name: raw[name] for name in Config._fields if raw.get(name) is not None}
-    missing = [name for name in Config._fields if name not in fields and name not in Config._field_defaults]
-    if missing:
+    for name, only in (("hidden_act", "silu"), ("use_sliding_window", False), ("quantization_config", None)):
+        if (raw.get(name) or only) != only:
+            raise ValueError(f"{path}: {name} is {raw[name]!r}, expected {only!r}, as Qwen-2.5 publishes it; nothing else "
+                             "is implemented")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the latter, with rope_theta in it: transformers 5
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object")
+    # what a file leaves out is what transformers takes it for
+    fields = {"rope_theta": 10000.0, "tie_word_embeddings": False}
+    fields |= {name: source[name] for source in (raw, {"rope_theta": rope.get("rope_theta")}) for name in Config._fields
+               if source.get(name) is not None}
+    if missing := [name for name in Config._fields if name not in fields and name not in Config._field_defaults]:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
-    length = fields.get("max_position_embeddings", Config._field_defaults["max_position_embeddings"])
-    fields["rope_scaling"] = parse_yarn(raw.get("rope_scaling") or rope, length)
-    ends = [raw.get("eos_token_id")]
-    if (generation := path.with_name("generation_config.json")).is_file():
-        ends.append(read_json(generation).get("eos_token_id"))
-    fields["eos_token_id"] = tuple(sorted({i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}))
-    fields["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)  # transformers leaves a false one out
     config = Config(**fields)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
-            raise ValueError(f"{path}: {name} is {getattr(config, name)!r}, expected a positive integer")
-    if config.hidden_size % config.num_attention_heads or config.head_dim % 2 or raw.get("head_dim", config.head_dim) != config.head_dim:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size} over {config.num_attention_heads} heads gives no even head_dim")
+    for name, kind in Config.__annotations__.items():
+        value = getattr(config, name)
+        if kind is int and (type(value) is not int or value < 1):
+            raise ValueError(f"{path}: {name} is {value!r}, expected a positive integer")
+        if kind is float and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ValueError(f"{path}: {name} is {value!r}, expected a positive number")
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{path}: {name} is {value!r}, expected true or false")
+    head_dim = raw.get("head_dim") or config.head_dim
+    if config.hidden_size != head_dim * config.num_attention_heads or head_dim % 2:
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not {config.num_attention_heads} heads of an even "
+                         f"head_dim; head_dim is {head_dim}")
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{path}: {config.num_attention_heads} heads are no multiple of {config.num_key_value_heads} key/value heads")
-    return config
+        raise ValueError(f"{path}: {config.num_attention_heads} heads are no multiple of {config.num_key_value_heads} "
+                         "key/value heads")
+    generation = path.with_name("generation_config.json")
+    ends = []
+    for end in (raw.get("eos_token_id"), read_json(generation).get("eos_token_id") if generation.is_file() else None):
+        ends += end if isinstance(end, list) else [] if end is None else [end]
+    if any(type(end) is not int for end in ends):
+        raise ValueError(f"{path}: eos_token_id is {ends}, expected integers (generation_config.json counts, too)")
+    try:
+        yarn = parse_yarn(rope, config.max_position_embeddings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config._replace(rope_scaling=yarn, eos_token_id=tuple(sorted(set(ends))))
 
 
 def config_json(config):
@@ -170,8 +199,8 @@ def config_json(config):
     if config.rope_scaling:
         raw["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **config.rope_scaling._asdict()}
     eos = list(config.eos_token_id)
-    return raw | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False,
-                  "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    return raw | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+                  "use_sliding_window": False, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
 
 
 # ------------------------------------------------------------------------------------ weights in and out
@@ -198,39 +227,49 @@ def param_shapes(config):
 
 
 def load_params(model_dir, device="cpu", dtype=torch.float32):
-    """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists.
+    """The tensors of model.safetensors, or else of the shards that model.safetensors.index.json lists.
 
-    Files are memory-mapped and tensors read one by one, so there is never a second copy of the weights; on a CPU, tensors
-    that are already of `dtype` stay views of the (private) mapping. Raises ValueError naming every missing, extra or misshapen tensor.
+    Files are memory-mapped and read tensor by tensor: never a second copy of the weights. On a CPU, tensors that are of
+    `dtype` already stay views of the mapping, which is private: writing into them leaves the file as it is.
+    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
     """
     model_dir = Path(model_dir)
+    config, names = load_config(model_dir), ["model.safetensors"]
     index = model_dir / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    config = load_config(model_dir)
-    shapes, params, wrong = param_shapes(config), {}, []
+    if index.is_file() and not (model_dir / names[0]).is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: holds no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+    shapes, params, wrong, seen = param_shapes(config), {}, [], set()
     for name in names:
         path = model_dir / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model directory holds model.safetensors, or an index and its shards")
+            raise FileNotFoundError(f"{path}: no such file; a model directory holds model.safetensors, or an index and "
+                                    "its shards")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for key in file.keys():
-                    shape = tuple(file.get_slice(key).get_shape())
-                    if key not in shapes:
-                        # a tied head stored twice, and the rotary table of old exports, carry nothing new
-                        if key.endswith("rotary_emb.inv_freq") or key == "lm_head.weight":
-                            continue
+                    stored = file.get_slice(key)
+                    shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+                    seen.add(key)
+                    if key.endswith("rotary_emb.inv_freq"):  # a table of old exports, made from the config here
+                        continue
+                    # a tied head may be stored all the same
+                    expected = shapes["model.embed_tokens.weight"] if key == "lm_head.weight" else shapes.get(key)
+                    if expected is None:
                         wrong.append(f"extra {key} {list(shape)}")
-                    elif shape != shapes[key]:
-                        wrong.append(f"{key} is {list(shape)}, expected {list(shapes[key])}")
+                    elif shape != expected or kind not in ("F32", "BF16", "F16"):
+                        wrong.append(f"{key} is {kind} {list(shape)}, expected {list(expected)} of F32, BF16 or F16")
                     else:
                         params[key] = file.get_tensor(key).to(dtype)
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    misshapen = {text.split(" is ")[0] for text in wrong}
-    wrong += [f"missing {key} {list(shapes[key])}" for key in shapes if key not in params and key not in misshapen]
+            raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
+    wrong += [f"missing {key} {list(shapes[key])}" for key in shapes if key not in seen]
+    if not wrong and params.keys() != shapes.keys() and not torch.equal(params["lm_head.weight"], params["model.embed_tokens.weight"]):
+        wrong = ["lm_head.weight differs from model.embed_tokens.weight, though tie_word_embeddings is true"]
     if wrong:
-        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: " + "; ".join(wrong))
+        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: {'; '.join(wrong)}")
     return {key: params[key] for key in shapes}
 
 
@@ -238,24 +277,31 @@ def save_model(out_dir, params, config, like):
     """Write a directory that transformers, and every script here, loads as it is.
 
     like: the directory whose tokenizer, chat template and generation settings to copy. An adapter in `params` is merged
-    into its weights. The directory appears whole or not at all; one of the same name is replaced.
+    into its weights. The directory appears whole; a model of the same name is put aside until then, and removed.
+    Raises ValueError when `out_dir` holds something that is not a model.
     """
-    out_dir, like = Path(out_dir), Path(like)
-    staging = out_dir.with_name(out_dir.name + ".writing")
+    out_dir, like = Path(out_dir).resolve(), Path(like)
+    if out_dir.exists() and not (out_dir / "config.json").is_file() and (out_dir.is_file() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} exists and is not a model directory; name another, or remove it")
+    staging, old = out_dir.with_name(out_dir.name + ".writing"), out_dir.with_name(out_dir.name + ".old")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json",
+                 "merges.txt"):
         if (like / name).is_file():
             shutil.copyfile(like / name, staging / name)
     tensors = {k: v.detach().cpu().contiguous() for k, v in merge_lora(params).items()}
     save_file({k: tensors[k] for k in param_shapes(config)}, staging / "model.safetensors", metadata={"format": "pt"})
-    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
-    (staging / "config.json").write_text(json.dumps(config_json(config) | {"torch_dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+    raw = config_json(config) | {"torch_dtype": str(tensors["model.norm.weight"].dtype).removeprefix("torch.")}
+    (staging / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     for path in staging.iterdir():  # on the disk before the name says that it is whole
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(out_dir, ignore_errors=True)
+    if out_dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
     os.replace(staging, out_dir)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def init_params(config, seed, device="cpu", dtype=torch.float32):
@@ -278,18 +324,36 @@ def init_params(config, seed, device="cpu", dtype=torch.float32):
 
 
 def load_tokenizer(model_dir):
+    """The tokenizers.Tokenizer of a model directory. Raises FileNotFoundError or ValueError."""
     path = Path(model_dir) / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{path}: not a tokenizer ({error})") from None
 
 
 def load_system_prompt(model_dir):
-    """The system turn that a model's chat template adds when there is none; None when it adds none."""
-    path = Path(model_dir) / "tokenizer_config.json"
-    template = read_json(path).get("chat_template") if path.is_file() else None
-    found = re.findall(r"<\|im_start\|>system\\n([^'<]+?)(?:<\|im_end\|>|'|\\n)", template) if isinstance(template, str) else []
-    return found[-1].replace("\\\\", "\\") if found else None  # the last: templates with tools name the prompt there, too
+    """The system turn that a model's chat template adds when there is none; None when it adds none.
+
+    Found by rendering the template, in Jinja's sandbox, around an empty question. Raises ValueError when that fails.
+    """
+    path = Path(model_dir) / "chat_template.jinja"  # where transformers 5 puts it; before, in tokenizer_config.json
+    if path.is_file():
+        template = path.read_text(encoding="utf-8")
+    else:
+        path = Path(model_dir) / "tokenizer_config.json"
+        template = read_json(path).get("chat_template") if path.is_file() else None
+    if not isinstance(template, str):
+        return None
+    try:
+        chat = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        text = chat.render(messages=[{"role": "user", "content": ""}])
+    except TemplateError as error:
+        raise ValueError(f"{path}: the chat template does not render ({error})") from None
+    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    return found[1] if found else None
 
 
 def render_chat(messages, add_generation_prompt=True, system=SYSTEM_PROMPTS["instruct"]):
@@ -323,18 +387,19 @@ def rms_norm(x, weight, eps):
 def rope_frequencies(config, device="cpu"):
     """Radians per position of each pair of dimensions, [head_dim / 2] float32; stretched by parts under YaRN."""
     half = config.head_dim // 2
-    inv_freq = config.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=device) / half)
+    # operations in the order of the published code: at position 100,000, one rounding of a frequency shows in the logits
+    periods = config.rope_theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)  # over 2 pi
     if (yarn := config.rope_scaling) is None:
-        return inv_freq
+        return 1 / periods
 
     def turns_to_dim(turns):  # the dimension that makes `turns` full turns within the trained context (YaRN, section 3.2)
         return half * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(config.rope_theta)
 
     low = max(math.floor(turns_to_dim(yarn.beta_fast)), 0)
     high = min(math.ceil(turns_to_dim(yarn.beta_slow)), config.head_dim - 1)
-    ramp = (torch.arange(half, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
-    slow = ramp.clamp(0, 1)  # 0: turns often, kept as it is; 1: never turns once, interpolated
-    return inv_freq * (1 - slow) + inv_freq / yarn.factor * slow
+    ramp = (torch.arange(half, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
+    keep = 1 - ramp.clamp(0, 1)  # 1: turns often, kept as it is; 0: never turns once, interpolated
+    return 1 / (yarn.factor * periods) * (1 - keep) + 1 / periods * keep
 
 
 def rope_table(config, positions, dtype):
@@ -351,12 +416,61 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+def attention(q, k, v, seen=None):
+    """Softmax attention with grouped heads: q [B, H, T, head_dim], k and v [B, K, S, head_dim] -> like q.
+
+    seen: bool [T, S], which keys a query sees; None: causal, T = S.
+    """
+    B, H, T, head_dim = q.shape
+    K, S = k.shape[1:3]
+    if q.device.type != "cpu" or S > 512:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=H != K)
+    # Written out, since for rows this short the CPU's kernel takes about three times as long, most of it in its backward pass.
+    if seen is None:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    q = q.reshape(B * K, H // K * T, head_dim).float() * head_dim ** -0.5
+    scores = torch.bmm(q, k.reshape(B * K, S, head_dim).float().transpose(1, 2)).view(B * K, -1, T, S)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).view(B * K, -1, S)
+    return torch.bmm(weights, v.reshape(B * K, S, head_dim).float()).view(B, H, T, head_dim).to(v.dtype)
+
+
 def causal_attention(layer, q, k, v):
     """Each position sees itself and what stands before it: q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> like q.
 
-    An attend_fn is given to every layer in turn. Others: `cached_attention` below, the sampler's, and the packed rows of training.
+    An attend_fn is given to every layer in turn. Others: `packed_attention` and `cached_attention` below, and the sampler's.
     """
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return attention(q, k, v)
+
+
+def packed_positions(groups):
+    """[1, T] int64: the position of each token of a packed row within its own text. groups: as for packed_attention."""
+    return torch.cat([torch.arange(n) + begin for prompt, lengths in groups
+                      for begin, n in [(0, prompt), *((prompt, n) for n in lengths)]])[None]
+
+
+def packed_attention(groups):
+    """The attend_fn of one row [1, T] that holds groups: a prompt, then completions that each see it and themselves.
+
+    groups: [(prompt length, [completion length, ...]), ...] in the order of the row. Prompts of no tokens make the completions texts of
+    their own. The linear layers see every token once and no padding; only here are a group's completions padded to its longest.
+    """
+    def attend_fn(layer, q, k, v):
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
+        parts, end = [], 0
+        for prompt, lengths in groups:
+            begin, end = end, end + prompt + sum(lengths)
+            (q0, *qs), (k0, *ks), (v0, *vs) = (x[begin:end].split([prompt, *lengths]) for x in (q, k, v))
+            if prompt:
+                parts.append(attention(*(x.transpose(0, 1)[None] for x in (q0, k0, v0)))[0].transpose(0, 1))
+            longest = max(lengths)
+            qs, ks, vs = (pad_sequence(x, batch_first=True).transpose(1, 2) for x in (qs, ks, vs))  # [G, heads, longest, head_dim]
+            ks, vs = (torch.cat((x0.transpose(0, 1).expand(len(lengths), -1, -1, -1), x), 2) for x0, x in ((k0, ks), (v0, vs)))
+            seen = torch.ones(longest, prompt + longest, dtype=torch.bool, device=q.device).tril(prompt) if prompt else None
+            out = attention(qs, ks, vs, seen).transpose(1, 2)  # [G, longest, H, head_dim]
+            parts += [row[:n] for row, n in zip(out.unbind(), lengths)]
+        return torch.cat(parts).transpose(0, 1)[None]
+
+    return attend_fn
 
 
 def block(params, config, layer, x, cos, sin, attend_fn):
@@ -447,17 +561,17 @@ def forward(params, config, tokens, positions=None, cache=None):
 # ------------------------------------------------------------------------------------ log-probabilities
 
 
-def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=1024):
+def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=1024, entropy_grad=False):
     """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
 
     The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time and, with more than one slice,
     made again in the backward pass: with 151,936 words, 8,192 positions of float32 logits and their gradient would take 9.3 GiB.
-    The entropy carries no gradient.
+    The entropy carries a gradient only when `entropy_grad` asks for it.
     """
     def one_slice(hidden, targets):
         logits = lm_head(params, config, hidden) / temperature  # [n, V]
         norm = logits.logsumexp(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
             entropy = norm - ((logits - norm[:, None]).exp() * logits).sum(-1)
         return logits.gather(-1, targets[:, None])[:, 0] - norm, entropy
 
