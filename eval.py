@@ -36,6 +36,7 @@ from model import load_config, load_params, load_system_prompt, load_tokenizer, 
 from verify import canonical, equivalent, extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
+SAMPLING_TEMPERATURE = 0.7  # of every method that samples, so that they compare; chosen on the development split
 
 
 def add_eval_flags(parser, temperature=0.0):
@@ -195,7 +196,7 @@ Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def wilson(correct, n):
-    """The 95 % interval of a rate (Wilson 1927): every p that lies within 1.96 of its own standard errors of correct / n."""
+    """The 95 % interval of a rate (Wilson 1927): every p within 1.96 of its own standard errors of correct / n."""
     if n <= 0:
         return 0.0, 1.0
     rate, spread = correct / n, Z * Z / n
@@ -223,7 +224,7 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p of the problems that one run alone got right being split so, were each as likely (McNemar 1947)."""
+    """Exact two-sided p of such a split of the problems that one run alone got right, were each as likely (McNemar 1947)."""
     n = only_a + only_b
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
 
@@ -449,12 +450,23 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows]) + "\n"
 
 
+def rated(row):
+    return percent(row["accuracy"], row["low"], row["high"])
+
+
+def against(scores, baseline):
+    """How many points over the baseline, problem by problem, as text."""
+    change, low, high = paired_bootstrap(baseline, scores)
+    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
 def print_row(row):
     print(f"{row['method']} | {row['model']} on {row['data']}/{row['split']}, {row['n']} problems | accuracy "
-          f"{percent(row['accuracy'], row['low'], row['high'])} % ({row['grade']}) | strict {percent(*row['strict'])} | "
-          f"lenient {percent(*row['lenient'])}\n  {row['tokens_mean']:.0f} tokens per problem (median "
-          f"{row['tokens_median']:.0f}, 95 % {row['tokens_p95']:.0f}) | truncated {percent(row['truncated'])} % | "
-          f"no answer {percent(row['no_answer'])} % | undecided {row['undecided']} | {row['seconds']:.1f} s | {row['tokens_per_s']:.0f} tokens/s")
+          f"{rated(row)} % ({row['grade']}) | strict {percent(*row['strict'])} | lenient {percent(*row['lenient'])}\n"
+          f"  {row['tokens_mean']:.0f} tokens per problem (median {row['tokens_median']:.0f}, 95 % "
+          f"{row['tokens_p95']:.0f}) | truncated {percent(row['truncated'])} % | "
+          f"no answer {percent(row['no_answer'])} % | undecided {row['undecided']} | {row['seconds']:.1f} s | "
+          f"{row['tokens_per_s']:.0f} tokens/s")
     for name in ("levels", "subjects"):
         if len(row[name]) > 1:
             print(f"  {name}: " + ", ".join(f"{key}: {percent(*rates)} of {n}" for key, (*rates, n) in row[name].items()))
@@ -525,6 +537,13 @@ def open_run(args, tiny_prompt="plain"):
     return Run(params, config, tokenizer, problems, ask, settings)
 
 
+def prompt_tokens(run):
+    """The ids of each problem's prompt, made from its question alone."""
+    asked = {k: run.ask[k] for k in ("system", "shots", "think_tag")}
+    texts = [render_prompt(run.ask["prompt"], {"problem": p["problem"]}, **asked) for p in run.problems]
+    return [run.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
 def settings_of(run, **changes):
     """Everything that decides what a run's records say, as rows and records carry it."""
     ask = run.ask | changes
@@ -559,8 +578,7 @@ def compare(path_a, path_b):
         print(f"{path}: {percent(*interval(scores[-1]))} % of {len(shared)} shared problems (it holds {len(records)})")
     print("settings that differ: " + (", ".join(f"{k} {settings[0].get(k)!r} / {v!r}" for k, v in settings[1].items()
                                                 if settings[0].get(k) != v) or "none"))
-    change, low, high = paired_bootstrap(*scores)
-    print(f"difference {100 * change:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] (95 %, paired bootstrap)")
+    print(f"difference in points: {against(scores[1], scores[0])} (95 %, paired bootstrap)")
     if all(s in (0, 1) for s in scores[0] + scores[1]):
         gained, lost = (sum(x > y for x, y in zip(*pair)) for pair in ((scores[1], scores[0]), scores))
         print(f"{gained} problems gained, {lost} lost; McNemar's exact p = {mcnemar(gained, lost):.2g}")
@@ -620,7 +638,7 @@ def report(args):
     plain, cot = ("plain", "cot") if tiny else ("direct", "boxed")
     passed_on = ("split", "limit", "data_seed", "seed", "max_batch", "max_new_tokens", "device", "results")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k in passed_on and v is not None]
-    same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed,
+    same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed, "shots": 0,
             "n": len(load_problems(data, args.split, args.limit or None, args.data_seed))}
     plan = [  # label, model, method, prompt, the script that makes the row
         ("base", args.model, "greedy", plain, "eval.py"),
@@ -633,14 +651,15 @@ def report(args):
     ]
     rows = []
     for label, model, method, prompt, script in plan:
-        wanted = same | {"weights": fingerprint(resolve_model(model)), "method": method, "prompt": prompt}
+        wanted = same | {"weights": fingerprint(resolve_model(model)), "method": method, "prompt": prompt,
+                         "temperature": 0.0 if method == "greedy" else SAMPLING_TEMPERATURE}
         if not find_row(read_rows(args.results), **wanted):
             run_neighbour(script, f"--model={model}", f"--data={data}", f"--prompt={prompt}", *flags)
         rows.append((label, find_row(read_rows(args.results), **wanted)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    lines = [[label, percent(row["accuracy"], row["low"], row["high"]), f"{row['tokens_mean']:.0f}", f"{row['seconds']:.1f}",
-              f"`{row['command']}`"] for label, row in rows]
+    lines = [[label, rated(row), f"{row['tokens_mean']:.0f}", f"{row['seconds']:.1f}", f"`{row['command']}`"]
+             for label, row in rows]
     text = (f"{args.model} on {same['n']} problems of {data}/{args.split}, torch {torch.__version__}, "
             f"{torch.get_num_threads()} threads\n\n"
             + markdown(["method", "accuracy, % [95 %]", "tokens per problem", "seconds", "command"], lines))

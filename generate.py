@@ -1,28 +1,43 @@
-"""Sampling from a model: batched, with a key/value cache, and the log-probability of every token it draws.
+"""The sampling engine: batched, with a key/value cache, and the log-probability of every token that it draws.
 
     python generate.py --model tiny --prompt "What is 3 + 4 * 5?"
     python generate.py --model qwen2.5-1.5b-instruct                    # a chat; Ctrl-D ends it
-    python generate.py --model qwen2.5-math-1.5b --prompt "..." --temperature 0 --hide-thinking
+    python generate.py --model qwen2.5-math-1.5b --prompt "..." --temperature 0 --think-budget 200 --hide-thinking
+    python generate.py --model tiny --benchmark
 
     completions = generate(params, config, prompts, num_samples=8, max_new_tokens=512, stop_tokens=config.eos_token_id)
     completions[prompt][sample].tokens, .logprobs, .finish
+
+A prompt is computed once and its keys and values are held once; its samples attend to them together, and each to its own tokens
+(Hydragen, arXiv:2402.05099). Rows that finish leave the batch and waiting ones take their place (Orca, OSDI 2022). Budgets for thinking
+are those of s1, arXiv:2501.19393.
 """
 
 import argparse
+import hashlib
+import math
+import os
+import random
+import resource
 import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
 
-from model import (forward, init_cache, load_config, load_params, load_system_prompt, load_tokenizer, render_chat,
-                   resolve_model)
+from model import (LINEARS, attention, block, linear, load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, render_chat,
+                   resolve_model, rms_norm, rope_table)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
     """The flags of everything that samples; the scripts that import this file share them."""
     parser.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=top_p, help="sample from the most likely tokens that hold this share; 1: all")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from this many most likely tokens; 0: all")
+    parser.add_argument("--top-p", type=float, default=top_p, help="sample from the likeliest tokens that hold this share; 1: all")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="the longest completion, in tokens")
     parser.add_argument("--max-batch", type=int, default=64, help="rows that decode at once")
     parser.add_argument("--think-tag", default="think", help="name of the thinking block: <think> ... </think>")
@@ -35,80 +50,374 @@ def parse_args(argv=None):
     p.add_argument("--system", help="the system turn; default: the model's own")
     p.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     add_sampling_flags(p, temperature=0.7, top_p=0.8)
+    p.add_argument("--think-budget", type=int, default=0, help="tokens after which the thinking block is closed; 0: never")
+    p.add_argument("--think-minimum", type=int, default=0, help='tokens before which a closed block is reopened with "Wait"')
+    p.add_argument("--repetition", type=int, default=0, help="stop when the last tokens, this many, repeat one phrase; 0: never")
     p.add_argument("--hide-thinking", action="store_true", help="show only what stands outside the thinking block")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    p.add_argument("--compile", action="store_true", help="torch.compile the layers (a minute, once)")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--benchmark", action="store_true", help="measure instead: see the function of that name")
+    p.add_argument("--repeat", type=int, default=5, help="of each measurement, of which the median counts")
+    p.add_argument("--new-tokens", type=int, default=64, help="prompt length and completion length of the measured fixed load")
     return p.parse_args(argv)
-
-
-# ------------------------------------------------------------------------------------ drawing a token
 
 
 class Completion(NamedTuple):
     tokens: list[int]  # the stop token, when one was drawn, is the last
     logprobs: list[float]  # of each token under the temperature-scaled distribution, before top-p and top-k cut it
     finish: str  # "stop" | "length" | "repetition"
+    forced: list[int] = []  # indices of the tokens that a thinking budget put there: not sampled, so not to be trained on
+
+
+# ------------------------------------------------------------------------------------ drawing a token
 
 
 def mix(x):
-    """splitmix64's finaliser: int64 [...] -> int64 [...], every bit of the result depending on every bit of x."""
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # int64 wraps, and >> would carry the sign along
+    """The finaliser of splitmix64: int64 -> int64, every bit of the result depending on every bit of x."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # int64 wraps as it should; >> would carry the sign along
     return x
 
 
-def uniform(keys, counters):
-    """Counter-based noise: a float32 in [0, 1) for each (key, counter), int64 [B] each. No state, so no order matters."""
-    return (mix(keys + mix(counters)) >> 40 & 0xFFFFFF).float() / 2**24
+def uniform(keys, draws):
+    """Noise without state: a float32 in [0, 1) for each pair of keys and draws, int64 [B] each."""
+    return (mix(keys + mix(draws + 1)) >> 40 & 0xFFFFFF).float() / 2**24
 
 
 def row_key(seed, prompt_seed, sample):
-    """The int that all the noise of one completion derives from."""
-    key = torch.zeros((), dtype=torch.int64)
-    for part in (seed, prompt_seed, sample):
-        key = mix(key * 3 + part + 1)
-    return int(key)
+    """The int64 from which all the noise of one completion derives."""
+    digest = hashlib.blake2b(f"{seed} {prompt_seed} {sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
-def sample_tokens(logits, noise, temperature, top_p, top_k):
-    """One token per row and its log-probability: logits [B, V], noise [B] in [0, 1) -> ([B] int64, [B] float32).
+def inverse_cdf(weights, noise):
+    """The index whose stretch of the cumulative sum holds the noise: weights [B, V] >= 0, noise [B, 1] in [0, 1) -> [B, 1].
 
-    Inverse transform sampling: the token whose stretch of the cumulative distribution holds the noise. Temperature 0 is greedy,
-    with log-probabilities at temperature 1.
+    In two levels, blocks of 64 and within one, so that the cumulative sum over a large vocabulary is never made.
     """
-    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    B, V = weights.shape
+    width = math.gcd(V, 64)
+    blocks = weights.view(B, -1, width)
+    cdf = blocks.sum(-1).cumsum(-1)  # [B, V / width]
+    point = noise * cdf[:, -1:]
+    which = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[1] - 1)
+    end = cdf.gather(1, which)
+    inner = blocks.gather(1, which[..., None].expand(-1, -1, width))[:, 0].cumsum(-1)  # [B, width]
+    # rounding may put the point a hair outside its block; a token of weight zero is never chosen
+    point = (point - (end - inner[:, -1:])).clamp_(min=0).minimum(inner[:, -1:] * (1 - 2**-24))
+    return which * width + torch.searchsorted(inner, point, right=True)
+
+
+def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=None):
+    """One token per row: logits [B, V] float32, noise [B] in [0, 1) -> tokens [B] int64 and their log-probabilities [B] float32.
+
+    Top-k is applied first, then top-p to what it left. Temperature 0 is greedy, with log-probabilities at temperature 1.
+    forced: [B] tokens to take instead of drawing; -1: draw.
+    """
+    probs = (logits if temperature in (0, 1) else logits / temperature).softmax(-1)
     if temperature == 0:
-        chosen = logprobs.argmax(-1)
-        return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
-    ids = None
-    weights = logprobs
-    if top_k or top_p < 1:
-        weights, ids = logprobs.topk(min(top_k or logprobs.shape[-1], logprobs.shape[-1]))  # sorted, likeliest first
-    weights = weights.exp()
-    if top_p < 1:
-        share = weights / weights.sum(-1, keepdim=True)
-        weights = weights * (share.cumsum(-1) - share < top_p)  # those before it hold less than top_p: the first always stays
-    cdf = weights.cumsum(-1)
-    chosen = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
-    chosen = chosen if ids is None else ids.gather(-1, chosen)
-    return chosen[:, 0], logprobs.gather(-1, chosen)[:, 0]
+        tokens = logits.argmax(-1, keepdim=True)
+    elif top_k == 0 and top_p == 1:
+        tokens = inverse_cdf(probs, noise[:, None])
+    else:
+        V = logits.shape[1]
+        # a nucleus seldom needs more than a thousand tokens; asking whether it does is a synchronisation, which only a CPU has for free
+        few = min(top_k or (1024 if logits.device.type == "cpu" else V), V)
+        weights, ids = probs.topk(few)  # [B, few], likeliest first
+        if not top_k and few < V and bool((weights.sum(-1) < top_p).any()):
+            weights, ids = probs.sort(descending=True)
+        if top_p < 1:
+            before = weights.cumsum(-1) - weights  # the share of those that are likelier
+            weights = weights * (before < top_p * (weights.sum(-1, keepdim=True) if top_k else 1))
+        cdf = weights.cumsum(-1)
+        tokens = ids.gather(1, torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True))
+    if forced is not None:
+        tokens = torch.where(forced[:, None] < 0, tokens, forced[:, None])
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+# ------------------------------------------------------------------------------------ weights to sample from
+
+
+def sampling_params(params, config, dtype=None, packed=None, out=None):
+    """The weights as `generate` runs on them: adapter merged, in `dtype`, and on a CPU packed for oneDNN. A new dict.
+
+    With two threads and 32 rows the packed products are 1.3 (fp32) and 2.5 (bf16) times as fast as F.linear in fp32.
+    They are copies: call this again after an update. out: an earlier result, whose tensors are written in place when they are dense.
+    """
+    dtype, device = dtype or params["model.norm.weight"].dtype, params["model.norm.weight"].device
+    if packed is None:
+        packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    weights = {name: tensor.detach().to(dtype) for name, tensor in merge_lora(params).items()}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    for name, tensor in weights.items():
+        if packed and name.endswith((*(f"{linear}.weight" for linear in LINEARS), "lm_head.weight")):
+            weights[name] = torch.ops.mkldnn._reorder_linear_weight(tensor.contiguous(), 32)
+        else:
+            weights[name] = out[name].copy_(tensor) if out else tensor.clone()
+    return weights
+
+
+# ------------------------------------------------------------------------------------ the cache
+
+
+def new_store(config, rows, slots, like):
+    """Keys and values: one pair [rows, K, slots, head_dim] per layer, in the dtype and on the device of `like`."""
+    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+    return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
+
+
+def resize_store(store, rows, slots, kept):
+    """Give every layer `rows` rows of `slots` tokens, in place, the old rows `kept` first. One layer at a time is held twice."""
+    for layer, pair in enumerate(store):
+        resized = []
+        for old in pair:
+            new = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
+            both = min(slots, old.shape[2])
+            new[:len(kept), :, :both] = old[kept, :, :both]
+            resized.append(new)
+        store[layer] = tuple(resized)
+
+
+def prefill(weights, config, store, slots, prompts, rope, chunk=2048):
+    """Write the keys and values of `prompts` into rows `slots` of the store; at most `chunk` tokens go through the layers at once."""
+    todo = sorted(((p, s) for p, s in zip(prompts, slots) if p), key=lambda pair: -len(pair[0]))
+    cos, sin = rope
+    while todo:
+        width = min(-(-len(todo[0][0]) // 16) * 16, chunk, store[0][0].shape[2])
+        group, todo = todo[:max(1, chunk // width)], todo[max(1, chunk // width):]
+        longest = len(group[0][0])
+        rows = torch.tensor([s for _, s in group], device=cos.device)
+        tokens = torch.tensor([p + [0] * (max(width, longest) - len(p)) for p, _ in group], device=cos.device)  # [n, T], padded right
+        for begin in range(0, longest, width):
+            end = min(begin + width, tokens.shape[1])
+            seen = torch.ones(end - begin, end, dtype=torch.bool, device=cos.device).tril(begin) if begin else None
+
+            def attend_fn(layer, q, k, v):
+                for held, fresh in zip(store[layer], (k, v)):
+                    held[rows, :, begin:end] = fresh
+                if begin:
+                    k, v = (held[rows, :, :end] for held in store[layer])
+                return attention(q, k, v, seen)
+
+            x = F.embedding(tokens[:, begin:end], weights["model.embed_tokens.weight"])
+            for layer in range(config.num_hidden_layers):
+                x = block(weights, config, layer, x, cos[begin:end], sin[begin:end], attend_fn)
+
+
+# ------------------------------------------------------------------------------------ one step for every row
+
+
+class State(NamedTuple):
+    """What a decode step reads and moves on, as tensors, so that a step never waits for the host."""
+    tokens: torch.Tensor  # [B] the last token of each row, the next to be fed
+    lengths: torch.Tensor  # [B] tokens held in the row's own part
+    bases: torch.Tensor  # [B] tokens held in the shared prompt
+    keys: torch.Tensor  # [B] of the noise
+    draws: torch.Tensor  # [B] how many it has used
+    forced: torch.Tensor  # [B] the token to put next, or -1
+    members: torch.Tensor  # [N, g] the rows of each shared prompt, padded with row 0
+    places: torch.Tensor  # [B] where in members, flattened, a row stands
+
+
+def attend_part(q, k, v, bias):
+    """Softmax attention over one part of the context, and the log of its normaliser, by which parts are joined."""
+    scores = (q @ k.mT).float() + bias  # [..., queries, S]
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights.to(v.dtype) @ v).float() / total, top + total.log()
+
+
+def decode_block(weights, config, x, cos, sin, own, shared, state, index, own_bias, shared_bias):
+    """One layer for one new token per row: x [B, 1, D] -> [B, 1, D]. Writes the token's key and value into `own`."""
+    def attend_fn(layer, q, k, v):
+        B, K, head_dim = q.shape[0], k.shape[1], q.shape[3]
+        for held, fresh in zip(own, (k, v)):
+            held.view(-1, head_dim).index_copy_(0, index, fresh.reshape(-1, head_dim))
+        q = q.reshape(B, K, -1, head_dim) * head_dim ** -0.5  # [B, K, R, head_dim]
+        own_k, own_v = (held[:, :, :own_bias.shape[-1]] for held in own)
+        if shared is None:
+            return (((q @ own_k.mT).float() + own_bias).softmax(-1).to(q.dtype) @ own_v).view(B, -1, 1, head_dim)
+        N, g = state.members.shape
+        shared_k, shared_v = (held[:N, :, :shared_bias.shape[-1]] for held in shared)
+        queries = q[state.members].transpose(1, 2).reshape(N, K, -1, head_dim)  # [N, K, g * R, head_dim]: one product for all samples
+        parts = attend_part(queries, shared_k, shared_v, shared_bias)
+        prompt_out, prompt_log = (part.view(N, K, g, q.shape[2], -1).transpose(1, 2).flatten(0, 1)[state.places] for part in parts)
+        own_out, own_log = attend_part(q, own_k, own_v, own_bias)
+        return own_out.lerp(prompt_out, (prompt_log - own_log).sigmoid()).to(q.dtype).view(B, -1, 1, head_dim)
+
+    return block(weights, config, 0, x, cos, sin, attend_fn)
+
+
+def decode_step(weights, layers, config, state, own, shared, rope, window, prompt_window, sampling, block_fn):
+    """Feed each row's last token and draw the next: -> tokens [B], log-probabilities [B]. Moves `state` on and writes into `own`.
+
+    window, prompt_window: slots of the own and the shared part that anything is held in.
+    """
+    B, K, S = own[0][0].shape[:3]
+    device = state.tokens.device
+    index = ((torch.arange(B, device=device) * K)[:, None] + torch.arange(K, device=device)) * S + state.lengths[:, None]  # [B, K]
+    own_bias = torch.where(torch.arange(window, device=device) <= state.lengths[:, None], 0.0, -1e30)[:, None, None]
+    shared_bias = None
+    if shared is not None:
+        held = state.bases[state.members[:, :1]]  # [N, 1]
+        shared_bias = torch.where(torch.arange(prompt_window, device=device) < held, 0.0, -1e30)[:, None, None]
+    positions = state.bases + state.lengths
+    cos, sin = (table[positions][:, None, None] for table in rope)  # [B, 1, 1, head_dim]
+    x = F.embedding(state.tokens[:, None], weights["model.embed_tokens.weight"])
+    for layer, of_layer in enumerate(layers):
+        x = block_fn(of_layer, config, x, cos, sin, own[layer], shared and shared[layer], state, index.flatten(), own_bias, shared_bias)
+    hidden = rms_norm(x[:, 0], weights["model.norm.weight"], config.rms_norm_eps)
+    logits = linear(weights, "lm_head", hidden).float()
+    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), *sampling, state.forced)
+    state.tokens.copy_(tokens)
+    state.lengths.add_(1)
+    state.draws.add_(1)
+    return tokens, logprobs
+
+
+def captured_step(step_fn, state, graphs, shape):
+    """step_fn(), on a GPU as a CUDA graph, captured once per shape and then replayed. `state` and what step_fn closes over stay in place."""
+    if state.tokens.device.type != "cuda":
+        return step_fn()
+    if shape not in graphs:
+        before = [tensor.clone() for tensor in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need
+            step_fn()
+        torch.cuda.current_stream().wait_stream(side)
+        for tensor, old in zip(state, before):
+            tensor.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step_fn()
+        graphs[shape] = graph, out
+    graph, out = graphs[shape]
+    graph.replay()
+    return [tensor.clone() for tensor in out]
+
+
+# ------------------------------------------------------------------------------------ what ends a row, or bends it
+
+
+class Rules(NamedTuple):
+    stop_tokens: frozenset = frozenset()
+    stop_strings: tuple = ()
+    repetition: int = 0
+    think_budget: int = 0
+    think_minimum: int = 0
+    think_tag: str = "think"
+    tokenizer: Tokenizer | None = None
+
+    def text(self, tokens):
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def opened_in(self, prompt):
+        """0 when a prompt ends within a thinking block, else None: the completion opens its own."""
+        if not (self.think_budget or self.think_minimum):
+            return None
+        _, opening, after = self.text(prompt[-32:]).rpartition(f"<{self.think_tag}>")
+        return 0 if opening and f"</{self.think_tag}>" not in after else None
+
+
+@dataclass
+class Row:
+    """One completion on its way."""
+    prompt: int = -1
+    sample: int = -1
+    key: int = 0  # of its noise
+    limit: int = 0
+    first: int = 0  # the last token of its prompt, which is the first that it feeds
+    base: int = 0  # tokens of its prompt held in the shared part of the cache
+    private: int = 0  # tokens of its prompt held in its own part
+    opened: int | None = None  # how many tokens it had when its thinking block opened
+    closed: bool = False
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    forced: list[int] = field(default_factory=list)  # indices of those that were put there
+    queue: list[int] = field(default_factory=list)  # tokens to put next
+    draws: int = 0
+
+    @property
+    def last(self):
+        return self.tokens[-1] if self.tokens else self.first
+
+    @property
+    def held(self):
+        return self.private + len(self.tokens)
+
+    def take(self, token, logprob):
+        if self.queue:
+            self.forced.append(len(self.tokens))
+            self.queue.pop(0)
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.draws += 1
+
+
+def loops(tokens, span):
+    """Whether the last `span` tokens are one phrase, said at least four times over."""
+    tail = tokens[-span:]
+    return len(tail) == span and any(tail[n:] == tail[:-n] for n in range(1, span // 4 + 1))
+
+
+def steer_thinking(row, rules):
+    """Keep the thinking block between its minimum and its budget, by tokens queued to be put next."""
+    opening, closing = f"<{rules.think_tag}>", f"</{rules.think_tag}>"
+    if row.opened is None:
+        if opening in rules.text(row.tokens[-len(opening):]):
+            row.opened = len(row.tokens)
+        return
+    spent, thought = len(row.tokens) - row.opened, rules.text(row.tokens[row.opened:][-32:])
+    if closing in thought:
+        if row.forced[-1:] != [len(row.tokens) - 1] and spent < rules.think_minimum:
+            thought = rules.text(row.tokens[row.opened:])
+            while len(rules.text(row.tokens[row.opened:])) > thought.rindex(closing):  # take the tag back; the cache forgets it, too
+                row.tokens.pop()
+                row.logprobs.pop()
+            row.queue = rules.encode("Wait")
+        elif not row.queue:
+            row.closed = True
+    elif rules.think_budget and spent >= rules.think_budget and not row.queue:
+        row.queue = rules.encode(("" if thought.endswith("\n") else "\n") + closing + "\n")
+
+
+def finish_reason(row, rules):
+    """Why a row ends with its last token, or None. Queues what it has to say next."""
+    if row.tokens[-1] in rules.stop_tokens:
+        return "stop"
+    if rules.stop_strings:  # every character takes at least one token but those of several bytes, which take up to four
+        tail = rules.text(row.tokens[-4 * max(map(len, rules.stop_strings)):])
+        if any(string in tail for string in rules.stop_strings):
+            return "stop"
+    if (rules.think_budget or rules.think_minimum) and not row.closed:
+        steer_thinking(row, rules)
+    if rules.repetition and len(row.tokens) % 8 == 0 and loops(row.tokens, rules.repetition):
+        return "repetition"
+    return "length" if len(row.tokens) >= row.limit else None
 
 
 # ------------------------------------------------------------------------------------ the engine
 
 
-def check_request(config, prompts, num_samples, max_new_tokens, temperature, top_p, top_k, max_batch):
-    for name, value, fine, expected in (
-            ("num_samples", num_samples, num_samples >= 1, "at least 1"),
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
-            ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-            ("max_batch", max_batch, max_batch >= 1, "at least 1")):
-        if not fine:
-            raise ValueError(f"{name} is {value}, expected {expected}")
+def check_request(config, prompts, **settings):
+    fine = {"num_samples": (1, math.inf), "temperature": (0, math.inf), "top_p": (1e-9, 1), "top_k": (0, math.inf), "max_batch": (1, math.inf),
+            "max_new_tokens": (1, math.inf), "repetition": (0, math.inf), "think_budget": (0, math.inf), "think_minimum": (0, math.inf)}
+    for name, value in settings.items():
+        least, most = fine[name]
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}, expected {'above 0' if name == 'top_p' else f'at least {least}'}"
+                             + (f" and at most {most}" if most < math.inf else ""))
     for i, prompt in enumerate(prompts):
-        if not prompt:
+        if not len(prompt):
             raise ValueError(f"prompt {i} is empty; give it at least one token, such as the end-of-text token")
         if len(prompt) >= config.max_context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in the context of {config.max_context}")
@@ -116,45 +425,193 @@ def check_request(config, prompts, num_samples, max_new_tokens, temperature, top
             raise ValueError(f"prompt {i} holds a token outside the vocabulary of {config.vocab_size}")
 
 
-@torch.inference_mode()
-def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_tokens=(),
-             seed=0, max_batch=64, seeds=None, on_token=None):
-    """`num_samples` completions of each prompt: list of token ids -> [prompt][sample] Completion.
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
 
-    A row's noise derives from (seed, seeds[prompt], sample, position) alone: what it says does not depend on who shares its batch.
-    seeds: an int per prompt, by default its index.   on_token(prompt, sample, token): called as tokens are drawn.
+
+@dataclass
+class Batch:
+    """The rows that decode together, and what they have cached."""
+    live: list  # the Row in each place of the batch; None where there is none
+    own: list  # store of what each row has said, and of its prompt when that is not shared: one row per place
+    shared: list | None  # store of the prompts, when their samples share them
+    slots: dict  # prompt: its row in `shared`
+    stride: int  # steps between two looks at what was drawn
+    growth: int  # the own part comes and goes in blocks of this many slots
+    grain: int  # and is read in windows of a multiple of this many
+
+    @property
+    def rows(self):
+        return [row for row in self.live if row]
+
+    def needs(self, rows, held, prompts):
+        """Slots that this many rows need, of which the longest holds `held` tokens, with this many shared prompts."""
+        return rows * round_up(held + self.stride, self.growth) + (prompts * self.shared[0][0].shape[2] if self.shared else 0)
+
+    def nbytes(self):
+        return sum(tensor.nbytes for store in (self.own, self.shared or []) for pair in store for tensor in pair)
+
+
+def choose_rows(batch, waiting, max_batch, budget):
+    """Send the youngest rows back to `waiting` while the cache needs more than `budget` slots, else let rows enter: returns those."""
+    rows, entering = batch.rows, []
+    while len(rows) > 1 and batch.needs(len(rows), max(row.held for row in rows), len({row.prompt for row in rows})) > budget:
+        gone = min(rows, key=lambda row: len(row.tokens))
+        rows.remove(gone)
+        batch.live[batch.live.index(gone)] = None
+        opened = 0 if gone.opened == 0 else None
+        waiting.appendleft(replace(gone, tokens=[], logprobs=[], forced=[], queue=[], draws=0, opened=opened, closed=False))
+    held, prompts = max((row.held for row in rows), default=0), {row.prompt for row in rows}
+    while waiting and len(rows) + len(entering) < max_batch:
+        held, prompts = max(held, waiting[0].held), prompts | {waiting[0].prompt} if waiting[0].prompt not in prompts else prompts
+        if (rows or entering) and batch.needs(len(rows) + len(entering) + 1, held, len(prompts)) > budget:
+            break
+        entering.append(waiting.popleft())
+    return entering
+
+
+def seat_rows(batch, entering):
+    """Give the entering rows places and slots, and the cache its size.
+
+    Returns [(prompt, row of the store)] to be prefilled, and whether the cache has moved in memory.
+    """
+    moved = False
+    rows = batch.rows + entering
+    places, slots = len(rows), round_up(max(row.held for row in rows) + batch.stride, batch.growth)
+    if batch.own[0][0].is_cuda:
+        places = 1 << (places - 1).bit_length()  # few shapes, few graphs
+    if places > len(batch.live) or places <= 0.75 * len(batch.live) or slots > batch.own[0][0].shape[2]:
+        kept = [i for i, row in enumerate(batch.live) if row]
+        resize_store(batch.own, places, slots, kept)
+        moved = True
+        batch.live = [batch.live[i] for i in kept] + [None] * (places - len(kept))
+    for row in entering:
+        batch.live[batch.live.index(None)] = row
+    if not batch.shared:
+        return [(row.prompt, batch.live.index(row)) for row in entering], moved
+    prompts = dict.fromkeys(row.prompt for row in rows)
+    batch.slots = {prompt: slot for prompt, slot in batch.slots.items() if prompt in prompts}
+    fresh = [prompt for prompt in prompts if prompt not in batch.slots]
+    taken = set(batch.slots.values())
+    batch.slots |= zip(fresh, [slot for slot in range(places) if slot not in taken])
+    held = batch.shared[0][0].shape
+    if (needed := max(batch.slots.values()) + 1) > held[0]:
+        resize_store(batch.shared, needed, held[2], range(held[0]))
+        moved = True
+    return [(prompt, batch.slots[prompt]) for prompt in fresh], moved
+
+
+def batch_state(batch, device):
+    """The State of a batch's rows; places without a row hold zeros, and what they draw is thrown away."""
+    rows = [row or Row() for row in batch.live]
+    members = [[] for _ in range(max(batch.slots.values(), default=-1) + 1)]
+    for i, row in enumerate(batch.live):
+        if row and batch.shared:
+            members[batch.slots[row.prompt]].append(i)
+    g = max(map(len, members), default=0)
+    at = {i: slot * g + j for slot, group in enumerate(members) for j, i in enumerate(group)}
+    return State(*(torch.tensor(values, device=device) for values in (
+        [row.last for row in rows], [row.held for row in rows], [row.base for row in rows], [row.key for row in rows],
+        [row.draws for row in rows], [-1] * len(rows), [group + [0] * (g - len(group)) for group in members], [at.get(i, 0) for i in range(len(rows))])))
+
+
+@torch.inference_mode()
+def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_tokens=(), seed=0,
+             max_batch=64, seeds=None, stop_strings=(), tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
+             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None, on_token=None, stats=None):
+    """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
+
+    A row's noise derives from (seed, seeds[prompt], sample, how many it has used): what it says depends neither on who shares its
+    batch nor on the batch size (but for roundings at the seventh digit, where a draw falls on the very edge of two tokens).
+    params: a checkpoint's tensors or, to pay for the packing once, sampling_params of them.
+    max_new_tokens: an int, or one for each [prompt][sample]. The context's end is a limit, too.
+    seeds: an int per prompt; default its index.   stop_strings, think_...: need the tokenizer. The tokens that say them are kept.
+    repetition: end a row whose last tokens, this many, say one phrase four times or more; looked at every eight tokens.
+    think_budget, think_minimum: tokens after which the thinking block is closed, before which it is not (Completion.forced).
+    share_prompts: hold a prompt's keys and values once for its samples.   cache_gib: bound of the cache; rows beyond it wait.
+    chunk: tokens of prompts that go through the layers at once.   compile_backend: "inductor" to torch.compile the layers.
+    on_token(prompt, sample, token): called as tokens are drawn.   stats: a dict that is given steps, cache_gib, prefill_s, decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
-    check_request(config, prompts, num_samples, max_new_tokens, temperature, top_p, top_k, max_batch)
-    device = params["model.embed_tokens.weight"].device
-    stop_tokens = set(stop_tokens)
-    rows = [(p, s) for p in range(len(prompts)) for s in range(num_samples)]
+    limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p] for p in range(len(prompts))]
+    check_request(config, prompts, num_samples=num_samples, temperature=temperature, top_p=top_p, top_k=top_k, max_batch=max_batch,
+                  max_new_tokens=min((n for row in limits for n in row), default=1), repetition=repetition,
+                  think_budget=think_budget, think_minimum=think_minimum)
+    rules = Rules(frozenset(stop_tokens), tuple(stop_strings), repetition, think_budget, think_minimum, think_tag, tokenizer)
+    if (stop_strings or think_budget or think_minimum) and tokenizer is None:
+        raise ValueError("stop strings and thinking budgets need the tokenizer")
     results = [[None] * num_samples for _ in prompts]
-    for begin in range(0, len(rows), max_batch):
-        batch = rows[begin:begin + max_batch]
-        lengths = torch.tensor([len(prompts[p]) for p, _ in batch], device=device)
-        limits = [min(max_new_tokens, config.max_context - len(prompts[p])) for p, _ in batch]
-        width = int(lengths.max())
-        tokens = torch.tensor([prompts[p] + [0] * (width - len(prompts[p])) for p, _ in batch], device=device)  # [B, T]
-        cache = init_cache(config, len(batch), width + max(limits), device, params["model.embed_tokens.weight"].dtype)
-        keys = torch.tensor([row_key(seed, seeds[p] if seeds else p, s) for p, s in batch], device=device)
-        logits = forward(params, config, tokens, cache=cache)[torch.arange(len(batch)), lengths - 1]  # [B, V]
-        drawn = [([], []) for _ in batch]
-        finish = [None] * len(batch)
-        for step in range(max(limits)):
-            chosen, logprobs = sample_tokens(logits, uniform(keys, torch.full_like(keys, step)), temperature, top_p, top_k)
-            for i, (token, logprob) in enumerate(zip(chosen.tolist(), logprobs.tolist())):
-                if finish[i] is None:
-                    drawn[i][0].append(token)
-                    drawn[i][1].append(logprob)
-                    if on_token:
-                        on_token(*batch[i], token)
-                    finish[i] = "stop" if token in stop_tokens else "length" if step + 1 == limits[i] else None
-            if all(finish):
-                break
-            logits = forward(params, config, chosen[:, None], (lengths + step)[:, None].clamp(max=cache.k.shape[3] - 1), cache)[:, 0]
-        for (p, s), (tokens, logprobs), end in zip(batch, drawn, finish):
-            results[p][s] = Completion(tokens, logprobs, end)
+    if not prompts:
+        return results
+    embedding = params["model.embed_tokens.weight"]
+    device, on_cpu = embedding.device, embedding.device.type == "cpu"
+    packed = on_cpu and torch.backends.mkldnn.is_available() and compile_backend is None
+    if "lm_head.weight" not in params or params["lm_head.weight"].is_mkldnn != packed or any(".lora_" in name for name in params):
+        params = sampling_params(params, config, packed=packed)
+    layers = [{name.replace(f".{layer}.", ".0.", 1): tensor for name, tensor in params.items() if name.startswith(f"model.layers.{layer}.")}
+              for layer in range(config.num_hidden_layers)]  # each under the names of the first: one graph serves them all
+    block_fn = torch.compile(decode_block, fullgraph=True, backend=compile_backend) if compile_backend else decode_block
+
+    waiting, longest = deque(), max(map(len, prompts))
+    for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p])):  # longest first: neighbours are alike, and windows shrink
+        held = len(prompts[p]) - 1  # its last token is the first that a row feeds: only decode steps make logits
+        for s in range(num_samples):
+            shares = share_prompts and num_samples > 1
+            waiting.append(Row(p, s, row_key(seed, p if seeds is None else seeds[p], s), min(limits[p][s], config.max_context - held - 1),
+                               prompts[p][-1], held if shares else 0, 0 if shares else held, rules.opened_in(prompts[p])))
+    stride, growth, grain = (1, 64, 16) if on_cpu or on_token or think_budget or think_minimum else (8, 256, 256)
+    batch = Batch([], new_store(config, 0, 0, embedding), new_store(config, 0, round_up(longest, growth), embedding) if shares else None,
+                  {}, stride, growth, grain)
+    budget = cache_gib * 2**30 / (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.element_size())
+    reach = max(len(prompts[row.prompt]) + row.limit for row in waiting) + growth  # idle rows and padding reach a little further
+    rope = [table[0, 0] for table in rope_table(config, torch.arange(reach, device=device)[None], embedding.dtype)]  # [positions, head_dim]
+    stats = {} if stats is None else stats
+    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
+    graphs, states, changed = {}, {}, True
+    while waiting or batch.rows:
+        begin = time.perf_counter()
+        if changed or max(row.held for row in batch.rows) + stride > batch.own[0][0].shape[2]:
+            fresh, moved = seat_rows(batch, choose_rows(batch, waiting, max_batch, budget))
+            prefill(params, config, batch.shared or batch.own, [slot for _, slot in fresh], [prompts[p][:-1] for p, _ in fresh], rope, chunk)
+            stats["cache_gib"] = max(stats["cache_gib"], batch.nbytes() / 2**30)
+            if moved:
+                graphs.clear()
+            now = batch_state(batch, device)
+            state = states.setdefault(tuple(tensor.shape for tensor in now), now)  # graphs read it where it is
+            for tensor, value in zip(state, now):
+                tensor.copy_(value)
+            changed = forcing = False
+        rows = batch.rows
+        stats["prefill_s"] += time.perf_counter() - begin
+        begin = time.perf_counter()
+        window = round_up(max(row.held for row in rows) + stride, grain)
+        prompt_window = round_up(max(1, *(row.base for row in rows)), grain)
+        if forcing or any(row.queue for row in rows):
+            forcing = True
+            state.forced.copy_(torch.tensor([row.queue[0] if row and row.queue else -1 for row in batch.live]))
+
+        def step_fn():
+            return decode_step(params, layers, config, state, batch.own, batch.shared, rope, window, prompt_window,
+                               (temperature, top_p, top_k), block_fn)
+
+        shape = (len(batch.live), *state.members.shape, window, prompt_window)
+        drawn = [captured_step(step_fn, state, graphs, shape) for _ in range(stride)]
+        tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][stride]: the one wait for the device
+        stats["steps"] += stride
+        for i, row in enumerate(batch.live):
+            if row is None:
+                continue
+            for token, logprob in zip(tokens[i], logprobs[i]):
+                row.take(token, logprob)
+                held, finish = row.held, finish_reason(row, rules)
+                changed |= row.held < held or finish is not None
+                if on_token:
+                    on_token(row.prompt, row.sample, row.tokens)
+                if finish:
+                    results[row.prompt][row.sample] = Completion(row.tokens, row.logprobs, finish, row.forced)
+                    batch.live[i] = None
+                    break
+        stats["decode_s"] += time.perf_counter() - begin
     return results
 
 
@@ -162,39 +619,39 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 
 
 def text_streamer(tokenizer, stop_tokens, write, think_tag="think", hide=False, dim=True):
-    """An on_token that writes text as it comes, its thinking block dimmed or hidden."""
-    opening, closing = f"<{think_tag}>", f"</{think_tag}>"
-    ids, state = [], {"shown": 0, "thinking": False}
+    """show(tokens, last): writes what is new in a completion's text, its thinking block dimmed or hidden."""
+    shown, thinking = 0, False
 
-    def on_token(prompt, sample, token):
-        if token not in stop_tokens:
-            ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        last = token in stop_tokens
+    def show(tokens, last=False):
+        nonlocal shown, thinking
+        text = tokenizer.decode([token for token in tokens if token not in stop_tokens], skip_special_tokens=False)
         while True:
-            rest, tag = text[state["shown"]:], closing if state["thinking"] else opening
-            cut = rest.find(tag)
-            if cut < 0:  # keep back what may yet become the tag, or the rest of a character
-                keep = 0 if last else next((n for n in range(len(tag) - 1, 0, -1) if rest.endswith(tag[:n])), 0)
-                cut = len(rest) - keep
-                while not last and cut and rest[cut - 1] == "\N{REPLACEMENT CHARACTER}":
-                    cut -= 1
-            else:
-                cut += len(tag) if state["thinking"] else 0
-            if not (hide and state["thinking"]):
-                write(f"\033[2m{rest[:cut]}\033[0m" if state["thinking"] and dim and cut else rest[:cut])
-            state["shown"] += cut
-            if not text[state["shown"] - (len(tag) if state["thinking"] else 0):].startswith(tag):
+            tag = f"</{think_tag}>" if thinking else f"<{think_tag}>"
+            at = text.find(tag, shown)
+            end = at if at >= 0 else len(text)
+            if at < 0 and not last:  # keep back what may become the tag, or the rest of a character
+                end -= max(n for n in range(len(tag)) if text.endswith(tag[:n]))
+                while end > shown and text[end - 1] == "\N{REPLACEMENT CHARACTER}":
+                    end -= 1
+            elif thinking:
+                end += len(tag)  # both tags belong to the block
+            if end > shown and not (thinking and hide):
+                write(f"\033[2m{text[shown:end]}\033[0m" if thinking and dim else text[shown:end])
+            shown = max(shown, end)
+            if at < 0:
                 return
-            state["thinking"] = not state["thinking"]
+            thinking = not thinking
 
-    return on_token
+    return show
 
 
 def main(args):
     path = resolve_model(args.model)
     config, tokenizer = load_config(path), load_tokenizer(path)
-    params = load_params(path, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    params = sampling_params(load_params(path, args.device, dtype), config, packed=False if args.compile else None)
+    if args.benchmark:
+        return benchmark(params, config, args)
     system = args.system or load_system_prompt(path)
     ends = {tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")} - {None} | set(config.eos_token_id)
     messages = []
@@ -205,15 +662,17 @@ def main(args):
             return
         messages.append({"role": "user", "content": question})
         text = question if args.raw else render_chat(messages, system=system)
-        write = lambda text: print(text, end="", flush=True)
-        on_token = text_streamer(tokenizer, ends, write, args.think_tag, args.hide_thinking, sys.stdout.isatty())
-        [[answer]] = generate(params, config, [tokenizer.encode(text, add_special_tokens=False).ids], max_new_tokens=args.max_new_tokens,
-                              temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends, seed=args.seed,
-                              seeds=[len(messages)], on_token=on_token)
+        show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True), args.think_tag, args.hide_thinking, sys.stdout.isatty())
+        [[answer]] = generate(
+            params, config, [tokenizer.encode(text, add_special_tokens=False).ids], max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends, seed=args.seed, seeds=[len(messages)],
+            tokenizer=tokenizer, repetition=args.repetition, think_budget=args.think_budget, think_minimum=args.think_minimum,
+            think_tag=args.think_tag, compile_backend="inductor" if args.compile else None, on_token=lambda prompt, sample, tokens: show(tokens))
+        show(answer.tokens, last=True)
         print()
         if args.prompt is not None:
             return
-        messages.append({"role": "assistant", "content": tokenizer.decode([t for t in answer.tokens if t not in ends])})
+        messages.append({"role": "assistant", "content": tokenizer.decode([token for token in answer.tokens if token not in ends])})
 
 
 if __name__ == "__main__":

@@ -516,6 +516,8 @@ def main(args):
     reward_weights = parse_rewards(args.reward)
     model_dir = resolve_model(args.model)
     config, tokenizer, system = load_config(model_dir), load_tokenizer(model_dir), load_system_prompt(model_dir)
+    if args.max_new_tokens >= config.max_context:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the context of {config.max_context}")
     sets, set_weights = load_mixture(args.data, args.train_limit)
     dev, test = load_held_out(args)
     steps = args.steps if args.epochs is None else math.ceil(args.epochs * sum(map(len, sets)) / args.prompts)

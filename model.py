@@ -1,7 +1,7 @@
 """Qwen-2.5 as plain functions over the dict of tensors that its safetensors files hold.
 
 The checkpoint is the model: `params` maps Hugging Face names to tensors, `forward(params, config, tokens)` is a
-function of it. The reference model is another dict; a LoRA adapter is a small dict laid over the first, `params | lora`.
+function of it. The reference model is another dict; a LoRA adapter is a small dict over the first, `params | lora`.
 
     params, config = load_params(path), load_config(path)       # path = resolve_model("qwen2.5-1.5b")
     logits = forward(params, config, tokens)                    # [B, T] -> [B, T, V] float32
@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,16 +51,16 @@ def resolve_model(name):
     Hub models are taken from models/NAME beside this file when they are there, else downloaded through huggingface_hub.
     Raises FileNotFoundError, saying how to place the files by hand, when there is no such directory and no hub.
     """
+    if name == "tiny":
+        return ROOT / "data" / "tiny"
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name == "tiny":
-        return ROOT / "data" / "tiny"
     hub_id = HUB_IDS.get(str(name).lower(), str(name))
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
         raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
                                 f"or one of tiny, {', '.join(HUB_IDS)}")
     from huggingface_hub import snapshot_download
@@ -110,6 +111,7 @@ class Config(NamedTuple):
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1000000.0
     tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
     rope_scaling: Yarn | None = None
     eos_token_id: tuple[int, ...] = ()  # every id that ends a text: config.json and generation_config.json together
 
@@ -126,7 +128,7 @@ class Config(NamedTuple):
 
 
 def parse_yarn(raw, max_position_embeddings):
-    """`rope_scaling` of a config.json as a Yarn, or None for plain rotary positions. Raises ValueError for any other."""
+    """`rope_scaling` of a config.json as a Yarn, or None for plain rotary positions. Raises ValueError for another."""
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return None
@@ -153,9 +155,9 @@ def load_config(model_dir):
         raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2'")
     for name, only in (("hidden_act", "silu"), ("use_sliding_window", False), ("quantization_config", None)):
         if (raw.get(name) or only) != only:
-            raise ValueError(f"{path}: {name} is {raw[name]!r}, expected {only!r}, as Qwen-2.5 publishes it; nothing else "
-                             "is implemented")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the latter, with rope_theta in it: transformers 5
+            raise ValueError(f"{path}: {name} is {raw[name]!r}, expected {only!r}: what Qwen-2.5 does not use is not "
+                             "implemented")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 5: the latter, with rope_theta
     if not isinstance(rope, dict):
         raise ValueError(f"{path}: rope_scaling is {rope!r}, expected an object")
     # what a file leaves out is what transformers takes it for
@@ -175,8 +177,8 @@ def load_config(model_dir):
             raise ValueError(f"{path}: {name} is {value!r}, expected true or false")
     head_dim = raw.get("head_dim") or config.head_dim
     if config.hidden_size != head_dim * config.num_attention_heads or head_dim % 2:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not {config.num_attention_heads} heads of an even "
-                         f"head_dim; head_dim is {head_dim}")
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not {config.num_attention_heads} heads of an "
+                         f"even head_dim; head_dim is {head_dim}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"{path}: {config.num_attention_heads} heads are no multiple of {config.num_key_value_heads} "
                          "key/value heads")
@@ -266,8 +268,9 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
     wrong += [f"missing {key} {list(shapes[key])}" for key in shapes if key not in seen]
-    if not wrong and params.keys() != shapes.keys() and not torch.equal(params["lm_head.weight"], params["model.embed_tokens.weight"]):
-        wrong = ["lm_head.weight differs from model.embed_tokens.weight, though tie_word_embeddings is true"]
+    if config.tie_word_embeddings and not wrong and "lm_head.weight" in params:
+        if not torch.equal(params["lm_head.weight"], params["model.embed_tokens.weight"]):
+            wrong = ["lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings is true"]
     if wrong:
         raise ValueError(f"{model_dir}: the tensors do not fit its config.json: {'; '.join(wrong)}")
     return {key: params[key] for key in shapes}
@@ -286,8 +289,8 @@ def save_model(out_dir, params, config, like):
     staging, old = out_dir.with_name(out_dir.name + ".writing"), out_dir.with_name(out_dir.name + ".old")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json",
-                 "merges.txt"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+                 "vocab.json", "merges.txt"):
         if (like / name).is_file():
             shutil.copyfile(like / name, staging / name)
     tensors = {k: v.detach().cpu().contiguous() for k, v in merge_lora(params).items()}
@@ -305,7 +308,8 @@ def save_model(out_dir, params, config, like):
 
 
 def init_params(config, seed, device="cpu", dtype=torch.float32):
-    """Random weights: normal(0, 0.02), the two projections that write to the residual stream scaled by 1/sqrt(2L) as in GPT-2."""
+    """Random weights: normal(0, initializer_range), smaller by 1/sqrt(2L) in the two projections of a layer that write
+    to the residual stream, as in GPT-2."""
     generator = torch.Generator().manual_seed(seed)
     params = {}
     for name, shape in param_shapes(config).items():
@@ -315,7 +319,8 @@ def init_params(config, seed, device="cpu", dtype=torch.float32):
             tensor = torch.zeros(shape)
         else:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            tensor = torch.randn(shape, generator=generator) * (0.02 / math.sqrt(2 * config.num_hidden_layers) if writes else 0.02)
+            std = config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if writes else 1)
+            tensor = torch.randn(shape, generator=generator) * std
         params[name] = tensor.to(device, dtype)
     return params
 
@@ -372,7 +377,10 @@ def render_chat(messages, add_generation_prompt=True, system=SYSTEM_PROMPTS["ins
 
 def linear(params, name, x):
     """x @ W.T (+ bias) (+ the adapter, when `params` holds one for this weight): [..., in] -> [..., out]."""
-    out = F.linear(x, params[name + ".weight"], params.get(name + ".bias"))
+    weight = params[name + ".weight"]
+    if weight.is_mkldnn:  # packed for oneDNN by the sampler
+        return torch.ops.mkldnn._linear_pointwise(x, weight, params.get(name + ".bias"), "none", [], "")
+    out = F.linear(x, weight, params.get(name + ".bias"))
     if (down := params.get(name + ".lora_A.weight")) is not None:
         # the adapter is fp32, and added rather than merged: W + BA in bf16 would lose small updates
         out = out + F.linear(F.linear(x.to(down.dtype), down), params[name + ".lora_B.weight"]).to(out.dtype)
@@ -564,21 +572,21 @@ def forward(params, config, tokens, positions=None, cache=None):
 def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=1024, entropy_grad=False):
     """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
 
-    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time and, with more than one slice,
-    made again in the backward pass: with 151,936 words, 8,192 positions of float32 logits and their gradient would take 9.3 GiB.
-    The entropy carries a gradient only when `entropy_grad` asks for it.
+    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time and, with more
+    than one slice, made again in the backward pass: with 151,936 words, 8,192 positions of float32 logits and their
+    gradient would take 9.3 GiB. The entropy carries a gradient only when `entropy_grad` asks for it.
     """
     def one_slice(hidden, targets):
-        logits = lm_head(params, config, hidden) / temperature  # [n, V]
-        norm = logits.logsumexp(-1)
+        logprobs = (lm_head(params, config, hidden) / temperature).log_softmax(-1)  # [n, V]
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = norm - ((logits - norm[:, None]).exp() * logits).sum(-1)
-        return logits.gather(-1, targets[:, None])[:, 0] - norm, entropy
+            entropy = -torch.einsum("nv,nv->n", logprobs.exp(), logprobs)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     if len(targets) <= slice_tokens:
         return one_slice(hidden, targets)
-    pairs = zip(hidden.split(slice_tokens), targets.split(slice_tokens))
-    parts = [checkpoint(one_slice, h, t, use_reentrant=False) if torch.is_grad_enabled() else one_slice(h, t) for h, t in pairs]
+    if torch.is_grad_enabled():
+        one_slice = partial(checkpoint, one_slice, use_reentrant=False)
+    parts = [one_slice(h, t) for h, t in zip(hidden.split(slice_tokens), targets.split(slice_tokens))]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -606,13 +614,15 @@ def init_lora(config, rank, seed, device="cpu"):
     for name, shape in param_shapes(config).items():
         if (stem := name.removesuffix(".weight")).endswith(LINEARS):
             bound = math.sqrt(3 / shape[1])  # Kaiming uniform, gain 1
-            lora[stem + ".lora_A.weight"] = ((torch.rand(rank, shape[1], generator=generator) * 2 - 1) * bound).to(device)
+            down = (torch.rand(rank, shape[1], generator=generator) * 2 - 1) * bound
+            lora[stem + ".lora_A.weight"] = down.to(device)
             lora[stem + ".lora_B.weight"] = torch.zeros(shape[0], rank, device=device)
     return lora
 
 
 def merge_lora(params):
-    """`params` without an adapter: W + B A, computed in float32. Returns a new dict; tensors without an adapter are shared."""
+    """The adapter in `params` worked into the weights: W + B A, computed in float32. Returns a new dict; what has no
+    adapter is shared with `params`."""
     merged = {k: v for k, v in params.items() if ".lora_" not in k}
     for name in params:
         if name.endswith(".lora_A.weight"):

@@ -46,7 +46,8 @@ def record(family, level, problem, answer, lines, key, **extra):
 def sample_family(generate, split, limit=None, seed=0, levels=(1, 2, 3, 4, 5)):
     """`limit` problems of one split, no key twice, the levels in turn; fewer only when every level has run dry.
 
-    A problem's split is decided by its key, so no two splits share one, whatever the seeds.
+    A problem's split is decided by its key, so no two splits share one, whatever the seeds. generate(level, rng) may return
+    None instead of a problem of another split, where the rest of its work is expensive.
     """
     check_request(split, limit)
     rng = random.Random(f"{generate.__module__} {split} {seed}")
@@ -54,9 +55,9 @@ def sample_family(generate, split, limit=None, seed=0, levels=(1, 2, 3, 4, 5)):
     while len(found) < wanted and len(dry) < len(levels):
         level = levels[turn % len(levels)]
         turn += 1
-        for _ in range(0 if level in dry else 1000):
+        for _ in range(0 if level in dry else 2000):
             problem = generate(level, rng)
-            if split_of(problem["key"]) == split and problem["key"] not in seen:
+            if problem and split_of(problem["key"]) == split and problem["key"] not in seen:
                 seen.add(problem["key"])
                 found.append(problem)
                 break

@@ -9,7 +9,7 @@ import functools
 import itertools
 import re
 
-from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
+from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family, split_of
 from data.words import NAMES
 
 FORMS = ("is", "and", "or", "if", "same", "differ")
@@ -137,7 +137,8 @@ def answer_of(worlds, names):
     return ", ".join(name for person, name in enumerate(names) if world >> person & 1) or "none"
 
 
-def generate(level, rng):
+def generate(level, rng, split=None):
+    """A problem; of one split, when it is given, or None."""
     sizes, forms, suppose = LEVELS[level]
     while True:
         people = rng.choice(sizes)
@@ -147,18 +148,24 @@ def generate(level, rng):
             worlds &= constraint
         if worlds.bit_count() != 1:
             continue
+        key = canonical(statements)
+        if split and split_of(f"knights {key}") != split:
+            return None
         names = rng.sample(NAMES, people)
         lines = prove(statements, names)
         if lines and suppose == any(line.startswith("Suppose") for line in lines):
             break
     told = " ".join(f'{name} says: "{say(s, i, names)}."' for i, (name, s) in enumerate(zip(names, statements)))
     question = " Who are the knights? Give their names, or none."
-    return record("knights", level, RULE + told + question, answer_of(worlds, names), lines, canonical(statements),
+    return record("knights", level, RULE + told + question, answer_of(worlds, names), lines, key,
                   names=names, statements=statements)
 
 
 def problems(split, limit=None, seed=0):
-    return sample_family(generate, split, limit, seed)
+    def generate_in_split(level, rng):
+        return generate(level, rng, split)
+
+    return sample_family(generate_in_split, split, limit, seed)
 
 
 def check_steps(problem, thought):

@@ -7,6 +7,7 @@ published, train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.j
 import json
 
 from data.files import choose, fetch, hold_out, places, read_rows
+from verify import extract_answer
 
 URL = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
 ROWS, SHA256 = 500, "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"
@@ -23,7 +24,6 @@ def from_row(row, name):
     missing = [field for field in ("problem", "solution") if not isinstance(row.get(field), str)]
     if missing:
         raise ValueError(f"{name}: no text in the field {missing[0]!r}; there are {', '.join(row)}")
-    from verify import extract_answer
     answer = row.get("answer") or extract_answer(row["solution"], strict=True)
     if not answer:
         raise ValueError(f"{name}: neither an answer field nor a \\boxed answer in the solution")

@@ -2,8 +2,8 @@
 
 A step is one equality sign with an expression on either side: `48/2 = 24`, the links of a chain `a = b = c`, GSM8K's
 `<<48/2=24>>`, LaTeX such as `\\frac{1}{2} \\times 6 = 3`, identities such as `2x + 3x = 5x`; and an equation that is said
-to follow from another: `2x + 3 = 11, so 2x = 8`. Its verdict is "right", "wrong", or "unchecked" where exact arithmetic
-cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units in words, thousands separators, percent and rounded decimals
+to follow from another: `2x + 3 = 11, so 2x = 8`. Its verdict is "right", "wrong", "repaired" when a
+wrong one is taken back later, or "unchecked" where exact arithmetic cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units in words, thousands separators, percent and rounded decimals
 are read as people mean them. Text is never evaluated, only parsed, with limits on its length, depth and numbers.
 """
 
@@ -160,6 +160,7 @@ SENTENCE = re.compile(r"\.(?=\s|$)|:(?!\d)|[;!?|]|,(?=\s)")
 ROUNDED = re.compile(r"\b(?:about|around|approximately|roughly|nearly|almost|round\w*|at (?:least|most)|full|whole|complete|"
                      r"remainder)\b|≈", re.I)
 FOLLOWS = re.compile(r"\b(?:so|thus|hence|therefore|which (?:gives|means)|giving)\b", re.I)
+RETRACTED = re.compile(r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|\bno,", re.I)
 UNITS = re.compile(r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|yard|mile|meter|"
                    r"metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|dime|nickel|quarter|dozen|"
                    r"score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|halves|twice|double|thousand|million)\b", re.I)
@@ -287,8 +288,11 @@ def check_sentence(sentence, equation):
 
 
 def check_text(text):
-    """Every step found in a text, in order of the lines: [Step(text, verdict, reason)]."""
-    out, equation = [], None
+    """Every step found in a text, in order of the lines: [Step(text, verdict, reason)].
+
+    A wrong step is "repaired" when the text takes something back after it and then has the same left side right.
+    """
+    out, equation, retractions = [], None, 0
     for line in text.split("\n"):
         line = line[:MAX_LINE]
         sentences = re.findall(r"<<([^<>]*)>>", line)
@@ -297,9 +301,19 @@ def check_text(text):
             line = pattern.sub(new, line)
             sentences = [pattern.sub(new, s) for s in sentences]
         for sentence in sentences + SENTENCE.split(line):
+            retractions += bool(RETRACTED.search(sentence))
             steps, equation = check_sentence(sentence, equation)
-            out += steps
-    return out
+            out += [(step, retractions) for step in steps]
+    right = {}
+    for step, count in out:
+        if step.verdict == "right":
+            right[left_of(step)] = count
+    return [step._replace(verdict="repaired") if step.verdict == "wrong" and right.get(left_of(step), 0) > count else step
+            for step, count in out]
+
+
+def left_of(step):
+    return re.split("[=≈]", step.text)[0]
 
 
 def first_wrong_step(text):

@@ -70,7 +70,7 @@ def parse_args(argv=None):
     g.add_argument("--decontaminate", nargs="*", default=["gsm8k", "math500"], help="evaluation sets whose test problems are kept out")
     g.add_argument("--ngram", type=int, default=10, help="words in a row that count as overlap with an evaluation set")
     g.add_argument("--near-duplicate", type=float, default=0.9, help="Jaccard similarity of 3-grams above which one goes; 1: off")
-    g.add_argument("--min-chars", type=int, default=10, help="of a thought")
+    g.add_argument("--min-chars", type=int, default=1, help="of a thought")
     g.add_argument("--max-chars", type=int, default=12000)
     g.add_argument("--min-pass-rate", type=float, default=0.0, help="with a pass_rate field in the problems: how often the student is right")
     g.add_argument("--max-pass-rate", type=float, default=1.0)
@@ -166,13 +166,13 @@ def process_check(record, problem, mode, families, counts):
         return None
     if mode == "family" and family:
         wrong = family.check_steps(problem, record["thought"])
-        return wrong and f"line {wrong[0] + 1}: {wrong[1]!r}: {wrong[2]}"
+        return wrong and f"a wrong step in {problem['subject']}: line {wrong[0] + 1}, {wrong[1]!r}: {wrong[2]}"
     thought = record["thought"]
     if record["source"]["teacher"] == "gsm8k-solutions":
         thought = problem["solution"]                                       # its <<...>> annotations are steps too
     steps = check_text(thought)
     counts.update(step.verdict for step in steps)
-    return next((f"{step.text!r}: {step.reason}" for step in steps if step.verdict == "wrong"), None)
+    return next((f"a wrong equation: {step.text!r}, {step.reason}" for step in steps if step.verdict == "wrong"), None)
 
 
 # ---------------------------------------------------------------------------------------------- curation
@@ -190,7 +190,7 @@ def form_fault(record, args):
     """A reason to drop a trace for its form: length, repetition, markup, language; None when there is none."""
     thought, words = record["thought"], words_of(record["thought"])
     if record["source"]["finish"] not in ("stop", "None"):
-        return f"the output was cut off ({record['source']['finish']})"
+        return f"cut off: the output ended by {record['source']['finish']}"
     if not args.min_chars <= len(thought) <= args.max_chars:
         return f"length: {len(thought)} characters, outside {args.min_chars} to {args.max_chars}"
     if re.search(r"</?(?:think|thought)>|<\|\w+\|>", thought):
@@ -257,10 +257,10 @@ def curate(records, problems, args, drop):
 
     first = {}
     same = {i: first[key] for i, r in enumerate(records) if first.setdefault(key := (r["problem"], r["thought"]), r["id"]) != r["id"]}
-    records = drop("exact duplicate", records, {i: f"the same as {other}" for i, other in same.items()})
+    records = drop("exact duplicate", records, {i: f"the same as: {other}" for i, other in same.items()})
     if args.near_duplicate < 1:
         near = near_duplicates(records, args.near_duplicate)
-        records = drop("near duplicate", records, {i: f"nearly {records[j]['id']}" for i, j in near.items()})
+        records = drop("near duplicate", records, {i: f"nearly the same as: {records[j]['id']}" for i, j in near.items()})
 
     grams, evaluations = evaluation_grams(args.decontaminate, args.ngram)
     overlap = {}
@@ -268,18 +268,18 @@ def curate(records, problems, args, drop):
         problem = problems[record["source"]["problem_id"]]
         hit = next((g for g in ngrams(words_of(record["problem"]), args.ngram) if g in grams), None)
         if hit:
-            overlap[i] = f"shares {hit!r} with {grams[hit]}"
+            overlap[i] = f"{args.ngram} words of {grams[hit].split('/')[0]}: {hit!r} is in {grams[hit]}"
         elif "key" in problem and split_of(problem["key"]) != "train":
-            overlap[i] = f"is of the {split_of(problem['key'])} split"
+            overlap[i] = "not of the train split: " + problem["key"]
     records = drop("contamination", records, overlap)
 
     rates = [problems[r["source"]["problem_id"]].get("pass_rate") for r in records]
     records = drop("difficulty", records, {
-        i: f"the student's pass rate is {rate}" for i, rate in enumerate(rates)
+        i: f"the student's pass rate: {rate}" for i, rate in enumerate(rates)
         if rate is not None and not args.min_pass_rate <= rate <= args.max_pass_rate})
     if args.balance:
         extra = balance(records, args.balance, random.Random(args.seed))
-        records = drop("balance", records, {i: "its family and level have many more than others" for i in sorted(extra)})
+        records = drop("balance", records, {i: "more than its share" for i in sorted(extra)})
     return records, evaluations
 
 
@@ -311,9 +311,9 @@ def data_card(records, dropped, facts, args):
     lines = [f"# {Path(args.out).name}", "", "Made by", "", f"    python data/traces.py {' '.join(sys.argv[1:])}", "",
              "## Dropped", "", "| stage | traces | reasons | an example |", "| --- | --- | --- | --- |"]
     for stage, drops in dropped.items():
-        reasons = Counter(re.split(r"[:(]| with | is ", reason)[0].strip() for _, reason in drops).most_common(3)
+        reasons = Counter(reason.split(":")[0] for _, reason in drops).most_common()
         example = f"`{drops[0][0]}`: {drops[0][1]}"[:240].replace("|", "\\|").replace("\n", " ") if drops else ""
-        lines.append(f"| {stage} | {len(drops)} | {'; '.join(f'{reason} {n}' for reason, n in reasons)[:200]} | {example} |")
+        lines.append(f"| {stage} | {len(drops)} | {'; '.join(f'{reason} {n}' for reason, n in reasons)} | {example} |")
     lines += ["", f"{len(records)} of {facts.pop('raw traces')} raw traces remain.", "", "## Facts", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [f"- characters in a thought: least {lengths[0]}, median {lengths[len(lengths) // 2]}, most {lengths[-1]}",
@@ -364,7 +364,8 @@ def main(args):
         raise ValueError("no trace is left; the reasons: " + ", ".join(f"{stage} {len(d)}" for stage, d in dropped.items()))
     random.Random(args.seed).shuffle(records)
 
-    facts = {"raw traces": len(rows), "teacher": settings, "problems": len(problems), "process check": f"{mode} {dict(steps) or ''}",
+    facts = {"raw traces": len(rows), "teacher": settings, "problems": len(problems), "process check": {"off": "none", "family": "each family's own; free text elsewhere", "text": "free text"}[mode],
+             "steps of free text": dict(steps),
              "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion tokens in this run",
              "unanswered": cost["unanswered"], "kept out": evaluations,
              "self-correction": sum("self_correction" in r["source"] for r in records)}

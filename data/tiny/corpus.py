@@ -1,6 +1,6 @@
 """The corpus and the tokenizer of the embedded tiny model.
 
-    python data/tiny/corpus.py --documents 120000 --out runs/tiny/corpus.jsonl
+    python data/tiny/corpus.py --out runs/tiny/corpus.jsonl
 
 The tiny model stands in for a pretrained base model: one that can reason better than it does. So its corpus is mixed as human
 text is. Every document is a conversation of one to four problems with one author, and authors differ: most state their answer at
@@ -33,7 +33,9 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--documents", type=int, default=120000)
+    p.add_argument("--documents", type=int, default=160000)
+    p.add_argument("--levels", type=float, nargs=5, default=[3, 2, 2, 2, 2], help="how often problems of each level come")
+    p.add_argument("--think-share", type=float, default=0.3, help="share of the documents whose problems ask for steps")
     p.add_argument("--slip-rate", type=float, default=0.12, help="chance that a careless author gets an operation wrong")
     p.add_argument("--notice-rate", type=float, default=0.2, help="chance that the slip is noticed and repaired on the next line")
     p.add_argument("--skip-rate", type=float, default=0.6, help="chance that a careless author does one more operation on the same line")
