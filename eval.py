@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import statistics
@@ -54,13 +55,13 @@ def add_eval_flags(parser, temperature=0.0):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--results", default="results.jsonl", help="the file to which every measured row is appended")
+    parser.add_argument("--records", help="directory or .jsonl file for a line per problem; a broken run goes on from it")
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_eval_flags(p)
     p.add_argument("--num-samples", type=int, default=1, help="completions per problem; several need a temperature")
-    p.add_argument("--records", help="file or directory for a line per problem; an interrupted run goes on from it")
     p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="only compare two files of records")
     p.add_argument("--report", action="store_true", help="the table of all methods for --model, and its plots")
     p.add_argument("--trained", help="checkpoint of the report's GRPO row; default: what grpo.py leaves, run at need")
@@ -308,21 +309,16 @@ def make_record(problem, prompt, completions, texts, grades):
 
 
 def read_records(path, settings=None):
-    """{id: record} of a file of records. A last line that was cut off is no record.
+    """{id: record} of a file of records. What follows the last line break was cut off, and is no record.
 
     settings: what the run that goes on asks for. Raises ValueError when the records were made with other settings.
     """
     records = {}
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
-            record = json.loads(line) if line else None
+            record = json.loads(line)
         except ValueError:
-            if number == len(lines):
-                break
             raise ValueError(f"{path}, line {number}: not JSON") from None
-        if record is None:
-            continue
         if not isinstance(record, dict) or not record.get("samples") or "settings" not in record:
             raise ValueError(f"{path}, line {number}: not a record of eval.py")
         if settings and record["settings"] != settings:
@@ -347,10 +343,9 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
     done, ends, stop = {}, end_tokens(tokenizer, config), PRESETS[prompt].stop
     if path and Path(path).is_file():
         done = read_records(path, settings)
-        # what a broken run left half written goes, so that new lines begin on a line of their own
-        Path(path).write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
+        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)  # a line half written goes
     todo = [p for p in problems if p["id"] not in done]
-    chunk = max(1, 4 * max_batch // num_samples)  # large enough to keep the batch full, small enough to lose little
+    chunk = max(1, 4 * max_batch // max(1, num_samples))  # large enough to keep the batch full, small enough to lose little
     with tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", disable=not progress) as bar:
         for begin in range(0, len(todo), chunk):
             now, started = todo[begin:begin + chunk], time.perf_counter()
@@ -375,7 +370,6 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
 
 
 # ------------------------------------------------------------------------------------ rows: what a run comes to
-
 
 ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade reads
 
@@ -485,6 +479,7 @@ class Run(NamedTuple):
     problems: list
     ask: dict  # keyword arguments of evaluate()
     settings: dict  # what identifies a row, beside the method
+    records: Path | None = None  # a directory for files of records, or one such file
 
 
 def is_tiny(config):
@@ -520,6 +515,14 @@ def load_shots(args, data, problems, count):
 
 def open_run(args, tiny_prompt="plain"):
     """The Run that the flags name. tiny_prompt: what stands for a missing --prompt when the model is tiny."""
+    records = Path(args.records) if args.records else None
+    for folder in (Path(args.results).parent, records and (records.parent if records.suffix == ".jsonl" else records)):
+        if folder:  # made now, so that nothing is measured that cannot be kept
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     path = resolve_model(args.model)
     config, tokenizer = load_config(path), load_tokenizer(path)
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -531,10 +534,11 @@ def open_run(args, tiny_prompt="plain"):
     shots = load_shots(args, data, problems, PRESETS[prompt].shots if args.shots is None else args.shots)
     ask = {"prompt": prompt, "system": load_system_prompt(path), "shots": shots, "think_tag": args.think_tag,
            "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed,
-           "max_new_tokens": args.max_new_tokens or (160 if tiny else 1024), "max_batch": args.max_batch}
+           "max_new_tokens": (128 if tiny else 1024) if args.max_new_tokens is None else args.max_new_tokens,
+           "max_batch": args.max_batch}
     settings = {"model": args.model, "weights": fingerprint(path), "data": data, "split": args.split,
                 "data_seed": args.data_seed, "device": args.device, "dtype": dtype}
-    return Run(params, config, tokenizer, problems, ask, settings)
+    return Run(params, config, tokenizer, problems, ask, settings, records)
 
 
 def prompt_tokens(run):
@@ -556,9 +560,10 @@ def print_settings(settings):
     print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()), flush=True)
 
 
-def measure(run, path=None, **changes):
-    """evaluate() under a run's settings, some of them changed: (records, settings)."""
+def measure(run, name="records", **changes):
+    """evaluate() under a run's settings, some of them changed: (records, settings). name: of the file of records."""
     settings, ask = settings_of(run, **changes), run.ask | changes
+    path = run.records if run.records is None or run.records.suffix == ".jsonl" else run.records / f"{name}.jsonl"
     return evaluate(run.params, run.config, run.tokenizer, run.problems, **ask, path=path, settings=settings), settings
 
 
@@ -606,20 +611,24 @@ def run_neighbour(script, *flags):
 
 
 def plot_report(rows, out):
-    """Two plots of (label, row) pairs: accuracy against tokens, accuracy by level."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
+    """Two plots of (label, row) pairs: accuracy against tokens, and, where problems have levels, accuracy by level."""
+    from matplotlib.figure import Figure  # no pyplot: nothing global, and no display needed
+    figures = {"cost.png": Figure((7, 4.5), dpi=150), "levels.png": Figure((7, 4.5), dpi=150)}
+    cost, levels = (figure.subplots() for figure in figures.values())
     bars = lambda rates: [[r - low for r, low, *_ in rates], [high - r for r, _, high, *_ in rates]]
-    cost, levels = Figure((7, 4.5), dpi=150), Figure((7, 4.5), dpi=150)
-    for name, figure, x_label in (("cost.png", cost, "tokens per problem"), ("levels.png", levels, "level")):
-        axes = figure.subplots()
-        for i, (label, row) in enumerate(rows):
-            rates = [(row["accuracy"], row["low"], row["high"])] if figure is cost else list(row["levels"].values())
-            x = [row["tokens_mean"]] if figure is cost else [int(level) + 0.06 * i for level in row["levels"]]
-            axes.errorbar(x, [r[0] for r in rates], bars(rates), fmt="o" if figure is cost else "o-", capsize=2, label=label)
-        axes.set(xlabel=x_label, ylabel="accuracy", ylim=(0, 1), xscale="log" if figure is cost else "linear")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-        figure.savefig(out / name, bbox_inches="tight")
+    for i, (label, row) in enumerate(rows):
+        rate = row["accuracy"], row["low"], row["high"]
+        cost.errorbar([row["tokens_mean"]], [rate[0]], bars([rate]), fmt="o", capsize=2, label=label)
+        if rates := list(row["levels"].values()):
+            x = [int(level) + 0.06 * (i - len(rows) / 2) for level in row["levels"]]
+            levels.errorbar(x, [r[0] for r in rates], bars(rates), fmt="o-", capsize=2, label=label)
+    cost.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
+    levels.set(xlabel="level", ylabel="accuracy", ylim=(0, 1))
+    for (name, figure), axes in zip(figures.items(), (cost, levels)):
+        if axes.get_legend_handles_labels()[1]:
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
+            figure.savefig(out / name, bbox_inches="tight")
 
 
 def trained_checkpoint(args):
@@ -640,34 +649,38 @@ def report(args):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k in passed_on and v is not None]
     same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed, "shots": 0,
             "n": len(load_problems(data, args.split, args.limit or None, args.data_seed))}
+    trained = args.trained or trained_checkpoint(args)
     plan = [  # label, model, method, prompt, the script that makes the row
         ("base", args.model, "greedy", plain, "eval.py"),
         ("+ chain of thought", args.model, "greedy", cot, "eval.py"),
-        ("the same, sampled once", args.model, "one sample", cot, "infer_scale.py"),
+        ("+ chain of thought, sampled once", args.model, "one sample", cot, "infer_scale.py"),
         ("+ self-consistency, N = 10", args.model, "majority of 10", cot, "infer_scale.py"),
         ("+ self-refinement, K = 2", args.model, "refine, K = 2", cot, "refine.py"),
-        ("self-consistency at the same tokens", args.model, "self-consistency at the tokens of K = 2", cot, "refine.py"),
-        ("+ GRPO", args.trained or trained_checkpoint(args), "greedy", plain, "eval.py"),
+        ("self-consistency at its tokens", args.model, "self-consistency at the tokens of K = 2", cot, "refine.py"),
+        ("+ GRPO", trained, "greedy", plain, "eval.py"),
+        ("base, sampled", args.model, "sampled", plain, "eval.py"),  # is GRPO more than sharpening? see pass@10
+        ("+ GRPO, sampled", trained, "sampled", plain, "eval.py"),
     ]
     rows = []
     for label, model, method, prompt, script in plan:
         wanted = same | {"weights": fingerprint(resolve_model(model)), "method": method, "prompt": prompt,
                          "temperature": 0.0 if method == "greedy" else SAMPLING_TEMPERATURE}
+        sampled = ["--num-samples=10", f"--temperature={SAMPLING_TEMPERATURE}"] if method == "sampled" else []
         if not find_row(read_rows(args.results), **wanted):
-            run_neighbour(script, f"--model={model}", f"--data={data}", f"--prompt={prompt}", *flags)
+            run_neighbour(script, f"--model={model}", f"--data={data}", f"--prompt={prompt}", *sampled, *flags)
         rows.append((label, find_row(read_rows(args.results), **wanted)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    lines = [[label, rated(row), f"{row['tokens_mean']:.0f}", f"{row['seconds']:.1f}", f"`{row['command']}`"]
-             for label, row in rows]
+    lines = [[label, rated(row), percent(*row["pass_at"]["10"]) if "pass_at" in row else "", f"{row['tokens_mean']:.0f}",
+              f"{row['seconds']:.1f}", f"`{row['command']}`"] for label, row in rows]
     text = (f"{args.model} on {same['n']} problems of {data}/{args.split}, torch {torch.__version__}, "
             f"{torch.get_num_threads()} threads\n\n"
-            + markdown(["method", "accuracy, % [95 %]", "tokens per problem", "seconds", "command"], lines))
+            + markdown(["method", "accuracy, % [95 %]", "pass@10", "tokens per problem", "seconds", "command"], lines))
     (out / "results.md").write_text(text, encoding="utf-8")
     print("\n" + text)
     try:
         plot_report(rows, out)
-        print(f"written to {out}/: results.md, cost.png, levels.png")
+        print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     except ImportError:
         print(f"written to {out}/results.md; the plots need matplotlib: pip install matplotlib")
 
@@ -680,13 +693,9 @@ def main(args):
         return compare(*args.compare)
     if args.report:
         return report(args)
-    path = Path(args.records) if args.records else None
-    if path and path.suffix != ".jsonl":
-        path.mkdir(parents=True, exist_ok=True)
-        path /= "records.jsonl"
     run = open_run(args)
     print_settings(settings_of(run, num_samples=args.num_samples))
-    records, settings = measure(run, path, num_samples=args.num_samples)
+    records, settings = measure(run, num_samples=args.num_samples)
     row = summarize(records, method="greedy" if args.temperature == 0 else "sampled", **settings)
     append_row(args.results, row)
     print_row(row)

@@ -18,7 +18,6 @@ import random
 import statistics
 import sys
 from collections import Counter
-from pathlib import Path
 
 from eval import (PRESETS, SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, load_shots,
                   maj_at_k, majority_vote, markdown, measure, open_run, paired_bootstrap, pass_at_k, percent,  # noqa: F401
@@ -38,7 +37,6 @@ def parse_args(argv=None):
     p.add_argument("--budgets", type=int, nargs="+", default=(1, 8, 16, 24, 32, 48),
                    help="tokens of thought allowed")
     p.add_argument("--confidence", type=float, default=0.95, help="at which an adaptive vote stops sampling")
-    p.add_argument("--records", help="directory that keeps the pools; an interrupted run goes on from them")
     p.add_argument("--plot", help="a PNG file for the heat map of temperature and votes")
     return p.parse_args(argv)
 
@@ -119,7 +117,7 @@ def compare_prompts(run, args):
         if longest + run.ask["max_new_tokens"] > run.config.max_context:
             print(f"{name} is left out: {longest} tokens leave too little of the context of {run.config.max_context}")
             continue
-        records, settings = measure(run, **changes)
+        records, settings = measure(run, f"{prompt}-{k}", **changes)
         row, scores = summarize(records, method="greedy", **settings), scores_of(records, "strict")
         baseline = baseline or scores
         rows.append(row)
@@ -241,12 +239,12 @@ def plot_heat(accuracy, ks, path):
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     figure = Figure((2 + len(ks), 1.5 + 0.5 * len(accuracy)), dpi=150)
     axes = figure.subplots()
-    axes.imshow(list(accuracy.values()), aspect="auto", cmap="viridis")
+    axes.imshow(list(accuracy.values()), aspect="auto", cmap="YlGn")
     axes.set(xlabel="votes", ylabel="temperature", xticks=range(len(ks)), xticklabels=ks, yticks=range(len(accuracy)),
              yticklabels=[f"{t:g}" for t in accuracy])
     for i, row in enumerate(accuracy.values()):
         for j, value in enumerate(row):
-            axes.text(j, i, percent(value), ha="center", va="center", color="white")
+            axes.text(j, i, percent(value), ha="center", va="center")
     figure.savefig(path, bbox_inches="tight")
 
 
@@ -257,8 +255,9 @@ def sweep_budget(run, args):
     """Greedy accuracy, per level, when the thinking block is closed after so many tokens; the last row lets it run."""
     rows, scores, texts = [], {}, {}
     for budget in [*sorted(args.budgets), 0]:
-        records, settings = measure(run, temperature=0.0, think_budget=budget)
-        row = summarize(records, method=f"thought of at most {budget} tokens" if budget else "thought of any length", **settings)
+        records, settings = measure(run, f"budget-{budget}", temperature=0.0, think_budget=budget)
+        method = f"thought of at most {budget} tokens" if budget else "thought of any length"
+        row = summarize(records, method=method, **settings)
         scores[budget], texts[budget] = scores_of(records, row["grade"]), [r["samples"][0]["text"] for r in records]
         rows.append(row)
     cut = {b: statistics.fmean(text != whole for text, whole in zip(texts[b], texts[0])) for b in texts}
@@ -286,8 +285,7 @@ def main(args):
     wanted = {args.temperature} if "consistency" in args.experiments else set()
     wanted |= set(args.temperatures) if "temperature" in args.experiments else set()
     for temperature in sorted(wanted):
-        path = Path(args.records) / f"temperature_{temperature:g}.jsonl" if args.records else None
-        pools[temperature] = measure(run, path, temperature=temperature, num_samples=args.num_samples)
+        pools[temperature] = measure(run, f"temperature-{temperature:g}", temperature=temperature, num_samples=args.num_samples)
     if "prompts" in args.experiments:
         rows += compare_prompts(run, args)
     if "consistency" in args.experiments:

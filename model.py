@@ -395,16 +395,17 @@ def rms_norm(x, weight, eps):
 def rope_frequencies(config, device="cpu"):
     """Radians per position of each pair of dimensions, [head_dim / 2] float32; stretched by parts under YaRN."""
     half = config.head_dim // 2
-    # operations in the order of the published code: at position 100,000, one rounding of a frequency shows in the logits
+    # the published code's order of operations: at position 100,000, one rounding of a frequency shows in the logits
     periods = config.rope_theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)  # over 2 pi
     if (yarn := config.rope_scaling) is None:
         return 1 / periods
 
-    def turns_to_dim(turns):  # the dimension that makes `turns` full turns within the trained context (YaRN, section 3.2)
-        return half * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(config.rope_theta)
+    def pair_of(turns):  # the pair that makes so many full turns within the trained context (YaRN, section 3.2)
+        period = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+        return half * math.log(period) / math.log(config.rope_theta)
 
-    low = max(math.floor(turns_to_dim(yarn.beta_fast)), 0)
-    high = min(math.ceil(turns_to_dim(yarn.beta_slow)), config.head_dim - 1)
+    low = max(math.floor(pair_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_of(yarn.beta_slow)), config.head_dim - 1)
     ramp = (torch.arange(half, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
     keep = 1 - ramp.clamp(0, 1)  # 1: turns often, kept as it is; 0: never turns once, interpolated
     return 1 / (yarn.factor * periods) * (1 - keep) + 1 / periods * keep
@@ -433,7 +434,7 @@ def attention(q, k, v, seen=None):
     K, S = k.shape[1:3]
     if q.device.type != "cpu" or S > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=H != K)
-    # Written out, since for rows this short the CPU's kernel takes about three times as long, most of it in its backward pass.
+    # Written out: for rows this short the CPU's kernel takes about three times as long, mostly in its backward pass.
     if seen is None:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     q = q.reshape(B * K, H // K * T, head_dim).float() * head_dim ** -0.5
@@ -443,9 +444,9 @@ def attention(q, k, v, seen=None):
 
 
 def causal_attention(layer, q, k, v):
-    """Each position sees itself and what stands before it: q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> like q.
+    """Each position sees itself and what stands before: q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> like q.
 
-    An attend_fn is given to every layer in turn. Others: `packed_attention` and `cached_attention` below, and the sampler's.
+    An attend_fn is given to every layer in turn. Others: `packed_attention`, `cached_attention` and the sampler's.
     """
     return attention(q, k, v)
 
@@ -459,8 +460,9 @@ def packed_positions(groups):
 def packed_attention(groups):
     """The attend_fn of one row [1, T] that holds groups: a prompt, then completions that each see it and themselves.
 
-    groups: [(prompt length, [completion length, ...]), ...] in the order of the row. Prompts of no tokens make the completions texts of
-    their own. The linear layers see every token once and no padding; only here are a group's completions padded to its longest.
+    groups: [(prompt length, [completion length, ...]), ...] in the order of the row. Prompts of no tokens make the
+    completions texts of their own. The linear layers see every token once and no padding; only here are a group's
+    completions padded to its longest.
     """
     def attend_fn(layer, q, k, v):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
@@ -471,9 +473,12 @@ def packed_attention(groups):
             if prompt:
                 parts.append(attention(*(x.transpose(0, 1)[None] for x in (q0, k0, v0)))[0].transpose(0, 1))
             longest = max(lengths)
-            qs, ks, vs = (pad_sequence(x, batch_first=True).transpose(1, 2) for x in (qs, ks, vs))  # [G, heads, longest, head_dim]
-            ks, vs = (torch.cat((x0.transpose(0, 1).expand(len(lengths), -1, -1, -1), x), 2) for x0, x in ((k0, ks), (v0, vs)))
-            seen = torch.ones(longest, prompt + longest, dtype=torch.bool, device=q.device).tril(prompt) if prompt else None
+            # [G, heads, longest, head_dim] each, then keys and values with the prompt's in front
+            qs, ks, vs = (pad_sequence(x, batch_first=True).transpose(1, 2) for x in (qs, ks, vs))
+            ks, vs = (torch.cat((x0.transpose(0, 1).expand(len(lengths), -1, -1, -1), x), 2)
+                      for x0, x in ((k0, ks), (v0, vs)))
+            size = longest, prompt + longest
+            seen = torch.ones(size, dtype=torch.bool, device=q.device).tril(prompt) if prompt else None
             out = attention(qs, ks, vs, seen).transpose(1, 2)  # [G, longest, H, head_dim]
             parts += [row[:n] for row, n in zip(out.unbind(), lengths)]
         return torch.cat(parts).transpose(0, 1)[None]
@@ -486,13 +491,13 @@ def block(params, config, layer, x, cos, sin, attend_fn):
     B, T, _ = x.shape
     pre = f"model.layers.{layer}."
     h = rms_norm(x, params[pre + "input_layernorm.weight"], config.rms_norm_eps)
-    q = linear(params, pre + "self_attn.q_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, H, T, head_dim]
-    k = linear(params, pre + "self_attn.k_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)  # [B, K, T, head_dim]
-    v = linear(params, pre + "self_attn.v_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)
+    q, k, v = (linear(params, f"{pre}self_attn.{part}_proj", h).view(B, T, -1, config.head_dim).transpose(1, 2)
+               for part in "qkv")  # [B, H, T, head_dim], [B, K, T, head_dim], [B, K, T, head_dim]
     out = attend_fn(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
     x = x + linear(params, pre + "self_attn.o_proj", out.transpose(1, 2).reshape(B, T, -1))
     h = rms_norm(x, params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
-    return x + linear(params, pre + "mlp.down_proj", F.silu(linear(params, pre + "mlp.gate_proj", h)) * linear(params, pre + "mlp.up_proj", h))
+    h = F.silu(linear(params, pre + "mlp.gate_proj", h)) * linear(params, pre + "mlp.up_proj", h)  # [B, T, I]
+    return x + linear(params, pre + "mlp.down_proj", h)
 
 
 class Cache(NamedTuple):
@@ -543,15 +548,17 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
 
 def lm_head(params, config, hidden):
     """Logits in float32: [..., D] -> [..., V]. The matrix product runs in the dtype of the weights."""
-    return F.linear(hidden, params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]).float()
+    weight = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    return F.linear(hidden, weight).float()
 
 
 def forward(params, config, tokens, positions=None, cache=None):
     """Logits of every position: tokens [B, T] -> [B, T, V] float32.
 
     positions: [B, T] absolute positions; default 0, 1, ..., or with a cache, on from what each row holds.
-    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what was written behind a row's real
-    end is never seen, once `positions` says where the row really continues. Raises ValueError when a row outgrows cache or context.
+    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what was written behind a
+    row's real end is never seen, once `positions` says where the row really continues.
+    Raises ValueError when the tokens outgrow the context, or with a cache, its slots.
     """
     if cache is None:
         if tokens.shape[1] > config.max_context:

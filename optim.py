@@ -31,7 +31,7 @@ import sys
 import time
 import traceback
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -613,7 +613,8 @@ def stop_signals():
             os._exit(128 + number)
         received.append(number)
         if rank_and_world()[0] == 0:
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more to quit at once\n")
+            with suppress(OSError):  # the terminal may be gone, which is why we are asked to stop
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more to quit at once\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

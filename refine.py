@@ -214,7 +214,7 @@ def equal_cost_rows(run, spent):
 
     A budget between k and k + 1 samples takes the one more on a part of the problems; its row is that mean.
     """
-    records, settings = measure(run, num_samples=math.ceil(max(spent) / spent[0]) + 1)
+    records, settings = measure(run, "samples", num_samples=math.ceil(max(spent) / spent[0]) + 1)
     pool = len(records[0]["samples"])
     tokens = [statistics.fmean(s["tokens"] for s in r["samples"]) for r in records]
     votes, rows = [votes_of(r) for r in records], []

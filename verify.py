@@ -448,7 +448,7 @@ def _rebuild(node, fn):
 
 
 def _has(node, *tags):
-    return node[0] in tags or any(_has(child, *tags) for child in _children(node))
+    return node[node[0] == "fn"] in tags or any(_has(child, *tags) for child in _children(node))
 
 
 def _product(a, b):
@@ -696,7 +696,7 @@ class _Parser:
         if kind == "over":
             return ("fn", "conjugate", self.argument())
         if kind == "name":  # \angle ABC
-            return ("text", token.value + repr(self.group() if self.kind == "{" else self.inside("open", self.term)))
+            return ("text", token.value, self.group() if self.kind == "{" else self.inside("open", self.term))
         if kind == "set{":
             return self.inside("set", self.braces)
         if kind == "|":
@@ -875,6 +875,10 @@ def exact(node):
         pass
     except (ArithmeticError, ValueError, TypeError):
         return None
+    return _residues(node)
+
+
+def _residues(node):
     try:
         residues = tuple(_rational(node, prime) for prime in PRIMES)
         return None if None in residues else residues
@@ -1049,12 +1053,12 @@ def evaluate(node, index, real, m):
 
 
 def _value(node, index, real, m):
-    """`evaluate`, or None where the value is undefined. Raises OverflowError when it is too large."""
+    """`evaluate`, or None where the value is undefined, or infinity when it, or a step towards it, is too large."""
     try:
         value = evaluate(node, index, real, m)
         return value if m.isfinite(value) else None
     except OverflowError:
-        raise
+        return math.inf
     except (ArithmeticError, ValueError, TypeError, KeyError):
         return None
 
@@ -1062,10 +1066,8 @@ def _value(node, index, real, m):
 @lru_cache(maxsize=512)
 def sample(node, index=0, real=False):
     """The value at a sample point as a complex, or None where it is undefined or out of range."""
-    try:
-        return _value(node, index, real, DOUBLES)
-    except OverflowError:
-        return None
+    value = _value(node, index, real, DOUBLES)
+    return None if value == math.inf else value
 
 
 def _agree(a, b, index, real):
@@ -1078,6 +1080,10 @@ def _agree(a, b, index, real):
         x, y = _value(a, index, real, m), _value(b, index, real, m)
         if x is None or y is None:
             return None
+        if x == y == math.inf:
+            raise OverflowError("both too large to tell")
+        if math.inf in (x, y):
+            return False
         size = max(abs(x), abs(y))
         if abs(x - y) <= size * 1e-45:
             return True
@@ -1113,15 +1119,17 @@ def to_sympy(node):
         return sympy.Rational(node[1].numerator, node[1].denominator)
     if tag in ("sym", "const"):
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I}[node[1]] if tag == "const" else sympy.Symbol(node[1])
+    values = [to_sympy(child) for child in (node[2:] if tag in ("fn", "call") else node[1:])]
+    if tag in ("fn", "call"):
+        function = getattr(sympy, "log" if node[1] == "Log" else node[1]) if tag == "fn" else sympy.Function(node[1])
+        return function(*values)
     build = {
         "add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow, "neg": lambda v: -v, "div": lambda v, w: v / w,
         "root": lambda n, v: sympy.root(v, n), "deg": lambda v: v, "pct": lambda v: v / 100, "inf": lambda: sympy.oo,
-        "fn": getattr(sympy, str(node[1:2] and node[1]).lower() if node[1:2] == ("Log",) else str(node[1:2] and node[1]), None),
-        "call": sympy.Function(str(node[1])) if tag == "call" else None,
-    }.get(tag)  # fmt: skip
-    if build is None:
+    }  # fmt: skip
+    if tag not in build:
         raise ValueError(f"{tag} is no value")
-    return build(*map(to_sympy, node[2:] if tag in ("fn", "call") else node[1:]))
+    return build[tag](*values)
 
 
 # ------------------------------------------------------------------------------------------------ equivalence
@@ -1163,11 +1171,8 @@ def _near(decimal, node):
     other = exact(node)
     if other is not None or symbols(node):
         return isinstance(other, Fraction) and other.denominator != 1 and abs(other - value) < unit
-    try:
-        precise = _value(node, 0, False, _many_digits(60, threading.get_ident()))
-    except OverflowError:
-        return False
-    if precise is None:
+    precise = _value(node, 0, False, _many_digits(60, threading.get_ident()))
+    if precise is None or precise == math.inf:
         return False
     return abs(precise - precise.context.rational(value)) < precise.context.rational(unit).real
 
@@ -1192,6 +1197,8 @@ def same_value(a, b, trail):
     a, b = (node[1] if node[0] == "mod" else node for node in (a, b))
     x, y = exact(a), exact(b)
     trail.tiers.append("numeric" if x is None or y is None else "exact number")
+    if type(x) is not type(y) and x is not None and y is not None:  # one of them is too long to write out
+        x, y = (_residues(number(v)) if isinstance(v, Fraction) else v for v in (x, y))
     if x is not None and x == y:
         return True
     if any(decimal and _near(decimal, other) for decimal, other in ((_decimal(a), b), (_decimal(b), a))):
@@ -1201,7 +1208,7 @@ def same_value(a, b, trail):
     if _infinite(a) or _infinite(b):
         return _infinite(a) == _infinite(b)
     verdict = same_function(a, b)
-    if not verdict and any("Log" in str(node) for node in (a, b)):  # \log is to base e for some, to base 10 for others
+    if not verdict and (_has(a, "Log") or _has(b, "Log")):  # \log is to base e for some, to base 10 for others
         to_ten = [_rebuild(n, lambda n: ("fn", "log", n[2], number(10)) if n[:2] == ("fn", "Log") else n) for n in (a, b)]
         verdict = same_function(*to_ten) or verdict
     if verdict is None and trail.deep:
@@ -1510,7 +1517,7 @@ def same_plain(a, b, trail):
         if one[0] == "set" and len(one) == 2 and other[0] != "set":
             return same(one[1], other, trail)
         if one[0] == "tuple" and other[0] == "list" and all(item[0] == "rel" for item in other[2:]):
-            named = {str(_statement(item)[0]): _statement(item)[1] for item in other[2:]}  # x = 1, y = 2 is (1, 2)
+            named = {show(_statement(item)[0]): _statement(item)[1] for item in other[2:]}  # x = 1, y = 2 is (1, 2)
             if len(named) == len(one) - 1 and "None" not in named:
                 return _all(same(part, named[name], trail) for part, name in zip(one[1:], sorted(named)))
     if {a[0], b[0]} & {"raw", "text", "number set"}:

@@ -12,46 +12,240 @@ import re
 from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family, split_of
 from data.programs import check_source, run_tests, trace
 
-# (what the function returns, source, what its arguments look like); k and m are parameters of the problem.
-PROGRAMS = {
-    1: [("the price of n things at p each, with {k} for delivery", "def cost(n, p):\n total = n * p\n total = total + {k}\n return total", "nn"),
-        ("the minutes in h hours and m minutes, less a break of {k}", "def minutes(h, m):\n total = h * 60 + m\n total = total - {k}\n return total", "nn"),
-        ("the length of fence around a field a by b with {k} metres to spare", "def fence(a, b):\n side = a + b\n return 2 * side + {k}", "nn"),
-        ("{k} more than the mean of a and b, rounded down", "def middle(a, b):\n total = a + b\n return total // 2 + {k}", "nn"),
-        ("a groups of {k} and b groups of {m}, counted together", "def people(a, b):\n first = a * {k}\n second = b * {m}\n return first + second", "nn"),
-        ("what is left when n things are shared out in boxes of {k} and {m} of the rest are eaten",
-         "def left(n, b):\n rest = n % {k}\n rest = rest + b\n return rest - {m}", "nn")],
-    2: [("the larger of a and b, plus {k}", "def larger(a, b):\n best = a\n if b > best:\n  best = b\n return best + {k}", "nn"),
-        ("how far a and b are apart, times {k}", "def distance(a, b):\n gap = a - b\n if gap < 0:\n  gap = b - a\n return gap * {k}", "nn"),
-        ("n, but at least {k} and at most {k} + {m}", "def clamp(n, b):\n if n < {k}:\n  return {k}\n if n > {k} + {m}:\n  return {k} + {m}\n return n", "nn"),
-        ("the price p with {m} for delivery when it is below {k}", "def pay(p, b):\n total = p + b\n if total < {k}:\n  total = total + {m}\n return total", "nn"),
-        ("1 when a * b is at least {k}, else a plus {m}", "def passed(a, b):\n points = a * b\n if points >= {k}:\n  return 1\n return a + {m}", "nn"),
-        ("the cost of n rides: {k} each, {m} less each from the tenth on", "def rides(n, b):\n price = {k}\n if n >= 10:\n  price = price - {m}\n return n * price + b", "nn")],
-    3: [("{k} plus the sum of the numbers from 1 to n", "def add_up(n):\n total = {k}\n for i in range(1, n + 1):\n  total = total + i\n return total", "s"),
-        ("{k} times 2 to the power n, plus {m}", "def grow(n):\n value = {k}\n for i in range(n):\n  value = value * 2\n return value + {m}", "s"),
-        ("what {k} becomes when it loses {m} in each of n rounds", "def sink(n):\n value = {k}\n for i in range(n):\n  value = value - {m}\n return value", "s"),
-        ("the sum of the squares from {m} to n + {m}", "def squares(n):\n total = 0\n for i in range({m}, n + {m} + 1):\n  total = total + i * i\n return total", "s"),
-        ("{k} plus {m} times the sum of 0 to n - 1", "def climb(n):\n total = {k}\n for i in range(n):\n  total = total + {m} * i\n return total", "s"),
-        ("how many numbers below n times {m} leave no rest by {k}", "def multiples(n):\n count = 0\n for i in range(1, n * {m}):\n  if i % {k} == 0:\n   count = count + 1\n return count", "s")],
-    4: [("the largest number in xs, plus {k}", "def largest(xs):\n best = xs[0]\n for x in xs:\n  if x > best:\n   best = x\n return best + {k}", "l"),
-        ("how many numbers in xs are greater than {k}, times {m}", "def count(xs):\n found = 0\n for x in xs:\n  if x > {k}:\n   found = found + 1\n return found * {m}", "l"),
-        ("the sum of the numbers in xs that are at most {k}, plus {m}", "def low(xs):\n total = {m}\n for x in xs:\n  if x <= {k}:\n   total = total + x\n return total", "l"),
-        ("the smallest number in xs, but at most {k}", "def least(xs):\n best = {k}\n for x in xs:\n  if x < best:\n   best = x\n return best", "l"),
-        ("{k} plus how often a number in xs is greater than the one before it", "def rises(xs):\n count = {k}\n for i in range(1, len(xs)):\n  if xs[i] > xs[i - 1]:\n   count = count + 1\n return count", "l"),
-        ("the sum of the even numbers in xs, less {k}", "def evens(xs):\n total = 0\n for x in xs:\n  if x % 2 == 0:\n   total = total + x\n return total - {k}", "l")],
-    5: [("the sum of the digits of n, plus {k}", "def digits(n):\n total = {k}\n while n > 0:\n  total = total + n % 10\n  n = n // 10\n return total", "b"),
-        ("the greatest common divisor of a and b, times {k}", "def divisor(a, b):\n while b > 0:\n  rest = a % b\n  a = b\n  b = rest\n return a * {k}", "nn"),
-        ("how often n can be halved before it is less than {m}, plus {k}", "def halvings(n):\n count = {k}\n while n >= {m}:\n  n = n // 2\n  count = count + 1\n return count", "b"),
-        ("the digits of n in reverse, plus {k}", "def reverse(n):\n out = 0\n while n > 0:\n  out = out * 10 + n % 10\n  n = n // 10\n return out + {k}", "b"),
-        ("how many pairs in xs have a sum above {k}", "def pairs(xs):\n count = 0\n for i in range(len(xs)):\n  for j in range(i + 1, len(xs)):\n   if xs[i] + xs[j] > {k}:\n    count = count + 1\n return count", "t"),
-        ("the years until a debt of n is paid at {k} + {m} a year", "def years(n):\n count = 0\n while n > 0:\n  n = n - {k}\n  n = n - {m}\n  count = count + 1\n return count", "b")]}
+# Level, kinds of the arguments, what the function returns; then the function. k and m are parameters of the problem.
+# Kinds: n is a number, s a small one, b a larger one, l a list of numbers, t a list of three.
+PROGRAMS = """
+1 nn the price of n things at p each, with {k} for delivery
+def cost(n, p):
+    total = n * p
+    total = total + {k}
+    return total
+
+1 nn the minutes in h hours and m minutes, less a break of {k}
+def minutes(h, m):
+    total = h * 60 + m
+    total = total - {k}
+    return total
+
+1 nn the length of fence around a field a by b with {k} metres to spare
+def fence(a, b):
+    side = a + b
+    return 2 * side + {k}
+
+1 nn {k} more than the mean of a and b, rounded down
+def middle(a, b):
+    total = a + b
+    return total // 2 + {k}
+
+1 nn a groups of {k} and b groups of {m}, counted together
+def people(a, b):
+    first = a * {k}
+    second = b * {m}
+    return first + second
+
+1 nn what is left when n things are shared out in boxes of {k} and {m} of the rest are eaten
+def left(n, b):
+    rest = n % {k}
+    rest = rest + b
+    return rest - {m}
+
+2 nn the larger of a and b, plus {k}
+def larger(a, b):
+    best = a
+    if b > best:
+        best = b
+    return best + {k}
+
+2 nn how far a and b are apart, times {k}
+def distance(a, b):
+    gap = a - b
+    if gap < 0:
+        gap = b - a
+    return gap * {k}
+
+2 nn n, but at least {k} and at most {k} + {m}
+def clamp(n, b):
+    if n < {k}:
+        return {k}
+    if n > {k} + {m}:
+        return {k} + {m}
+    return n
+
+2 nn the price p with {m} for delivery when it is below {k}
+def pay(p, b):
+    total = p + b
+    if total < {k}:
+        total = total + {m}
+    return total
+
+2 nn 1 when a * b is at least {k}, else a plus {m}
+def passed(a, b):
+    points = a * b
+    if points >= {k}:
+        return 1
+    return a + {m}
+
+2 nn the cost of n rides: {k} each, {m} less each from the tenth on
+def rides(n, b):
+    price = {k}
+    if n >= 10:
+        price = price - {m}
+    return n * price + b
+
+3 s {k} plus the sum of the numbers from 1 to n
+def add_up(n):
+    total = {k}
+    for i in range(1, n + 1):
+        total = total + i
+    return total
+
+3 s {k} times 2 to the power n, plus {m}
+def grow(n):
+    value = {k}
+    for i in range(n):
+        value = value * 2
+    return value + {m}
+
+3 s what {k} becomes when it loses {m} in each of n rounds
+def sink(n):
+    value = {k}
+    for i in range(n):
+        value = value - {m}
+    return value
+
+3 s the sum of the squares from {m} to n + {m}
+def squares(n):
+    total = 0
+    for i in range({m}, n + {m} + 1):
+        total = total + i * i
+    return total
+
+3 s {k} plus {m} times the sum of 0 to n - 1
+def climb(n):
+    total = {k}
+    for i in range(n):
+        total = total + {m} * i
+    return total
+
+3 s how many numbers below n times {m} leave no rest by {k}
+def multiples(n):
+    count = 0
+    for i in range(1, n * {m}):
+        if i % {k} == 0:
+            count = count + 1
+    return count
+
+4 l the largest number in xs, plus {k}
+def largest(xs):
+    best = xs[0]
+    for x in xs:
+        if x > best:
+            best = x
+    return best + {k}
+
+4 l how many numbers in xs are greater than {k}, times {m}
+def count(xs):
+    found = 0
+    for x in xs:
+        if x > {k}:
+            found = found + 1
+    return found * {m}
+
+4 l the sum of the numbers in xs that are at most {k}, plus {m}
+def low(xs):
+    total = {m}
+    for x in xs:
+        if x <= {k}:
+            total = total + x
+    return total
+
+4 l the smallest number in xs, but at most {k}
+def least(xs):
+    best = {k}
+    for x in xs:
+        if x < best:
+            best = x
+    return best
+
+4 l {k} plus how often a number in xs is greater than the one before it
+def rises(xs):
+    count = {k}
+    for i in range(1, len(xs)):
+        if xs[i] > xs[i - 1]:
+            count = count + 1
+    return count
+
+4 l the sum of the even numbers in xs, less {k}
+def evens(xs):
+    total = 0
+    for x in xs:
+        if x % 2 == 0:
+            total = total + x
+    return total - {k}
+
+5 b the sum of the digits of n, plus {k}
+def digits(n):
+    total = {k}
+    while n > 0:
+        total = total + n % 10
+        n = n // 10
+    return total
+
+5 nn the greatest common divisor of a and b, times {k}
+def divisor(a, b):
+    while b > 0:
+        rest = a % b
+        a = b
+        b = rest
+    return a * {k}
+
+5 b how often n can be halved before it is less than {m}, plus {k}
+def halvings(n):
+    count = {k}
+    while n >= {m}:
+        n = n // 2
+        count = count + 1
+    return count
+
+5 b the digits of n in reverse, plus {k}
+def reverse(n):
+    out = 0
+    while n > 0:
+        out = out * 10 + n % 10
+        n = n // 10
+    return out + {k}
+
+5 t how many pairs in xs have a sum above {k}
+def pairs(xs):
+    count = 0
+    for i in range(len(xs)):
+        for j in range(i + 1, len(xs)):
+            if xs[i] + xs[j] > {k}:
+                count = count + 1
+    return count
+
+5 b the years until a debt of n is paid at {k} + {m} a year
+def years(n):
+    count = 0
+    while n > 0:
+        n = n - {k}
+        n = n - {m}
+        count = count + 1
+    return count
+"""
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE,
          ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 MAX_EVENTS, NUM_TESTS = 24, 10
 
 
+@functools.cache
+def programs_of(level):
+    """[(kinds, purpose, source)] of one level."""
+    blocks = [block.partition("\n") for block in PROGRAMS.strip().split("\n\n")]
+    return [(*head.split(" ", 2)[1:], source) for head, _, source in blocks if head.startswith(f"{level} ")]
+
+
 def draw_argument(kind, rng):
-    """n: a number, s: a small one, b: a larger one, l: a list of numbers, t: a list of three."""
     if kind in "lt":
         return [rng.randint(1, 30) for _ in range(rng.randint(2, 4) if kind == "l" else 3)]
     return rng.randint(*{"n": (2, 30), "s": (1, 5), "b": (12, 99)}[kind])
@@ -71,19 +265,24 @@ def mutants(source):
     """(a program, all that come of it when one operator, number or name is replaced, as one likes to get them wrong)."""
     tree = ast.parse(source.format(k=1000000, m=2000000))
     right, out = ast.unparse(tree), []
-    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id not in ("range", "len")]
-    names = sorted({node.id for node in loads})
+    names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"range", "len"})
     for node in ast.walk(tree):
-        field, values = {ast.BinOp: ("op", lambda: [SWAPS[type(node.op)]()]), ast.Constant: ("value", lambda: [node.value - 1, node.value + 1]),
-                         ast.Compare: ("ops", lambda: [[SWAPS[type(node.ops[0])]()]]),
-                         ast.Name: ("id", lambda: names if node in loads and isinstance(node.ctx, ast.Load) else [])
-                         }.get(type(node), ("", list))
-        for value in values():
-            old = getattr(node, field)
-            setattr(node, field, value)
+        match node:
+            case ast.BinOp(op=old):
+                field, others = "op", [SWAPS[type(old)]()]
+            case ast.Compare(ops=[op] as old):
+                field, others = "ops", [[SWAPS[type(op)]()]]
+            case ast.Constant(value=old):
+                field, others = "value", [old - 1, old + 1]
+            case ast.Name(id=old, ctx=ast.Load()) if old in names:
+                field, others = "id", [name for name in names if name != old]
+            case _:
+                continue
+        for other in others:
+            setattr(node, field, other)
             out.append(ast.unparse(tree))
-            setattr(node, field, old)
-    return right, [text for text in out if text != right]
+        setattr(node, field, old)
+    return right, out
 
 
 def returned(source, arguments):
@@ -96,7 +295,7 @@ def returned(source, arguments):
 
 def draw_problem(level, rng, split):
     """(what it should do, right lines, wrong lines, tests, the failing one), or None when the bug drawn does not show."""
-    purpose, source, kinds = rng.choice(PROGRAMS[level])
+    kinds, purpose, source = rng.choice(programs_of(level))
     k, m = rng.randint(2, 12), rng.randint(2, 9)
     right, wrongs = mutants(source)
     right, wrong = fill(right, k, m), fill(rng.choice(wrongs), k, m)

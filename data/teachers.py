@@ -135,7 +135,7 @@ def ask(url, payload, headers, pace, retries, timeout_s, backoff_s):
                 return read_reply(reply, asked + timeout_s) | {"seconds": round(time.monotonic() - asked, 2)}
         except HTTPError as error:
             if error.code < 500 and error.code not in (408, 409, 425, 429):
-                detail = error.read(300).decode("utf-8", "replace")
+                detail = " ".join(error.read(300).decode("utf-8", "replace").split())
                 raise ValueError(f"the teacher at {url} refused: {error.code} {error.reason}: {detail}") from None
             delay = retry_after(error.headers)
             if error.code == 429:
