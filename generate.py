@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from model import (LINEARS, attention, block, linear, load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, render_chat,
-                   resolve_model, rms_norm, rope_table)
+from model import (attention, load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, render_chat, resolve_model,
+                   rope_table, rotate)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -138,27 +138,65 @@ def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=Non
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-# ------------------------------------------------------------------------------------ weights to sample from
+# ------------------------------------------------------------------------------------ the forward pass, for sampling
 
 
-def sampling_params(params, config, dtype=None, packed=None, out=None):
-    """The weights as `generate` runs on them: adapter merged, in `dtype`, and on a CPU packed for oneDNN. A new dict.
+def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
+    """The weights as `generate` runs on them, a new dict: adapter merged, q, k and v joined, and on a CPU packed for oneDNN.
 
-    With two threads and 32 rows the packed products are 1.3 (fp32) and 2.5 (bf16) times as fast as F.linear in fp32.
-    They are copies: call this again after an update. out: an earlier result, whose tensors are written in place when they are dense.
+    They are copies; call this again after an update. On a two-core AMD with 32 rows, packed products run 1.2 to 2.5 times (fp32)
+    and 2.5 to 4 times (bf16) as fast as F.linear in fp32, and their results do not depend on the number of rows.
+    out: an earlier result, dense, to be written in place: CUDA graphs read the weights where they were.
     """
-    dtype, device = dtype or params["model.norm.weight"].dtype, params["model.norm.weight"].device
+    like = params["model.norm.weight"]
+    dtype, device = dtype or like.dtype, torch.device(device or like.device)
     if packed is None:
         packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    weights = {name: tensor.detach().to(dtype) for name, tensor in merge_lora(params).items()}
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    merged, weights = merge_lora(params), {}
+    for layer in range(config.num_hidden_layers):
+        def pick(name, layer=layer):
+            return merged[f"model.layers.{layer}.{name}"]
+        for kind in ("weight", "bias"):
+            weights[f"{layer}.qkv.{kind}"] = torch.cat([pick(f"self_attn.{name}_proj.{kind}") for name in "qkv"])
+        weights |= {f"{layer}.{short}.weight": pick(name + ".weight") for short, name in (
+            ("o", "self_attn.o_proj"), ("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"), ("down", "mlp.down_proj"),
+            ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"))}
+    embedding = merged["model.embed_tokens.weight"]
+    weights |= {"embedding": embedding, "norm.weight": merged["model.norm.weight"],
+                "head.weight": embedding if config.tie_word_embeddings else merged["lm_head.weight"]}
     for name, tensor in weights.items():
-        if packed and name.endswith((*(f"{linear}.weight" for linear in LINEARS), "lm_head.weight")):
+        tensor = tensor.detach().to(device, dtype)
+        if packed and name.endswith(("qkv.weight", "o.weight", "gate.weight", "up.weight", "down.weight", "head.weight")):
             weights[name] = torch.ops.mkldnn._reorder_linear_weight(tensor.contiguous(), 32)
         else:
             weights[name] = out[name].copy_(tensor) if out else tensor.clone()
     return weights
+
+
+def project(weights, name, x, then="none", other=None):
+    """A linear layer, and what follows it: x [N, in] -> [N, out]. then: "none", "swish", or "add" or "mul" with `other`."""
+    weight, bias = weights[name + ".weight"], weights.get(name + ".bias")
+    if weight.is_mkldnn:
+        fused = torch.ops.mkldnn._linear_pointwise
+        return fused(x, weight, bias, then, [], "") if other is None else fused.binary(x, other, weight, bias, then)
+    out = F.linear(x, weight, bias)
+    return {"none": lambda: out, "swish": lambda: F.silu(out), "add": lambda: other + out, "mul": lambda: other * out}[then]()
+
+
+def decoder_layer(weights, config, x, cos, sin, attend):
+    """One transformer layer over N tokens of any rows: x [N, D], cos and sin [N, 1, head_dim] -> [N, D].
+
+    The same function of the checkpoint as model.block. attend: q [N, H, head_dim], k and v [N, K, head_dim] -> [N, H * head_dim].
+    """
+    N, D = x.shape
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    h = F.rms_norm(x, (D,), weights["norm1.weight"], config.rms_norm_eps)
+    qk, v = project(weights, "qkv", h).view(N, H + 2 * K, config.head_dim).split((H + K, K), 1)
+    q, k = rotate(qk, cos, sin).split((H, K), 1)
+    x = project(weights, "o", attend(q, k, v), "add", x)
+    h = F.rms_norm(x, (D,), weights["norm2.weight"], config.rms_norm_eps)
+    gate = project(weights, "gate", h, "swish")
+    return project(weights, "down", project(weights, "up", h, "mul", gate), "add", x)
 
 
 # ------------------------------------------------------------------------------------ the cache
@@ -182,30 +220,31 @@ def resize_store(store, rows, slots, kept):
         store[layer] = tuple(resized)
 
 
-def prefill(weights, config, store, slots, prompts, rope, chunk=2048):
-    """Write the keys and values of `prompts` into rows `slots` of the store; at most `chunk` tokens go through the layers at once."""
-    todo = sorted(((p, s) for p, s in zip(prompts, slots) if p), key=lambda pair: -len(pair[0]))
-    cos, sin = rope
+def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
+    """Write the keys and values of `prompts` into `rows` of the store; at most `chunk` tokens go through the layers at once."""
+    todo = sorted(((prompt, row) for prompt, row in zip(prompts, rows) if prompt), key=lambda pair: -len(pair[0]))
+    device = weights["embedding"].device
     while todo:
-        width = min(-(-len(todo[0][0]) // 16) * 16, chunk, store[0][0].shape[2])
-        group, todo = todo[:max(1, chunk // width)], todo[max(1, chunk // width):]
-        longest = len(group[0][0])
-        rows = torch.tensor([s for _, s in group], device=cos.device)
-        tokens = torch.tensor([p + [0] * (max(width, longest) - len(p)) for p, _ in group], device=cos.device)  # [n, T], padded right
+        longest = len(todo[0][0])
+        width = min(longest, chunk)
+        group, todo = todo[:chunk // width], todo[chunk // width:]
+        n, at = len(group), torch.tensor([row for _, row in group], device=device)
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt, _ in group], device=device)  # [n, T], padded right
         for begin in range(0, longest, width):
-            end = min(begin + width, tokens.shape[1])
-            seen = torch.ones(end - begin, end, dtype=torch.bool, device=cos.device).tril(begin) if begin else None
+            end = min(begin + width, longest)
+            seen = torch.ones(end - begin, end, dtype=torch.bool, device=device).tril(begin) if begin else None
+            x = F.embedding(tokens[:, begin:end], weights["embedding"]).flatten(0, 1)
+            cos, sin = (table[begin:end].repeat(n, 1)[:, None] for table in rope)
+            for of_layer, held in zip(layers, store):
+                def attend(q, k, v):
+                    q, k, v = (t.view(n, end - begin, -1, config.head_dim).transpose(1, 2) for t in (q, k, v))
+                    for memory, fresh in zip(held, (k, v)):
+                        memory[at, :, begin:end] = fresh
+                    if begin:
+                        k, v = (memory[at, :, :end] for memory in held)
+                    return attention(q, k, v, seen).transpose(1, 2).reshape(n * (end - begin), -1)
 
-            def attend_fn(layer, q, k, v):
-                for held, fresh in zip(store[layer], (k, v)):
-                    held[rows, :, begin:end] = fresh
-                if begin:
-                    k, v = (held[rows, :, :end] for held in store[layer])
-                return attention(q, k, v, seen)
-
-            x = F.embedding(tokens[:, begin:end], weights["model.embed_tokens.weight"])
-            for layer in range(config.num_hidden_layers):
-                x = block(weights, config, layer, x, cos[begin:end], sin[begin:end], attend_fn)
+                x = decoder_layer(of_layer, config, x, cos, sin, attend)
 
 
 # ------------------------------------------------------------------------------------ one step for every row
@@ -224,56 +263,58 @@ class State(NamedTuple):
 
 
 def attend_part(q, k, v, bias):
-    """Softmax attention over one part of the context, and the log of its normaliser, by which parts are joined."""
-    scores = (q @ k.mT).float() + bias  # [..., queries, S]
-    top = scores.amax(-1, keepdim=True)
+    """Softmax attention over one part of the context: q [n, T, head_dim], k and v [n, S, head_dim], bias [n, 1, S] -> like q.
+
+    Also returns the log of the normaliser [n, T, 1], by which parts are joined.
+    """
+    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # [n, T, S]
+    top = scores.amax(-1, keepdim=True).float()
     weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
-    return (weights.to(v.dtype) @ v).float() / total, top + total.log()
+    return torch.bmm(weights.to(v.dtype), v) / total, top + total.log()
 
 
-def decode_block(weights, config, x, cos, sin, own, shared, state, index, own_bias, shared_bias):
-    """One layer for one new token per row: x [B, 1, D] -> [B, 1, D]. Writes the token's key and value into `own`."""
-    def attend_fn(layer, q, k, v):
-        B, K, head_dim = q.shape[0], k.shape[1], q.shape[3]
-        for held, fresh in zip(own, (k, v)):
-            held.view(-1, head_dim).index_copy_(0, index, fresh.reshape(-1, head_dim))
-        q = q.reshape(B, K, -1, head_dim) * head_dim ** -0.5  # [B, K, R, head_dim]
-        own_k, own_v = (held[:, :, :own_bias.shape[-1]] for held in own)
+def decode_layer(weights, config, x, cos, sin, own, shared, state, index, own_bias, shared_bias):
+    """One layer for one new token per row: x [B, D] -> [B, D]. Writes the token's key and value into `own`."""
+    B, K, head_dim = len(x), config.num_key_value_heads, config.head_dim
+
+    def attend(q, k, v):
+        for memory, fresh in zip(own, (k, v)):
+            memory.view(-1, head_dim).index_copy_(0, index, fresh.reshape(-1, head_dim))
+        own_k, own_v = (memory.flatten(0, 1) for memory in own)  # [B * K, S, head_dim]
+        q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
         if shared is None:
-            return (((q @ own_k.mT).float() + own_bias).softmax(-1).to(q.dtype) @ own_v).view(B, -1, 1, head_dim)
+            scores = torch.baddbmm(own_bias, q, own_k.mT, alpha=head_dim ** -0.5)
+            return torch.bmm(scores.softmax(-1), own_v).view(B, -1)
         N, g = state.members.shape
-        shared_k, shared_v = (held[:N, :, :shared_bias.shape[-1]] for held in shared)
-        queries = q[state.members].transpose(1, 2).reshape(N, K, -1, head_dim)  # [N, K, g * R, head_dim]: one product for all samples
-        parts = attend_part(queries, shared_k, shared_v, shared_bias)
-        prompt_out, prompt_log = (part.view(N, K, g, q.shape[2], -1).transpose(1, 2).flatten(0, 1)[state.places] for part in parts)
-        own_out, own_log = attend_part(q, own_k, own_v, own_bias)
-        return own_out.lerp(prompt_out, (prompt_log - own_log).sigmoid()).to(q.dtype).view(B, -1, 1, head_dim)
+        R = q.shape[1]
+        together = q.view(B, K, R, head_dim)[state.members].transpose(1, 2).reshape(N * K, g * R, head_dim)
+        parts = attend_part(together, *(memory.flatten(0, 1) for memory in shared), shared_bias)  # one product for all samples
+        parts = (part.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, K, R, -1)[state.places].flatten(0, 1) for part in parts)
+        (prompt_out, prompt_log), (own_out, own_log) = parts, attend_part(q, own_k, own_v, own_bias)
+        share = (prompt_log - own_log).sigmoid()  # of the joint softmax that falls to the prompt
+        return own_out.float().lerp(prompt_out.float(), share).to(x.dtype).view(B, -1)
 
-    return block(weights, config, 0, x, cos, sin, attend_fn)
+    return decoder_layer(weights, config, x, cos, sin, attend)
 
 
-def decode_step(weights, layers, config, state, own, shared, rope, window, prompt_window, sampling, block_fn):
-    """Feed each row's last token and draw the next: -> tokens [B], log-probabilities [B]. Moves `state` on and writes into `own`.
-
-    window, prompt_window: slots of the own and the shared part that anything is held in.
-    """
+def decode_step(weights, layers, config, state, own, shared, rope, sampling, layer_fn):
+    """Feed each row's last token and draw the next: -> tokens [B], log-probabilities [B]. Moves `state` on and writes into `own`."""
     B, K, S = own[0][0].shape[:3]
-    device = state.tokens.device
-    index = ((torch.arange(B, device=device) * K)[:, None] + torch.arange(K, device=device)) * S + state.lengths[:, None]  # [B, K]
-    own_bias = torch.where(torch.arange(window, device=device) <= state.lengths[:, None], 0.0, -1e30)[:, None, None]
+    slots = torch.arange(S, device=state.tokens.device)
+    index = torch.arange(B * K, device=state.tokens.device).view(B, K) * S + state.lengths[:, None]  # where the new tokens go
+    dtype = own[0][0].dtype
+    own_bias = ((slots > state.lengths[:, None]).to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [B * K, 1, S]
     shared_bias = None
     if shared is not None:
-        held = state.bases[state.members[:, :1]]  # [N, 1]
-        shared_bias = torch.where(torch.arange(prompt_window, device=device) < held, 0.0, -1e30)[:, None, None]
-    positions = state.bases + state.lengths
-    cos, sin = (table[positions][:, None, None] for table in rope)  # [B, 1, 1, head_dim]
-    x = F.embedding(state.tokens[:, None], weights["model.embed_tokens.weight"])
+        slots = torch.arange(shared[0][0].shape[2], device=slots.device)
+        shared_bias = ((slots >= state.bases[state.members[:, :1]]).to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [N * K, 1, P]
+    cos, sin = (table[state.bases + state.lengths][:, None] for table in rope)  # [B, 1, head_dim]
+    x = F.embedding(state.tokens, weights["embedding"])  # [B, D]
     for layer, of_layer in enumerate(layers):
-        x = block_fn(of_layer, config, x, cos, sin, own[layer], shared and shared[layer], state, index.flatten(), own_bias, shared_bias)
-    hidden = rms_norm(x[:, 0], weights["model.norm.weight"], config.rms_norm_eps)
-    logits = linear(weights, "lm_head", hidden).float()
-    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), *sampling, state.forced)
+        x = layer_fn(of_layer, config, x, cos, sin, own[layer], shared and shared[layer], state, index.flatten(), own_bias, shared_bias)
+    x = F.rms_norm(x, x.shape[1:], weights["norm.weight"], config.rms_norm_eps)
+    tokens, logprobs = sample_tokens(project(weights, "head", x).float(), uniform(state.keys, state.draws), *sampling, state.forced)
     state.tokens.copy_(tokens)
     state.lengths.add_(1)
     state.draws.add_(1)
@@ -425,10 +466,6 @@ def check_request(config, prompts, **settings):
             raise ValueError(f"prompt {i} holds a token outside the vocabulary of {config.vocab_size}")
 
 
-def round_up(n, multiple):
-    return -(-n // multiple) * multiple
-
-
 @dataclass
 class Batch:
     """The rows that decode together, and what they have cached."""
@@ -436,37 +473,42 @@ class Batch:
     own: list  # store of what each row has said, and of its prompt when that is not shared: one row per place
     shared: list | None  # store of the prompts, when their samples share them
     slots: dict  # prompt: its row in `shared`
-    stride: int  # steps between two looks at what was drawn
-    growth: int  # the own part comes and goes in blocks of this many slots
-    grain: int  # and is read in windows of a multiple of this many
+    block: int  # slots are allotted in multiples of this many
+    power_of_two: bool  # places, too: few shapes, few CUDA graphs
 
     @property
     def rows(self):
         return [row for row in self.live if row]
 
-    def needs(self, rows, held, prompts):
-        """Slots that this many rows need, of which the longest holds `held` tokens, with this many shared prompts."""
-        return rows * round_up(held + self.stride, self.growth) + (prompts * self.shared[0][0].shape[2] if self.shared else 0)
+    def count(self, n):
+        return 1 << (n - 1).bit_length() if self.power_of_two else n
 
-    def nbytes(self):
-        return sum(tensor.nbytes for store in (self.own, self.shared or []) for pair in store for tensor in pair)
+    def reach(self, held):
+        """Slots for rows that hold `held` tokens, with room to go on."""
+        return -(-(held + 1 + held // 16) // self.block) * self.block
+
+    def needs(self, rows, held, prompts, base):
+        """Slots in all, for this many rows of at most `held` tokens and this many prompts of at most `base`."""
+        return self.count(rows) * self.reach(held) + (self.count(prompts) * self.reach(base) if self.shared else 0)
 
 
 def choose_rows(batch, waiting, max_batch, budget):
-    """Send the youngest rows back to `waiting` while the cache needs more than `budget` slots, else let rows enter: returns those."""
+    """Send the youngest rows back to `waiting` while the cache needs more than `budget` slots; else let rows enter, and return those."""
     rows, entering = batch.rows, []
-    while len(rows) > 1 and batch.needs(len(rows), max(row.held for row in rows), len({row.prompt for row in rows})) > budget:
+
+    def needs(more=()):
+        held, base = (max((getattr(row, name) for row in [*rows, *more]), default=0) for name in ("held", "base"))
+        return batch.needs(len(rows) + len(more), held, len({row.prompt for row in [*rows, *more]}), base)
+
+    while len(rows) > 1 and needs() > budget:
         gone = min(rows, key=lambda row: len(row.tokens))
         rows.remove(gone)
         batch.live[batch.live.index(gone)] = None
         opened = 0 if gone.opened == 0 else None
         waiting.appendleft(replace(gone, tokens=[], logprobs=[], forced=[], queue=[], draws=0, opened=opened, closed=False))
-    held, prompts = max((row.held for row in rows), default=0), {row.prompt for row in rows}
-    while waiting and len(rows) + len(entering) < max_batch:
-        held, prompts = max(held, waiting[0].held), prompts | {waiting[0].prompt} if waiting[0].prompt not in prompts else prompts
-        if (rows or entering) and batch.needs(len(rows) + len(entering) + 1, held, len(prompts)) > budget:
-            break
+    while waiting and len(rows) < max_batch and (budget == math.inf or not rows or needs([waiting[0]]) <= budget):
         entering.append(waiting.popleft())
+        rows.append(entering[-1])
     return entering
 
 
@@ -475,16 +517,15 @@ def seat_rows(batch, entering):
 
     Returns [(prompt, row of the store)] to be prefilled, and whether the cache has moved in memory.
     """
-    moved = False
-    rows = batch.rows + entering
-    places, slots = len(rows), round_up(max(row.held for row in rows) + batch.stride, batch.growth)
-    if batch.own[0][0].is_cuda:
-        places = 1 << (places - 1).bit_length()  # few shapes, few graphs
-    if places > len(batch.live) or places <= 0.75 * len(batch.live) or slots > batch.own[0][0].shape[2]:
+    def misfits(needed, held):
+        return needed > held or needed <= 0.75 * held
+
+    rows, moved = batch.rows + entering, False
+    places, slots = batch.count(len(rows)), batch.reach(max(row.held for row in rows))
+    if misfits(places, len(batch.live)) or misfits(slots, batch.own[0][0].shape[2]):
         kept = [i for i, row in enumerate(batch.live) if row]
         resize_store(batch.own, places, slots, kept)
-        moved = True
-        batch.live = [batch.live[i] for i in kept] + [None] * (places - len(kept))
+        batch.live, moved = [batch.live[i] for i in kept] + [None] * (places - len(kept)), True
     for row in entering:
         batch.live[batch.live.index(None)] = row
     if not batch.shared:
@@ -492,27 +533,28 @@ def seat_rows(batch, entering):
     prompts = dict.fromkeys(row.prompt for row in rows)
     batch.slots = {prompt: slot for prompt, slot in batch.slots.items() if prompt in prompts}
     fresh = [prompt for prompt in prompts if prompt not in batch.slots]
+    places, slots = batch.count(len(prompts)), batch.reach(max(row.base for row in rows))
+    if misfits(places, batch.shared[0][0].shape[0]) or misfits(slots, batch.shared[0][0].shape[2]):
+        resize_store(batch.shared, places, slots, list(batch.slots.values()))
+        batch.slots, moved = {prompt: slot for slot, prompt in enumerate(batch.slots)}, True
     taken = set(batch.slots.values())
-    batch.slots |= zip(fresh, [slot for slot in range(places) if slot not in taken])
-    held = batch.shared[0][0].shape
-    if (needed := max(batch.slots.values()) + 1) > held[0]:
-        resize_store(batch.shared, needed, held[2], range(held[0]))
-        moved = True
+    batch.slots |= zip(fresh, [slot for slot in range(batch.shared[0][0].shape[0]) if slot not in taken])
     return [(prompt, batch.slots[prompt]) for prompt in fresh], moved
 
 
 def batch_state(batch, device):
     """The State of a batch's rows; places without a row hold zeros, and what they draw is thrown away."""
-    rows = [row or Row() for row in batch.live]
-    members = [[] for _ in range(max(batch.slots.values(), default=-1) + 1)]
+    members = [[] for _ in range(batch.shared[0][0].shape[0])] if batch.shared else []
     for i, row in enumerate(batch.live):
         if row and batch.shared:
             members[batch.slots[row.prompt]].append(i)
-    g = max(map(len, members), default=0)
-    at = {i: slot * g + j for slot, group in enumerate(members) for j, i in enumerate(group)}
+    g = batch.count(max(map(len, members), default=1))
+    place = {i: slot * g + j for slot, group in enumerate(members) for j, i in enumerate(group)}
+    rows = [row or Row() for row in batch.live]
     return State(*(torch.tensor(values, device=device) for values in (
         [row.last for row in rows], [row.held for row in rows], [row.base for row in rows], [row.key for row in rows],
-        [row.draws for row in rows], [-1] * len(rows), [group + [0] * (g - len(group)) for group in members], [at.get(i, 0) for i in range(len(rows))])))
+        [row.draws for row in rows], [-1] * len(rows), [group + [0] * (g - len(group)) for group in members],
+        [place.get(i, 0) for i in range(len(rows))])))
 
 
 @torch.inference_mode()
@@ -543,68 +585,70 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     results = [[None] * num_samples for _ in prompts]
     if not prompts:
         return results
-    embedding = params["model.embed_tokens.weight"]
+    if "embedding" not in params:
+        params = sampling_params(params, config, packed=False if compile_backend else None)
+    embedding = params["embedding"]
     device, on_cpu = embedding.device, embedding.device.type == "cpu"
-    packed = on_cpu and torch.backends.mkldnn.is_available() and compile_backend is None
-    if "lm_head.weight" not in params or params["lm_head.weight"].is_mkldnn != packed or any(".lora_" in name for name in params):
-        params = sampling_params(params, config, packed=packed)
-    layers = [{name.replace(f".{layer}.", ".0.", 1): tensor for name, tensor in params.items() if name.startswith(f"model.layers.{layer}.")}
-              for layer in range(config.num_hidden_layers)]  # each under the names of the first: one graph serves them all
-    block_fn = torch.compile(decode_block, fullgraph=True, backend=compile_backend) if compile_backend else decode_block
+    layers = [{name.removeprefix(f"{layer}."): tensor for name, tensor in params.items() if name.startswith(f"{layer}.")}
+              for layer in range(config.num_hidden_layers)]  # all under the same names: one graph serves them all
+    layer_fn = torch.compile(decode_layer, fullgraph=True, backend=compile_backend) if compile_backend else decode_layer
 
-    waiting, longest = deque(), max(map(len, prompts))
+    waiting, shares = deque(), share_prompts and num_samples > 1
     for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p])):  # longest first: neighbours are alike, and windows shrink
         held = len(prompts[p]) - 1  # its last token is the first that a row feeds: only decode steps make logits
         for s in range(num_samples):
-            shares = share_prompts and num_samples > 1
             waiting.append(Row(p, s, row_key(seed, p if seeds is None else seeds[p], s), min(limits[p][s], config.max_context - held - 1),
                                prompts[p][-1], held if shares else 0, 0 if shares else held, rules.opened_in(prompts[p])))
-    stride, growth, grain = (1, 64, 16) if on_cpu or on_token or think_budget or think_minimum else (8, 256, 256)
-    batch = Batch([], new_store(config, 0, 0, embedding), new_store(config, 0, round_up(longest, growth), embedding) if shares else None,
-                  {}, stride, growth, grain)
+    batch = Batch([], new_store(config, 0, 0, embedding), new_store(config, 0, 0, embedding) if shares else None, {},
+                  32 if on_cpu else 256, not on_cpu)
     budget = cache_gib * 2**30 / (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.element_size())
-    reach = max(len(prompts[row.prompt]) + row.limit for row in waiting) + growth  # idle rows and padding reach a little further
+    reach = batch.reach(max(len(prompts[row.prompt]) + row.limit for row in waiting))
     rope = [table[0, 0] for table in rope_table(config, torch.arange(reach, device=device)[None], embedding.dtype)]  # [positions, head_dim]
+    # steps between two looks at what was drawn; on a CPU looking for stop tokens is free
+    stride = 1 if on_token or stop_strings or think_budget or think_minimum else 8
     stats = {} if stats is None else stats
     stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
-    graphs, states, changed = {}, {}, True
+    graphs, states, changed, longest = {}, {}, True, 0
     while waiting or batch.rows:
         begin = time.perf_counter()
-        if changed or max(row.held for row in batch.rows) + stride > batch.own[0][0].shape[2]:
+        if changed or longest == batch.own[0][0].shape[2]:
             fresh, moved = seat_rows(batch, choose_rows(batch, waiting, max_batch, budget))
-            prefill(params, config, batch.shared or batch.own, [slot for _, slot in fresh], [prompts[p][:-1] for p, _ in fresh], rope, chunk)
-            stats["cache_gib"] = max(stats["cache_gib"], batch.nbytes() / 2**30)
+            prefill(params, layers, config, batch.shared or batch.own, [slot for _, slot in fresh], [prompts[p][:-1] for p, _ in fresh], rope, chunk)
+            held = sum(tensor.nbytes for store in (batch.own, batch.shared or []) for pair in store for tensor in pair)
+            stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
             if moved:
                 graphs.clear()
             now = batch_state(batch, device)
             state = states.setdefault(tuple(tensor.shape for tensor in now), now)  # graphs read it where it is
             for tensor, value in zip(state, now):
                 tensor.copy_(value)
-            changed = forcing = False
-        rows = batch.rows
+            longest, changed, forcing = max(row.held for row in batch.rows), False, False
         stats["prefill_s"] += time.perf_counter() - begin
         begin = time.perf_counter()
-        window = round_up(max(row.held for row in rows) + stride, grain)
-        prompt_window = round_up(max(1, *(row.base for row in rows)), grain)
+        rows = batch.rows
         if forcing or any(row.queue for row in rows):
             forcing = True
             state.forced.copy_(torch.tensor([row.queue[0] if row and row.queue else -1 for row in batch.live]))
 
         def step_fn():
-            return decode_step(params, layers, config, state, batch.own, batch.shared, rope, window, prompt_window,
-                               (temperature, top_p, top_k), block_fn)
+            return decode_step(params, layers, config, state, batch.own, batch.shared, rope, (temperature, top_p, top_k), layer_fn)
 
-        shape = (len(batch.live), *state.members.shape, window, prompt_window)
-        drawn = [captured_step(step_fn, state, graphs, shape) for _ in range(stride)]
-        tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][stride]: the one wait for the device
-        stats["steps"] += stride
+        drawn = []
+        for _ in range(min(stride, batch.own[0][0].shape[2] - longest, min(row.limit - len(row.tokens) for row in rows))):
+            drawn.append(captured_step(step_fn, state, graphs, (len(batch.live), *state.members.shape)))
+            if on_cpu and not rules.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
+                break
+        tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]: here the host waits
+        stats["steps"] += len(drawn)
+        longest += len(drawn)
         for i, row in enumerate(batch.live):
             if row is None:
                 continue
             for token, logprob in zip(tokens[i], logprobs[i]):
                 row.take(token, logprob)
-                held, finish = row.held, finish_reason(row, rules)
-                changed |= row.held < held or finish is not None
+                taken = len(row.tokens)
+                finish = finish_reason(row, rules)
+                changed |= finish is not None or len(row.tokens) < taken
                 if on_token:
                     on_token(row.prompt, row.sample, row.tokens)
                 if finish:
@@ -649,7 +693,7 @@ def main(args):
     path = resolve_model(args.model)
     config, tokenizer = load_config(path), load_tokenizer(path)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    params = sampling_params(load_params(path, args.device, dtype), config, packed=False if args.compile else None)
+    params = sampling_params(load_params(path, dtype=dtype), config, device=args.device, packed=False if args.compile else None)
     if args.benchmark:
         return benchmark(params, config, args)
     system = args.system or load_system_prompt(path)

@@ -40,7 +40,7 @@ from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, d
 from verify import accuracy_reward, format_reward
 
 # What a flag left out means: for the tiny model, and for any other.
-TINY = {"data": ["arithmetic"], "eval_data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "steps": 120, "lr": 1e-3, "prompts": 32}
+TINY = {"data": ["arithmetic"], "eval_data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "steps": 80, "lr": 5e-4, "prompts": 32}
 OTHERS = {"data": ["gsm8k"], "eval_data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "steps": 150, "lr": 1e-6, "prompts": 32}
 LORA_LR = 3e-5  # adapters stand larger steps than full weights
 
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     loss.add_argument("--sampler-cap", type=float, default=2.0, help="truncation of the importance weight that corrects for a sampler of other precision")
     loss.add_argument("--mask-truncated", action="store_true", help="leave completions that reached --max-new-tokens out of the loss")
     train = p.add_argument_group("size and length")
-    train.add_argument("--steps", type=int, help="batches of rollouts (default: tiny 120, else 150)")
+    train.add_argument("--steps", type=int, help="batches of rollouts (default: tiny 80, else 150)")
     train.add_argument("--epochs", type=float, help="passes over the training problems, instead of --steps")
     train.add_argument("--train-limit", type=int, help="training problems, a random subset of each set; default: all")
     train.add_argument("--lora-rank", type=int, default=0, help="train an adapter of this rank on every linear layer; 0: all weights")

@@ -576,12 +576,13 @@ def forward(params, config, tokens, positions=None, cache=None):
 # ------------------------------------------------------------------------------------ log-probabilities
 
 
-def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=1024, entropy_grad=False):
+def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=None, entropy_grad=False):
     """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
 
-    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time and, with more
-    than one slice, made again in the backward pass: with 151,936 words, 8,192 positions of float32 logits and their
-    gradient would take 9.3 GiB. The entropy carries a gradient only when `entropy_grad` asks for it.
+    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time (default: what
+    2**27 logits hold, 0.5 GiB) and, with more than one slice, made again in the backward pass: with 151,936 words, 8,192
+    positions of float32 logits and their gradient would take 9.3 GiB. The entropy carries a gradient only when
+    `entropy_grad` asks for it.
     """
     def one_slice(hidden, targets):
         logprobs = (lm_head(params, config, hidden) / temperature).log_softmax(-1)  # [n, V]
@@ -589,6 +590,7 @@ def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens
             entropy = -torch.einsum("nv,nv->n", logprobs.exp(), logprobs)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
+    slice_tokens = slice_tokens or max(1, 2 ** 27 // config.vocab_size)
     if len(targets) <= slice_tokens:
         return one_slice(hidden, targets)
     if torch.is_grad_enabled():

@@ -212,7 +212,7 @@ def test_model_token_logprobs_values_and_gradients():
 
         for checkpointing in (False, True):
             check(model.token_logprobs(params, config, tokens, temperature, checkpointing=checkpointing))
-        for slice_tokens in (10, 57, 1024):
+        for slice_tokens in (10, 57, None):
             hidden = model.hidden_states(params, config, tokens)[:, :-1].flatten(0, 1)
             logprobs, entropy = model.head_logprobs(params, config, hidden, tokens[:, 1:].flatten(), temperature,
                                                     slice_tokens=slice_tokens)
@@ -251,17 +251,23 @@ class _TensorSizes(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_model_head_never_holds_all_logits():
-    """512 positions of 3,000 words in slices of 32: no tensor beyond a slice, forward or backward."""
+    """512 positions of 3,000 words in slices of 32: no tensor beyond a slice, forward or backward, and no slice is kept."""
     config = model.Config(3000, 16, 16, 1, 1, 1)
     params = {"model.embed_tokens.weight": torch.randn(3000, 16).requires_grad_()}
-    hidden, targets = torch.randn(512, 16).requires_grad_(), torch.arange(512)
+    hidden, targets, kept = torch.randn(512, 16).requires_grad_(), torch.arange(512), []
     with _TensorSizes() as sizes:
-        logprobs, entropy = model.head_logprobs(params, config, hidden, targets, 0.9, slice_tokens=32)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            logprobs, entropy = model.head_logprobs(params, config, hidden, targets, 0.9, slice_tokens=32)
         logprobs.sum().backward()
     assert sizes.largest == 32 * 3000 and hidden.grad is not None
+    assert sum(kept) < 32 * 3000, sum(kept)
     with _TensorSizes() as sizes:  # the tracker does see the whole, when it is made
         model.head_logprobs(params, config, hidden, targets, 0.9, slice_tokens=512)[0].sum().backward()
     assert sizes.largest == 512 * 3000
+    config, few = config._replace(vocab_size=151936), {"model.embed_tokens.weight": torch.randn(5, 16)}
+    with mock.patch.object(model, "lm_head", wraps=model.lm_head) as head:  # the default goes by the vocabulary
+        model.head_logprobs(few, config, torch.randn(2000, 16), torch.zeros(2000, dtype=torch.int64))
+    assert [len(call.args[2]) for call in head.call_args_list] == [883, 883, 234]
 
 
 def test_model_lora():
@@ -2193,6 +2199,46 @@ def test_eval_user_errors_are_one_line():
                 raise AssertionError(f"{command} went through")
         done = subprocess.run([sys.executable, ROOT / "eval.py", "--model", folder + "/none"], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done
+
+
+def test_eval_report_measures_what_is_missing_and_nothing_else():
+    """Rows of other weights, shots or temperatures do not pass for the ones asked; each script is run once, for all its rows."""
+    import eval as eval_module
+    from model import save_model
+    ran = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        params, config, tokenizer = _small_model()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        save_model(folder / "base", params, config, like=folder)
+        save_model(folder / "trained", _small_model(seed=1)[0], config, like=folder)
+        same = {"data": "arithmetic", "split": "test", "data_seed": 0, "seed": 0, "n": 10, "shots": 0, "seconds": 1.0}
+        shares = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "tokens_mean": 20.0, "tokens_per_correct": 40.0,
+                  "levels": {"1": [0.5, 0.4, 0.6, 5], "2": [0.3, 0.1, 0.6, 5]}}
+        results = str(folder / "results.jsonl")
+
+        def neighbour(script, *flags):
+            flags = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+            ran.append((script, Path(flags["model"]).name, flags["prompt"] + (", sampled" if "num-samples" in flags else "")))
+            row = same | shares | {"weights": eval_module.fingerprint(flags["model"]), "prompt": flags["prompt"], "temperature": 0.7}
+            methods = {"eval.py": ["sampled" if "num-samples" in flags else "greedy"], "infer_scale.py": ["one sample", "majority of 10"],
+                       "refine.py": ["refine, K = 2", "self-consistency at the tokens of K = 2"]}[script]
+            for method in methods:
+                eval_module.append_row(results, row | {"method": method} | ({"temperature": 0.0} if method == "greedy" else {}))
+
+        decoy = same | shares | {"weights": eval_module.fingerprint(folder / "base"), "method": "greedy", "prompt": "plain", "temperature": 0.0}
+        for wrong in ({"shots": 4}, {"weights": "other"}, {"temperature": 0.7}, {"n": 11}, {"prompt": "cot", "split": "dev"}):
+            eval_module.append_row(results, decoy | wrong | {"accuracy": 0.99})
+        args = eval_module.parse_args(["--report", "--model", str(folder / "base"), "--trained", str(folder / "trained"), "--limit", "10",
+                                       "--results", results, "--out", str(folder / "out")])
+        with mock.patch.object(eval_module, "run_neighbour", neighbour), contextlib.redirect_stdout(io.StringIO()):
+            eval_module.main(args)
+            assert ran == [("eval.py", "base", "plain"), ("eval.py", "base", "cot"), ("infer_scale.py", "base", "cot"), ("refine.py", "base", "cot"),
+                           ("eval.py", "trained", "plain"), ("eval.py", "base", "plain, sampled"), ("eval.py", "trained", "plain, sampled")], ran
+            eval_module.main(args)
+            assert len(ran) == 7, "what is there is not measured again"
+        text = (folder / "out" / "results.md").read_text(encoding="utf-8")
+        assert text.count("50.0 [40.0, 60.0]") == 9 and "99.0" not in text and "| + GRPO |" in text, text
 
 # ------------------------------------------------------------------------------------------------ infer_scale.py
 

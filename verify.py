@@ -149,7 +149,7 @@ def _after_phrase(rest):
         match = MATH.match(rest, BETWEEN_FORMULAS.match(rest, end).end())
     if found:
         return ", ".join(found) + (r"\%" if PERCENT.match(rest, end) else "")
-    sentence = re.split(r"\n|[.!?](?=\s|$)|\*\*", rest, maxsplit=1)[0].strip()
+    sentence = re.split(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*", rest, maxsplit=1)[0].strip()  # 5! is no end
     if _is_plain_formula(sentence) or CHOICE.fullmatch(sentence):
         return sentence
     start = NUMBER_IN_PROSE.match(sentence) or VERDICT_IN_PROSE.match(sentence)

@@ -25,7 +25,7 @@ def read_problems(path):
             if field not in row:
                 raise ValueError(f"{where}: no field {field!r}; there are {', '.join(row) or 'none'}; expected "
                                  "problem and answer, optional id, solution, level, subject")
-            if isinstance(row[field], bool) or not isinstance(row[field], (str, int, float)) or not str(row[field]).strip():
+            if type(row[field]) not in (str, int, float) or not str(row[field]).strip():
                 raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
         problem = row | {"id": str(row.get("id", f"{Path(path).stem}/{number}")), "problem": str(row["problem"]),
                          "answer": str(row["answer"])}

@@ -1,7 +1,7 @@
 """Algebra as derivations: solve an equation, expand a product, find the constant of an identity.
 
-A step names what is done and gives the new equation: `subtract 5: 3x = 15`. The checker does it itself, with exact polynomials
-(data/steps.py), and compares: an equation that happens to have the same solution does not pass under the wrong name.
+A step names what is done and gives the new equation: `subtract 5: 3x = 15`. The checker does it itself, with exact
+polynomials (data/steps.py), and compares: an equation that only has the same solution does not pass under a wrong name.
 """
 
 import re
@@ -18,7 +18,7 @@ def show(poly):
         power = letters[:1] + (f"^{len(letters)}" if len(letters) > 1 else "")
         size = "" if abs(c) == 1 and letters else str(abs(c))
         out += (" - " if c < 0 else " + ") + size + power
-    return out.removeprefix(" + ").replace(" - ", "-", 1) if out.startswith((" + ", " - ")) and out[1] == "-" else out[3:] or "0"
+    return ("-" if out.startswith(" - ") else "") + out[3:] or "0"
 
 
 def linear(a, b, letter):
@@ -126,7 +126,8 @@ def identity(level, rng, letter):
     square, product = f"{brackets(1, a, letter)}^2", f"{brackets(1, b, letter)}{brackets(1, c, letter)}"
     rest = a * a - b * c
     text = f"{square} - {product}" + (f" {'-+'[rest < 0]} {abs(rest)}" if rest else "")
-    lines = [f"= ({show(parse(square))}) - ({show(parse(product))})" + text[len(f"{square} - {product}"):], f"= {show(parse(text))}"]
+    end = text[len(f"{square} - {product}"):]
+    lines = [f"= ({show(parse(square))}) - ({show(parse(product))}){end}", f"= {show(parse(text))}"]
     question = f"For which constant k is {text} = k{letter} for all {letter}?"
     return question, str(parse(text)[letter]), lines, f"k: {text}"
 
@@ -146,8 +147,11 @@ def problems(split, limit=None, seed=0):
     return sample_family(generate, split, limit, seed)
 
 
+OPERATION = re.compile(r"(?:(expand|factor)|(add|subtract|divide by) (.{1,60})): (.{1,120}) = (.{1,120})")
+
+
 def check_steps(problem, thought):
-    """Each line names an operation and gives the equation that it leads to, or rewrites the expression as an equal one."""
+    """Each line names an operation and gives the equation it leads to, or rewrites the expression as an equal one."""
     letter, start = problem["letter"], problem["start"].removeprefix("k: ")
     solving = " = " in start
     sides = [parse(side) for side in start.split(" = ")]
@@ -165,7 +169,7 @@ def check_steps(problem, thought):
 
     def step(line):
         try:
-            if found := re.fullmatch(r"(?:(expand|factor)|(add|subtract|divide by) (.{1,60})): (.{1,120}) = (.{1,120})", line):
+            if found := re.fullmatch(OPERATION, line):
                 if not solving:
                     return found[1] or found[2], "there is no equation to work on"
                 wanted = new_sides(found[1] or found[2], found[3], *state["sides"])

@@ -1,8 +1,9 @@
 """Debugging: a small program with one wrong line and a test that it fails; find the line, explain, repair it.
 
-Thirty programs in five levels (straight lines, branches, counting loops, loops over lists, while and nested loops), each with
-parameters, and every way to get one operator, number or name in it wrong. A thought steps through the failing test as the
-program runs it, then names the line and its repair; the checker runs the program too. Any repair that passes all tests counts.
+Thirty programs in five levels (straight lines, branches, counting loops, loops over lists, while and nested loops), each
+with parameters, and every way to get one operator, number or name in it wrong. A thought steps through the failing test
+as the program runs, then names the line and its repair; the checker steps through it as well. Any repair that passes all
+tests counts.
 """
 
 import ast
@@ -233,8 +234,8 @@ def years(n):
         count = count + 1
     return count
 """
-SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE,
-         ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv,
+         ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 MAX_EVENTS, NUM_TESTS = 24, 10
 
 
@@ -252,7 +253,7 @@ def draw_argument(kind, rng):
 
 
 def fill(text, k, m):
-    """A program with its parameters put in: 1000000 stands for k, 2000000 for m, the numbers beside them for k + 1, ..."""
+    """A program with its parameters put in: 1000000 stands for k, 2000000 for m, 1000001 for k + 1, and so on."""
     def value(found):
         base = round(int(found[0]), -6)
         return str(int(found[0]) - base + {1000000: k, 2000000: m}[base])
@@ -262,7 +263,7 @@ def fill(text, k, m):
 
 @functools.cache
 def mutants(source):
-    """(a program, all that come of it when one operator, number or name is replaced, as one likes to get them wrong)."""
+    """(a program, all that come of it when one operator, number or name is replaced as one likes to get them wrong)."""
     tree = ast.parse(source.format(k=1000000, m=2000000))
     right, out = ast.unparse(tree), []
     names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"range", "len"})
@@ -294,7 +295,7 @@ def returned(source, arguments):
 
 
 def draw_problem(level, rng, split):
-    """(what it should do, right lines, wrong lines, tests, the failing one), or None when the bug drawn does not show."""
+    """(what it should do, right lines, wrong lines, tests, the failing one), or None when the bug does not show."""
     kinds, purpose, source = rng.choice(programs_of(level))
     k, m = rng.randint(2, 12), rng.randint(2, 9)
     right, wrongs = mutants(source)
@@ -328,14 +329,15 @@ def generate(level, rng, split=None):
     program = "\n".join(wrong)
     asked = call(program, arguments)
     numbered = "\n".join(f"{i} {line}" for i, line in enumerate(wrong, 1))
-    text = (f"This function should return {purpose}. One line of it is wrong.\n{numbered}\n{asked} should return {wanted!r}. "
-            "Which line is wrong, and how should it read? Answer in the form: line NUMBER: CODE")
+    text = (f"This function should return {purpose}. One line of it is wrong.\n{numbered}\n"
+            f"{asked} should return {wanted!r}. Which line is wrong, and how should it read? "
+            "Answer in the form: line NUMBER: CODE")
     repair = right[number].strip()
     lines = [f"line {at}: {what}" for at, what in trace(program, arguments)[0]]
     lines += [f"That is not {wanted!r}.", f"Line {number + 1} is wrong: {wrong[number].strip()} should be {repair}",
               f"Then {asked} returns {wanted!r}."]
-    return record("debugging", level, text, f"line {number + 1}: {repair}", lines, program, program=program, tests=tests,
-                  arguments=arguments, wanted=wanted)
+    return record("debugging", level, text, f"line {number + 1}: {repair}", lines, program,
+                  program=program, tests=tests, arguments=arguments, wanted=wanted)
 
 
 def problems(split, limit=None, seed=0):
@@ -356,7 +358,7 @@ def patch(program, number, code):
 
 
 def check_outcome(problem, answer):
-    """Whether the program passes all its tests once the line that the answer names is replaced; it runs in a process of its own."""
+    """Whether the program passes all its tests, in a process of its own, with the line that the answer names replaced."""
     found = re.fullmatch(r"line (\d{1,3}): ?(.{1,200})", answer.strip())
     try:
         return bool(found) and run_tests(patch(problem["program"], int(found[1]), found[2]), problem["tests"])
@@ -368,7 +370,8 @@ def check_steps(problem, thought):
     """The run of the failing test event by event, then the repair, which has to pass every test."""
     program, wanted = problem["program"], problem["wanted"]
     asked = call(program, problem["arguments"])
-    expected = [f"line {at}: {what}" for at, what in trace(program, problem["arguments"])[0]] + [f"That is not {wanted!r}."]
+    expected = [f"line {at}: {what}" for at, what in trace(program, problem["arguments"])[0]]
+    expected.append(f"That is not {wanted!r}.")
     state = {"at": 0, "repair": None, "shown": False}
 
     def step(line):

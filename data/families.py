@@ -46,8 +46,8 @@ def record(family, level, problem, answer, lines, key, **extra):
 def sample_family(generate, split, limit=None, seed=0, levels=(1, 2, 3, 4, 5)):
     """`limit` problems of one split, no key twice, the levels in turn; fewer only when every level has run dry.
 
-    A problem's split is decided by its key, so no two splits share one, whatever the seeds. generate(level, rng) may return
-    None instead of a problem of another split, where the rest of its work is expensive.
+    A problem's split is decided by its key, so no two splits share one, whatever the seeds. generate(level, rng) may
+    return None instead of a problem of another split, where the rest of its work is expensive.
     """
     check_request(split, limit)
     rng = random.Random(f"{generate.__module__} {split} {seed}")
@@ -76,10 +76,10 @@ def conclude(answer):
 def first_wrong(thought, step, conclusion):
     """The first line of a thought that is not a right step: (index, line, reason), or None when all are.
 
-    step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why it is wrong (None when
-    it is right); it remembers what right lines establish. conclusion() -> the answer they establish, or None: the last
-    line has to state it, for a thought that stops short proves nothing. A wrong line is forgiven when the very next one
-    takes it back, with one of REPAIRS, and is a right step about the same subject.
+    step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why it is wrong (None
+    when it is right); it remembers what right lines establish. conclusion() -> the answer they establish, or None: the
+    last line has to state it, for a thought that stops short proves nothing. A wrong line is forgiven when the very next
+    one takes it back, with one of REPAIRS, and is a right step about the same subject.
     """
     lines = [(index, line.strip()) for index, line in enumerate(thought.split("\n")) if line.strip()]
     slip = slip_subject = None

@@ -1,8 +1,8 @@
 """Knights and knaves: everybody speaks once, knights say what is true, knaves what is false; who are the knights?
 
-Two to five people by level, suppositions needed from level 3 on, and exactly one solution. A thought is a proof: from one person's words and what is known
-already follows what somebody is, or a contradiction with what was supposed. A set of worlds is an int with one bit for
-each of the 2^n ways to be knights and knaves, so a step is checked by looking at all of them.
+Two to five people by level, suppositions needed from level 3 on, and exactly one solution. A thought is a proof: from one
+person's words and what is known already follows what somebody is, or a contradiction with what was supposed. A set of
+worlds is an int with one bit for each of the 2^n ways to be knights and knaves, so a step is checked by looking at all.
 """
 
 import functools
@@ -42,7 +42,7 @@ def allowed(statements):
 
 
 def forced(worlds, person, people):
-    """1 when a person is a knight in all of the worlds, 0 when in none of them, else None (None too without a world)."""
+    """1 when a person is a knight in all of the worlds, 0 when in none, else None (None too without a world)."""
     knight = worlds & knight_worlds(person, people)
     return None if not worlds or knight not in (0, worlds) else int(knight == worlds)
 
@@ -101,7 +101,7 @@ def random_statement(speaker, people, forms, rng):
     a, b = rng.sample(range(people), 2)
     if form in ("same", "differ"):
         return form, a, 1, b, 1
-    if form == "is":                                             # nobody can say "I am a knave"; "I am a knight" says nothing
+    if form == "is":                                # nobody can say "I am a knave"; "I am a knight" says nothing
         a = rng.choice([p for p in range(people) if p != speaker])
         b = a
     return form, a, rng.randint(0, 1), b, rng.randint(0, 1) if form != "is" else 1
@@ -172,7 +172,7 @@ def check_steps(problem, thought):
     """Each line follows from one person's words and what is known or supposed, by looking at every world."""
     names, words = problem["names"], allowed(problem["statements"])
     people = len(names)
-    stack, refuted = [((1 << (1 << people)) - 1, None, None)], False       # [(worlds left, who was supposed to be, what)]
+    stack, refuted = [((1 << (1 << people)) - 1, None, None)], False   # [(worlds left, who was supposed, what)]
     name = "(" + "|".join(names) + ")"
 
     def step(line):

@@ -1,7 +1,7 @@
 """MATH (Hendrycks et al. 2021, arXiv:2103.03874; MIT licence), and the 500 test problems of it that everybody reports.
 
-`math500` is downloaded. `math` is the whole set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/: as
-published, train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl with the same fields.
+`math500` is downloaded. `math` is the whole set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/:
+as published, train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl with the same fields.
 """
 
 import json
@@ -36,8 +36,8 @@ def read_math(place, split):
     """The problems of a directory in one of the two layouts, or [] when it holds neither."""
     if (place / f"{split}.jsonl").is_file():
         return [from_row(row, f"math/{split}/{number}") for number, row in read_rows(place / f"{split}.jsonl")]
-    files = sorted((place / split).glob("*/*.json"))
-    return [from_row(json.loads(file.read_text("utf-8")), f"math/{split}/{file.parent.name}/{file.stem}") for file in files]
+    return [from_row(json.loads(file.read_text("utf-8")), f"math/{split}/{file.parent.name}/{file.stem}")
+            for file in sorted((place / split).glob("*/*.json"))]
 
 
 def problems_math500(split, limit=None, seed=0):
@@ -51,6 +51,7 @@ def problems_math(split, limit=None, seed=0):
     part = "test" if split == "test" else "train"
     rows = next(filter(None, (read_math(place, part) for place in places("math"))), None)
     if not rows:
-        raise FileNotFoundError(f"no MATH {part} problems at {' or '.join(str(place) for place in places('math'))}; place "
-                                f"{part}/SUBJECT/NUMBER.json or {part}.jsonl there by hand")
+        looked = " or ".join(map(str, places("math")))
+        raise FileNotFoundError(f"no MATH {part} problems at {looked}; place {part}/SUBJECT/NUMBER.json or {part}.jsonl "
+                                "there by hand")
     return choose(hold_out(rows, split), limit, seed)

@@ -1,13 +1,14 @@
 """Small Python programs of unknown origin: read, stepped through, run against unit tests.
 
-Three walls. `check_source` admits a small part of the language: one function, arithmetic, lists, if, while, for, no imports,
-no attributes, no names with underscores at both ends, calls to a handful of builtins only. `trace` interprets that part
-itself, with a limit on steps and sizes, and runs nothing. `run_tests` runs it in a separate process (python -I -S) in its
-own session, with limits on CPU time, memory, file size and open files, so that it can neither open a file nor a socket,
-and kills it when the wall-clock time is over.
+`check_source` admits a small part of the language: one function, arithmetic, lists, if, while, for; no imports, no
+attributes, no names with two underscores, calls to a handful of builtins only. `trace` interprets that part itself, with
+a limit on steps and sizes, and runs nothing. `run_tests` runs it in a separate process (python -I -S) in its own session,
+with limits on CPU time, memory, file size, processes and open files, so that it can open neither a file nor a socket, and
+kills it when the wall-clock time is over.
 
-What this does not promise: it is no virtual machine. A hole in CPython itself, or in the first wall, would meet resource
-limits only; the limit on processes does not bind root. For programs of people who mean harm, use a container as well.
+What this does not promise: it is no virtual machine. A hole in the first wall would meet the limits of a process only:
+they do not hide the memory of the interpreter, and the one on processes does not bind root. For programs of people who
+mean harm, use a container as well.
 """
 
 import ast
@@ -21,12 +22,13 @@ import sys
 
 MAX_CHARS, MAX_STEPS, MAX_SIZE = 4000, 400, 10**12
 CALLS = {"len": len, "abs": abs, "min": min, "max": max, "sum": sum, "range": range, "int": int}
-BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+          ast.Mod: operator.mod}
 COMPARE = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
            ast.GtE: operator.ge}
-ALLOWED = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AugAssign, ast.If, ast.While, ast.For, ast.Return,
-           ast.Expr, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.List, ast.Subscript, ast.Load,
-           ast.Store, ast.USub, ast.Not, ast.And, ast.Or, ast.Break, ast.Continue, ast.Pass, *BINARY, *COMPARE)
+ALLOWED = (ast.Module, ast.FunctionDef, ast.arguments, ast.arg, ast.Assign, ast.AugAssign, ast.If, ast.While, ast.For,
+           ast.Return, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.Name, ast.Constant, ast.List,
+           ast.Subscript, ast.Load, ast.Store, ast.USub, ast.Not, ast.And, ast.Or, *BINARY, *COMPARE)
 
 
 @functools.lru_cache(256)
@@ -46,7 +48,8 @@ def check_source(source):
         if isinstance(node, ast.Name) and node.id.startswith("__") or isinstance(node, ast.FunctionDef) and (
                 node.decorator_list or node is not tree.body[0]):
             raise ValueError("names with two underscores, decorators and inner functions are not admitted")
-        if isinstance(node, ast.Call) and (not isinstance(node.func, ast.Name) or node.func.id not in CALLS or node.keywords):
+        if isinstance(node, ast.Call) and (
+                not isinstance(node.func, ast.Name) or node.func.id not in CALLS or node.keywords):
             raise ValueError(f"only {', '.join(CALLS)} may be called")
         if isinstance(node, ast.Constant) and not (isinstance(node.value, (int, str)) and len(repr(node.value)) < 40):
             raise ValueError("only whole numbers and short texts are admitted")
@@ -158,8 +161,9 @@ def trace(source, arguments, max_steps=MAX_STEPS):
 RUNNER = """
 import json, resource, sys
 job = json.load(sys.stdin)
-for limit, most in (("CPU", job["cpu_s"]), ("AS", job["memory"]), ("FSIZE", 0), ("NPROC", 0), ("CORE", 0), ("NOFILE", 3)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + limit), (most, most))
+limits = {"CPU": job["cpu_s"], "AS": job["memory"], "FSIZE": 0, "NPROC": 0, "CORE": 0, "NOFILE": 3}
+for name, most in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 space = {"__builtins__": {name: getattr(__builtins__, name) for name in job["calls"]}}
 exec(compile(job["source"], "program", "exec"), space)
 sys.exit(any(repr(space[job["name"]](*arguments)) != repr(wanted) for arguments, wanted in job["tests"]))
@@ -167,10 +171,13 @@ sys.exit(any(repr(space[job["name"]](*arguments)) != repr(wanted) for arguments,
 
 
 def run_limited(source, name, tests, cpu_s=1, wall_s=5, memory_mib=256):
-    """Whether a function returns what it should, in a process of its own with limits (Unix only); the source is not checked."""
+    """Whether a function returns what it should, in a process of its own with limits (Unix only).
+
+    The source is run as it is: check it first.
+    """
     job = {"source": source, "name": name, "tests": tests, "calls": list(CALLS), "cpu_s": cpu_s, "memory": memory_mib << 20}
-    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env={}, cwd="/", start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], stdin=subprocess.PIPE, env={}, cwd="/",
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         process.communicate(json.dumps(job).encode(), timeout=wall_s)
     except subprocess.TimeoutExpired:

@@ -1,7 +1,7 @@
-"""Scientific deduction: from measured quantities to an asked one, law by law, with units; the level is the number of laws.
+"""Scientific deduction: from measured quantities to an asked one, law by law; the level is the number of laws.
 
-Every law is a product a = b * c and may be used in its three forms. A step names the law, puts the numbers and their units
-in, and computes; its checker knows the laws and the exponents of the base units, so a wrong unit is a wrong step.
+Every law is a product a = b * c and may be used in its three forms. A step names the law, puts the numbers and their
+units in, and computes; its checker knows the laws and the exponents of the base units: a wrong unit is a wrong step.
 """
 
 import re
@@ -11,18 +11,22 @@ from data.families import first_wrong, plant_error as plant, plant_slip as slip,
 
 UNITS = {  # exponents of (m, kg, s, A)
     "m": (1, 0, 0, 0), "m^2": (2, 0, 0, 0), "m^3": (3, 0, 0, 0), "kg": (0, 1, 0, 0), "s": (0, 0, 1, 0), "A": (0, 0, 0, 1),
-    "m/s": (1, 0, -1, 0), "m/s^2": (1, 0, -2, 0), "kg/m^3": (-3, 1, 0, 0), "N": (1, 1, -2, 0), "kg m/s": (1, 1, -1, 0),
-    "J": (2, 1, -2, 0), "W": (2, 1, -3, 0), "Pa": (-1, 1, -2, 0), "C": (0, 0, 1, 1), "Hz": (0, 0, -1, 0), "V": (2, 1, -3, -1), "ohm": (2, 1, -3, -2)}
+    "Hz": (0, 0, -1, 0), "m/s": (1, 0, -1, 0), "m/s^2": (1, 0, -2, 0), "kg/m^3": (-3, 1, 0, 0), "kg m/s": (1, 1, -1, 0),
+    "N": (1, 1, -2, 0), "J": (2, 1, -2, 0), "W": (2, 1, -3, 0), "Pa": (-1, 1, -2, 0), "C": (0, 0, 1, 1),
+    "V": (2, 1, -3, -1), "ohm": (2, 1, -3, -2)}
 QUANTITIES = {
     "mass": "kg", "acceleration": "m/s^2", "force": "N", "distance": "m", "work": "J", "time": "s", "power": "W",
-    "pressure": "Pa", "area": "m^2", "height": "m", "volume": "m^3", "density": "kg/m^3", "speed": "m/s", "momentum": "kg m/s",
-    "charge": "C", "current": "A", "voltage": "V", "resistance": "ohm", "wavelength": "m", "frequency": "Hz"}
-LAWS = [("force", "mass", "acceleration"), ("work", "force", "distance"), ("work", "power", "time"), ("force", "pressure", "area"),
-        ("volume", "area", "height"), ("mass", "density", "volume"), ("momentum", "mass", "speed"), ("momentum", "force", "time"),
-        ("distance", "speed", "time"), ("speed", "wavelength", "frequency"), ("charge", "current", "time"),
-        ("voltage", "current", "resistance"), ("power", "voltage", "current"), ("work", "charge", "voltage"), ("power", "force", "speed")]
-OPENINGS = ["In an experiment these values are measured: {}.", "A worksheet gives {}.", "From the data sheet of a machine: {}.",
-            "Known about a moving system: {}.", "A student notes {}."]
+    "pressure": "Pa", "area": "m^2", "height": "m", "volume": "m^3", "density": "kg/m^3", "speed": "m/s",
+    "momentum": "kg m/s", "charge": "C", "current": "A", "voltage": "V", "resistance": "ohm", "wavelength": "m",
+    "frequency": "Hz"}
+LAWS = [
+    ("force", "mass", "acceleration"), ("work", "force", "distance"), ("work", "power", "time"), ("power", "force", "speed"),
+    ("force", "pressure", "area"), ("volume", "area", "height"), ("mass", "density", "volume"), ("momentum", "mass", "speed"),
+    ("momentum", "force", "time"), ("distance", "speed", "time"), ("speed", "wavelength", "frequency"),
+    ("charge", "current", "time"), ("voltage", "current", "resistance"), ("power", "voltage", "current"),
+    ("work", "charge", "voltage")]
+OPENINGS = ["In an experiment these values are measured: {}.", "A worksheet gives {}.", "A student notes {}.",
+            "From the data sheet of a machine: {}.", "Known about a moving system: {}."]
 LARGEST = 100_000
 
 
@@ -92,8 +96,8 @@ def generate(level, rng):
     rng.shuffle(told)
     listed = ", ".join(f"{name} {amount(value, name)}" for name, value in told)
     text = f"{rng.choice(OPENINGS).format(listed)} What is the {target}, in {QUANTITIES[target]}?"
-    lines = [f"{result} = {a} {op} {b} = {amount(values[a], a)} {op} {amount(values[b], b)} = {amount(values[result], result)}"
-             for result, op, a, b in steps]
+    amounts = {name: amount(value, name) for name, value in values.items()}
+    lines = [f"{result} = {a} {op} {b} = {amounts[a]} {op} {amounts[b]} = {amounts[result]}" for result, op, a, b in steps]
     key = f"{target} from " + ", ".join(f"{name} {value}" for name, value in sorted(givens.items()))
     return record("science", level, text, str(values[target]), lines, key, givens=dict(told), target=target)
 
@@ -102,11 +106,12 @@ def problems(split, limit=None, seed=0):
     return sample_family(generate, split, limit, seed)
 
 
-LINE = re.compile(r"([a-z]+) = ([a-z]+) ([*/]) ([a-z]+) = (\d{1,9}) ([^=*]{1,8}?) ([*/]) (\d{1,9}) ([^=*]{1,8}?) = (\d{1,9}) ([^=*]{1,8})")
+AMOUNT = r"(\d{1,9}) ([^=*]{1,8}?)"
+LINE = re.compile(rf"([a-z]+) = ([a-z]+) ([*/]) ([a-z]+) = {AMOUNT} ([*/]) {AMOUNT} = {AMOUNT}")
 
 
 def check_steps(problem, thought):
-    """Each line uses a law that exists, numbers that are known, their own units, and computes number and unit rightly."""
+    """Each line uses a law that exists, known numbers in their units, and computes number and unit rightly."""
     known = dict(problem["givens"])
 
     def step(line):

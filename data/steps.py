@@ -1,17 +1,18 @@
 """Process verification of free text: every step that can be parsed is computed again, exactly.
 
 A step is one equality sign with an expression on either side: `48/2 = 24`, the links of a chain `a = b = c`, GSM8K's
-`<<48/2=24>>`, LaTeX such as `\\frac{1}{2} \\times 6 = 3`, identities such as `2x + 3x = 5x`; and an equation that is said
-to follow from another: `2x + 3 = 11, so 2x = 8`. Its verdict is "right", "wrong", "repaired" when a
-wrong one is taken back later, or "unchecked" where exact arithmetic cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units in words, thousands separators, percent and rounded decimals
-are read as people mean them. Text is never evaluated, only parsed, with limits on its length, depth and numbers.
+`<<48/2=24>>`, LaTeX such as `\\frac{1}{2} \\times 6 = 3`, identities such as `2x + 3x = 5x`; and an equation that is
+said to follow from another: `2x + 3 = 11, so 2x = 8`. Its verdict is "right", "wrong", "repaired" when a wrong one is
+taken back later, or "unchecked" where exact arithmetic cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units in
+words, thousands separators, percent and rounded decimals are read as people mean them. Text is never evaluated, only
+parsed, with limits on its length, depth and numbers.
 """
 
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_LINE, MAX_TOKENS, MAX_DIGITS, MAX_POWER, MAX_TERMS, MAX_DEPTH = 2000, 60, 40, 12, 60, 20
+MAX_LINE, MAX_TOKENS, MAX_DIGITS, MAX_BITS, MAX_POWER, MAX_TERMS, MAX_DEPTH = 2000, 60, 40, 400, 12, 60, 20
 
 Step = NamedTuple("Step", [("text", str), ("verdict", str), ("reason", str)])
 Side = NamedTuple("Side", [("tokens", list), ("value", dict), ("whole", bool)])     # a part of the text around a sign
@@ -22,7 +23,7 @@ Side = NamedTuple("Side", [("tokens", list), ("value", dict), ("whole", bool)]) 
 
 
 def tidy(poly):
-    if len(poly) > MAX_TERMS or any(c.numerator.bit_length() > 400 or c.denominator.bit_length() > 400 for c in poly.values()):
+    if len(poly) > MAX_TERMS or any(n.bit_length() > MAX_BITS for c in poly.values() for n in c.as_integer_ratio()):
         raise ValueError("too large")
     return {letters: c for letters, c in poly.items() if c}
 
@@ -157,13 +158,15 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
 ]]
 LIST_MARK = re.compile(r"^\s*(?:[-*•]+\s+|(?:step\s*)?\d{1,2}\s*[.):]\s+)+", re.I)
 SENTENCE = re.compile(r"\.(?=\s|$)|:(?!\d)|[;!?|]|,(?=\s)")
-ROUNDED = re.compile(r"\b(?:about|around|approximately|roughly|nearly|almost|round\w*|at (?:least|most)|full|whole|complete|"
-                     r"remainder)\b|≈", re.I)
+ROUNDED = re.compile(r"\b(?:about|around|approximately|roughly|nearly|almost|round\w*|at (?:least|most)|full|whole|"
+                     r"complete|remainder)\b|≈", re.I)
 FOLLOWS = re.compile(r"\b(?:so|thus|hence|therefore|which (?:gives|means)|giving)\b", re.I)
-RETRACTED = re.compile(r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|\bno,", re.I)
-UNITS = re.compile(r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|yard|mile|meter|"
-                   r"metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|dime|nickel|quarter|dozen|"
-                   r"score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|halves|twice|double|thousand|million)\b", re.I)
+RETRACTED = re.compile(r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|\bno,",
+                       re.I)
+UNITS = re.compile(r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|yard|mile|"
+                   r"meter|metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|dime|nickel|quarter|"
+                   r"dozen|score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|halves|twice|double|thousand|"
+                   r"million)\b", re.I)
 BREAKS = {"because", "since", "so", "and", "or", "is", "are", "was", "which", "then", "but", "if", "as", "of", "I"}
 
 
@@ -198,7 +201,8 @@ def read_side(part, at_end):
     tokens = TOKEN.findall(part)
     tokens = without_units(tokens[-MAX_TOKENS:] if at_end else tokens[:MAX_TOKENS])
     for cut in range(len(tokens)):
-        chosen, rest = (tokens[cut:], tokens[:cut]) if at_end else (tokens[:len(tokens) - cut], tokens[len(tokens) - cut:])
+        split = cut if at_end else len(tokens) - cut
+        rest, chosen = (tokens[:split], tokens[split:]) if at_end else (tokens[split:], tokens[:split])
         if None in chosen:
             continue
         try:
@@ -227,7 +231,7 @@ def values(side):
 
 
 def rounds_to(exact, side, loosely):
-    """Whether a bare decimal is `exact` rounded or cut off at its own last place; a whole number only where it says so."""
+    """Whether a bare decimal is `exact` rounded or cut off at its last place; a whole number only where it says so."""
     text = next((t for t in side.tokens if t[0].isdecimal() or t[0] == "."), "0")
     places = len(text.partition(".")[2])
     if not places and not loosely:
@@ -266,7 +270,7 @@ def follows(first, then):
 
 
 def check_sentence(sentence, equation):
-    """(the steps of one sentence, the last equation with letters so far): `equation` is that of the sentences before."""
+    """(the steps of one sentence, the last equation with letters); `equation`: that of the sentences before."""
     parts, signs = re.split(r"[=≈]", sentence), re.findall(r"[=≈]", sentence)
     out = []
     for i, sign in enumerate(signs):
@@ -274,14 +278,14 @@ def check_sentence(sentence, equation):
         if not left or not right:
             continue
         context = parts[i] + sign + parts[i + 1]
-        labelled = is_bare(left) and (not left.whole or not i and re.search("[A-Za-z]", parts[i]))     # `8 boxes = 8 * 6`
+        labelled = is_bare(left) and (not left.whole or i == 0 and re.search("[A-Za-z]", parts[i]))  # `8 boxes = 8 * 6`
         verdict, reason = ("unchecked", "a label") if labelled else judge(left, right, context)
         difference = add(left.value, right.value, -1)
         if verdict == "unchecked" and number(difference) is None:
             if equation and FOLLOWS.search(parts[i]) and not UNITS.search(context):
                 verdict, reason = follows(equation, difference)
             equation = difference
-        elif verdict == "unchecked" and difference and out and not labelled and is_bare(left) and not UNITS.search(context):
+        elif verdict == "unchecked" and difference and out and not (labelled or UNITS.search(context)) and is_bare(left):
             verdict, reason = "wrong", "the chain changes its value"
         out.append(Step(" ".join(left.tokens) + f" {sign} " + " ".join(right.tokens), verdict, reason))
     return out, equation
@@ -308,8 +312,8 @@ def check_text(text):
     for step, count in out:
         if step.verdict == "right":
             right[left_of(step)] = count
-    return [step._replace(verdict="repaired") if step.verdict == "wrong" and right.get(left_of(step), 0) > count else step
-            for step, count in out]
+    repaired = {i for i, (step, count) in enumerate(out) if step.verdict == "wrong" and right.get(left_of(step), 0) > count}
+    return [step._replace(verdict="repaired") if i in repaired else step for i, (step, _) in enumerate(out)]
 
 
 def left_of(step):

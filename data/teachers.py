@@ -1,4 +1,4 @@
-"""Teachers: whoever writes the raw traces. A trace is one JSONL line, appended when it is whole, so a run can be resumed.
+"""Teachers: whoever writes the raw traces. A trace is one line, appended when it is whole, so a run can be resumed.
 
     {"problem_id", "sample", "text": a whole model output, "finish", "prompt_tokens", "completion_tokens", "seconds"}
 
@@ -73,7 +73,7 @@ class Garbage(Exception):
 
 
 class Pace:
-    """Lets callers through evenly, `per_minute` a minute (0: without a limit), and nobody while the server asks for quiet."""
+    """Lets callers through evenly, `per_minute` a minute (0: no limit), and nobody while the server asks for quiet."""
 
     def __init__(self, per_minute, stop):
         self.gap_s, self.stop = (60 / per_minute if per_minute else 0), stop
@@ -123,7 +123,7 @@ def read_reply(reply, deadline):
 
 
 def ask(url, payload, headers, pace, retries, timeout_s, backoff_s):
-    """One chat completion, asked for until it comes; None when it does not. Raises ValueError when the server refuses."""
+    """One chat completion, asked for until it comes; None when it never does. Raises ValueError when it is refused."""
     request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(payload).encode(), headers)
     for attempt in range(retries + 1):
         pace.wait()
@@ -147,7 +147,8 @@ def ask(url, payload, headers, pace, retries, timeout_s, backoff_s):
     return None
 
 
-def ask_endpoint(jobs, settings, file, *, url, concurrency, requests_per_minute, retries, timeout_s, backoff_s, progress):
+def ask_endpoint(jobs, settings, file, *, url, concurrency, requests_per_minute, retries, timeout_s, backoff_s,
+                 progress):
     """Asks an OpenAI-compatible endpoint for each (problem, sample) of `jobs`: the number that stayed unanswered.
 
     Interrupted, it waits for what is already asked and paid for, keeps that too, and raises KeyboardInterrupt again.
@@ -159,9 +160,9 @@ def ask_endpoint(jobs, settings, file, *, url, concurrency, requests_per_minute,
         headers["Authorization"] = f"Bearer {key}"
 
     def work(problem, sample):
-        payload = {"model": settings["model"], "temperature": settings["temperature"], "seed": settings["seed"] + sample,
-                   "max_tokens": settings["max_new_tokens"],
-                   "messages": [{"role": "user", "content": problem["problem"] + settings["instruction"]}]}
+        question = {"role": "user", "content": problem["problem"] + settings["instruction"]}
+        payload = {"model": settings["model"], "messages": [question], "temperature": settings["temperature"],
+                   "max_tokens": settings["max_new_tokens"], "seed": settings["seed"] + sample}
         return ask(url, payload, headers, pace, retries, timeout_s, backoff_s)
 
     def keep(future):
@@ -187,7 +188,7 @@ def ask_endpoint(jobs, settings, file, *, url, concurrency, requests_per_minute,
 # ---------------------------------------------------------------------------------------------- on this machine
 
 
-def ask_model(jobs, settings, file, *, device, max_batch, progress):
+def ask_model(jobs, settings, file, *, samples, device, max_batch, progress):
     """Asks a model directory through generate.py, as many problems at once as a batch holds."""
     import torch
 
@@ -202,25 +203,27 @@ def ask_model(jobs, settings, file, *, device, max_batch, progress):
     for problem, sample in jobs:
         asked.setdefault(problem["id"], (problem, set()))[1].add(sample)
     asked = list(asked.values())
-    chunk = max(1, max_batch // settings["samples"])
+    chunk = max(1, max_batch // samples)
     for begin in range(0, len(asked), chunk):
         part = asked[begin:begin + chunk]
-        chats = [render_chat([{"role": "user", "content": p["problem"] + settings["instruction"]}], system=system) for p, _ in part]
-        prompts = [tokenizer.encode(chat, add_special_tokens=False).ids for chat in chats]
+        questions = [{"role": "user", "content": p["problem"] + settings["instruction"]} for p, _ in part]
+        prompts = [tokenizer.encode(render_chat([q], system=system), add_special_tokens=False).ids for q in questions]
         seeds = [zlib.crc32(problem["id"].encode()) for problem, _ in part]
-        found = generate(params, config, prompts, num_samples=settings["samples"], max_new_tokens=settings["max_new_tokens"],
-                         temperature=settings["temperature"], stop_tokens=ends, seed=settings["seed"], seeds=seeds, max_batch=max_batch)
+        found = generate(params, config, prompts, num_samples=samples, max_new_tokens=settings["max_new_tokens"],
+                         temperature=settings["temperature"], stop_tokens=ends, seed=settings["seed"], seeds=seeds,
+                         max_batch=max_batch)
         for (problem, wanted), prompt, completions in zip(part, prompts, found):
             for sample in sorted(wanted):
                 tokens = completions[sample].tokens
                 text = tokenizer.decode([t for t in tokens if t not in ends], skip_special_tokens=False)
-                row = {"text": text, "finish": completions[sample].finish, "prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+                row = {"text": text, "finish": completions[sample].finish, "prompt_tokens": len(prompt),
+                       "completion_tokens": len(tokens)}
                 append(file, {"problem_id": problem["id"], "sample": sample} | row)
                 progress(row)
 
 
 def ask_solver(jobs, settings, file, *, families, progress):
-    """The generators' own solutions; a share of them, --error-rate, with one wrong step in front of the right answer."""
+    """The generators' own solutions; a share of them, `error_rate`, with one wrong step before the right answer."""
     for problem, sample in jobs:
         family = families.get(problem.get("subject"))
         if not family or not problem.get("solution"):
@@ -228,8 +231,9 @@ def ask_solver(jobs, settings, file, *, families, progress):
         rng = random.Random(f"{settings['seed']} {problem['id']} {sample}")
         planted = rng.random() < settings["error_rate"]
         thought = family.plant_error(problem, rng) if planted else problem["solution"]
-        row = {"problem_id": problem["id"], "sample": sample, "text": respond(thought, problem["answer"], settings["think_tag"])}
-        append(file, row | {"finish": "stop", "planted_error": planted})
+        text = respond(thought, problem["answer"], settings["think_tag"])
+        row = {"problem_id": problem["id"], "sample": sample, "text": text, "finish": "stop", "planted_error": planted}
+        append(file, row)
         progress(row)
 
 
@@ -244,7 +248,7 @@ def ask_gsm8k(jobs, settings, file, *, progress):
     for problem, sample in jobs:
         if problem.get("subject") != "gsm8k":
             raise ValueError(f"{problem['id']} is not a problem of gsm8k; choose another --teacher")
-        row = {"problem_id": problem["id"], "sample": sample, "finish": "stop",
-               "text": respond(rewrite_gsm8k(problem["solution"]), problem["answer"], settings["think_tag"])}
+        text = respond(rewrite_gsm8k(problem["solution"]), problem["answer"], settings["think_tag"])
+        row = {"problem_id": problem["id"], "sample": sample, "text": text, "finish": "stop"}
         append(file, row)
         progress(row)

@@ -10,8 +10,8 @@
 2. Outcome: the answer in the box is right; a repaired program passes its unit tests.
 3. Process: every step that can be checked is right. A right answer behind a wrong step is dropped, and counted.
 4. Curation: duplicates, overlap with evaluation sets, length, repetition, language, difficulty, balance.
-OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line; OUT's .md beside it, the
-data card, says what was dropped, why, with an example of each, and what remains.
+OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line; the data card beside it,
+OUT's .md, says what was dropped, why, with an example of each, and what remains.
 """
 
 import argparse
@@ -47,9 +47,9 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=int, help="problems of each set; default: all, and 2000 of a generated family")
     p.add_argument("--out", default="runs/traces/traces.jsonl")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--self-test", type=int, metavar="N", help="only check the step checkers, on N problems of each family")
+    p.add_argument("--self-test", type=int, metavar="N", help="only try the step checkers, on N problems a family")
     g = p.add_argument_group("teacher")
-    g.add_argument("--teacher", default="solver", help="solver, gsm8k-solutions, or a model: tiny, a hub id, a directory")
+    g.add_argument("--teacher", default="solver", help="solver, gsm8k-solutions, or a model: tiny, hub id, directory")
     g.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, .../v1; the key is read from OPENAI_API_KEY")
     g.add_argument("--teacher-model", help="the model's name at the endpoint")
     g.add_argument("--samples", type=int, default=1, help="traces for each problem")
@@ -65,17 +65,23 @@ def parse_args(argv=None):
     g.add_argument("--max-batch", type=int, default=64, help="rows that a local model decodes at once")
     g.add_argument("--device", default="cpu", help="of a local model")
     g = p.add_argument_group("checks and curation")
-    g.add_argument("--steps", default="auto", choices=("auto", "family", "text", "off"), help="process check: a family's own, "
-                   "complete; whatever can be parsed; none. auto: family for the solver and local models, else text")
-    g.add_argument("--decontaminate", nargs="*", default=["gsm8k", "math500"], help="evaluation sets whose test problems are kept out")
+    g.add_argument("--steps", default="auto", choices=("auto", "family", "text", "off"),
+                   help="process check: a family's own, complete; whatever can be parsed; none. auto: family for the "
+                   "solver and local models, else text")
+    g.add_argument("--decontaminate", nargs="*", default=["gsm8k", "math500"], metavar="SET",
+                   help="problem sets whose test split is kept out")
     g.add_argument("--ngram", type=int, default=10, help="words in a row that count as overlap with an evaluation set")
-    g.add_argument("--near-duplicate", type=float, default=0.9, help="Jaccard similarity of 3-grams above which one goes; 1: off")
+    g.add_argument("--near-duplicate", type=float, default=0.9,
+                   help="Jaccard similarity of word 3-grams from which one of two goes; 1: off")
     g.add_argument("--min-chars", type=int, default=1, help="of a thought")
     g.add_argument("--max-chars", type=int, default=12000)
-    g.add_argument("--min-pass-rate", type=float, default=0.0, help="with a pass_rate field in the problems: how often the student is right")
+    g.add_argument("--min-pass-rate", type=float, default=0.0,
+                   help="how often the student is right, by the problems' field pass_rate where there is one")
     g.add_argument("--max-pass-rate", type=float, default=1.0)
-    g.add_argument("--balance", type=float, default=0, help="no (family, level) has more than this times the median one; 0: off")
-    g.add_argument("--self-correction", type=float, default=0.0, help="share of the family traces that get a slip and its repair")
+    g.add_argument("--balance", type=float, default=0,
+                   help="no (family, level) has more than this many times the median one; 0: off")
+    g.add_argument("--self-correction", type=float, default=0.0,
+                   help="share of the family traces that get a slip and its repair")
     g.add_argument("--think-tag", default="think", choices=("think", "thought"))
     args = p.parse_args(argv)
     for flag in ("error_rate", "near_duplicate", "min_pass_rate", "max_pass_rate", "self_correction"):
@@ -98,11 +104,13 @@ def load_families():
 
 def collect(problems, args, families):
     """Raw traces of the problems, those of an earlier run included: {(problem id, sample): trace}, and what it cost."""
-    kind = "endpoint" if args.teacher_url else args.teacher if args.teacher in ("solver", "gsm8k-solutions") else "model"
+    built_in = args.teacher in ("solver", "gsm8k-solutions") and not args.teacher_url
+    kind = "endpoint" if args.teacher_url else args.teacher if built_in else "model"
     fields = {"solver": ("seed", "think_tag", "error_rate"), "gsm8k-solutions": ("think_tag",)}.get(
         kind, ("seed", "temperature", "max_new_tokens", "instruction"))
-    settings = {"teacher": kind, "model": args.teacher_model or args.teacher} | {name: getattr(args, name) for name in fields}
-    samples = 1 if kind in ("solver", "gsm8k-solutions") else args.samples
+    settings = {"teacher": kind, "model": args.teacher_model or args.teacher}
+    settings |= {name: getattr(args, name) for name in fields}
+    samples = 1 if built_in else args.samples
     traces, file = open_raw(Path(args.out).with_suffix(".raw.jsonl"), settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
     cost = Counter({"already there": len(traces)})
@@ -114,10 +122,12 @@ def collect(problems, args, families):
             bar.update()
         if kind == "endpoint":
             cost["unanswered"] = ask_endpoint(
-                jobs, settings, file, url=args.teacher_url, concurrency=args.concurrency, retries=args.retries, progress=progress,
-                requests_per_minute=args.requests_per_minute, timeout_s=args.timeout_s, backoff_s=args.backoff_s)
+                jobs, settings, file, url=args.teacher_url, concurrency=args.concurrency, retries=args.retries,
+                requests_per_minute=args.requests_per_minute, timeout_s=args.timeout_s, backoff_s=args.backoff_s,
+                progress=progress)
         elif kind == "model":
-            ask_model(jobs, settings | {"samples": samples}, file, device=args.device, max_batch=args.max_batch, progress=progress)
+            ask_model(jobs, settings, file, samples=samples, device=args.device, max_batch=args.max_batch,
+                      progress=progress)
         elif kind == "solver":
             ask_solver(jobs, settings, file, families=families, progress=progress)
         else:
@@ -138,12 +148,12 @@ def make_record(trace, problem, settings, args, families):
     thought, answer = split_response(trace["text"]), problem["answer"]
     if hasattr(families.get(problem.get("subject")), "check_outcome"):      # any right repair counts, so keep this one
         answer = extract_answer(trace["text"], strict=True) or ""
-    source = {"problem_id": problem["id"], "sample": trace["sample"], "teacher": settings["teacher"], "model": settings["model"],
-              "split": args.split, "finish": trace["finish"]}
-    optional = {key: problem[key] for key in ("level", "subject") if key in problem}
+    source = {"problem_id": problem["id"], "sample": trace["sample"], "split": args.split, "finish": trace["finish"],
+              "teacher": settings["teacher"], "model": settings["model"]}
     source |= {key: trace[key] for key in ("planted_error", "completion_tokens") if key in trace}
-    return {"id": f"{problem['id']}#{trace['sample']}", "problem": problem["problem"], "thought": thought, "answer": answer,
-            "response": respond(thought, answer, args.think_tag), **optional, "source": source}
+    known = {key: problem[key] for key in ("level", "subject") if key in problem}
+    return {"id": f"{problem['id']}#{trace['sample']}", "problem": problem["problem"], "thought": thought,
+            "answer": answer, "response": respond(thought, answer, args.think_tag), **known, "source": source}
 
 
 # ---------------------------------------------------------------------------------------------- verification
@@ -151,10 +161,12 @@ def make_record(trace, problem, settings, args, families):
 
 def outcomes(rows, problems, families):
     """None or a reason for each (trace, problem): is its answer right? Families may judge for themselves."""
-    texts = [(trace["text"], problems[trace["problem_id"]]) for trace in rows]
-    own = [getattr(families.get(problem.get("subject")), "check_outcome", None) for _, problem in texts]
-    judged = iter(verify_many([(text, p["answer"]) for (text, p), check in zip(texts, own) if not check], strict=True))
-    verdicts = [check(p, extract_answer(text, strict=True) or "") if check else next(judged) for (text, p), check in zip(texts, own)]
+    asked = [(trace["text"], problems[trace["problem_id"]]) for trace in rows]
+    checks = [getattr(families.get(problem.get("subject")), "check_outcome", None) for _, problem in asked]
+    plain = [(text, problem["answer"]) for (text, problem), check in zip(asked, checks) if not check]
+    judged = iter(verify_many(plain, strict=True))
+    verdicts = [check(problem, extract_answer(text, strict=True) or "") if check else next(judged)
+                for (text, problem), check in zip(asked, checks)]
     return [None if verdict else "the answer could not be decided in time" if verdict is None else "the answer is wrong"
             for verdict in verdicts]
 
@@ -204,9 +216,9 @@ def form_fault(record, args):
 
 
 def near_duplicates(records, threshold, hashes=64, bands=8):
-    """{index: index of the earlier record it nearly repeats}: Jaccard similarity of word 3-grams at or above `threshold`.
+    """{index: index of the earlier record it nearly repeats}, by the Jaccard similarity of their word 3-grams.
 
-    MinHash in bands finds the pairs worth comparing (Broder 1997); each is then compared exactly, so no verdict is a guess.
+    MinHash in bands (Broder 1997) finds the pairs worth comparing, now and then missing one; each is compared exactly.
     """
     rng = np.random.default_rng(0)
     a, b = rng.integers(1, 2**31, (2, hashes, 1), dtype=np.int64)
@@ -256,11 +268,15 @@ def curate(records, problems, args, drop):
     records = drop("form", records, {i: reason for i, r in enumerate(records) if (reason := form_fault(r, args))})
 
     first = {}
-    same = {i: first[key] for i, r in enumerate(records) if first.setdefault(key := (r["problem"], r["thought"]), r["id"]) != r["id"]}
-    records = drop("exact duplicate", records, {i: f"the same as: {other}" for i, other in same.items()})
+    for record in records:
+        first.setdefault((record["problem"], record["thought"]), record["id"])
+    same = {i: first[r["problem"], r["thought"]] for i, r in enumerate(records)}
+    records = drop("exact duplicate", records, {
+        i: f"the same as: {same[i]}" for i, r in enumerate(records) if same[i] != r["id"]})
     if args.near_duplicate < 1:
         near = near_duplicates(records, args.near_duplicate)
-        records = drop("near duplicate", records, {i: f"nearly the same as: {records[j]['id']}" for i, j in near.items()})
+        records = drop("near duplicate", records, {
+            i: f"nearly the same as: {records[j]['id']}" for i, j in near.items()})
 
     grams, evaluations = evaluation_grams(args.decontaminate, args.ngram)
     overlap = {}
@@ -317,15 +333,17 @@ def data_card(records, dropped, facts, args):
     lines += ["", f"{len(records)} of {facts.pop('raw traces')} raw traces remain.", "", "## Facts", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [f"- characters in a thought: least {lengths[0]}, median {lengths[len(lengths) // 2]}, most {lengths[-1]}",
-              "", "## What remains, by level", "", f"| subject | {' | '.join(map(str, levels))} |", "| --- |" + " --- |" * len(levels)]
-    lines += [f"| {subject} | {' | '.join(str(cells[subject, level]) for level in levels)} |" for subject in sorted({s for s, _ in cells})]
+              "", "## What remains, by level", "", f"| subject | {' | '.join(map(str, levels))} |",
+              "| --- |" + " --- |" * len(levels)]
+    for subject in sorted({subject for subject, _ in cells}):
+        lines.append(f"| {subject} | {' | '.join(str(cells[subject, level]) for level in levels)} |")
     if records:
         lines += ["", "## One of them", "", "```", records[0]["problem"], "", records[0]["response"], "```"]
     return "\n".join(lines) + "\n"
 
 
 def self_test(count, families):
-    """Right thoughts rejected, planted errors missed and repaired slips rejected, by family; True when there are none."""
+    """Prints, by family, the right thoughts rejected, planted errors missed, repaired slips rejected. True: none."""
     perfect = True
     for name, family in families.items():
         problems, rng, missed = family.problems("train", count), random.Random(name), [0, 0, 0]
@@ -334,8 +352,8 @@ def self_test(count, families):
             missed[1] += family.check_steps(problem, family.plant_error(problem, rng)) is None
             missed[2] += family.check_steps(problem, family.plant_slip(problem, rng)) is not None
         perfect &= not any(missed)
-        print(f"{name:10} | {len(problems)} problems | right thoughts rejected {missed[0]} | planted errors missed {missed[1]} "
-              f"| repaired slips rejected {missed[2]}", flush=True)
+        print(f"{name:10} | {len(problems)} problems | right thoughts rejected {missed[0]} | planted errors missed "
+              f"{missed[1]} | repaired slips rejected {missed[2]}", flush=True)
     return perfect
 
 
@@ -361,13 +379,13 @@ def main(args):
     records, evaluations = curate(records, problems, args, drop)
     records = add_slips(records, problems, args, families)
     if not records:
-        raise ValueError("no trace is left; the reasons: " + ", ".join(f"{stage} {len(d)}" for stage, d in dropped.items()))
+        raise ValueError("no trace is left; dropped by " + ", ".join(f"{stage} {len(d)}" for stage, d in dropped.items()))
     random.Random(args.seed).shuffle(records)
 
-    facts = {"raw traces": len(rows), "teacher": settings, "problems": len(problems), "process check": {"off": "none", "family": "each family's own; free text elsewhere", "text": "free text"}[mode],
-             "steps of free text": dict(steps),
+    checked = {"off": "none", "family": "each family's own, free text elsewhere", "text": "free text"}[mode]
+    facts = {"raw traces": len(rows), "teacher": settings, "problems": len(problems), "process check": checked,
+             "steps of free text": dict(steps), "unanswered": cost["unanswered"], "kept out": evaluations,
              "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion tokens in this run",
-             "unanswered": cost["unanswered"], "kept out": evaluations,
              "self-correction": sum("self_correction" in r["source"] for r in records)}
     planted = sum(bool(trace.get("planted_error")) for trace in rows)
     if planted:
@@ -375,7 +393,8 @@ def main(args):
         facts["planted errors"] = f"{planted}, of which {left} are still there"
     card = data_card(records, dropped, facts, args)
     out = Path(args.out)
-    for path, text in ((out.with_suffix(".md"), card), (out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))):
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    for path, text in ((out.with_suffix(".md"), card), (out, lines)):
         part = path.with_name(path.name + ".part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)

@@ -9,9 +9,9 @@ import re
 
 from data.families import conclude, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
 
-NAMES = ("Ada Amir Bela Carlos Chen Dara Elif Farid Grace Hugo Ines Jonas Kofi Lena Marta Nia Omar Priya Quinn Rosa Sven "
-         "Tomas Uma Vera Wanda Yuki Zoe").split()
-THINGS = "marbles stickers stamps shells coins beads cards buttons pencils acorns badges bottle-tops".split()
+NAMES = ("Ada Amir Bela Carlos Chen Dara Elif Farid Grace Hugo Ines Jonas Kofi Lena Marta Nia Omar Priya Quinn Rosa "
+         "Sven Tomas Uma Vera Wanda Yuki Zoe").split()
+THINGS = "marbles stickers stamps shells coins beads cards buttons pencils acorns badges corks".split()
 OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 # Each story: how it opens, then its events in the order in which they may happen:
@@ -101,7 +101,8 @@ def tell_riddle(level, rng):
         told.append(RIDDLES[op].format(name=name, other=last, k=k, things=things))
         plan.append((name, op, last, k))
         value, last = OPS[op](value, k), name
-    told += [f"{name} has {rng.randint(3, 99)} {things}." for name in names[level + 1:] if level > 1 and rng.random() < .4]
+    others = [name for name in names[level + 1:] if level > 1 and rng.random() < 0.4]         # nobody asks about them
+    told += [f"{name} has {rng.randint(3, 99)} {things}." for name in others]
     rng.shuffle(told)
     return told, f"How many {things} does {last} have?", plan
 
