@@ -251,7 +251,7 @@ class _TensorSizes(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_model_head_never_holds_all_logits():
-    """512 positions of 3,000 words in slices of 32: no tensor beyond a slice, forward or backward, and no slice is kept."""
+    """512 positions of 3,000 words in slices of 32: no tensor beyond a slice, forward or backward, and none is kept."""
     config = model.Config(3000, 16, 16, 1, 1, 1)
     params = {"model.embed_tokens.weight": torch.randn(3000, 16).requires_grad_()}
     hidden, targets, kept = torch.randn(512, 16).requires_grad_(), torch.arange(512), []
@@ -608,6 +608,8 @@ def test_model_system_prompt_of_a_template():
                 (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
                 assert model.load_system_prompt(path) == prompt
         for template, found in ((None, None), ([], None), ("{{ messages[0].content }}", None),
+                                ("{% if 1 %}\n  {% if 1 %}\n<|im_start|>system\nA\nB<|im_end|>{% endif %}{% endif %}",
+                                 "A\nB"),
                                 ("{% for %}", ValueError),
                                 ("{{ raise_exception('no') }}", ValueError),
                                 ("{{ ''.__class__.__mro__[1]() }}", ValueError)):
@@ -615,7 +617,7 @@ def test_model_system_prompt_of_a_template():
             if found is ValueError:
                 _raises(ValueError, ["tokenizer_config.json", "does not render"], model.load_system_prompt, path)
             else:
-                assert model.load_system_prompt(path) is found, template
+                assert model.load_system_prompt(path) == found, template
         (path / "chat_template.jinja").write_text(_QWEN_TEMPLATE.replace("@", "Think."))
         assert model.load_system_prompt(path) == "Think."
 
@@ -1590,7 +1592,7 @@ def test_data_traces_of_a_local_model():
     config = load_config(tiny)
     with tempfile.TemporaryDirectory() as home:
         save_model(Path(home) / "m", init_params(config, 0), config, like=tiny)
-        flags = ("--data", "arithmetic", "--limit", 3, "--teacher", Path(home) / "m", "--samples", 2, "--max-new-tokens", 8,
+        flags = ("--data", "arithmetic", "--limit", 3, "--teacher", Path(home) / "m", "--samples", 2, "--max-new-tokens", 4,
                  "--instruction", "")
         _data_raises(ValueError, "no trace is left", "outcome 6", call=lambda: _traces(home, *flags))
         raw = (Path(home) / "traces.raw.jsonl").read_text()

@@ -1187,6 +1187,9 @@ def same_value(a, b, trail):
     if (a[0] == "pct") != (b[0] == "pct"):
         percent, other = (a, b) if a[0] == "pct" else (b, a)
         return same_value(percent[1], other, trail) or same_value(("div", percent[1], number(100)), other, trail)
+    for one, other in ((a, b), (b, a)):
+        if "I" in symbols(one) and "I" not in symbols(other) and _has(other, "const"):  # SymPy writes 2*I
+            return same_value(_rebuild(one, lambda n: ("const", "i") if n == ("sym", "I") else n), other, trail)
     if "based" in (a[0], b[0]):
         trail.tiers.append("base")
         return a == b

@@ -1,9 +1,9 @@
 """Debugging: a small program with one wrong line and a test that it fails; find the line, explain, repair it.
 
-Thirty programs in five levels (straight lines, branches, counting loops, loops over lists, while and nested loops), each
-with parameters, and every way to get one operator, number or name in it wrong. A thought steps through the failing test
-as the program runs, then names the line and its repair; the checker steps through it as well. Any repair that passes all
-tests counts.
+Thirty programs in five levels (straight lines, branches, counting loops, loops over lists, while and nested loops),
+each with parameters, and every way to get one operator, number or name in it wrong. A thought steps through the failing
+test as the program runs, then names the line and its repair; the checker steps through it as well. Any repair that
+passes all tests counts.
 """
 
 import ast
@@ -358,7 +358,7 @@ def patch(program, number, code):
 
 
 def check_outcome(problem, answer):
-    """Whether the program passes all its tests, in a process of its own, with the line that the answer names replaced."""
+    """Whether the program with the line that the answer names replaced passes its tests, in a process of its own."""
     found = re.fullmatch(r"line (\d{1,3}): ?(.{1,200})", answer.strip())
     try:
         return bool(found) and run_tests(patch(problem["program"], int(found[1]), found[2]), problem["tests"])
@@ -396,7 +396,8 @@ def check_steps(problem, thought):
                 return "repair", str(error)
             state["repair"] = f"line {found[1]}: {found[3]}"
             return "repair", None
-        return ("result" if line.startswith("Then ") else "repair" if found else None), "not a right step of this problem"
+        subject = "result" if line.startswith("Then ") else "repair" if found else None
+        return subject, "not a right step of this problem"
 
     return first_wrong(thought, step, lambda: state["repair"] if state["shown"] else None)
 

@@ -78,8 +78,8 @@ def first_wrong(thought, step, conclusion):
 
     step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why it is wrong (None
     when it is right); it remembers what right lines establish. conclusion() -> the answer they establish, or None: the
-    last line has to state it, for a thought that stops short proves nothing. A wrong line is forgiven when the very next
-    one takes it back, with one of REPAIRS, and is a right step about the same subject.
+    last line has to state it, for a thought that stops short proves nothing. A wrong line is forgiven when the next one
+    takes it back, with one of REPAIRS, and is a right step about the same subject.
     """
     lines = [(index, line.strip()) for index, line in enumerate(thought.split("\n")) if line.strip()]
     slip = slip_subject = None

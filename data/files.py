@@ -55,7 +55,7 @@ def fetch(name, file, url, rows, sha256):
     found_sha256, found_rows = hashlib.sha256(content).hexdigest(), len(content.splitlines())
     if found_sha256 != sha256:
         raise ValueError(f"{path} is not the published {name}/{file}: {found_rows} rows with sha256 "
-                         f"{found_sha256[:12]}..., expected {rows} with {sha256[:12]}...; delete it to have it downloaded")
+                         f"{found_sha256[:12]}..., expected {rows} with {sha256[:12]}...; delete it to get it anew")
     return path
 
 

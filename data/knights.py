@@ -1,8 +1,8 @@
 """Knights and knaves: everybody speaks once, knights say what is true, knaves what is false; who are the knights?
 
-Two to five people by level, suppositions needed from level 3 on, and exactly one solution. A thought is a proof: from one
+Two to five people by level, suppositions needed from level 3 on, exactly one solution. A thought is a proof: from one
 person's words and what is known already follows what somebody is, or a contradiction with what was supposed. A set of
-worlds is an int with one bit for each of the 2^n ways to be knights and knaves, so a step is checked by looking at all.
+worlds is an int with one bit for each of the 2^n ways to be knights and knaves: a step is checked by looking at all.
 """
 
 import functools

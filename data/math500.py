@@ -1,7 +1,7 @@
 """MATH (Hendrycks et al. 2021, arXiv:2103.03874; MIT licence), and the 500 test problems of it that everybody reports.
 
 `math500` is downloaded. `math` is the whole set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/:
-as published, train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl with the same fields.
+as published, train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl with those fields.
 """
 
 import json
@@ -52,6 +52,6 @@ def problems_math(split, limit=None, seed=0):
     rows = next(filter(None, (read_math(place, part) for place in places("math"))), None)
     if not rows:
         looked = " or ".join(map(str, places("math")))
-        raise FileNotFoundError(f"no MATH {part} problems at {looked}; place {part}/SUBJECT/NUMBER.json or {part}.jsonl "
+        raise FileNotFoundError(f"no MATH {part} problems in {looked}; put {part}/SUBJECT/NUMBER.json or {part}.jsonl "
                                 "there by hand")
     return choose(hold_out(rows, split), limit, seed)

@@ -1,10 +1,10 @@
 """Small Python programs of unknown origin: read, stepped through, run against unit tests.
 
 `check_source` admits a small part of the language: one function, arithmetic, lists, if, while, for; no imports, no
-attributes, no names with two underscores, calls to a handful of builtins only. `trace` interprets that part itself, with
-a limit on steps and sizes, and runs nothing. `run_tests` runs it in a separate process (python -I -S) in its own session,
-with limits on CPU time, memory, file size, processes and open files, so that it can open neither a file nor a socket, and
-kills it when the wall-clock time is over.
+attributes, no names with two underscores, calls to a handful of builtins only. `trace` interprets that part itself,
+with a limit on steps and sizes, and runs nothing. `run_tests` runs it in a separate process (python -I -S) in its own
+session, with limits on CPU time, memory, file size, processes and open files, so that it can open neither a file nor a
+socket, and kills it when the wall-clock time is over.
 
 What this does not promise: it is no virtual machine. A hole in the first wall would meet the limits of a process only:
 they do not hide the memory of the interpreter, and the one on processes does not bind root. For programs of people who
@@ -175,7 +175,8 @@ def run_limited(source, name, tests, cpu_s=1, wall_s=5, memory_mib=256):
 
     The source is run as it is: check it first.
     """
-    job = {"source": source, "name": name, "tests": tests, "calls": list(CALLS), "cpu_s": cpu_s, "memory": memory_mib << 20}
+    job = {"source": source, "name": name, "tests": tests, "calls": list(CALLS), "cpu_s": cpu_s,
+           "memory": memory_mib << 20}
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", RUNNER], stdin=subprocess.PIPE, env={}, cwd="/",
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

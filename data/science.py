@@ -10,21 +10,21 @@ from fractions import Fraction
 from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
 
 UNITS = {  # exponents of (m, kg, s, A)
-    "m": (1, 0, 0, 0), "m^2": (2, 0, 0, 0), "m^3": (3, 0, 0, 0), "kg": (0, 1, 0, 0), "s": (0, 0, 1, 0), "A": (0, 0, 0, 1),
-    "Hz": (0, 0, -1, 0), "m/s": (1, 0, -1, 0), "m/s^2": (1, 0, -2, 0), "kg/m^3": (-3, 1, 0, 0), "kg m/s": (1, 1, -1, 0),
-    "N": (1, 1, -2, 0), "J": (2, 1, -2, 0), "W": (2, 1, -3, 0), "Pa": (-1, 1, -2, 0), "C": (0, 0, 1, 1),
-    "V": (2, 1, -3, -1), "ohm": (2, 1, -3, -2)}
+    "m": (1, 0, 0, 0), "m^2": (2, 0, 0, 0), "m^3": (3, 0, 0, 0), "kg": (0, 1, 0, 0), "s": (0, 0, 1, 0),
+    "A": (0, 0, 0, 1), "Hz": (0, 0, -1, 0), "m/s": (1, 0, -1, 0), "m/s^2": (1, 0, -2, 0), "kg/m^3": (-3, 1, 0, 0),
+    "kg m/s": (1, 1, -1, 0), "N": (1, 1, -2, 0), "J": (2, 1, -2, 0), "W": (2, 1, -3, 0), "Pa": (-1, 1, -2, 0),
+    "C": (0, 0, 1, 1), "V": (2, 1, -3, -1), "ohm": (2, 1, -3, -2)}
 QUANTITIES = {
     "mass": "kg", "acceleration": "m/s^2", "force": "N", "distance": "m", "work": "J", "time": "s", "power": "W",
     "pressure": "Pa", "area": "m^2", "height": "m", "volume": "m^3", "density": "kg/m^3", "speed": "m/s",
     "momentum": "kg m/s", "charge": "C", "current": "A", "voltage": "V", "resistance": "ohm", "wavelength": "m",
     "frequency": "Hz"}
 LAWS = [
-    ("force", "mass", "acceleration"), ("work", "force", "distance"), ("work", "power", "time"), ("power", "force", "speed"),
-    ("force", "pressure", "area"), ("volume", "area", "height"), ("mass", "density", "volume"), ("momentum", "mass", "speed"),
-    ("momentum", "force", "time"), ("distance", "speed", "time"), ("speed", "wavelength", "frequency"),
-    ("charge", "current", "time"), ("voltage", "current", "resistance"), ("power", "voltage", "current"),
-    ("work", "charge", "voltage")]
+    ("force", "mass", "acceleration"), ("momentum", "mass", "speed"), ("momentum", "force", "time"),
+    ("work", "force", "distance"), ("work", "power", "time"), ("power", "force", "speed"), ("distance", "speed", "time"),
+    ("force", "pressure", "area"), ("volume", "area", "height"), ("mass", "density", "volume"),
+    ("speed", "wavelength", "frequency"), ("charge", "current", "time"), ("voltage", "current", "resistance"),
+    ("power", "voltage", "current"), ("work", "charge", "voltage")]
 OPENINGS = ["In an experiment these values are measured: {}.", "A worksheet gives {}.", "A student notes {}.",
             "From the data sheet of a machine: {}.", "Known about a moving system: {}."]
 LARGEST = 100_000
@@ -97,7 +97,8 @@ def generate(level, rng):
     listed = ", ".join(f"{name} {amount(value, name)}" for name, value in told)
     text = f"{rng.choice(OPENINGS).format(listed)} What is the {target}, in {QUANTITIES[target]}?"
     amounts = {name: amount(value, name) for name, value in values.items()}
-    lines = [f"{result} = {a} {op} {b} = {amounts[a]} {op} {amounts[b]} = {amounts[result]}" for result, op, a, b in steps]
+    lines = [f"{result} = {a} {op} {b} = {amounts[a]} {op} {amounts[b]} = {amounts[result]}"
+             for result, op, a, b in steps]
     key = f"{target} from " + ", ".join(f"{name} {value}" for name, value in sorted(givens.items()))
     return record("science", level, text, str(values[target]), lines, key, givens=dict(told), target=target)
 

@@ -91,7 +91,7 @@ def parse(tokens, percent=Fraction(1, 100)):
     def total(depth):
         if depth > MAX_DEPTH:
             raise ValueError("nested too deeply")
-        sign = -1 if peek() == "-" and take() else 1
+        sign = -1 if peek() in ("+", "-") and take() == "-" else 1
         value = multiply({"": Fraction(sign)}, product(depth))
         while peek() in ("+", "-"):
             sign = 1 if take() == "+" else -1
@@ -163,10 +163,10 @@ ROUNDED = re.compile(r"\b(?:about|around|approximately|roughly|nearly|almost|rou
 FOLLOWS = re.compile(r"\b(?:so|thus|hence|therefore|which (?:gives|means)|giving)\b", re.I)
 RETRACTED = re.compile(r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|\bno,",
                        re.I)
-UNITS = re.compile(r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|yard|mile|"
-                   r"meter|metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|dime|nickel|quarter|"
-                   r"dozen|score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|halves|twice|double|thousand|"
-                   r"million)\b", re.I)
+UNITS = re.compile(r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|yard|"
+                   r"mile|meter|metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|dime|nickel|"
+                   r"quarter|dozen|score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|halves|twice|double|"
+                   r"thousand|million)\b", re.I)
 BREAKS = {"because", "since", "so", "and", "or", "is", "are", "was", "which", "then", "but", "if", "as", "of", "I"}
 
 
@@ -251,7 +251,7 @@ def judge(left, right, context):
     for one, other in ((left, right), (right, left)):
         if is_bare(other) and any(rounds_to(number(value), other, loosely) for value in values(one)):
             return "right", "rounded"
-    if is_bare(left) and is_bare(right) or len({unit.lower().rstrip("s") for unit in UNITS.findall(context)}) > 1:
+    if is_bare(left) and is_bare(right) and re.search("[A-Za-z]", context) or len({unit.lower().rstrip("s") for unit in UNITS.findall(context)}) > 1:
         return "unchecked", "numbers that differ, in units that may too"
     if "cent" in context and exact in (100 * claimed, claimed / 100):
         return "unchecked", "dollars and cents"
@@ -285,7 +285,8 @@ def check_sentence(sentence, equation):
             if equation and FOLLOWS.search(parts[i]) and not UNITS.search(context):
                 verdict, reason = follows(equation, difference)
             equation = difference
-        elif verdict == "unchecked" and difference and out and not (labelled or UNITS.search(context)) and is_bare(left):
+        elif verdict == "unchecked" and difference and out and is_bare(left) \
+                and not (labelled or UNITS.search(context)):
             verdict, reason = "wrong", "the chain changes its value"
         out.append(Step(" ".join(left.tokens) + f" {sign} " + " ".join(right.tokens), verdict, reason))
     return out, equation
@@ -312,7 +313,8 @@ def check_text(text):
     for step, count in out:
         if step.verdict == "right":
             right[left_of(step)] = count
-    repaired = {i for i, (step, count) in enumerate(out) if step.verdict == "wrong" and right.get(left_of(step), 0) > count}
+    repaired = {i for i, (step, count) in enumerate(out)
+                if step.verdict == "wrong" and right.get(left_of(step), 0) > count}
     return [step._replace(verdict="repaired") if i in repaired else step for i, (step, _) in enumerate(out)]
 
 

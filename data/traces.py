@@ -10,8 +10,8 @@
 2. Outcome: the answer in the box is right; a repaired program passes its unit tests.
 3. Process: every step that can be checked is right. A right answer behind a wrong step is dropped, and counted.
 4. Curation: duplicates, overlap with evaluation sets, length, repetition, language, difficulty, balance.
-OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line; the data card beside it,
-OUT's .md, says what was dropped, why, with an example of each, and what remains.
+OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line; the data card beside
+it, OUT's .md, says what was dropped, why, with an example of each, and what remains.
 """
 
 import argparse
@@ -379,7 +379,8 @@ def main(args):
     records, evaluations = curate(records, problems, args, drop)
     records = add_slips(records, problems, args, families)
     if not records:
-        raise ValueError("no trace is left; dropped by " + ", ".join(f"{stage} {len(d)}" for stage, d in dropped.items()))
+        reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
+        raise ValueError(f"no trace is left; dropped by {reasons}")
     random.Random(args.seed).shuffle(records)
 
     checked = {"off": "none", "family": "each family's own, free text elsewhere", "text": "free text"}[mode]
