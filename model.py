@@ -57,15 +57,15 @@ def resolve_model(name):
     if path.is_dir():
         return path
     hub_id = HUB_IDS.get(str(name).lower(), str(name))
-    by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
-    if by_hand.is_dir():
-        return by_hand
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
         raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
                                 f"or one of tiny, {', '.join(HUB_IDS)}")
+    by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
+    if by_hand.is_dir():
+        return by_hand
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt"]))
     except Exception as error:  # the hub's errors share no base class: not found, gated, offline, time-outs, ...
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(f"no directory {str(name)!r}, and could not download {hub_id} ({reason}); place its "

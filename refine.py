@@ -52,6 +52,8 @@ def parse_args(argv=None):
     p.add_argument("--accept", choices=("better", "always"), default="better", help="accept a revision if its score is higher")
     p.add_argument("--critique-prompt", help=f"default: {CHECK!r} for a tiny model, else a wordier one")
     p.add_argument("--revise-prompt", help=f"default: {AGAIN!r} for a tiny model, else a wordier one")
+    p.add_argument("--approval", default="", help=f"a critique that says this, such as {APPROVAL!r}, settles a problem; "
+                   "default: only a revision that comes to the same answer does")
     p.add_argument("--traces", help="a .jsonl file for every draft, critique and revision")
     return p.parse_args(argv)
 
@@ -120,14 +122,14 @@ class State(NamedTuple):
     settled: bool = False  # no further round will be tried
 
 
-def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt, seeds=None,
-           think_tag="think", max_batch=64, **sampling):
+def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt, approval="",
+           seeds=None, think_tag="think", max_batch=64, **sampling):
     """Answer, then `rounds` times: critique, revise, keep the better. Returns [N][rounds + 1] States; the first: the draft.
 
     prompts: token ids of N chat prompts, each ending where the model is to answer; sampling: as for generate.
     accept_fn(problem, round, old, new) -> bool decides between two Attempts. A problem is settled, and costs nothing more,
-    when its critique approves or its revision comes to the same answer. Every round sees the question, the answer that
-    stands and the critique of it, so the context does not grow from round to round.
+    when its revision comes to the same answer or its critique says `approval`. Every round sees the question, the answer
+    that stands and the critique of it, so the context does not grow from round to round.
     """
     ends, seeds = end_tokens(tokenizer, config), seeds or range(len(prompts))
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -161,7 +163,7 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
         open_ones = [i for i in everyone if not history[i][-1].settled]
         contexts = {i: prompts[i] + next_turn(history[i][-1].attempt.tokens, critique_prompt) for i in open_ones}
         critiques = dict(zip(open_ones, ask(open_ones, [contexts[i] for i in open_ones], 2 * number - 1)))
-        doubted = [i for i in open_ones if APPROVAL not in read(critiques[i])]
+        doubted = [i for i in open_ones if not approval or approval not in read(critiques[i])]
         contexts = [contexts[i] + next_turn(critiques[i], revise_prompt) for i in doubted]
         revisions = dict(zip(doubted, attempts(doubted, ask(doubted, contexts, 2 * number))))
         for i in everyone:
@@ -253,7 +255,7 @@ def print_rounds(history, right):
         moves = Counter(zip(before, after))
         spent = statistics.fmean(states[k].spent - states[k - 1].spent for states in history)
         gain = statistics.fmean(after) - statistics.fmean(before)
-        doubted = {was: [states[k].revision is not None for states, b in zip(history, before)
+        doubted = {was: [APPROVAL not in states[k].critique for states, b in zip(history, before)
                          if states[k].critique is not None and b == was] for was in (True, False)}
         lines.append([k, *(moves[move] for move in itertools.product((True, False), repeat=2)), against(after, before),
                       f"{spent:.1f}", f"{1e5 * gain / spent:+.1f}" if spent else "-",
@@ -285,7 +287,7 @@ def main(args):
                          + ", ".join(name for name, preset in PRESETS.items() if preset.text is None))
     check, again = (CHECK, AGAIN) if is_tiny(run.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "critique_prompt": args.critique_prompt or check,
-            "revise_prompt": args.revise_prompt or again}
+            "revise_prompt": args.revise_prompt or again, "approval": args.approval}
     settings = settings_of(run) | loop | {"score": args.score, "accept": args.accept}
     print_settings(settings)
     sampling = {k: v for k, v in run.ask.items() if k not in ("prompt", "system", "shots")}

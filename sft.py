@@ -1,17 +1,16 @@
 """Supervised training on worked answers: the cold start before reinforcement learning, and how the tiny model was made.
 
-    python sft.py --model qwen2.5-1.5b --data traces.jsonl --lora-rank 32      # traces: data/traces.py makes and checks them
-    python grpo.py --model runs/sft/checkpoints/best                           # goes on from there
+    python sft.py --model qwen2.5-1.5b --data traces.jsonl --lora-rank 32     # traces made by data/traces.py
+    python grpo.py --model runs/sft/checkpoints/best                          # goes on from there
     python sft.py --model data/tiny --from-scratch --data runs/tiny/corpus.jsonl
 
-A line of the data is {"problem", "response"}, as data/traces.py writes it, or a conversation {"messages": [{"role", "content"}, ...]}.
-Only what the assistant says is learned, its end token included; the tokens of the final answer count `--answer-weight` times.
-Examples are packed into rows without seeing each other; the loss is a mean over the whole optimizer step, so that neither the
-packing nor the number of processes changes the gradient.
+A line of the data is {"problem", "response"}, as data/traces.py writes it, or a conversation {"messages": [{"role",
+"content"}, ...]}. Only what the assistant says is learned, its end token included; the tokens of the final answer count
+`--answer-weight` times. Examples are packed into rows without seeing each other; the loss is a mean over the whole
+optimizer step, so that neither the packing nor the number of processes changes the gradient.
 """
 
 import argparse
-import json
 import math
 import random
 import sys
@@ -23,14 +22,16 @@ import torch
 
 from data import load_problems
 from data.files import read_rows
-from eval import PRESETS, evaluate, render_prompt, summarize
-from model import (head_logprobs, hidden_states, init_lora, init_params, load_config, load_params, load_system_prompt, load_tokenizer,
-                   packed_attention, packed_positions, render_chat, resolve_model)
-from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, init_distributed, init_optimizer,
-                   learning_rate, load_checkpoint, log_samples, log_step, optimizer_step, parse_train_args, peak_memory_gib, rank_and_world,
-                   resume_command, save_checkpoint, start_run, stop_signals)
+from eval import PRESETS, evaluate, render_prompt
+from model import (head_logprobs, hidden_states, init_lora, init_params, load_config, load_params, load_system_prompt,
+                   load_tokenizer, packed_attention, packed_positions, render_chat, resolve_model)
+from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, init_distributed,
+                   init_optimizer, learning_rate, load_checkpoint, log_samples, log_step, optimizer_step,
+                   parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint, start_run,
+                   stop_signals)
 from verify import format_reward
 
+PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]  # an example stands alone
 PARTS = ("thought", "answer", "end")  # what a supervised token belongs to; the loss is logged apart for each
 CONTEXT = -1  # the part of a token that is only read
 
@@ -38,19 +39,27 @@ CONTEXT = -1  # the part of a token that is only read
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
-    p.add_argument("--from-scratch", action="store_true", help="random weights; of --model only config.json and the tokenizer are read")
+    p.add_argument("--from-scratch", action="store_true",
+                   help="random weights; of --model only config.json and the tokenizer are read")
     p.add_argument("--data", required=True, help=".jsonl file of examples")
-    p.add_argument("--prompt", default="plain", choices=PRESETS, help="how a problem is put (default %(default)s); a conversation stands for itself")
+    p.add_argument("--prompt", default="plain", choices=PROMPTS,
+                   help="how a problem is put (default %(default)s); a conversation stands for itself")
     p.add_argument("--think-tag", default="think", choices=("think", "thought"))
-    p.add_argument("--answer-weight", type=float, default=1.2, help="of the tokens of the final \\boxed{} in the loss (default %(default)s)")
+    p.add_argument("--answer-weight", type=float, default=1.2,
+                   help="of the tokens of the final \\boxed{} in the loss (default %(default)s)")
     p.add_argument("--epochs", type=float, default=3.0, help="times that every example is seen (default %(default)s)")
     p.add_argument("--batch", type=int, default=64, help="examples in an optimizer step (default %(default)s)")
     p.add_argument("--micro-tokens", type=int, default=8192, help="tokens in one packed row (default %(default)s)")
-    p.add_argument("--max-tokens", type=int, default=2048, help="longer examples are left out, and counted (default %(default)s)")
-    p.add_argument("--lora-rank", type=int, default=0, help="train an adapter of this rank on every linear layer; 0: all weights")
-    p.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
-    p.add_argument("--validation", type=int, default=200, help="examples held out of the training data (default %(default)s; 0: none)")
-    p.add_argument("--patience", type=int, default=0, help="stop after this many evaluations without a better validation loss; 0: never")
+    p.add_argument("--max-tokens", type=int, default=2048,
+                   help="longer examples are left out, and counted (default %(default)s)")
+    p.add_argument("--lora-rank", type=int, default=0,
+                   help="train an adapter of this rank on every linear layer; 0: all weights")
+    p.add_argument("--checkpointing", action="store_true",
+                   help="recompute activations in the backward pass: less memory, a third more time")
+    p.add_argument("--validation", type=int, default=200,
+                   help="examples held out of the training data (default %(default)s; 0: none)")
+    p.add_argument("--patience", type=int, default=0,
+                   help="stop after this many evaluations without a better validation loss; 0: never")
     p.add_argument("--eval-data", help="problem set or .jsonl on whose dev split answers are written and graded, too")
     p.add_argument("--eval-limit", type=int, default=200, help="problems of it (default %(default)s)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default %(default)s)")
@@ -60,10 +69,14 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    for flag, fine, expected in (("epochs", args.epochs > 0, "more than 0"), ("batch", args.batch >= 1, "at least 1"),
-                                 ("micro_tokens", args.micro_tokens >= 1, "at least 1"), ("max_tokens", args.max_tokens >= 2, "at least 2"),
-                                 ("answer_weight", args.answer_weight > 0, "more than 0"), ("lora_rank", args.lora_rank >= 0, "0 or more"),
-                                 ("validation", args.validation >= 0, "0 or more"), ("eval_every", args.eval_every >= 1, "at least 1")):
+    for flag, fine, expected in (
+            ("epochs", args.epochs > 0, "more than 0"), ("batch", args.batch >= 1, "at least 1"),
+            ("micro_tokens", args.micro_tokens >= 1, "at least 1"), ("max_tokens", args.max_tokens >= 2, "at least 2"),
+            ("answer_weight", args.answer_weight > 0, "more than 0"), ("lora_rank", args.lora_rank >= 0, "0 or more"),
+            ("validation", args.validation >= 0, "0 or more"), ("eval_every", args.eval_every >= 1, "at least 1"),
+            ("eval_limit", args.eval_limit >= 1, "at least 1"), ("patience", args.patience >= 0, "0 or more"),
+            ("patience", not args.patience or args.validation, "0 where --validation is 0"),
+            ("max_new_tokens", args.max_new_tokens >= 1, "at least 1")):
         if not fine:
             raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected {expected}")
     check_train_flags(args)
@@ -92,7 +105,7 @@ def split_conversation(row, prompt, system, think_tag):
 
 
 def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, think_tag="think"):
-    """An Example: each piece is tokenised by itself, as it is when the model is asked; the last box of a reply is its answer."""
+    """An Example: each piece is tokenised by itself, as when the model is asked; a reply's last box is its answer."""
     tokens, parts = [], []
     for text, said in split_conversation(row, prompt, system, think_tag):
         encoded = tokenizer.encode(text, add_special_tokens=False)
@@ -107,12 +120,24 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
     return Example(tokens, parts)
 
 
+def check_messages(messages, where):
+    """Raises ValueError unless it is a conversation in which the assistant says something."""
+    fine = isinstance(messages, list) and all(
+        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
+    if not fine or not any(m["role"] == "assistant" for m in messages):
+        raise ValueError(f"{where}: messages are {messages!r:.60}, expected a list of {{\"role\", \"content\"}}, "
+                         "one of the assistant's among them")
+
+
 def read_examples(path, tokenizer, end_token, max_tokens, **how):
     """The examples of a file, too long ones left out and counted. Raises ValueError naming file, line and field."""
     examples, too_long = [], 0
     for number, row in read_rows(path):
-        if "messages" not in row and not all(isinstance(row.get(k), str) for k in ("problem", "response")):
-            raise ValueError(f"{path}, line {number}: expected text in problem and response, or messages; found {', '.join(row) or 'nothing'}")
+        if "messages" in row:
+            check_messages(row["messages"], f"{path}, line {number}")
+        elif not all(isinstance(row.get(k), str) for k in ("problem", "response")):
+            raise ValueError(f"{path}, line {number}: expected text in problem and response, or messages; "
+                             f"found {', '.join(row) or 'nothing'}")
         example = encode_example(row, tokenizer, end_token, **how)
         if len(example.tokens) > max_tokens:
             too_long += 1
@@ -137,7 +162,7 @@ def show_example(example, tokenizer):
 
 
 def pack(examples, micro_tokens):
-    """Rows of at most `micro_tokens` tokens (a longer example has its own): lists of examples, similar lengths together."""
+    """Rows of at most `micro_tokens` tokens (a longer example has its own): lists of examples, of similar lengths."""
     rows = []
     for example in sorted(examples, key=lambda e: len(e.tokens)):
         if not rows or sum(len(e.tokens) for e in rows[-1]) + len(example.tokens) > micro_tokens:
@@ -155,8 +180,9 @@ def row_loss(params, config, row, answer_weight, checkpointing=False):
     groups = [(0, [len(e.tokens) for e in row[i:i + 16]]) for i in range(0, len(row), 16)]
     tokens = torch.tensor([t for e in row for t in e.tokens], device=device)  # [T]
     parts = torch.tensor([p for e in row for p in e.parts], device=device)
-    hidden = hidden_states(params, config, tokens[None], packed_positions(groups).to(device), packed_attention(groups), checkpointing)[0]
-    learned = (parts != CONTEXT).nonzero()[:, 0]  # no example begins with one, so the token before is of the same example
+    positions, attend_fn = packed_positions(groups).to(device), packed_attention(groups)
+    hidden = hidden_states(params, config, tokens[None], positions, attend_fn, checkpointing)[0]  # [T, D]
+    learned = (parts != CONTEXT).nonzero()[:, 0]  # no example begins with one: the token before is of the same example
     logprobs, _ = head_logprobs(params, config, hidden[learned - 1], tokens[learned])  # [n]
     weights = torch.where(parts[learned] == PARTS.index("answer"), answer_weight, 1.0)
     sums = torch.zeros(len(PARTS), device=device).index_add(0, parts[learned], -logprobs.detach())
@@ -170,7 +196,7 @@ def total_weight(examples, answer_weight):
 
 
 def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpointing=False, backward=False):
-    """The mean loss over `examples`, this process's share of them computed here: (loss, {part: loss}), the same on every process.
+    """The mean loss over `examples`: (loss, {part: loss}), the same on every process, each of which computes its share.
 
     backward: also add the gradient of this process's share to `.grad`.
     """
@@ -192,7 +218,7 @@ def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpoint
 
 
 def batch_of_step(examples, step, batch, seed):
-    """The examples of step 1, 2, ...: each epoch is a permutation by (seed, epoch), cut into batches one after another."""
+    """The examples of step 1, 2, ...: permutations by (seed, epoch), one after another, cut into batches."""
     chosen, n = [], len(examples)
     for place in range((step - 1) * batch, step * batch):
         if not chosen or place % n == 0:
@@ -209,10 +235,10 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
         metrics = {"val_loss": loss} | {f"val_{part}": value for part, value in parts.items()}
     rank, world = rank_and_world()
     if problems:
-        records = evaluate({k: v.detach() for k, v in params.items()}, config, tokenizer, problems[rank::world], prompt=args.prompt, system=system,
+        weights = {name: tensor.detach() for name, tensor in params.items()}
+        records = evaluate(weights, config, tokenizer, problems[rank::world], prompt=args.prompt, system=system,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, progress=False)
-        tag = args.think_tag
-        formed = sum(format_reward(r["samples"][0]["text"], tag) for r in records)
+        formed = sum(format_reward(r["samples"][0]["text"], args.think_tag) for r in records)
         right = sum(r["samples"][0]["strict"] is True for r in records)
         right, formed, n = all_sum([right, formed, len(records)])
         metrics |= {"val_accuracy": right / n, "val_format": formed / n}
@@ -226,9 +252,11 @@ def main(args):
     config, tokenizer, system = load_config(model_dir), load_tokenizer(model_dir), load_system_prompt(model_dir)
     end_token = tokenizer.token_to_id("<|endoftext|>" if PRESETS[args.prompt].text is not None else "<|im_end|>")
     if end_token is None:
-        raise ValueError(f"{model_dir}: the tokenizer has no token that ends a reply (<|im_end|>); expected that of Qwen-2.5")
+        raise ValueError(f"{model_dir}: the tokenizer has no token that ends a reply (<|im_end|>); "
+                         "expected that of Qwen-2.5")
     max_tokens = min(args.max_tokens, config.max_context)
-    examples, too_long = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt, system=system, think_tag=args.think_tag)
+    examples, too_long = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt, system=system,
+                                       think_tag=args.think_tag)
     random.Random(args.seed).shuffle(examples)
     if args.validation >= len(examples):
         raise ValueError(f"--validation {args.validation} leaves nothing of the {len(examples)} examples to train on")
@@ -238,62 +266,72 @@ def main(args):
     rank, world, device = init_distributed(args.device)
     dtype = compute_dtype(args.dtype, device)
     run, checkpoint = start_run(args)
-    base = init_params(config, args.seed) if args.from_scratch else load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
+    if args.from_scratch:
+        base = init_params(config, args.seed)
+    else:
+        base = load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
     if args.lora_rank:
         base = {name: tensor.to(device) for name, tensor in base.items()}
-        trained, optimizer = init_optimizer(init_lora(config, args.lora_rank, args.seed), device)
+        trained, optimizer = init_optimizer(init_lora(config, args.lora_rank, args.seed), device, offload=args.offload)
         params = base | trained
     else:
-        params, optimizer = init_optimizer(base, device, dtype)
+        params, optimizer = init_optimizer(base, device, dtype, args.offload)
         del base
-    state = load_checkpoint(checkpoint, optimizer) if checkpoint else {"step": 0, "best_step": None, "extra": {"best": math.inf, "waited": 0}}
-    done, best_step, best, waited = state["step"], state["best_step"], state["extra"]["best"], state["extra"]["waited"]
+    state = {"step": 0, "best_step": None, "extra": {"best": math.inf, "waited": 0, "failures": 0}}
+    if checkpoint:
+        state = load_checkpoint(checkpoint, optimizer)
+    best_step, extra = state["best_step"], state["extra"]
     steps = math.ceil(args.epochs * len(examples) / args.batch)
     if rank == 0:
-        print(f"{len(examples)} examples to learn, {len(validation)} held out, {too_long} left out as longer than {max_tokens} tokens; "
-              f"{sum(p.numel() for p in params.values() if p.requires_grad):,} weights to train, {steps} steps")
+        num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
+        print(f"{len(examples)} examples to learn, {len(validation)} held out, {too_long} left out as longer than "
+              f"{max_tokens} tokens; {num_trained:,} weights to train, {steps} steps")
         for example in examples[:2]:
             print("learned is what stands in brackets:\n" + show_example(example, tokenizer))
 
-    def save(step):
-        return save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, {"best": best, "waited": waited}, args.keep, best_step)
-
     started, seen = time.perf_counter(), 0
     with stop_signals() as stop_requested:
-        for step in range(done + 1, steps + 1):
+        for step in range(state["step"] + 1, steps + 1):
+            if args.patience and extra["waited"] >= args.patience:
+                if rank == 0:
+                    print(f"no better validation loss in {extra['waited']} evaluations: stopped")
+                break
             batch = batch_of_step(examples, step, args.batch, args.seed)
             lr = learning_rate(step, steps, args.lr, args.warmup)
-            loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens, args.checkpointing, backward=True)
+            loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens, args.checkpointing,
+                                     backward=True)
             stats = optimizer_step(optimizer, lr, betas=args.betas, weight_decay=args.weight_decay, clip=args.clip)
             seen += sum(len(e.tokens) for e in batch)
             speed = seen / (time.perf_counter() - started)
-            metrics = {"step": step, "steps": steps, "loss": loss} | {f"loss_{part}": value for part, value in parts.items()} | stats | {
-                "lr": lr, "tokens_per_s": speed, "peak_memory_gib": peak_memory_gib(device)}
+            metrics = {"step": step, "steps": steps, "loss": loss} | {f"loss_{p}": value for p, value in parts.items()}
+            metrics |= stats | {"lr": lr, "tokens_per_s": speed, "peak_memory_gib": peak_memory_gib(device)}
             stopping = stop_requested()
-            if last := step % args.eval_every == 0 or step == steps:
-                measured, samples = run_evaluation(params, config, tokenizer, validation, problems, system, args)
-                metrics |= measured
+            if measured := step % args.eval_every == 0 or step == steps:
+                scores, samples = run_evaluation(params, config, tokenizer, validation, problems, system, args)
+                metrics |= scores
                 log_samples(run, step, samples)
-                if (val_loss := measured.get("val_loss", loss)) < best:
-                    best, best_step, waited = val_loss, step, 0
-                else:
-                    waited += 1
-            log_step(run, "step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.4f}, answer {loss_answer:.4f}, end {loss_end:.4f}) | "
-                     "grad norm {grad_norm:.2f} | lr {lr:.1e} | {tokens_per_s:.0f} tok/s | {peak_memory_gib:.2f} GiB"
+                extra["waited"] += 1
+                if (held_out := scores.get("val_loss", loss)) < extra["best"]:
+                    extra["best"], extra["waited"], best_step = held_out, 0, step
+            log_step(run, "step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.4f}, "
+                     "answer {loss_answer:.4f}, end {loss_end:.4f}) | grad norm {grad_norm:.2f} | lr {lr:.1e} | "
+                     "{tokens_per_s:.0f} tok/s | {peak_memory_gib:.2f} GiB"
                      + "".join(f" | {name} {{{name}:.4f}}" for name in metrics if name.startswith("val_")), metrics)
-            stop_early = args.patience and waited >= args.patience
-            if last or step % args.save_every == 0 or stopping:
-                path = save(step)
+            extra["failures"] = extra["failures"] + 1 if stats["skipped"] else 0
+            if extra["failures"] == 3:
+                raise ValueError("the gradient was not finite in 3 steps running, which were skipped; start another "
+                                 f"--run-dir from the last checkpoint, with --lr below {args.lr:g} or --dtype float32")
+            if measured or step % args.save_every == 0 or stopping:
+                save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, extra, args.keep, best_step)
             if stopping and step < steps:
-                print(f"stopped; go on with: {resume_command()}")
+                if rank == 0:
+                    print(f"stopped; go on with: {resume_command()}")
                 return
-            if stop_early:
-                print(f"no better validation loss in {waited} evaluations: stopped")
-                break
     if rank == 0:
         draw_curves(run.dir)
-        print(f"best checkpoint, by validation loss {best:.4f}: {Path(args.run_dir, 'checkpoints', 'best')} (step {best_step}); "
-              f"next: python grpo.py --model {Path(args.run_dir, 'checkpoints', 'best')}")
+        path = Path(args.run_dir, "checkpoints", "best")
+        print(f"best checkpoint, by {'validation' if validation else 'training'} loss {extra['best']:.4f}: {path} "
+              f"(step {best_step}); next: python grpo.py --model {path}")
 
 
 if __name__ == "__main__":

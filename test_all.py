@@ -555,6 +555,8 @@ def test_model_names_and_the_hub():
         assert len(asked) == 3  # such names are not looked for
         place.mkdir(parents=True)
         assert model.resolve_model("qwen2.5-1.5b") == place
+        for name in (f"{home}/gone/qwen2.5-1.5b", "models/x/", "models/.."):  # a path that is gone is not another model
+            _raises(FileNotFoundError, [repr(name)], model.resolve_model, name)
         assert model.resolve_model(home) == Path(home)
     with mock.patch("huggingface_hub.snapshot_download", lambda hub_id, **_: f"/cache/{hub_id}"):
         assert model.resolve_model("qwen2.5-0.5b-instruct") == Path("/cache/Qwen/Qwen2.5-0.5B-Instruct")
@@ -2977,7 +2979,8 @@ def test_grpo_result_does_not_depend_on_the_number_of_processes():
         _run("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29653, *_GRPO, "--run-dir", f"{scratch}/two", "--steps", 2, "--device", "cpu")
         one, two = ([json.loads(line) for line in open(f"{scratch}/{name}/metrics.jsonl")] for name in ("one", "two"))
         for key in ("reward", "accuracy", "length", "no_spread", "dev_accuracy"):
-            assert [row.get(key) for row in one] == [row.get(key) for row in two], key
+            for a, b in zip(one, two):  # sums in another order: equal but for rounding
+                assert abs(a.get(key, 0) - b.get(key, 0)) < 1e-9, (key, a.get(key), b.get(key))
         for a, b in zip(one, two):
             assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * max(1e-3, a["grad_norm"]), (a["grad_norm"], b["grad_norm"])
 

@@ -205,7 +205,7 @@ class Token(NamedTuple):
 
 UNICODE = str.maketrans({
     **dict(zip("−–—‐‑×·∙⋅∗÷∕⁄|‖′’‘“”", ["-"] * 5 + ["*"] * 5 + ["/"] * 3 + ["|", r"\|"] + ["'"] * 5)),
-    **dict.fromkeys("€£¥¢\u200b\ufeff\u2061", ""), **dict.fromkeys("\u00a0\u202f\u2009", " "),
+    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""), **dict.fromkeys("\u00a0\u202f\u2009", " "),
     **{char: rf"\{name} " for char, name in zip(
         "≤≥⩽⩾≦≧≠≈≅∞∪∩∈∉∅±∓∖°√∛⌊⌋⌈⌉⟨⟩∠△…∧∨⇒≡∣αβγδεζηθλμνξπρστφχψωΔΓΘΛΣΦΨΩϕϵ",
         "le ge le ge le ge ne approx approx infty cup cap in notin emptyset pm mp setminus degree sqrt cbrt lfloor "
@@ -223,7 +223,8 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<=\d)\s*\.\.\.+", r"\\ldots "), (r"\x08oxed", r"\\boxed"), (r"\x0crac", r"\\frac"),
     (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|boxed|in|pm)(?![a-z]))", r"\\"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![a-zA-Z])", r"\\degree "),
-    (r"\\\$|\$|\\[()\[\]]", " "),  # currency and the borders of formulas
+    (r"\\\$|\$|\\(?:pounds|euro|yen)(?![a-z])|\\[()\[\]]", " "),  # currency and the borders of formulas
+    (r"(?<=\d)\s*x\s*(?=10\^)", "*"),  # 1.5x10^3
     (r"\b(?:US)?\s?(?:USD|Rs\.?)(?=\s*\d)", ""),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|left\.|right\.|left|right|[bB]igg?[lr]?|middle|hline|boldsymbol"
      r"|mathbf|mathcal|mathit|mathsf|bm|bf|rm|vec|hat|widehat|underline|boxed|fbox|phantom|hfill)(?![a-zA-Z])", " "),
@@ -232,6 +233,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
     (r"(?<=[\d)])!=", "! ="),  # 5!=120 is a factorial, x != 5 is not
 ]]  # fmt: skip
+UNEVALUATED = re.compile(r"\\(?:sum|prod|int|lim|det|deg|dim|Pr)(?![a-z])")
 TRAILING = re.compile(r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\q?quad|\*\*)+$")
 
 GAP = r"(?:,\s?\\!\s?|\{,\}\s?|\\[,!;: ]\s?|~)"
@@ -271,7 +273,7 @@ COMMANDS = {
 }  # fmt: skip
 FUNCTIONS = {  # as they are written: as SymPy calls them; "Log" is the \log of unknown base
     **{name: name for name in (
-        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp floor gcd lcm"
+        "Abs sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp floor factorial gcd lcm"
     ).split()},
     **{"arc" + name: "a" + name for name in "sin cos tan cot sec csc".split()}, "arsinh": "asinh", "arcosh": "acosh",
     "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "abs": "Abs", "ceil": "ceiling", "min": "Min",
@@ -306,8 +308,7 @@ def _number(text, at, inside):
     if period:
         return value + unit * Fraction(int(period[1]), 10 ** len(period[1]) - 1), Fraction(0), end
     unit = unit if decimals else Fraction(0)
-    exponent = EXPONENT.match(text, end)  # 2e-3 rather means 2 times e, minus 3
-    if exponent and (point or whole == "1" or exponent[1][0] not in "+-" or len(exponent[1]) > 2):
+    if exponent := EXPONENT.match(text, end):
         scale = Fraction(10) ** int(exponent[1])
         return value * scale, unit * scale, exponent.end()
     return value, unit, end
@@ -337,8 +338,8 @@ def _letters(run, mode, space, after):
             return token("const", "pi")
         if low in ("in", "union"):
             return token("rel" if low == "in" else "cup", low)
-        if low in ("sqrt", "cbrt", "binom", "frac"):
-            return token(low)
+        if low in ("sqrt", "cbrt", "binom", "binomial", "frac"):
+            return token(low.removesuffix("ial"))
         if run in FUNCTIONS or run in GREEK:
             return token("fn", FUNCTIONS[run]) if run in FUNCTIONS else token("sym", run)
         mixed = re.fullmatch(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)", run)
@@ -846,6 +847,9 @@ def _read(text):
         tree = parser.items("eof")
         return tree
     except Unreadable:
+        left, equals, right = text.rpartition("=")
+        if equals and UNEVALUATED.search(left) and "=" not in right:  # \\sum_{k=1}^3 k = 6
+            return ("rel", ("=",), (("text", left), _read(right)))
         return ("raw", re.sub(r"[\s{}]|\\[,;:! ]", "", WRAPPER.sub(r"\1", text)).lower())
 
 
@@ -964,6 +968,10 @@ def _real(x):
     return x.real
 
 
+def _odd_root(exponent):
+    return exponent[0] == "div" and all(map(_is_integer, exponent[1:])) and exponent[2][1] % 2 == 1
+
+
 def _binomial(m, n, k):
     if _real(k) != int(_real(k)) or not 0 <= k.real <= 500:
         raise ValueError("a binomial coefficient of no small integer")
@@ -1045,6 +1053,8 @@ def evaluate(node, index, real, m):
             m.tame(exponent * m.log(base), 17)
         if tag == "root" and base.real < 0 == base.imag and _real(first) % 2 == 1:
             result = -((-base) ** exponent)  # the real root of a negative number
+        elif real and base.real < 0 == base.imag and tag == "pow" and _odd_root(node[2]):
+            result = (-base) ** exponent * (-1) ** int(node[2][1][1])  # x^(2/3) among reals
         else:
             result = base**exponent
     else:
@@ -1070,9 +1080,21 @@ def sample(node, index=0, real=False):
     return None if value == math.inf else value
 
 
-def _agree(a, b, index, real):
-    """Whether two trees have one value at a sample point, to 45 digits; None if one is undefined there."""
+def _rounding(node):
+    """The largest relative error of the long decimals in a tree; 0 if there is none."""
+    if node[0] == "num":
+        return float(node[2] / abs(node[1])) if node[2] and abs(node[1]) >= node[2] * 10 ** (DECIMAL_DIGITS - 1) else 0.0
+    return max(map(_rounding, _children(node)), default=0.0)
+
+
+def _agree(a, b, index, real, tolerance):
+    """Whether two trees have one value at a sample point, to 45 digits; None if one is undefined there.
+
+    tolerance: a relative error that is allowed instead, or 0.
+    """
     x, y = sample(a, index, real), sample(b, index, real)
+    if tolerance and x is not None and y is not None:
+        return abs(x - y) < tolerance * max(abs(x), abs(y))
     if x is not None and y is not None and abs(x - y) > 1e-6 * max(abs(x), abs(y)) and abs(x - y) > 1e-9:
         return False
     for digits in (60, 400):  # 400 when the value is so small that it may be what rounding left of a zero
@@ -1095,11 +1117,13 @@ def _agree(a, b, index, real):
 def same_function(a, b):
     """Whether two trees agree at random complex points, or else at real ones of both signs; None: out of range."""
     constant = not symbols(a) | symbols(b)
+    rounding = _rounding(a), _rounding(b)
+    tolerance = 0.0 if all(rounding) else max(rounding)
     for real in (False,) if constant else (False, True):
         hits = 0
         for index in range(1 if constant else 8):
             try:
-                agree = _agree(a, b, index, real)
+                agree = _agree(a, b, index, real, tolerance)
             except OverflowError:
                 return None
             if agree is False:
@@ -1188,7 +1212,7 @@ def same_value(a, b, trail):
         percent, other = (a, b) if a[0] == "pct" else (b, a)
         return same_value(percent[1], other, trail) or same_value(("div", percent[1], number(100)), other, trail)
     for one, other in ((a, b), (b, a)):
-        if "I" in symbols(one) and "I" not in symbols(other) and _has(other, "const"):  # SymPy writes 2*I
+        if "I" in symbols(one) and "I" not in symbols(other):  # SymPy writes 2*I
             return same_value(_rebuild(one, lambda n: ("const", "i") if n == ("sym", "I") else n), other, trail)
     if "based" in (a[0], b[0]):
         trail.tiers.append("base")
@@ -1385,9 +1409,12 @@ def _is_name(node):
     """What may stand before an equals sign as the name of the answer: x, f(x), |AB|, (x, y), \\angle ABC."""
     tag = node[0]
     if tag == "mul":
+        first, rest = node[1], node[2:]
+        if first[0] == "sym" and first[1] == "d" or first[0] == "sym" and "'" in first[1]  or first[0] == "pow" and first[2] == ("neg", number(1)):
+            return all(child[0] == "sym" for child in rest)  # dy, f'(x), f^{-1}(x)
         upper = all(child[0] == "sym" and child[1][0].isupper() for child in node[1:])
         return upper or any(child[0] == "text" for child in node[1:])
-    if tag in ("tuple", "ratio", "set"):
+    if tag in ("tuple", "ratio", "set", "div"):
         return all(_is_name(child) for child in node[1:])
     return tag in ("sym", "call", "text") or tag == "fn" and len(node) == 3 and not _has(node, "num", "add")
 
@@ -1553,7 +1580,7 @@ def words_of(text):
     plain = " ".join(re.sub(r"^\((.*)\)$", r"\1", plain).split())
     if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
         return ""
-    return re.sub(r"^(?:the|an?) (?=\w)", "", plain.lower())
+    return re.sub(r"^(?:the|an?|option|choice) (?=\w)", "", plain.lower())
 
 
 @lru_cache(maxsize=4096)
@@ -1571,6 +1598,8 @@ def _judge(answer, reference, deep):
     for this, other, text in ((a, b, answer), (b, a, reference)):
         if not verdict and other[0] == "list" and this[0] == "num" and "," in text:  # is 100,200 a list or a number?
             verdict = same(read(re.sub(r",(?=\d)", ", ", text)), other, trail) or verdict
+        if not verdict and re.search(r"\de[+-]\d", text):  # is 2e-3 a number or 2 times e, minus 3?
+            verdict = same(read(re.sub(r"(?<=\d)e(?=[+-])", "e ", text)), other, trail) or verdict
     return verdict, trail.tiers[-1] if trail.tiers else "form"
 
 

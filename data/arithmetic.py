@@ -1,7 +1,7 @@
 """Compositional arithmetic: `(3+8)*2-7`, one to five operations (that is the level), every value from 0 to 99.
 
-A worked solution rewrites the expression one operation a line. So each step is small, all of them must be right, and the
-answer can hardly be guessed or seen at once: what a model gains by thinking shows in minutes, on a laptop.
+A worked solution rewrites the expression one operation a line. So each step is small, all of them must be right, and
+the answer can hardly be guessed or seen at once: what a model gains by thinking shows in minutes, on a laptop.
 """
 
 import re
@@ -13,7 +13,7 @@ LARGEST = 99
 
 
 def random_tree(operations, rng):
-    """An expression as nested (op, left, right) over ints; every value in 0..99, and in every operation a number of one digit."""
+    """An expression as nested (op, left, right) over ints: values in 0..99, one of each operation's two of one digit."""
     if operations == 0:
         return rng.randint(1, 9) if rng.random() < 0.6 else rng.randint(10, 60)
     while True:
@@ -40,12 +40,14 @@ def render(tree):
         return str(tree)
     op, left, right = tree
     loose_left = op == "*" and not isinstance(left, int) and left[0] != "*"
-    loose_right = not isinstance(right, int) and (op in "-*" or right[0] in "+-") and not (op == "-" and right[0] == "*")
-    return ("({})" if loose_left else "{}").format(render(left)) + op + ("({})" if loose_right else "{}").format(render(right))
+    loose_right = not isinstance(right, int) and (
+        (op in "-*" or right[0] in "+-") and not (op == "-" and right[0] == "*"))
+    left, right = render(left), render(right)
+    return (f"({left})" if loose_left else left) + op + (f"({right})" if loose_right else right)
 
 
 def reduce_once(tree, value=None):
-    """The tree after its first operation on two numbers, from the left: (tree, op, a, b). `value`: put instead of the true result."""
+    """The tree after its leftmost operation on two numbers: (tree, op, a, b). `value`: put in place of the result."""
     op, left, right = tree
     if isinstance(left, int) and isinstance(right, int):
         return (OPERATIONS[op](left, right) if value is None else value), op, left, right
@@ -57,7 +59,7 @@ def reduce_once(tree, value=None):
 
 
 def canonical(tree):
-    """One spelling for all that differ by the order of sums and products: what the split into train and test goes by."""
+    """One spelling for all that differ by the order of sums and products: the split into train and test goes by it."""
     if isinstance(tree, int):
         return str(tree)
     parts = [canonical(tree[1]), canonical(tree[2])]
@@ -108,8 +110,8 @@ def write_thought(trees):
 def generate(level, rng):
     tree = random_tree(level, rng)
     text = render(tree)
-    return {"id": f"arithmetic/{text}", "problem": text, "answer": str(evaluate(tree)), "level": level, "subject": "arithmetic",
-            "solution": write_thought(work_out(tree)), "key": f"arithmetic {canonical(tree)}"}
+    return {"id": f"arithmetic/{text}", "problem": text, "answer": str(evaluate(tree)), "level": level,
+            "subject": "arithmetic", "solution": write_thought(work_out(tree)), "key": f"arithmetic {canonical(tree)}"}
 
 
 def problems(split, limit=None, seed=0):
@@ -119,8 +121,8 @@ def problems(split, limit=None, seed=0):
 def check_steps(problem, thought):
     """The first line that is not a right step, (index, line, reason), or None when the thought is right to its end.
 
-    The first line is the problem; each other one carries out the next operation, or several at once. A wrong line is forgiven when the
-    very next one takes it back ("wait =...") and is right.
+    The first line is the problem; each other one carries out the next operation, or several at once. A wrong line is
+    forgiven when the very next one takes it back ("wait =...") and is right.
     """
     goal, slip = parse(problem["problem"]), None
     left, lines = work_out(goal), thought.split("\n")

@@ -211,7 +211,7 @@ def read_side(part, at_end):
             continue
         joint = next((t for t in (reversed(rest) if at_end else rest) if t not in ("(", ")")), None)
         joined = joint and (joint in "+-*/^:,." or len(joint) == 1 and joint.isalpha())
-        return None if joined or cut and at_end and chosen[0] == "-" else Side(chosen, value, cut == 0)
+        return None if joined or cut and at_end and chosen[0] in "+-" else Side(chosen, value, cut == 0)
     return None
 
 
@@ -251,7 +251,8 @@ def judge(left, right, context):
     for one, other in ((left, right), (right, left)):
         if is_bare(other) and any(rounds_to(number(value), other, loosely) for value in values(one)):
             return "right", "rounded"
-    if is_bare(left) and is_bare(right) and re.search("[A-Za-z]", context) or len({unit.lower().rstrip("s") for unit in UNITS.findall(context)}) > 1:
+    units = {unit.lower().rstrip("s") for unit in UNITS.findall(context)}
+    if len(units) > 1 or is_bare(left) and is_bare(right) and re.search("[A-Za-z]", context):
         return "unchecked", "numbers that differ, in units that may too"
     if "cent" in context and exact in (100 * claimed, claimed / 100):
         return "unchecked", "dollars and cents"

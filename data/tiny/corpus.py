@@ -2,14 +2,15 @@
 
     python data/tiny/corpus.py --out runs/tiny/corpus.jsonl
 
-The tiny model stands in for a pretrained base model: one that can reason better than it does. So its corpus is mixed as human
-text is. Every document is a conversation of one to four problems with one author, and authors differ: most state their answer at
-once; some work in writing, an operation a line; some work in writing but do several operations at once, and slip, and only
-now and then notice it. Asked to think step by step, all of them write. Some are asked to check what they wrote and to solve the problem
-again. Only problems of the train split are used.
+The tiny model stands in for a pretrained base model: one that can reason better than it does. So its corpus is mixed as
+human text is. Every document is a conversation of one to four problems with one author, and authors differ: most state
+their answer at once; some work in writing, an operation a line; some work in writing but do several operations at once,
+and slip, and only now and then notice it. Asked to think step by step, all of them write. Some are asked to check what
+they wrote and to solve the problem again. Only problems of the train split are used.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -34,12 +35,16 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--documents", type=int, default=160000)
-    p.add_argument("--levels", type=float, nargs=5, default=[3, 2, 2, 2, 2], help="how often problems of each level come")
+    p.add_argument("--levels", type=float, nargs=5, default=[3, 2, 2, 2, 2],
+                   help="how often problems of each level come")
     p.add_argument("--think-share", type=float, default=0.3, help="share of the documents whose problems ask for steps")
-    p.add_argument("--slip-rate", type=float, default=0.12, help="chance that a careless author gets an operation wrong")
-    p.add_argument("--notice-rate", type=float, default=0.2, help="chance that the slip is noticed and repaired on the next line")
-    p.add_argument("--skip-rate", type=float, default=0.6, help="chance that a careless author does one more operation on the same line")
-    p.add_argument("--check-share", type=float, default=0.1, help="share of the documents in which the author is asked to check")
+    p.add_argument("--slip-rate", type=float, default=0.12, help="chance that a careless author errs in an operation")
+    p.add_argument("--notice-rate", type=float, default=0.2,
+                   help="chance that the slip is noticed and repaired on the next line")
+    p.add_argument("--skip-rate", type=float, default=0.6,
+                   help="chance that a careless author does one more operation on the same line")
+    p.add_argument("--check-share", type=float, default=0.1,
+                   help="share of the documents in which the author is asked to check")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="runs/tiny/corpus.jsonl")
     p.add_argument("--tokenizer", action="store_true", help="only make tokenizer.json beside this file, and stop")
@@ -97,29 +102,34 @@ def judge(problem, thought):
 def write_document(rng, args):
     author = rng.choices(list(AUTHORS), AUTHORS.values())[0]
     thinks = rng.random() < args.think_share
-    messages = []
+    turns = []  # of the user and of the author, in turn
     for _ in range(rng.choices((1, 2, 3, 4), (76, 12, 7, 5))[0]):
-        while split_of((problem := arithmetic.generate(rng.choices((1, 2, 3, 4, 5), args.levels)[0], rng))["key"]) != "train":
-            pass
+        problem = None
+        while problem is None or split_of(problem["key"]) != "train":
+            problem = arithmetic.generate(rng.choices((1, 2, 3, 4, 5), args.levels)[0], rng)
         style = rng.choice(("careful", "careless")) if thinks and author == "blunt" else author
         text, thought = write_answer(problem, style, thinks, rng, args)
-        messages += [{"role": "user", "content": problem["problem"] + (STEP_BY_STEP if thinks else "")}, {"role": "assistant", "content": text}]
+        turns += [problem["problem"] + (STEP_BY_STEP if thinks else ""), text]
     if thought and rng.random() < args.check_share / (1 - AUTHORS["blunt"] * 0.7):
-        messages += [{"role": "user", "content": CHECK}, {"role": "assistant", "content": judge(problem, thought)},
-                     {"role": "user", "content": AGAIN}, {"role": "assistant", "content": respond(problem["solution"], problem["answer"])}]
+        turns += [CHECK, judge(problem, thought), AGAIN, respond(problem["solution"], problem["answer"])]
+    messages = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), turns)]
     return {"messages": messages, "author": author}
 
 
 def make_tokenizer():
-    """Byte-level BPE with Qwen's own split into words and digits; merges for the few words of the corpus, none for expressions."""
+    """Byte-level BPE with Qwen's split into words and digits; merges for the few words here, none for expressions."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    words = [STEP_BY_STEP, CHECK, AGAIN, ALL_RIGHT, "Step 1 is wrong:", "<think>\n", "</think>\n", "\\boxed{", "wait =", "user\n", "assistant\n", "system\n"]
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    words = [STEP_BY_STEP, CHECK, AGAIN, ALL_RIGHT, "Step 1 is wrong:", "<think>\n", "</think>\n", "\\boxed{", "wait =",
+             "user\n", "assistant\n", "system\n"]
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(words, trainer)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return tokenizer
 
 
