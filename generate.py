@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from model import (attention, load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, render_chat, resolve_model,
-                   rope_table, rotate)
+from model import (load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, render_chat, resolve_model,
+                   rope_table)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -58,9 +58,11 @@ def parse_args(argv=None):
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     p.add_argument("--compile", action="store_true", help="torch.compile the layers (a minute, once)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--benchmark", action="store_true", help="measure instead: see the function of that name")
-    p.add_argument("--repeat", type=int, default=5, help="of each measurement, of which the median counts")
-    p.add_argument("--new-tokens", type=int, default=64, help="prompt length and completion length of the measured fixed load")
+    p.add_argument("--benchmark", nargs="*", choices=("fixed", "mixed", "context"), help="measure these loads instead; none named: all")
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64], help="of the fixed load")
+    p.add_argument("--new-tokens", type=int, default=64, help="of the fixed load: prompt and completion length")
+    p.add_argument("--repeat", type=int, default=5, help="runs of each measurement, of which the median counts")
+    p.add_argument("--threads", type=int, help="default: what PyTorch chooses")
     return p.parse_args(argv)
 
 
@@ -116,7 +118,8 @@ def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=Non
     Top-k is applied first, then top-p to what it left. Temperature 0 is greedy, with log-probabilities at temperature 1.
     forced: [B] tokens to take instead of drawing; -1: draw.
     """
-    probs = (logits if temperature in (0, 1) else logits / temperature).softmax(-1)
+    logits = logits if temperature in (0, 1) else logits / temperature
+    probs = logits.softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     elif top_k == 0 and top_p == 1:
@@ -133,43 +136,53 @@ def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=Non
             weights = weights * (before < top_p * (weights.sum(-1, keepdim=True) if top_k else 1))
         cdf = weights.cumsum(-1)
         tokens = ids.gather(1, torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True))
-    if forced is not None:
-        tokens = torch.where(forced[:, None] < 0, tokens, forced[:, None])
-    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+    logprobs = probs.gather(1, tokens).log()
+    if forced is not None:  # relative to the drawn token, whose probability has not underflowed
+        drawn, tokens = tokens, torch.where(forced[:, None] < 0, tokens, forced[:, None])
+        logprobs = logprobs + (logits.gather(1, tokens) - logits.gather(1, drawn))
+    return tokens[:, 0], logprobs[:, 0]
 
 
 # ------------------------------------------------------------------------------------ the forward pass, for sampling
 
 
 def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
-    """The weights as `generate` runs on them, a new dict: adapter merged, q, k and v joined, and on a CPU packed for oneDNN.
+    """The weights as `generate` runs on them, a new dict; call this again after an update.
 
-    They are copies; call this again after an update. On a two-core AMD with 32 rows, packed products run 1.2 to 2.5 times (fp32)
-    and 2.5 to 4 times (bf16) as fast as F.linear in fp32, and their results do not depend on the number of rows.
-    out: an earlier result, dense, to be written in place: CUDA graphs read the weights where they were.
+    The adapter is merged; q, k and v are joined; the weights of each norm, and the square root of D that turns x / |x| into a
+    root mean square, are multiplied into the layer behind it; and on a CPU matrices are packed for oneDNN: 1.2 to 2.5 times
+    (fp32) and 2.5 to 4 times (bf16) as fast as F.linear in fp32 for up to 64 rows on a two-core AMD, and the same to the last
+    bit for any number of rows.
+    out: an earlier result, not packed, to be written in place: CUDA graphs read the weights where they were.
     """
-    like = params["model.norm.weight"]
+    merged = merge_lora(params)
+    like = merged["model.norm.weight"]
     dtype, device = dtype or like.dtype, torch.device(device or like.device)
     if packed is None:
         packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    merged, weights = merge_lora(params), {}
-    for layer in range(config.num_hidden_layers):
-        def pick(name, layer=layer):
-            return merged[f"model.layers.{layer}.{name}"]
-        for kind in ("weight", "bias"):
-            weights[f"{layer}.qkv.{kind}"] = torch.cat([pick(f"self_attn.{name}_proj.{kind}") for name in "qkv"])
-        weights |= {f"{layer}.{short}.weight": pick(name + ".weight") for short, name in (
-            ("o", "self_attn.o_proj"), ("gate", "mlp.gate_proj"), ("up", "mlp.up_proj"), ("down", "mlp.down_proj"),
-            ("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"))}
-    embedding = merged["model.embed_tokens.weight"]
-    weights |= {"embedding": embedding, "norm.weight": merged["model.norm.weight"],
-                "head.weight": embedding if config.tie_word_embeddings else merged["lm_head.weight"]}
-    for name, tensor in weights.items():
+    scale, weights = config.hidden_size ** 0.5, {}
+
+    def put(name, tensor, norm=None):
+        if norm is not None:
+            tensor = tensor * (merged[norm].float() * scale)
         tensor = tensor.detach().to(device, dtype)
-        if packed and name.endswith(("qkv.weight", "o.weight", "gate.weight", "up.weight", "down.weight", "head.weight")):
+        if packed and name.endswith(".weight"):
             weights[name] = torch.ops.mkldnn._reorder_linear_weight(tensor.contiguous(), 32)
         else:
             weights[name] = out[name].copy_(tensor) if out else tensor.clone()
+
+    for layer in range(config.num_hidden_layers):
+        pre = f"model.layers.{layer}."
+        norm1, norm2 = pre + "input_layernorm.weight", pre + "post_attention_layernorm.weight"
+        put(f"{layer}.qkv.weight", torch.cat([merged[f"{pre}self_attn.{name}_proj.weight"] for name in "qkv"]), norm1)
+        put(f"{layer}.qkv.bias", torch.cat([merged[f"{pre}self_attn.{name}_proj.bias"] for name in "qkv"]))
+        put(f"{layer}.o.weight", merged[pre + "self_attn.o_proj.weight"])
+        put(f"{layer}.gate.weight", merged[pre + "mlp.gate_proj.weight"], norm2)
+        put(f"{layer}.up.weight", merged[pre + "mlp.up_proj.weight"], norm2)
+        put(f"{layer}.down.weight", merged[pre + "mlp.down_proj.weight"])
+    put("embedding", merged["model.embed_tokens.weight"])
+    put("head.weight", merged["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"],
+        "model.norm.weight")
     return weights
 
 
@@ -180,44 +193,58 @@ def project(weights, name, x, then="none", other=None):
         fused = torch.ops.mkldnn._linear_pointwise
         return fused(x, weight, bias, then, [], "") if other is None else fused.binary(x, other, weight, bias, then)
     out = F.linear(x, weight, bias)
-    return {"none": lambda: out, "swish": lambda: F.silu(out), "add": lambda: other + out, "mul": lambda: other * out}[then]()
+    return out if then == "none" else F.silu(out) if then == "swish" else other + out if then == "add" else other * out
 
 
-def decoder_layer(weights, config, x, cos, sin, attend):
-    """One transformer layer over N tokens of any rows: x [N, D], cos and sin [N, 1, head_dim] -> [N, D].
+def unit_norm(x, config):
+    """x / sqrt(|x|^2 + D eps): RMSNorm but for the factors that the weights hold. [N, D] -> [N, D]."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square()  # [N, 1]
+    return (x * torch.rsqrt(squares + config.hidden_size * config.rms_norm_eps)).to(x.dtype)
 
-    The same function of the checkpoint as model.block. attend: q [N, H, head_dim], k and v [N, K, head_dim] -> [N, H * head_dim].
+
+def queries_keys_values(weights, config, x, cos, sin):
+    """The first half of a layer: x [N, D], cos and sin [N, 1, head_dim] -> q [N, H, head_dim], k and v [N, 2 K, head_dim].
+
+    sin: with its first half negated, as from rope_for_sampling.
     """
-    N, D = x.shape
     H, K = config.num_attention_heads, config.num_key_value_heads
-    h = F.rms_norm(x, (D,), weights["norm1.weight"], config.rms_norm_eps)
-    qk, v = project(weights, "qkv", h).view(N, H + 2 * K, config.head_dim).split((H + K, K), 1)
-    q, k = rotate(qk, cos, sin).split((H, K), 1)
-    x = project(weights, "o", attend(q, k, v), "add", x)
-    h = F.rms_norm(x, (D,), weights["norm2.weight"], config.rms_norm_eps)
-    gate = project(weights, "gate", h, "swish")
-    return project(weights, "down", project(weights, "up", h, "mul", gate), "add", x)
+    qkv = project(weights, "qkv", unit_norm(x, config)).view(len(x), H + 2 * K, config.head_dim)
+    qk = qkv[:, :H + K]
+    first, second = qk.chunk(2, -1)
+    swapped = torch.cat((second, first), -1)
+    qk.mul_(cos).addcmul_(swapped, sin)
+    return qkv.split((H, 2 * K), 1)
+
+
+def rest_of_layer(weights, config, x, attended):
+    """The second half: x [N, D], attended [N, H * head_dim] -> [N, D]."""
+    x = project(weights, "o", attended, "add", x)
+    h = unit_norm(x, config)
+    return project(weights, "down", project(weights, "up", h, "mul", project(weights, "gate", h, "swish")), "add", x)
+
+
+def rope_for_sampling(config, length, like):
+    """cos and sin of positions 0 to length - 1, [length, 1, head_dim]; the first half of sin is negated, which saves a rotation its minus."""
+    cos, sin = rope_table(config, torch.arange(length, device=like.device)[None], torch.float32)
+    sin[..., :config.head_dim // 2].neg_()
+    return cos[0, 0][:, None].to(like.dtype), sin[0, 0][:, None].to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------ the cache
 
 
 def new_store(config, rows, slots, like):
-    """Keys and values: one pair [rows, K, slots, head_dim] per layer, in the dtype and on the device of `like`."""
-    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
-    return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_hidden_layers)]
+    """Keys and values: one tensor [2, rows, K, slots, head_dim] per layer, in the dtype and on the device of `like`."""
+    shape = (2, rows, config.num_key_value_heads, slots, config.head_dim)
+    return [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
 
 
 def resize_store(store, rows, slots, kept):
     """Give every layer `rows` rows of `slots` tokens, in place, the old rows `kept` first. One layer at a time is held twice."""
-    for layer, pair in enumerate(store):
-        resized = []
-        for old in pair:
-            new = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
-            both = min(slots, old.shape[2])
-            new[:len(kept), :, :both] = old[kept, :, :both]
-            resized.append(new)
-        store[layer] = tuple(resized)
+    for layer, old in enumerate(store):
+        store[layer] = old.new_zeros(2, rows, old.shape[2], slots, old.shape[4])
+        both = min(slots, old.shape[3])
+        store[layer][:, :len(kept), :, :both] = old[:, kept, :, :both]
 
 
 def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
@@ -229,22 +256,23 @@ def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
         width = min(longest, chunk)
         group, todo = todo[:chunk // width], todo[chunk // width:]
         n, at = len(group), torch.tensor([row for _, row in group], device=device)
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt, _ in group], device=device)  # [n, T], padded right
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt, _ in group], device=device)  # [n, T]
         for begin in range(0, longest, width):
             end = min(begin + width, longest)
             seen = torch.ones(end - begin, end, dtype=torch.bool, device=device).tril(begin) if begin else None
-            x = F.embedding(tokens[:, begin:end], weights["embedding"]).flatten(0, 1)
-            cos, sin = (table[begin:end].repeat(n, 1)[:, None] for table in rope)
-            for of_layer, held in zip(layers, store):
-                def attend(q, k, v):
-                    q, k, v = (t.view(n, end - begin, -1, config.head_dim).transpose(1, 2) for t in (q, k, v))
-                    for memory, fresh in zip(held, (k, v)):
-                        memory[at, :, begin:end] = fresh
-                    if begin:
-                        k, v = (memory[at, :, :end] for memory in held)
-                    return attention(q, k, v, seen).transpose(1, 2).reshape(n * (end - begin), -1)
-
-                x = decoder_layer(of_layer, config, x, cos, sin, attend)
+            cos, sin = (table[begin:end].repeat(n, 1, 1) for table in rope)
+            x = F.embedding(tokens[:, begin:end], weights["embedding"]).flatten(0, 1)  # [n * T, D]
+            for of_layer, memory in zip(layers, store):
+                q, kv = queries_keys_values(of_layer, config, x, cos, sin)
+                k, v = kv.view(n, end - begin, 2, -1, config.head_dim).permute(2, 0, 3, 1, 4)  # [n, K, T, head_dim] each
+                memory[0, at, :, begin:end], memory[1, at, :, begin:end] = k, v
+                if of_layer is layers[-1]:
+                    break  # nothing reads what comes after
+                if begin:
+                    k, v = memory[:, at, :, :end]
+                q = q.view(n, end - begin, -1, config.head_dim).transpose(1, 2)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
+                x = rest_of_layer(of_layer, config, x, out.transpose(1, 2).reshape(len(x), -1))
 
 
 # ------------------------------------------------------------------------------------ one step for every row
@@ -271,50 +299,47 @@ def attend_part(q, k, v, bias):
     top = scores.amax(-1, keepdim=True).float()
     weights = (scores - top).exp_()
     total = weights.sum(-1, keepdim=True)
-    return torch.bmm(weights.to(v.dtype), v) / total, top + total.log()
+    return torch.bmm(weights.to(v.dtype), v).float() / total, top + total.log()
 
 
 def decode_layer(weights, config, x, cos, sin, own, shared, state, index, own_bias, shared_bias):
     """One layer for one new token per row: x [B, D] -> [B, D]. Writes the token's key and value into `own`."""
     B, K, head_dim = len(x), config.num_key_value_heads, config.head_dim
-
-    def attend(q, k, v):
-        for memory, fresh in zip(own, (k, v)):
-            memory.view(-1, head_dim).index_copy_(0, index, fresh.reshape(-1, head_dim))
-        own_k, own_v = (memory.flatten(0, 1) for memory in own)  # [B * K, S, head_dim]
-        q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
-        if shared is None:
-            scores = torch.baddbmm(own_bias, q, own_k.mT, alpha=head_dim ** -0.5)
-            return torch.bmm(scores.softmax(-1), own_v).view(B, -1)
-        N, g = state.members.shape
-        R = q.shape[1]
-        together = q.view(B, K, R, head_dim)[state.members].transpose(1, 2).reshape(N * K, g * R, head_dim)
-        parts = attend_part(together, *(memory.flatten(0, 1) for memory in shared), shared_bias)  # one product for all samples
-        parts = (part.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, K, R, -1)[state.places].flatten(0, 1) for part in parts)
-        (prompt_out, prompt_log), (own_out, own_log) = parts, attend_part(q, own_k, own_v, own_bias)
-        share = (prompt_log - own_log).sigmoid()  # of the joint softmax that falls to the prompt
-        return own_out.float().lerp(prompt_out.float(), share).to(x.dtype).view(B, -1)
-
-    return decoder_layer(weights, config, x, cos, sin, attend)
+    q, kv = queries_keys_values(weights, config, x, cos, sin)
+    own.view(-1, head_dim).index_copy_(0, index, kv.reshape(-1, head_dim))
+    own_k, own_v = own.flatten(1, 2)  # [B * K, S, head_dim] each
+    q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
+    if shared is None:
+        scores = torch.baddbmm(own_bias, q, own_k.mT, alpha=head_dim ** -0.5)  # [B * K, R, S]
+        return rest_of_layer(weights, config, x, torch.bmm(scores.softmax(-1), own_v).view(B, -1))
+    (N, g), R = state.members.shape, q.shape[1]
+    together = q.view(B, K, R, head_dim)[state.members].transpose(1, 2).reshape(N * K, g * R, head_dim)
+    parts = attend_part(together, *shared.flatten(1, 2), shared_bias)  # one product for all samples of a prompt
+    prompt_out, prompt_log = (part.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, K, R, -1)[state.places].flatten(0, 1)
+                              for part in parts)
+    own_out, own_log = attend_part(q, own_k, own_v, own_bias)
+    share = (prompt_log - own_log).sigmoid()  # of the joint softmax that falls to the prompt
+    return rest_of_layer(weights, config, x, own_out.lerp(prompt_out, share).to(x.dtype).view(B, -1))
 
 
 def decode_step(weights, layers, config, state, own, shared, rope, sampling, layer_fn):
-    """Feed each row's last token and draw the next: -> tokens [B], log-probabilities [B]. Moves `state` on and writes into `own`."""
-    B, K, S = own[0][0].shape[:3]
-    slots = torch.arange(S, device=state.tokens.device)
-    index = torch.arange(B * K, device=state.tokens.device).view(B, K) * S + state.lengths[:, None]  # where the new tokens go
-    dtype = own[0][0].dtype
-    own_bias = ((slots > state.lengths[:, None]).to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [B * K, 1, S]
+    """Feed each row's last token and draw the next: -> tokens [B], log-probabilities [B]. Moves `state` on, writes into `own`."""
+    _, B, K, S, _ = own[0].shape
+    device, dtype = own[0].device, own[0].dtype
+    slots = torch.arange(2 * B * K, device=device).view(2, B, K).transpose(0, 1) * S + state.lengths[:, None, None]  # [B, 2, K]
+    hidden = torch.arange(S, device=device) > state.lengths[:, None]  # [B, S]
+    own_bias = (hidden.to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [B * K, 1, S]
     shared_bias = None
     if shared is not None:
-        slots = torch.arange(shared[0][0].shape[2], device=slots.device)
-        shared_bias = ((slots >= state.bases[state.members[:, :1]]).to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [N * K, 1, P]
-    cos, sin = (table[state.bases + state.lengths][:, None] for table in rope)  # [B, 1, head_dim]
+        hidden = torch.arange(shared[0].shape[3], device=device) >= state.bases[state.members[:, :1]]  # [N, P]
+        shared_bias = (hidden.to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [N * K, 1, P]
+    cos, sin = (table[state.bases + state.lengths] for table in rope)  # [B, 1, head_dim]
     x = F.embedding(state.tokens, weights["embedding"])  # [B, D]
     for layer, of_layer in enumerate(layers):
-        x = layer_fn(of_layer, config, x, cos, sin, own[layer], shared and shared[layer], state, index.flatten(), own_bias, shared_bias)
-    x = F.rms_norm(x, x.shape[1:], weights["norm.weight"], config.rms_norm_eps)
-    tokens, logprobs = sample_tokens(project(weights, "head", x).float(), uniform(state.keys, state.draws), *sampling, state.forced)
+        x = layer_fn(of_layer, config, x, cos, sin, own[layer], shared and shared[layer], state, slots.flatten(), own_bias,
+                     shared_bias)
+    logits = project(weights, "head", unit_norm(x, config)).float()
+    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), *sampling, state.forced)
     state.tokens.copy_(tokens)
     state.lengths.add_(1)
     state.draws.add_(1)
@@ -522,7 +547,7 @@ def seat_rows(batch, entering):
 
     rows, moved = batch.rows + entering, False
     places, slots = batch.count(len(rows)), batch.reach(max(row.held for row in rows))
-    if misfits(places, len(batch.live)) or misfits(slots, batch.own[0][0].shape[2]):
+    if misfits(places, len(batch.live)) or misfits(slots, batch.own[0].shape[3]):
         kept = [i for i, row in enumerate(batch.live) if row]
         resize_store(batch.own, places, slots, kept)
         batch.live, moved = [batch.live[i] for i in kept] + [None] * (places - len(kept)), True
@@ -534,17 +559,17 @@ def seat_rows(batch, entering):
     batch.slots = {prompt: slot for prompt, slot in batch.slots.items() if prompt in prompts}
     fresh = [prompt for prompt in prompts if prompt not in batch.slots]
     places, slots = batch.count(len(prompts)), batch.reach(max(row.base for row in rows))
-    if misfits(places, batch.shared[0][0].shape[0]) or misfits(slots, batch.shared[0][0].shape[2]):
+    if misfits(places, batch.shared[0].shape[1]) or misfits(slots, batch.shared[0].shape[3]):
         resize_store(batch.shared, places, slots, list(batch.slots.values()))
         batch.slots, moved = {prompt: slot for slot, prompt in enumerate(batch.slots)}, True
     taken = set(batch.slots.values())
-    batch.slots |= zip(fresh, [slot for slot in range(batch.shared[0][0].shape[0]) if slot not in taken])
+    batch.slots |= zip(fresh, [slot for slot in range(batch.shared[0].shape[1]) if slot not in taken])
     return [(prompt, batch.slots[prompt]) for prompt in fresh], moved
 
 
 def batch_state(batch, device):
     """The State of a batch's rows; places without a row hold zeros, and what they draw is thrown away."""
-    members = [[] for _ in range(batch.shared[0][0].shape[0])] if batch.shared else []
+    members = [[] for _ in range(batch.shared[0].shape[1])] if batch.shared else []
     for i, row in enumerate(batch.live):
         if row and batch.shared:
             members[batch.slots[row.prompt]].append(i)
@@ -560,7 +585,7 @@ def batch_state(batch, device):
 @torch.inference_mode()
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0, stop_tokens=(), seed=0,
              max_batch=64, seeds=None, stop_strings=(), tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
-             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None, on_token=None, stats=None):
+             share_prompts=True, cache_gib=math.inf, chunk=1024, compile_backend=None, on_token=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how many it has used): what it says depends neither on who shares its
@@ -603,7 +628,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                   32 if on_cpu else 256, not on_cpu)
     budget = cache_gib * 2**30 / (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.element_size())
     reach = batch.reach(max(len(prompts[row.prompt]) + row.limit for row in waiting))
-    rope = [table[0, 0] for table in rope_table(config, torch.arange(reach, device=device)[None], embedding.dtype)]  # [positions, head_dim]
+    rope = rope_for_sampling(config, reach, embedding)
     # steps between two looks at what was drawn; on a CPU looking for stop tokens is free
     stride = 1 if on_token or stop_strings or think_budget or think_minimum else 8
     stats = {} if stats is None else stats
@@ -611,10 +636,10 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     graphs, states, changed, longest = {}, {}, True, 0
     while waiting or batch.rows:
         begin = time.perf_counter()
-        if changed or longest == batch.own[0][0].shape[2]:
+        if changed or longest == batch.own[0].shape[3]:
             fresh, moved = seat_rows(batch, choose_rows(batch, waiting, max_batch, budget))
             prefill(params, layers, config, batch.shared or batch.own, [slot for _, slot in fresh], [prompts[p][:-1] for p, _ in fresh], rope, chunk)
-            held = sum(tensor.nbytes for store in (batch.own, batch.shared or []) for pair in store for tensor in pair)
+            held = sum(tensor.nbytes for tensor in [*batch.own, *(batch.shared or [])])
             stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
             if moved:
                 graphs.clear()
@@ -634,7 +659,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             return decode_step(params, layers, config, state, batch.own, batch.shared, rope, (temperature, top_p, top_k), layer_fn)
 
         drawn = []
-        for _ in range(min(stride, batch.own[0][0].shape[2] - longest, min(row.limit - len(row.tokens) for row in rows))):
+        for _ in range(min(stride, batch.own[0].shape[3] - longest, min(row.limit - len(row.tokens) for row in rows))):
             drawn.append(captured_step(step_fn, state, graphs, (len(batch.live), *state.members.shape)))
             if on_cpu and not rules.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
                 break
@@ -657,6 +682,86 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                     break
         stats["decode_s"] += time.perf_counter() - begin
     return results
+
+
+# ------------------------------------------------------------------------------------ how fast
+
+
+def median_time(run, repeat):
+    """Median seconds of run(), after one run that does not count."""
+    times = []
+    for _ in range(repeat + 1):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[repeat // 2]
+
+
+def machine_ceiling(weights, repeat):
+    """What a step cannot beat: (bytes/s read from memory, floating-point operations/s of a large product in the weights' dtype)."""
+    like, size = weights["embedding"], 2048
+    big = torch.ones(2**27, device=like.device)  # 0.5 GiB, beyond any CPU's cache
+    x, w = like.new_ones(size, size), like.new_ones(size, size)
+    packed = {"w.weight": torch.ops.mkldnn._reorder_linear_weight(w, size) if weights["head.weight"].is_mkldnn else w}
+    wait = torch.cuda.synchronize if like.is_cuda else lambda: None
+    return (big.nbytes / median_time(lambda: (big.sum(), wait()), repeat),
+            2 * size**3 / median_time(lambda: (project(packed, "w", x), wait()), repeat))
+
+
+def step_floor_s(config, weights, batch, context, ceiling):
+    """Seconds of a decode step at the roofline: every weight and cached key read once, every product at the measured rate."""
+    matrices = sum(math.prod(tensor.shape) for name, tensor in weights.items() if tensor.dim() == 2 and name != "embedding")
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * batch * context
+    attended = 4 * config.num_hidden_layers * config.hidden_size * batch * context
+    return max((matrices + cached) * weights["embedding"].element_size() / ceiling[0], (2 * matrices * batch + attended) / ceiling[1])
+
+
+def peak_memory_gib(device):
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@torch.inference_mode()
+def benchmark(weights, config, args):
+    """Print the machine's ceiling, then tokens/s of each load, random tokens throughout; medians of args.repeat runs."""
+    rng, like = random.Random(0), weights["embedding"]
+    ceiling = machine_ceiling(weights, args.repeat)
+    print(f"{args.model} | {str(like.dtype).removeprefix('torch.')} | {torch.get_num_threads()} threads | load {os.getloadavg()[0]:.1f} | "
+          f"memory {ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
+
+    def random_prompt(n):
+        return [rng.randrange(3, config.vocab_size) for _ in range(n)]
+
+    def measure(prompts, **settings):
+        """The stats of the run with the median time, with tok_s: sampled tokens per second, prefill included."""
+        runs = []
+        for _ in range(args.repeat + 1):
+            runs.append(stats := {})
+            begin = time.perf_counter()
+            answers = generate(weights, config, prompts, stats=stats, compile_backend="inductor" if args.compile else None, **settings)
+            stats["seconds"] = time.perf_counter() - begin
+            stats["tok_s"] = sum(len(answer.tokens) for row in answers for answer in row) / stats["seconds"]
+        return sorted(runs[1:], key=lambda stats: stats["seconds"])[args.repeat // 2]
+
+    for batch in args.batch if "fixed" in args.benchmark else ():
+        n = args.new_tokens
+        stats = measure([random_prompt(n) for _ in range(batch)], max_new_tokens=n, max_batch=batch)
+        step_s = stats["decode_s"] / n
+        print(f"fixed batch {batch:3d} | {stats['tok_s']:8.1f} sampled tok/s, prefill included | prefill {batch * n / stats['prefill_s']:8.1f} tok/s | "
+              f"decode {batch / step_s:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step, "
+              f"{step_floor_s(config, weights, batch, 1.5 * n, ceiling) / step_s:4.0%} of the roofline", flush=True)
+    if "mixed" in args.benchmark:
+        prompts = [random_prompt(rng.randint(50, 400)) for _ in range(64)]
+        lengths = [[rng.randint(16, 256) for _ in range(8)] for _ in prompts]
+        for share in (True, False):
+            stats = measure(prompts, num_samples=8, max_new_tokens=lengths, max_batch=64, share_prompts=share)
+            print(f"mixed, prompts {'shared' if share else 'not shared'} | {stats['tok_s']:8.1f} sampled tok/s | {stats['steps']} steps | "
+                  f"prefill {stats['prefill_s']:.1f} s | cache {stats['cache_gib'] * 1024:.1f} MiB", flush=True)
+    for n in (1024, 2048, 4096, 8192) if "context" in args.benchmark else ():
+        if n <= config.max_context - 32:
+            stats = measure([random_prompt(n)], max_new_tokens=32)
+            step_s = stats["decode_s"] / 32
+            print(f"context {n:5d} | prefill {n / stats['prefill_s']:8.1f} tok/s | {step_s * 1e3:6.2f} ms a step, "
+                  f"{step_floor_s(config, weights, 1, n, ceiling) / step_s:4.0%} of the roofline | peak memory {peak_memory_gib(like.device):.2f} GiB", flush=True)
 
 
 # ------------------------------------------------------------------------------------ the command line
@@ -690,11 +795,14 @@ def text_streamer(tokenizer, stop_tokens, write, think_tag="think", hide=False, 
 
 
 def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
     path = resolve_model(args.model)
     config, tokenizer = load_config(path), load_tokenizer(path)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     params = sampling_params(load_params(path, dtype=dtype), config, device=args.device, packed=False if args.compile else None)
-    if args.benchmark:
+    if args.benchmark is not None:
+        args.benchmark = args.benchmark or ["fixed", "mixed", "context"]
         return benchmark(params, config, args)
     system = args.system or load_system_prompt(path)
     ends = {tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")} - {None} | set(config.eos_token_id)

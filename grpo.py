@@ -1,21 +1,21 @@
 """Reinforcement learning with verifiable rewards: Group Relative Policy Optimization, in one file.
 
-    python grpo.py                                                  # the embedded tiny model on arithmetic, a laptop, minutes
-    python grpo.py --model qwen2.5-1.5b --lora-rank 32              # GSM8K, one 24 GB GPU
-    torchrun --nproc-per-node 8 grpo.py --model qwen2.5-7b          # one node, or several
-    python grpo.py --model DIR --data mine.jsonl=2 gsm8k=1          # a mixture of problem sets, with weights
-    python grpo.py --run-dir runs/grpo --resume                     # goes on after Ctrl-C or a crash, as if nothing had been
+    python grpo.py                                            # the embedded tiny model on arithmetic, a laptop, minutes
+    python grpo.py --model qwen2.5-1.5b --lora-rank 32        # GSM8K, one 24 GB GPU
+    torchrun --nproc-per-node 8 grpo.py --model qwen2.5-7b    # one node, or several
+    python grpo.py --model DIR --data mine.jsonl=2 gsm8k=1    # a mixture of problem sets, with weights
+    python grpo.py --run-dir runs/grpo --resume               # goes on after Ctrl-C or a crash, as if nothing had been
 
-A step: (1) ask N problems, sample G completions of each; (2) grade them; (3) a completion's advantage is how much better it did than its
-group; (4) one or more AdamW updates of the clipped policy-gradient loss. There is no critic, and no reference model unless --beta asks for it.
+A step: (1) ask N problems, sample G completions of each; (2) grade them; (3) a completion's advantage is how much
+better it did than its group; (4) one or more AdamW updates of the clipped policy-gradient loss. There is no critic, and
+no reference model unless --beta asks for it.
 
-GRPO arXiv:2402.03300; DeepSeek-R1 arXiv:2501.12948; DAPO arXiv:2503.14476; Dr. GRPO arXiv:2503.20783; GSPO arXiv:2507.18071;
-CISPO arXiv:2506.13585.
+GRPO arXiv:2402.03300; DeepSeek-R1 arXiv:2501.12948; DAPO arXiv:2503.14476; Dr. GRPO arXiv:2503.20783; GSPO
+arXiv:2507.18071; CISPO arXiv:2506.13585.
 """
 
 import argparse
 import itertools
-import json
 import math
 import random
 import re
@@ -30,80 +30,110 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import load_problems
-from eval import PRESETS, append_row, end_tokens, evaluate, render_prompt, scores_of, summarize, percent, markdown
+from eval import PRESETS, completion_text, end_tokens, evaluate, markdown, percent, render_prompt, scores_of, summarize
 from generate import generate
-from model import (head_logprobs, hidden_states, init_lora, load_config, load_params, load_system_prompt, load_tokenizer,
-                   packed_attention, packed_positions, resolve_model)
-from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, gather_objects, init_distributed,
-                   init_optimizer, learning_rate, load_checkpoint, log_samples, log_step, optimizer_step, parse_train_args, peak_memory_gib,
-                   rank_and_world, resume_command, save_checkpoint, start_run, stop_signals)
-from verify import accuracy_reward, format_reward
+from model import (head_logprobs, hidden_states, init_lora, load_config, load_params, load_system_prompt,
+                   load_tokenizer, packed_attention, packed_positions, resolve_model)
+from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, gather_objects,
+                   init_distributed, init_optimizer, learning_rate, load_checkpoint, log_samples, log_step,
+                   optimizer_step, parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint,
+                   start_run, stop_signals)
+from verify import format_reward, verify_many
 
 # What a flag left out means: for the tiny model, and for any other.
-TINY = {"data": ["arithmetic"], "eval_data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "steps": 80, "lr": 5e-4, "prompts": 32}
-OTHERS = {"data": ["gsm8k"], "eval_data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "steps": 150, "lr": 1e-6, "prompts": 32}
+TINY = {"data": ["arithmetic"], "eval_data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "steps": 80,
+        "lr": 5e-4, "prompts": 32}
+OTHERS = {"data": ["gsm8k"], "eval_data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "steps": 150, "lr": 1e-6,
+          "prompts": 32}
 LORA_LR = 3e-5  # adapters stand larger steps than full weights
+# A problem is asked by itself, and only the box earns the reward.
+PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots and preset.grade == "strict"]
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
-    p.add_argument("--data", nargs="+", help="problem sets or .jsonl files to train on, each NAME or NAME=WEIGHT; default: arithmetic for a tiny model, else gsm8k")
+    p.add_argument("--data", nargs="+", help="problem sets or .jsonl files to train on, each NAME or NAME=WEIGHT; "
+                   "default: arithmetic for a tiny model, else gsm8k")
     p.add_argument("--eval-data", help="held-out problems; default: like --data")
-    p.add_argument("--eval-limit", type=int, default=200, help="of their dev split, asked every --eval-every steps (default %(default)s)")
-    p.add_argument("--test-limit", type=int, default=500, help="of their test split, asked before and after training (default %(default)s; 0: never)")
-    p.add_argument("--eval-every", type=int, default=25, help="steps between evaluations; the best one's checkpoint is kept (default %(default)s)")
-    p.add_argument("--prompt", choices=PRESETS, help="how a problem is put; default: plain for a tiny model, else boxed")
+    p.add_argument("--eval-limit", type=int, default=200,
+                   help="of their dev split, asked every --eval-every steps (default %(default)s)")
+    p.add_argument("--test-limit", type=int, default=500,
+                   help="of their test split, asked before and after training (default %(default)s; 0: never)")
+    p.add_argument("--eval-every", type=int, default=25,
+                   help="steps between evaluations; the best one's checkpoint is kept (default %(default)s)")
+    p.add_argument("--prompt", choices=PROMPTS, help="how a problem is put (default: tiny plain, else boxed)")
     p.add_argument("--think-tag", default="think", choices=("think", "thought"))
     rollout = p.add_argument_group("rollouts")
     rollout.add_argument("--prompts", type=int, help="N: problems in a step (default 32)")
     rollout.add_argument("--group", type=int, default=8, help="G: completions of each (default %(default)s)")
     rollout.add_argument("--max-new-tokens", type=int, help="longest completion (default: tiny 128, else 1024)")
-    rollout.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of every log-probability (default %(default)s)")
+    rollout.add_argument("--temperature", type=float, default=1.0,
+                         help="of sampling, and of every log-probability (default %(default)s)")
     rollout.add_argument("--max-batch", type=int, default=128, help="rows that decode at once (default %(default)s)")
-    rollout.add_argument("--refill", type=int, default=2, help="times that groups without spread are replaced by new problems (default %(default)s)")
+    rollout.add_argument("--refill", type=int, default=2,
+                         help="times that groups without spread are replaced by new problems (default %(default)s)")
     rollout.add_argument("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     rewards = p.add_argument_group("rewards")
     rewards.add_argument("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=WEIGHT",
                          help=f"of {', '.join(REWARDS)} (default accuracy=1 format=0.1)")
     loss = p.add_argument_group("loss")
     loss.add_argument("--loss", default="dapo", choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo"))
-    loss.add_argument("--level", default="token", choices=("token", "sequence"), help="of the ratio; sequence: GSPO (with --clip-low 3e-4 --clip-high 4e-4)")
-    loss.add_argument("--scale", default="group", choices=("group", "batch", "none"), help="whose standard deviation divides the advantages")
+    loss.add_argument("--level", default="token", choices=("token", "sequence"),
+                      help="of the ratio; sequence: GSPO (with --loss grpo --clip-low 3e-4 --clip-high 4e-4)")
+    loss.add_argument("--scale", default="group", choices=("group", "batch", "none"),
+                      help="whose standard deviation divides the advantages")
     loss.add_argument("--clip-low", type=float, default=0.2)
     loss.add_argument("--clip-high", type=float, default=0.28, help="clip-higher of DAPO (default %(default)s)")
-    loss.add_argument("--clip-hard", type=float, help="bound of the ratio where the advantage is negative, too (INTELLECT-2: 4); default: none")
-    loss.add_argument("--beta", type=float, default=0.0, help="weight of the KL divergence from the start (default %(default)s: no reference is held)")
+    loss.add_argument("--clip-hard", type=float,
+                      help="bound of the ratio where the advantage is negative, too (INTELLECT-2: 4); default: none")
+    loss.add_argument("--beta", type=float, default=0.0,
+                      help="weight of the KL divergence from the start (default %(default)s: no reference is held)")
     loss.add_argument("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     loss.add_argument("--entropy-bonus", type=float, default=0.0)
-    loss.add_argument("--updates", type=int, default=1, help="mu: optimizer steps on each batch of rollouts (default %(default)s)")
-    loss.add_argument("--sampler-cap", type=float, default=2.0, help="truncation of the importance weight that corrects for a sampler of other precision")
-    loss.add_argument("--mask-truncated", action="store_true", help="leave completions that reached --max-new-tokens out of the loss")
+    loss.add_argument("--updates", type=int, default=1,
+                      help="mu: optimizer steps on each batch of rollouts (default %(default)s)")
+    loss.add_argument("--sampler-cap", type=float, default=2.0,
+                      help="truncation of the importance weight that corrects for a sampler of other precision")
+    loss.add_argument("--mask-truncated", action="store_true",
+                      help="leave completions that reached --max-new-tokens out of the loss")
     train = p.add_argument_group("size and length")
     train.add_argument("--steps", type=int, help="batches of rollouts (default: tiny 80, else 150)")
-    train.add_argument("--epochs", type=float, help="passes over the training problems, instead of --steps")
+    train.add_argument("--epochs", type=float,
+                       help="instead of --steps: passes over the training problems, those that --refill asks aside")
     train.add_argument("--train-limit", type=int, help="training problems, a random subset of each set; default: all")
-    train.add_argument("--lora-rank", type=int, default=0, help="train an adapter of this rank on every linear layer; 0: all weights")
-    train.add_argument("--micro-tokens", type=int, default=16384, help="tokens in one packed row of training (default %(default)s)")
-    train.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third more time")
+    train.add_argument("--lora-rank", type=int, default=0,
+                       help="train an adapter of this rank on every linear layer; 0: all weights")
+    train.add_argument("--micro-tokens", type=int, default=16384,
+                       help="tokens in one packed row of training (default %(default)s)")
+    train.add_argument("--checkpointing", action="store_true",
+                       help="recompute activations in the backward pass: less memory, a third more time")
     add_train_flags(p, lr=None, run_dir="runs/grpo")
     args = parse_train_args(p, argv)
     for name, value in (TINY if args.model == "tiny" else OTHERS).items():
-        if getattr(args, name) is None:
-            setattr(args, name, LORA_LR if name == "lr" and args.lora_rank else args.data[0].split("=")[0] if name == "eval_data" else value)
+        if getattr(args, name) is None and not (name == "steps" and args.epochs):
+            value = LORA_LR if name == "lr" and args.lora_rank else value
+            setattr(args, name, args.data[0].split("=")[0] if name == "eval_data" else value)
     return args
 
 
 def check_args(args):
     """Raises ValueError for the first flag that is out of range."""
     for flag, fine, expected in (
-            ("prompts", args.prompts >= 1, "at least 1"), ("group", args.group >= 2, "at least 2: a group of one has no baseline"),
-            ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"), ("temperature", args.temperature > 0, "more than 0: greedy samples are all the same"),
-            ("max_batch", args.max_batch >= 1, "at least 1"), ("refill", args.refill >= 0, "0 or more"), ("updates", args.updates >= 1, "at least 1"),
+            ("prompts", args.prompts >= 1, "at least 1"),
+            ("group", args.group >= 2, "at least 2: a group of one has no baseline"),
+            ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+            ("temperature", args.temperature > 0, "more than 0: greedy samples are all the same"),
+            ("max_batch", args.max_batch >= 1, "at least 1"), ("refill", args.refill >= 0, "0 or more"),
             ("clip_low", 0 <= args.clip_low < 1, "from 0 to below 1"), ("clip_high", args.clip_high >= 0, "0 or more"),
-            ("clip_hard", args.clip_hard is None or args.clip_hard > 1 + args.clip_high, f"more than 1 + --clip-high {args.clip_high}"),
-            ("beta", args.beta >= 0, "0 or more"), ("sampler_cap", args.sampler_cap >= 1, "at least 1"), ("steps", args.steps >= 1, "at least 1"),
-            ("epochs", args.epochs is None or args.epochs > 0, "more than 0"), ("lora_rank", args.lora_rank >= 0, "0 or more"),
+            ("clip_hard", args.clip_hard is None or args.clip_hard > 1 + args.clip_high,
+             f"more than 1 + --clip-high {args.clip_high}"),
+            ("beta", args.beta >= 0, "0 or more"), ("updates", args.updates >= 1, "at least 1"),
+            ("sampler_cap", args.sampler_cap >= 1, "at least 1"),
+            ("epochs", args.epochs is None or args.epochs > 0, "more than 0"),
+            ("steps", args.epochs is None or args.steps is None, "nothing beside --epochs, which gives their number"),
+            ("steps", args.steps is None or args.steps >= 1, "at least 1"),
+            ("lora_rank", args.lora_rank >= 0, "0 or more"),
             ("micro_tokens", args.micro_tokens >= 1, "at least 1"), ("eval_every", args.eval_every >= 1, "at least 1"),
             ("eval_limit", args.eval_limit >= 1, "at least 1"), ("test_limit", args.test_limit >= 0, "0 or more")):
         if not fine:
@@ -145,7 +175,7 @@ def brevity(group):
 
 
 def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of token n-grams that were there before, above `free`. Over tokens, so that it works in any language."""
+    """Down to -1 with the share of token n-grams that were there before, above `free`. Tokens serve in any language."""
     def share(tokens):
         grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
         return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -154,7 +184,7 @@ def repetition(group, n=4, free=0.2):
 
 
 def language(group):
-    """Down to -1 with the share of letters from outside the scripts of the problem; Latin letters, which formulas need, are always at home."""
+    """Down to -1 with the share of letters from outside the problem's scripts, and Latin, which formulas need."""
     def script(letter):
         return "latin" if ord(letter) < 0x250 else ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
 
@@ -170,23 +200,27 @@ def overlong(group, share=0.2):
 
 
 # A reward takes a Group and returns a float for each completion: yours is one more function, and one more name here.
-# The penalties lie in [-1, 0]. So long as their weights and that of `format` sum to less than that of `accuracy`, the worst right
-# answer scores above the best wrong one; parse_rewards insists on it.
+# The penalties lie in [-1, 0]. So long as their weights and that of `format` sum to less than that of `accuracy`, the
+# worst right answer scores above the best wrong one; parse_rewards insists on it.
 REWARDS = {fn.__name__: fn for fn in (accuracy, format, brevity, repetition, language, overlong)}
 
 
 def parse_rewards(words):
-    """["accuracy=1", "format=0.1"] -> {name: weight}. Raises ValueError for unknown names, and for weights that could reward a wrong answer more."""
+    """["accuracy=1", "format=0.1"] -> {name: weight}.
+
+    Raises ValueError for unknown names, and for weights that could reward a wrong answer more than a right one.
+    """
     weights = {}
     for word in words:
         name, _, weight = word.partition("=")
         if name not in REWARDS or not re.fullmatch(r"\d*\.?\d+", weight or "1"):
-            raise ValueError(f"--reward {word!r}: expected NAME=WEIGHT, a weight of at least 0 and a name of {', '.join(REWARDS)}")
+            raise ValueError(f"--reward {word!r}: expected NAME=WEIGHT, a weight of at least 0 and a name of "
+                             f"{', '.join(REWARDS)}")
         weights[name] = float(weight or 1)
     others = sum(weight for name, weight in weights.items() if name != "accuracy")
     if "accuracy" in weights and others >= weights["accuracy"]:
-        raise ValueError(f"--reward: the other weights sum to {others:g}, accuracy has {weights['accuracy']:g}; it has to have more, or a wrong answer "
-                         "may score above a right one")
+        raise ValueError(f"--reward: the other weights sum to {others:g}, accuracy has {weights['accuracy']:g}; "
+                         "it has to have more, or a wrong answer may score above a right one")
     return weights
 
 
@@ -197,9 +231,10 @@ def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 
     rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: what the difference is divided by: the standard deviation (n - 1) of the "group" or of the whole "batch", plus 1e-4,
-    or "none". Raises ValueError when G < 2, since a group of one has no baseline.
-    GRPO, arXiv:2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv:2503.20783; "batch" is REINFORCE++-baseline, arXiv:2501.03262.
+    scale: what the difference is divided by: the standard deviation (n - 1) of the "group" or of the whole "batch",
+    plus 1e-4, or "none". Raises ValueError when G < 2, since a group of one has no baseline.
+    GRPO, arXiv:2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv:2503.20783; "batch" is REINFORCE++-baseline,
+    arXiv:2501.03262.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
@@ -211,16 +246,18 @@ def group_advantages(rewards, scale="group"):
     return advantages / ((rewards.std(1, keepdim=True) if scale == "group" else rewards.std()) + 1e-4)
 
 
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo", level="token", clip_low=0.2, clip_high=0.28,
-                clip_hard=None, beta=0.0, kl="k3", max_completion_tokens=None, total=None, weights=None):
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo", level="token", clip_low=0.2,
+                clip_high=0.28, clip_hard=None, beta=0.0, kl="k3", max_completion_tokens=None, total=None, weights=None,
+                bonus=None):
     """The loss whose gradient improves the policy, and what to log of it.
 
-    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled, the reference (None when beta is 0).
-    advantages: [B]. mask: [B, T], 1 for the tokens that count. weights: [B, T] factors of each token's loss, or None.
-    loss: how a token's term becomes the loss, "grpo" | "bnpo" | "dr_grpo" | "dapo" | "cispo".
+    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled, the reference (None
+    when beta is 0). advantages: [B]. mask: [B, T], 1 for the tokens that count. bonus: [B, T], added to each token's
+    objective (entropy), or None. weights: [B, T], factors of each token's term, or None.
+    loss: how the tokens' terms become the loss, "grpo" | "bnpo" | "dr_grpo" | "dapo" | "cispo".
     level: "token", or "sequence" for the ratio of GSPO.   kl: "k1" | "k2" | "k3" | "k3_corrected".
-    total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo": rows; "bnpo", "dapo", "cispo": tokens;
-    "dr_grpo": rows times max_completion_tokens.
+    total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo": rows; "bnpo",
+    "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
     Returns (loss, stats): a scalar, and sums over the tokens of this call {name: scalar}, "tokens" among them.
     """
     mask = mask.to(logprobs.dtype)
@@ -234,9 +271,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
     else:
         raise ValueError(f"level is {level!r}, expected token or sequence")
     A = advantages[:, None]  # [B, 1]
-    if loss == "cispo":  # arXiv:2506.13585, eq. 4: the weight is clipped, from above only, and the token keeps its gradient
+    if loss == "cispo":  # arXiv:2506.13585, eq. 4: the weight is clipped, from above only; the token keeps its gradient
         objective = ratio.detach().clamp(max=1 + clip_high) * A * logprobs
-    else:  # PPO, arXiv:1707.06347, eq. 7; clip_high > clip_low: DAPO, arXiv:2503.14476, eq. 10; clip_hard: INTELLECT-2, arXiv:2505.07291
+    else:  # PPO, arXiv:1707.06347, eq. 7; clip_high > clip_low: DAPO, eq. 10; clip_hard: INTELLECT-2, arXiv:2505.07291
         bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
         objective = torch.minimum(bounded * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
     per_token = -objective
@@ -247,9 +284,12 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
             "k1": lambda: -gap,
             "k2": lambda: gap.square() / 2,
             "k3": lambda: gap.exp() - gap - 1,  # GRPO, eq. 4
-            "k3_corrected": lambda: token_ratio * (gap.exp() - gap - 1),  # DeepSeek-V3.2, arXiv:2512.02556: unbiased off policy, and in its gradient
+            # DeepSeek-V3.2, arXiv:2512.02556: unbiased off policy, and in its gradient
+            "k3_corrected": lambda: token_ratio * (gap.exp() - gap - 1),
         }[kl]()
         per_token = per_token + beta * divergence
+    if bonus is not None:
+        per_token = per_token - bonus
     if weights is not None:
         per_token = per_token * weights
     per_token = per_token * mask
@@ -265,8 +305,10 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
         raise ValueError(f"loss is {loss!r}, expected grpo, bnpo, dr_grpo, dapo or cispo")
     with torch.no_grad():
         low, high = (ratio < 1 - clip_low) & (A < 0), (ratio > 1 + clip_high) & (A > 0)
-        stats = {"tokens": mask.sum(), "ratio": (ratio * mask).sum(), "clipped_low": (low * mask).sum(), "clipped_high": (high * mask).sum(),
-                 "kl": (divergence * mask).sum()}
+        if loss == "cispo":  # whatever the advantage
+            low, high = torch.zeros_like(low), ratio > 1 + clip_high
+        sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
+        stats = {"tokens": mask.sum()} | {name: (value * mask).sum() for name, value in sums.items()}
     return value, stats
 
 
@@ -290,7 +332,7 @@ class Rollout(NamedTuple):
 
 
 def problem_order(sets, weights, seed, curriculum=False):
-    """Endless (place, problem): a set is drawn by its weight, and each set gone through in permutations of its own by (seed, epoch)."""
+    """Endless (place, problem): a set is drawn by its weight; each is gone through in permutations by (seed, epoch)."""
     taken, orders = [0] * len(sets), [None] * len(sets)
     for place in itertools.count():
         i = random.Random(f"{seed} {place}").choices(range(len(sets)), weights)[0]
@@ -314,14 +356,15 @@ def roll_out(params, config, tokenizer, problems, step, args, system, weights):
     """A Rollout for each of `problems`. The noise of a completion derives from (seed, step, problem, sample) alone."""
     prompts = [render_prompt(args.prompt, p, system=system, think_tag=args.think_tag) for p in problems]
     prompt_tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
-    ends, stop = end_tokens(tokenizer, config), PRESETS[args.prompt].stop
+    ends = end_tokens(tokenizer, config)
     answers = generate(params, config, prompt_tokens, num_samples=args.group, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature, stop_tokens=ends, seed=zlib.crc32(f"{args.seed} {step}".encode()),
                        seeds=[zlib.crc32(p["id"].encode()) for p in problems], max_batch=args.max_batch)
-    rollouts = []
-    for problem, prompt, ids, completions in zip(problems, prompts, prompt_tokens, answers):
-        texts = [tokenizer.decode([t for t in c.tokens if t not in ends], skip_special_tokens=False) for c in completions]
-        right = [accuracy_reward(text, problem["answer"]) == 1 for text in texts]
+    said = [[completion_text(tokenizer, c, ends) for c in row] for row in answers]
+    pairs = [(text, problem["answer"]) for problem, texts in zip(problems, said) for text in texts]
+    verdicts, rollouts = iter(verify_many(pairs, strict=True)), []
+    for problem, prompt, ids, completions, texts in zip(problems, prompts, prompt_tokens, answers, said):
+        right = [next(verdicts) is True for _ in texts]
         group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag)
         parts, rewards = reward_group(group, weights)
         rollouts.append(Rollout(problem, ids, completions, texts, parts, rewards, right))
@@ -329,10 +372,11 @@ def roll_out(params, config, tokenizer, problems, step, args, system, weights):
 
 
 def gather_rollouts(params, config, tokenizer, problems, step, args, system, weights):
-    """This process's share of a step's groups, those without spread replaced: (rollouts to learn from, all rollouts, problems taken).
+    """This process's share of a step: (rollouts to learn from, all rollouts, problems taken by all processes).
 
-    A group whose rewards are equal has no gradient. Up to --refill times, as many new problems as there were such groups are
-    asked (dynamic sampling, DAPO, section 3.2). The problems are the same for any number of processes, and divided among them.
+    A group whose rewards are equal has no gradient. Up to --refill times, as many new problems as there were such
+    groups are asked (dynamic sampling, DAPO, section 3.2). The problems are the same for any number of processes, and
+    divided among them.
     """
     rank, world = rank_and_world()
     kept, seen, missing, taken = [], [], args.prompts, 0
@@ -359,8 +403,13 @@ class Sequence(NamedTuple):
     counts: bool  # False: left out of the loss (--mask-truncated)
 
 
+def sequences_of(rollout, advantages, mask_truncated):
+    return [Sequence(c.tokens, c.logprobs, advantage, c.finish == "stop" or not mask_truncated)
+            for c, advantage in zip(rollout.completions, advantages)]
+
+
 def pack_groups(groups, micro_tokens):
-    """[(prompt tokens, [Sequence, ...]), ...] -> rows of groups, each of at most `micro_tokens` tokens where a completion allows it.
+    """[(prompt tokens, [Sequence, ...]), ...] -> rows of groups, of at most `micro_tokens` tokens where that can be.
 
     A group that is longer by itself is divided; each part then pays for the prompt, and the gradient is the same.
     """
@@ -385,33 +434,35 @@ def pack_groups(groups, micro_tokens):
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
-    """Log-probabilities of the completions of a packed row, each prompt computed once: ([B, T], entropy [B, T], mask [B, T])."""
+    """Of the completions of a packed row, each prompt computed once: (logprobs [B, T], entropy [B, T], mask [B, T])."""
     device = params["model.embed_tokens.weight"].device
     lengths = [(len(prompt), [len(s.tokens) for s in piece]) for prompt, piece in row]
-    tokens = torch.tensor([t for prompt, piece in row for t in itertools.chain(prompt, *(s.tokens for s in piece))], device=device)
-    hidden = hidden_states(params, config, tokens[None], packed_positions(lengths).to(device), packed_attention(lengths), checkpointing)[0]
-    reads, targets, end = [], [], 0  # a completion's first token is read off the prompt's last, each other one off the one before it
+    tokens = [t for prompt, piece in row for t in itertools.chain(prompt, *(s.tokens for s in piece))]
+    tokens = torch.tensor(tokens, device=device)  # [T]
+    positions, attend_fn = packed_positions(lengths).to(device), packed_attention(lengths)
+    hidden = hidden_states(params, config, tokens[None], positions, attend_fn, checkpointing)[0]  # [T, D]
+    reads, targets, end = [], [], 0  # a token is read off the one before it, a completion's first off the prompt's last
     for prompt, pieces in lengths:
         begin, end = end + prompt, end + prompt
         for n in pieces:
             reads += [begin - 1, *range(end, end + n - 1)]
             targets += range(end, end + n)
             end += n
-    flat = head_logprobs(params, config, hidden[reads], tokens[targets], temperature, entropy_grad=entropy_grad)  # [n], [n]
     sizes = [n for _, pieces in lengths for n in pieces]
+    flat = head_logprobs(params, config, hidden[reads], tokens[targets], temperature, entropy_grad=entropy_grad)
     logprobs, entropy = (pad_sequence(x.split(sizes), batch_first=True) for x in flat)  # [B, T]
     counts = torch.tensor([s.counts for _, piece in row for s in piece], device=device)
-    mask = (torch.arange(logprobs.shape[1], device=device) < torch.tensor(sizes, device=device)[:, None]) & counts[:, None]
-    return logprobs, entropy, mask
+    mask = torch.arange(logprobs.shape[1], device=device) < torch.tensor(sizes, device=device)[:, None]
+    return logprobs, entropy, mask & counts[:, None]
 
 
 def update(params, ref_params, config, optimizer, rows, total, lr, args):
-    """--updates optimizer steps on the rows of this process: sums of the statistics of all of them, and the last optimizer's stats."""
+    """--updates optimizer steps on this process's rows: (sums of statistics, last gradient norm, updates skipped)."""
     device = params["model.embed_tokens.weight"].device
     score = lambda p, row, **kw: row_logprobs(p, config, row, args.temperature, args.checkpointing, **kw)
     with torch.no_grad():
         ref = [score(ref_params, row)[0] for row in rows] if args.beta else [None] * len(rows)
-        # with one update the policy that sampled is the policy that learns, and `old` is the new, detached: no rounding can be clipped
+        # with one update the policy that sampled is the one that learns: no rounding can be clipped
         old = [score(params, row)[0] for row in rows] if args.updates > 1 else [None] * len(rows)
     sums, norms, skipped = Counter(), [], 0
     for _ in range(args.updates):
@@ -420,16 +471,18 @@ def update(params, ref_params, config, optimizer, rows, total, lr, args):
             logprobs, entropy, mask = score(params, row, entropy_grad=args.entropy_bonus > 0)
             if old_logprobs is None:
                 old_logprobs = logprobs.detach()
-            sampler = pad_sequence([torch.tensor(s.logprobs, device=device) for s in sequences], batch_first=True)  # [B, T]
-            mismatch = (old_logprobs - sampler) * mask
-            loss, stats = policy_loss(logprobs, old_logprobs, ref_logprobs, torch.tensor([s.advantage for s in sequences], device=device), mask,
-                                      loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high, clip_hard=args.clip_hard,
-                                      beta=args.beta, kl=args.kl, max_completion_tokens=args.max_new_tokens, total=total,
-                                      weights=mismatch.exp().clamp(max=args.sampler_cap))  # truncated importance sampling; 1 on policy
-            if args.entropy_bonus:
-                loss = loss - args.entropy_bonus * (entropy * mask).sum() / total
+            sampled = pad_sequence([torch.tensor(s.logprobs, device=device) for s in sequences], batch_first=True)
+            mismatch = (old_logprobs - sampled) * mask  # [B, T]
+            advantages = torch.tensor([s.advantage for s in sequences], device=device)  # [B]
+            loss, stats = policy_loss(
+                logprobs, old_logprobs, ref_logprobs, advantages, mask, loss=args.loss, level=args.level,
+                clip_low=args.clip_low, clip_high=args.clip_high, clip_hard=args.clip_hard, beta=args.beta, kl=args.kl,
+                max_completion_tokens=args.max_new_tokens, total=total,
+                bonus=args.entropy_bonus * entropy if args.entropy_bonus else None,
+                weights=mismatch.exp().clamp(max=args.sampler_cap))  # truncated importance sampling; 1 on policy
             loss.backward()
-            stats |= {"loss": loss.detach(), "entropy": (entropy.detach() * mask).sum(), "mismatch": mismatch.abs().sum()}
+            stats["loss"], stats["mismatch"] = loss.detach(), mismatch.abs().sum()
+            stats["entropy"] = (entropy.detach() * mask).sum()
             sums.update({name: value.item() for name, value in stats.items()})
             sums["mismatch_max"] = max(sums["mismatch_max"], mismatch.abs().max().item())
         stats = optimizer_step(optimizer, lr, betas=args.betas, weight_decay=args.weight_decay, clip=args.clip)
@@ -440,14 +493,17 @@ def update(params, ref_params, config, optimizer, rows, total, lr, args):
 
 # ------------------------------------------------------------------------------------ watching
 
+CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread", "second_thoughts", "grad_norm")
 SECOND_THOUGHTS = re.compile(r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
 
 def measure(params, config, tokenizer, problems, args, system, prompt=None):
     """Greedy answers to held-out problems, divided among the processes: the records, on each of them."""
     rank, world = rank_and_world()
-    mine = evaluate({k: v.detach() for k, v in params.items()}, config, tokenizer, problems[rank::world], prompt=prompt or args.prompt, system=system,
-                    think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, progress=False)
+    weights = {name: tensor.detach() for name, tensor in params.items()}
+    mine = evaluate(weights, config, tokenizer, problems[rank::world], prompt=prompt or args.prompt, system=system,
+                    think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, max_batch=args.max_batch,
+                    progress=False)
     shares = gather_objects(mine)
     return [shares[i % world][i // world] for i in range(len(problems))]
 
@@ -455,25 +511,38 @@ def measure(params, config, tokenizer, problems, args, system, prompt=None):
 def rollout_metrics(kept, seen, args):
     """What a step's completions were like, over all processes."""
     rows = [(r, i, c) for r in seen for i, c in enumerate(r.completions)]
-    names = list(seen[0].parts) if seen else []
+    names = list(parse_rewards(args.reward))
     sums = Counter({"n": len(rows), "groups": len(seen), "kept": len(kept)})
     for r, i, c in rows:
-        sums.update({"reward": r.rewards[i], "accuracy": r.right[i], "length": len(c.tokens), "length_right": len(c.tokens) * r.right[i],
-                     "truncated": c.finish != "stop", "second_thoughts": bool(SECOND_THOUGHTS.search(r.texts[i]))})
+        sums.update({"reward": r.rewards[i], "accuracy": r.right[i], "length": len(c.tokens),
+                     "length_right": len(c.tokens) * r.right[i], "truncated": c.finish != "stop",
+                     "second_thoughts": bool(SECOND_THOUGHTS.search(r.texts[i]))})
         sums.update({f"reward_{name}": r.parts[name][i] for name in names})
-    keys = ["n", "groups", "kept", "reward", "accuracy", "length", "length_right", "truncated", "second_thoughts"] + [f"reward_{x}" for x in parse_rewards(args.reward)]
+    means = ["reward", "accuracy", "length", "truncated", "second_thoughts"] + [f"reward_{name}" for name in names]
+    keys = ["n", "groups", "kept", "length_right"] + means
     s = dict(zip(keys, all_sum([float(sums[k]) for k in keys])))
-    mean = lambda key: s[key] / max(1, s["n"])
-    wrong = s["n"] - s["accuracy"]
-    return {"reward": mean("reward"), "accuracy": mean("accuracy"), "length": mean("length"), "length_right": s["length_right"] / max(1, s["accuracy"]),
-            "length_wrong": (s["length"] - s["length_right"]) / max(1, wrong), "truncated": mean("truncated"), "second_thoughts": mean("second_thoughts"),
-            "no_spread": 1 - s["kept"] / max(1, s["groups"]), "completions": s["n"]} | {k: mean(k) for k in keys if k.startswith("reward_")}
+    return {k: s[k] / max(1, s["n"]) for k in means} | {
+        "length_right": s["length_right"] / max(1, s["accuracy"]),
+        "length_wrong": (s["length"] - s["length_right"]) / max(1, s["n"] - s["accuracy"]),
+        "no_spread": 1 - s["kept"] / max(1, s["groups"]), "completions": s["n"]}
+
+
+def best_and_worst(rollouts):
+    """The best and the worst completion of each, whole, for samples.jsonl."""
+    samples = []
+    for r in rollouts:
+        order = sorted(range(len(r.texts)), key=r.rewards.__getitem__)
+        samples += [{"problem": r.problem["problem"], "answer": r.problem["answer"], "text": r.texts[i],
+                     "reward": r.rewards[i], "parts": {name: values[i] for name, values in r.parts.items()},
+                     "finish": r.completions[i].finish} for i in (order[-1], order[0])]
+    return samples
 
 
 def write_results(run, rows):
     """results.md: one row per measurement on the test split."""
     text = markdown(["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"],
-                    [[r["method"], str(r["n"]), percent(r["accuracy"], r["low"], r["high"]), f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows])
+                    [[r["method"], str(r["n"]), percent(r["accuracy"], r["low"], r["high"]), f"{r['tokens_mean']:.0f}",
+                      percent(r["truncated"])] for r in rows])
     (run.dir / "results.md").write_text(text + "\n", encoding="utf-8")
     print(text, flush=True)
 
@@ -494,20 +563,23 @@ def load_mixture(words, limit):
 
 
 def load_held_out(args):
-    """(dev, test): problems that are never trained on. Of a file that is trained on, the part that its train split leaves out is both."""
+    """(dev, test): problems that are never trained on. Of a file trained on, what its train split leaves is both."""
     dev = load_problems(args.eval_data, "dev", args.eval_limit)
-    trained_on = args.eval_data.endswith(".jsonl") and args.eval_data in [word.split("=")[0] for word in args.data]
-    return dev, load_problems(args.eval_data, "dev" if trained_on else "test", args.test_limit) if args.test_limit else []
+    if not args.test_limit:
+        return dev, []
+    trained_on = [Path(word.split("=")[0]).resolve() for word in args.data if ".jsonl" in word]  # however it is spelled
+    split = "dev" if Path(args.eval_data).resolve() in trained_on else "test"
+    return dev, load_problems(args.eval_data, split, args.test_limit)
 
 
 def load_policy(args, model_dir, config, device):
-    """(params, reference or None, optimizer). With LoRA the base is the reference, for free; else it is a copy, held only if --beta needs it."""
+    """(params, reference or None, optimizer). With LoRA the base is the reference, for free; else a copy, for --beta."""
     dtype = compute_dtype(args.dtype, device)
     if args.lora_rank:
         base = load_params(model_dir, device, dtype)
-        lora, optimizer = init_optimizer(init_lora(config, args.lora_rank, args.seed), device)
+        lora, optimizer = init_optimizer(init_lora(config, args.lora_rank, args.seed), device, offload=args.offload)
         return base | lora, base, optimizer
-    params, optimizer = init_optimizer(load_params(model_dir), device, dtype)
+    params, optimizer = init_optimizer(load_params(model_dir), device, dtype, args.offload)
     return params, {k: v.detach().clone() for k, v in params.items()} if args.beta else None, optimizer
 
 
@@ -517,7 +589,8 @@ def main(args):
     model_dir = resolve_model(args.model)
     config, tokenizer, system = load_config(model_dir), load_tokenizer(model_dir), load_system_prompt(model_dir)
     if args.max_new_tokens >= config.max_context:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the context of {config.max_context}")
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the context of "
+                         f"{config.max_context}")
     sets, set_weights = load_mixture(args.data, args.train_limit)
     dev, test = load_held_out(args)
     steps = args.steps if args.epochs is None else math.ceil(args.epochs * sum(map(len, sets)) / args.prompts)
@@ -534,11 +607,13 @@ def main(args):
     def measure_test(method, prompt=None):
         records = measure(params, config, tokenizer, test, args, system, prompt)
         row = summarize(records, method=method, prompt=prompt or args.prompt)
-        extra["rows"].append({k: row[k] for k in ("method", "n", "accuracy", "low", "high", "levels", "tokens_mean", "truncated")})
+        kept = ("method", "n", "accuracy", "low", "high", "levels", "tokens_mean", "truncated")
+        extra["rows"].append({name: row[name] for name in kept})
 
     if rank == 0:
-        print(f"{sum(map(len, sets))} training problems, {len(dev)} held out for choosing and {len(test)} for the result; "
-              f"{sum(p.numel() for p in params.values() if p.requires_grad):,} weights to train on {world} x {device}", flush=True)
+        num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
+        print(f"{sum(map(len, sets))} training problems, {len(dev)} held out for choosing and {len(test)} for the "
+              f"result; {num_trained:,} weights to train on {world} x {device}", flush=True)
     if test and not extra["rows"]:
         measure_test("before")
         if args.prompt != "cot":
@@ -557,27 +632,29 @@ def main(args):
             rewards = gather_objects([r.rewards for r in kept])
             sums, grad_norm, skipped, lr = Counter(), 0.0, 0, learning_rate(step, steps, args.lr, args.warmup)
             if sum(map(len, rewards)):  # some group has something to teach
-                advantages = group_advantages(torch.tensor([r for share in rewards for r in share]), args.scale)  # [N, G], of all processes
+                everyones = torch.tensor([r for share in rewards for r in share])  # [N, G]
+                advantages = group_advantages(everyones, args.scale)
                 mine = advantages[sum(map(len, rewards[:rank])):]
-                groups = [(r.prompt_tokens, [Sequence(c.tokens, c.logprobs, a, not (args.mask_truncated and c.finish != "stop"))
-                                             for c, a in zip(r.completions, row.tolist())]) for r, row in zip(kept, mine)]
+                groups = [(r.prompt_tokens, sequences_of(r, row.tolist(), args.mask_truncated))
+                          for r, row in zip(kept, mine)]
                 lengths = [len(s.tokens) for _, sequences in groups for s in sequences if s.counts]
-                total = loss_total(args.loss, [n for share in gather_objects(lengths) for n in share], args.max_new_tokens)
-                sums, grad_norm, skipped = update(params, ref_params, config, optimizer, pack_groups(groups, args.micro_tokens), total, lr, args)
+                lengths = [n for share in gather_objects(lengths) for n in share]
+                if lengths:  # not all of them masked
+                    total = loss_total(args.loss, lengths, args.max_new_tokens)
+                    rows = pack_groups(groups, args.micro_tokens)
+                    sums, grad_norm, skipped = update(params, ref_params, config, optimizer, rows, total, lr, args)
             extra["failures"] = extra["failures"] + skipped if skipped else 0
             updated = time.perf_counter()
 
             names = ("tokens", "loss", "entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch")
             s = dict(zip(names, all_sum([float(sums[name]) for name in names])))
             per_token = {name: s[name] / max(1, s["tokens"]) for name in names[2:]}
-            metrics = {"step": step, "steps": steps, "epoch": extra["taken"] / sum(map(len, sets))} | rollout_metrics(kept, seen, args) | per_token | {
-                "loss": s["loss"] / args.updates, "mismatch_max": max(gather_objects(sums["mismatch_max"])), "grad_norm": grad_norm, "skipped": skipped, "lr": lr,
-                "rollout_s": rolled - start, "update_s": updated - rolled, "peak_memory_gib": peak_memory_gib(device)}
+            metrics = {"step": step, "steps": steps, "epoch": extra["taken"] / sum(map(len, sets))}
+            metrics |= rollout_metrics(kept, seen, args) | per_token | {
+                "loss": s["loss"] / args.updates, "mismatch_max": max(gather_objects(sums["mismatch_max"])),
+                "grad_norm": grad_norm, "skipped": skipped, "lr": lr, "rollout_s": rolled - start,
+                "update_s": updated - rolled, "peak_memory_gib": peak_memory_gib(device)}
             metrics["tokens_per_s"] = metrics["length"] * metrics.pop("completions") / (updated - start)
-            if extra["failures"] >= 3:
-                raise ValueError(f"the gradient was not finite in {extra['failures']} steps running; the last good checkpoint is whole. Lower --lr "
-                                 f"{args.lr:g}, or compute in --dtype float32, and --resume")
-
             stopping = stop_requested()
             measured = step % args.eval_every == 0 or step == steps
             if measured:
@@ -585,19 +662,23 @@ def main(args):
                 metrics["dev_accuracy"] = sum(correct) / len(correct)
                 if metrics["dev_accuracy"] > extra["best"]:
                     extra["best"], best_step = metrics["dev_accuracy"], step
-                log_samples(run, step, [{"problem": r.problem["problem"], "answer": r.problem["answer"], "text": r.texts[i], "reward": r.rewards[i],
-                                         "parts": {name: values[i] for name, values in r.parts.items()}, "finish": r.completions[i].finish}
-                                        for r in seen[:4] for i in (max(range(args.group), key=r.rewards.__getitem__), min(range(args.group), key=r.rewards.__getitem__))])
+                log_samples(run, step, best_and_worst(seen[:4]))
             metrics["left_min"] = (time.perf_counter() - began) / (step - began_at) * (steps - step) / 60
-            log_step(run, "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok | truncated {truncated:.2f} | "
-                     "no spread {no_spread:.2f} | entropy {entropy:.3f} nat | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s | "
-                     "update {update_s:.1f} s | {left_min:.0f} min left" + (" | dev accuracy {dev_accuracy:.3f}" if measured else ""), metrics)
+            log_step(run, "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | "
+                     "length {length:.0f} tok | truncated {truncated:.2f} | no spread {no_spread:.2f} | "
+                     "entropy {entropy:.3f} nat | grad norm {grad_norm:.2f} | lr {lr:.1e} | "
+                     "rollout {rollout_s:.1f} s | update {update_s:.1f} s | {left_min:.0f} min left"
+                     + (" | dev accuracy {dev_accuracy:.3f}" if measured else ""), metrics)
+            if extra["failures"] >= 3:
+                raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, which were "
+                                 "skipped; start another --run-dir from the last checkpoint, with --lr below "
+                                 f"{args.lr:g} or --dtype float32")
             if step == steps and test:
                 measure_test("after")
             if measured or step % args.save_every == 0 or stopping:
                 save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, extra, args.keep, best_step)
             if rank == 0 and measured:
-                draw_curves(run.dir)
+                draw_curves(run.dir, CURVES)
             if stopping and step < steps:
                 if rank == 0:
                     print(f"stopped; go on with: {resume_command()}")
@@ -605,7 +686,8 @@ def main(args):
     if rank == 0:
         if test:
             write_results(run, extra["rows"])
-        print(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev problems: {Path(args.run_dir, 'checkpoints', 'best')} (step {best_step})")
+        print(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev problems: "
+              f"{Path(args.run_dir, 'checkpoints', 'best')} (step {best_step})")
 
 
 if __name__ == "__main__":

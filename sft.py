@@ -323,12 +323,13 @@ def main(args):
                                  f"--run-dir from the last checkpoint, with --lr below {args.lr:g} or --dtype float32")
             if measured or step % args.save_every == 0 or stopping:
                 save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, extra, args.keep, best_step)
+            if measured:
+                draw_curves(run.dir)
             if stopping and step < steps:
                 if rank == 0:
                     print(f"stopped; go on with: {resume_command()}")
                 return
     if rank == 0:
-        draw_curves(run.dir)
         path = Path(args.run_dir, "checkpoints", "best")
         print(f"best checkpoint, by {'validation' if validation else 'training'} loss {extra['best']:.4f}: {path} "
               f"(step {best_step}); next: python grpo.py --model {path}")

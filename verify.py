@@ -1017,11 +1017,16 @@ def _many_digits(digits, thread):
 
 @lru_cache(maxsize=4096)
 def _point(name, index, real):
-    """Where a variable stands at a sample point: given by its name, so that it is the same everywhere."""
+    """Where a variable stands at a sample point: given by its name, so that it is the same everywhere.
+
+    Any four points in a row lie in four quadrants, any two real ones on both sides of zero: sqrt(x^2) is not x.
+    """
+    rng = random.Random(name)
+    start, step = rng.randrange(4), rng.choice((1, 3))
     rng = random.Random(f"{name} {index}")
     if real:
-        return complex(rng.choice((-1, 1)) * rng.uniform(0.2, 3.0))
-    return cmath.rect(rng.uniform(0.5, 1.9), rng.uniform(-math.pi, math.pi))
+        return complex((-1) ** (start + index) * rng.uniform(0.2, 3.0) if index < 4 else rng.uniform(-3.0, 3.0))
+    return cmath.rect(rng.uniform(0.5, 1.9), (start + step * index + rng.uniform(0.05, 0.95)) * math.pi / 2)
 
 
 def evaluate(node, index, real, m):
@@ -1059,6 +1064,8 @@ def evaluate(node, index, real, m):
             result = base**exponent
     else:
         result = {"neg": -first, "pct": first / 100}.get(tag, first)
+    if real:
+        _real(result)  # ln x and sqrt(x) are undefined at -1 among reals, so that 2 ln x is ln x^2
     return m.tame(result, MAX_MAGNITUDE)
 
 
@@ -1095,8 +1102,12 @@ def _agree(a, b, index, real, tolerance):
     x, y = sample(a, index, real), sample(b, index, real)
     if tolerance and x is not None and y is not None:
         return abs(x - y) < tolerance * max(abs(x), abs(y))
-    if x is not None and y is not None and abs(x - y) > 1e-6 * max(abs(x), abs(y)) and abs(x - y) > 1e-9:
-        return False
+    if x is not None and y is not None:
+        gap, size = abs(x - y), max(abs(x), abs(y))
+        if gap > 1e-6 * size and gap > 1e-9:
+            return False
+        if index >= 2 and gap <= 1e-9 * size:  # two points to many digits are enough
+            return True
     for digits in (60, 400):  # 400 when the value is so small that it may be what rounding left of a zero
         m = _many_digits(digits, threading.get_ident())
         x, y = _value(a, index, real, m), _value(b, index, real, m)
@@ -1115,13 +1126,16 @@ def _agree(a, b, index, real, tolerance):
 
 
 def same_function(a, b):
-    """Whether two trees agree at random complex points, or else at real ones of both signs; None: out of range."""
+    """Whether two trees agree at random complex points, or else, among reals, wherever both are defined.
+
+    None when both are out of range.
+    """
     constant = not symbols(a) | symbols(b)
     rounding = _rounding(a), _rounding(b)
     tolerance = 0.0 if all(rounding) else max(rounding)
     for real in (False,) if constant else (False, True):
         hits = 0
-        for index in range(1 if constant else 8):
+        for index in range(1 if constant else 40 if real else 12):
             try:
                 agree = _agree(a, b, index, real, tolerance)
             except OverflowError:
@@ -1129,7 +1143,7 @@ def same_function(a, b):
             if agree is False:
                 break
             hits += agree is True
-            if hits == (1 if constant else 3):
+            if hits == (1 if constant else 6):
                 return True
     return False
 

@@ -13,7 +13,7 @@ LARGEST = 99
 
 
 def random_tree(operations, rng):
-    """An expression as nested (op, left, right) over ints: values in 0..99, one of each operation's two of one digit."""
+    """An expression as nested (op, left, right) over ints: values in 0..99, one of each operation's two a digit."""
     if operations == 0:
         return rng.randint(1, 9) if rng.random() < 0.6 else rng.randint(10, 60)
     while True:
