@@ -3,7 +3,8 @@
     python eval.py                                                      # the embedded tiny model, 500 unseen problems
     python eval.py --model qwen2.5-1.5b-instruct --data gsm8k           # the boxed protocol behind the published figure
     python eval.py --model qwen2.5-1.5b --data gsm8k --prompt qwen-base-gsm8k
-    python eval.py --records a.jsonl; python eval.py --prompt cot --records b.jsonl; python eval.py --compare a.jsonl b.jsonl
+    python eval.py --records a.jsonl; python eval.py --prompt cot --records b.jsonl
+    python eval.py --compare a.jsonl b.jsonl                            # the two, problem by problem
     python eval.py --report                                             # one row per method, missing rows are run first
 
 A run under --records is resumable: a line per problem, appended when it is whole. Problems are a sample of all that could
@@ -111,8 +112,8 @@ MINERVA_4 = r"""Problem:
 Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.}
 
 Solution:
-The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, and $5 - x \ge 0$, so $x \le 5$. ~
-Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the expression ~
+The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, and $5 - x \ge 0$, so ~
+$x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the expression ~
 is $\boxed{[2,5)}$.
 Final Answer: The final answer is $[2,5)$. I hope it is correct.
 
@@ -208,8 +209,8 @@ def wilson(correct, n):
 def interval(scores):
     """Mean and 95 % interval over problems of scores in [0, 1].
 
-    Wilson's, for as many problems of yes or no as would give a mean of the same variance. Exactly wilson() when every score
-    is 0 or 1. A problem's mean over N samples counts as one observation, not as N.
+    Wilson's, for as many problems of yes or no as would give a mean of the same variance. Exactly wilson() when every
+    score is 0 or 1. A problem's mean over N samples counts as one observation, not as N.
     """
     n, rate = len(scores), statistics.fmean(scores)
     variance = statistics.fmean((s - rate) ** 2 for s in scores)
@@ -225,7 +226,7 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p of such a split of the problems that one run alone got right, were each as likely (McNemar 1947)."""
+    """Exact two-sided p that those which one run alone got right split so, were either as likely (McNemar 1947)."""
     n = only_a + only_b
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
 
@@ -302,7 +303,8 @@ def make_record(problem, prompt, completions, texts, grades):
     """What is kept of a problem: the question, every sample, and how each was judged."""
     strict, lenient = grades
     samples = [{"text": text, "answer": extract_answer(text, strict=True), "lenient_answer": extract_answer(text),
-                "strict": s, "lenient": l, "tokens": len(c.tokens), "finish": c.finish, "logprob": round(sum(c.logprobs), 4)}
+                "strict": s, "lenient": l, "tokens": len(c.tokens), "finish": c.finish,
+                "logprob": round(sum(c.logprobs), 4)}
                for text, c, s, l in zip(texts, completions, strict, lenient)]
     return {"id": problem["id"], "level": problem.get("level"), "subject": problem.get("subject"), "prompt": prompt,
             "reference": problem["answer"], "samples": samples}
@@ -345,7 +347,7 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
         done = read_records(path, settings)
         os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)  # a line half written goes
     todo = [p for p in problems if p["id"] not in done]
-    chunk = max(1, 4 * max_batch // max(1, num_samples))  # large enough to keep the batch full, small enough to lose little
+    chunk = max(1, 4 * max_batch // max(1, num_samples))  # keeps the batch full, and loses little
     with tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", disable=not progress) as bar:
         for begin in range(0, len(todo), chunk):
             now, started = todo[begin:begin + chunk], time.perf_counter()
@@ -407,7 +409,7 @@ def summarize(records, **settings):
     N, seconds = len(records[0]["samples"]), sum(r["seconds"] for r in records)
     tokens = [statistics.fmean(s["tokens"] for s in r["samples"]) for r in records]
     row = score_row(records, scores_of(records, counted), tokens, **settings) | {
-        "grade": counted, "strict": interval(scores_of(records, "strict")), "lenient": interval(scores_of(records, "lenient")),
+        "grade": counted, **{grade: interval(scores_of(records, grade)) for grade in ("strict", "lenient")},
         "truncated": statistics.fmean(s["finish"] != "stop" for s in samples),
         "no_answer": statistics.fmean(s[ANSWER[counted]] is None for s in samples),
         "undecided": sum(s[counted] is None for s in samples),
@@ -430,7 +432,7 @@ def commit():
 def append_row(path, row):
     """Add a row to the results, with the command, the code and the library that made it."""
     row = row | {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
-                 "torch": torch.__version__, "threads": torch.get_num_threads(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+                 "torch": torch.__version__, "threads": torch.get_num_threads(), "time": time.strftime("%F %T")}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -509,7 +511,7 @@ def load_shots(args, data, problems, count):
         if not shot.get("solution"):
             raise ValueError(f"{source}: {shot['id']} has no solution to show; name a set that has with --shots-from")
         if shot["problem"] in asked:
-            raise ValueError(f"{source}: the example {shot['id']} is one of the problems asked; name another --shots-from")
+            raise ValueError(f"{source}: example {shot['id']} is one of the problems asked; name another --shots-from")
     return shots
 
 

@@ -468,7 +468,7 @@ def update(params, ref_params, config, optimizer, rows, total, lr, args):
     for _ in range(args.updates):
         for row, old_logprobs, ref_logprobs in zip(rows, old, ref):
             sequences = [s for _, piece in row for s in piece]
-            logprobs, entropy, mask = score(params, row, entropy_grad=args.entropy_bonus > 0)
+            logprobs, entropy, mask = score(params, row, entropy_grad=args.entropy_bonus != 0)
             if old_logprobs is None:
                 old_logprobs = logprobs.detach()
             sampled = pad_sequence([torch.tensor(s.logprobs, device=device) for s in sequences], batch_first=True)
@@ -573,7 +573,7 @@ def load_held_out(args):
 
 
 def load_policy(args, model_dir, config, device):
-    """(params, reference or None, optimizer). With LoRA the base is the reference, for free; else a copy, for --beta."""
+    """(params, reference or None, optimizer). With LoRA the base is the reference, for free; else --beta has a copy."""
     dtype = compute_dtype(args.dtype, device)
     if args.lora_rank:
         base = load_params(model_dir, device, dtype)

@@ -4,12 +4,12 @@
     python infer_scale.py --experiments consistency --model qwen2.5-1.5b-instruct --data gsm8k --limit 200
     python infer_scale.py --experiments temperature --split dev --plot heat.png
 
-One pool of N samples a problem serves every vote of k <= N: maj@k and best-of-k are means over all subsets of k, so that no
-row owes anything to the order of the samples. Every row says what it cost in tokens; compare rows of equal cost.
+One pool of N samples a problem serves every vote of k <= N: maj@k and best-of-k are means over all subsets of k, so that
+no row owes anything to the order of the samples. Every row says what it cost in tokens; compare rows of equal cost.
 
-Chain of thought: Wei et al. 2022, arXiv:2201.11903; zero-shot: Kojima et al. 2022, arXiv:2205.11916. Self-consistency: Wang
-et al. 2022, arXiv:2203.11171; adaptive: Aggarwal et al. 2023, arXiv:2305.11860; weighted by confidence: Taubenfeld et al.
-2025, arXiv:2502.06233. Closing a thought: Muennighoff et al. 2025 (s1), arXiv:2501.19393.
+Chain of thought: Wei et al. 2022, arXiv:2201.11903; zero-shot: Kojima et al. 2022, arXiv:2205.11916. Self-consistency:
+Wang et al. 2022, arXiv:2203.11171; adaptive: Aggarwal et al. 2023, arXiv:2305.11860; weighted by confidence: Taubenfeld
+et al. 2025, arXiv:2502.06233. Closing a thought: Muennighoff et al. 2025 (s1), arXiv:2501.19393.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import statistics
 import sys
 from collections import Counter
 
-from eval import (PRESETS, SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, load_shots,
-                  maj_at_k, majority_vote, markdown, measure, open_run, paired_bootstrap, pass_at_k, percent,  # noqa: F401
+from eval import (PRESETS, SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, load_shots, maj_at_k,
+                  majority_vote, markdown, measure, open_run, paired_bootstrap, pass_at_k, percent,  # noqa: F401
                   print_settings, prompt_tokens, rated, score_row, scores_of, settings_of, summarize, votes_of)
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
@@ -285,7 +285,8 @@ def main(args):
     wanted = {args.temperature} if "consistency" in args.experiments else set()
     wanted |= set(args.temperatures) if "temperature" in args.experiments else set()
     for temperature in sorted(wanted):
-        pools[temperature] = measure(run, f"temperature-{temperature:g}", temperature=temperature, num_samples=args.num_samples)
+        name = f"temperature-{temperature:g}"
+        pools[temperature] = measure(run, name, temperature=temperature, num_samples=args.num_samples)
     if "prompts" in args.experiments:
         rows += compare_prompts(run, args)
     if "consistency" in args.experiments:

@@ -579,9 +579,9 @@ def forward(params, config, tokens, positions=None, cache=None):
 def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=None, entropy_grad=False):
     """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
 
-    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time (default: what
-    2**27 logits hold, 0.5 GiB) and, with more than one slice, made again in the backward pass: with 151,936 words, 8,192
-    positions of float32 logits and their gradient would take 9.3 GiB. The entropy carries a gradient only when
+    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time (default: as many
+    as make 2**27 logits, 0.5 GiB) and, with more than one slice, made again in the backward pass: with 151,936 words,
+    8,192 positions of float32 logits and their gradient would take 9.3 GiB. The entropy carries a gradient only when
     `entropy_grad` asks for it.
     """
     def one_slice(hidden, targets):

@@ -4,9 +4,9 @@
     python refine.py --model qwen2.5-1.5b-instruct --data gsm8k --limit 200 --score mean
     python refine.py --accept always --rounds 4
 
-The model answers, checks its answer, solves the problem again in sight of the check, and keeps the revision if its own score
-says so. The loop is given questions only; reference answers enter in `main`, when the rounds are over. Two bounds stand beside
-the result: a gate that knows the answers, and one that accepts as often as the model's own, but at random.
+The model answers, checks its answer, solves the problem again in sight of the check, and keeps the revision if its own
+score says so. The loop is given questions only; reference answers enter in `main`, when the rounds are over. Two bounds
+stand beside the result: a gate that knows the answers, and one that accepts as often as the model's own, but at random.
 
 Self-Refine: Madaan et al. 2023, arXiv:2303.17651. That it seldom helps without an outside signal, and should be compared
 with self-consistency of equal cost: Huang et al. 2023, arXiv:2310.01798.
@@ -46,10 +46,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_eval_flags(p, temperature=SAMPLING_TEMPERATURE)
     p.add_argument("--rounds", type=int, default=3, help="K: how often an answer is criticised and revised")
-    p.add_argument("--score", choices=SCORES, default="answer-mean",
+    p.add_argument("--score", choices=SCORES, default="mean",  # of these the best gate on the development split
                    help="confidence: log-probability of the boxed answer or of the whole response, mean or total; "
                         "format: a thought, closed, and one box; none: every revision is accepted")
-    p.add_argument("--accept", choices=("better", "always"), default="better", help="accept a revision if its score is higher")
+    p.add_argument("--accept", choices=("better", "always"), default="better", help="better: if its score is higher")
     p.add_argument("--critique-prompt", help=f"default: {CHECK!r} for a tiny model, else a wordier one")
     p.add_argument("--revise-prompt", help=f"default: {AGAIN!r} for a tiny model, else a wordier one")
     p.add_argument("--approval", default="", help=f"a critique that says this, such as {APPROVAL!r}, settles a problem; "
@@ -93,8 +93,8 @@ def response_logprobs(params, config, prompts, responses, max_batch=64):
 
 def score_response(tokenizer, tokens, logprobs, text, think_tag):
     """Every score of a response by name; -inf where there is no boxed answer to score."""
-    scores = {"answer-mean": -math.inf, "answer-total": -math.inf, "mean": statistics.fmean(logprobs), "total": sum(logprobs),
-              "format": format_reward(text, think_tag)}
+    scores = {"answer-mean": -math.inf, "answer-total": -math.inf, "mean": statistics.fmean(logprobs),
+              "total": sum(logprobs), "format": format_reward(text, think_tag)}
     if span := box_span(text):
         first, last = token_span(tokenizer, tokens, *span)
         if first < last:  # an empty box has no answer
@@ -124,12 +124,12 @@ class State(NamedTuple):
 
 def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt, approval="",
            seeds=None, think_tag="think", max_batch=64, **sampling):
-    """Answer, then `rounds` times: critique, revise, keep the better. Returns [N][rounds + 1] States; the first: the draft.
+    """Answer, then `rounds` times: critique, revise, keep the better. Returns [N][rounds + 1] States, the draft first.
 
     prompts: token ids of N chat prompts, each ending where the model is to answer; sampling: as for generate.
-    accept_fn(problem, round, old, new) -> bool decides between two Attempts. A problem is settled, and costs nothing more,
-    when its revision comes to the same answer or its critique says `approval`. Every round sees the question, the answer
-    that stands and the critique of it, so the context does not grow from round to round.
+    accept_fn(problem, round, old, new) -> bool decides between two Attempts. A problem is settled, and costs nothing
+    more, when its revision comes to the same answer or its critique says `approval`. Every round sees the question, the
+    answer that stands and the critique of it, so the context does not grow from round to round.
     """
     ends, seeds = end_tokens(tokenizer, config), seeds or range(len(prompts))
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -197,7 +197,7 @@ def auroc(confidences, right):
     positive = sum(right)
     if positive in (0, len(right)):
         return None
-    above = sum(rank for rank, r in zip(ranks, right) if r) - positive * (positive - 1) / 2  # pairs with the right one higher
+    above = sum(rank for rank, r in zip(ranks, right) if r) - positive * (positive - 1) / 2  # pairs in right order
     return above / (positive * (len(right) - positive))
 
 
@@ -231,7 +231,7 @@ def equal_cost_rows(run, spent):
 
 
 def verdicts(history, references):
-    """Whether the answer that stands after each round is right, [N][rounds + 1] bools; what cannot be decided is wrong."""
+    """Whether the answer that stands after each round is right: [N][rounds + 1] bools. The undecided are wrong."""
     pairs = [(state.attempt.text, ref) for states, ref in zip(history, references) for state in states]
     flat = [v is True for v in verify_many(pairs, strict=True)]
     width = len(history[0])
@@ -243,7 +243,8 @@ def write_traces(path, problems, history, right):
     with open(path, "w", encoding="utf-8") as file:
         for problem, states, marks in zip(problems, history, right):
             rounds = [{"stands": s.attempt.text, "right": mark, "spent": s.spent, "critique": s.critique,
-                       "revision": s.revision and s.revision.text, "accepted": s.accepted} for s, mark in zip(states, marks)]
+                       "revision": s.revision and s.revision.text, "accepted": s.accepted}
+                      for s, mark in zip(states, marks)]
             file.write(json.dumps({"id": problem["id"], "reference": problem["answer"], "rounds": rounds}) + "\n")
 
 
@@ -260,8 +261,9 @@ def print_rounds(history, right):
         lines.append([k, *(moves[move] for move in itertools.product((True, False), repeat=2)), against(after, before),
                       f"{spent:.1f}", f"{1e5 * gain / spent:+.1f}" if spent else "-",
                       *(f"{sum(doubted[was])} of {len(doubted[was])}" for was in (True, False))])
-    print(markdown(["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong", "points gained [95 %]",
-                    "tokens per problem", "points per 1000 tokens", "right answers doubted", "wrong answers doubted"], lines))
+    print(markdown(["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong",
+                    "points gained [95 %]", "tokens per problem", "points per 1000 tokens", "right answers doubted",
+                    "wrong answers doubted"], lines))
 
 
 def print_calibration(history, right):
@@ -270,9 +272,11 @@ def print_calibration(history, right):
     areas = {name: auroc([draft.scores[name] for draft in drafts], correct) for name in SCORES[:-1]}
     print("AUROC of the draft's score: " + ", ".join(f"{name} {'-' if area is None else f'{area:.3f}'}"
                                                      for name, area in areas.items()))
-    bins = reliability([math.exp(draft.scores["answer-total"]) for draft in drafts], correct)
-    print(markdown(["probability of the boxed answer, five equal parts", "right, %", "answers"],
-                   [[f"{confidence:.3f}", percent(share), n] for confidence, share, n in bins]))
+    chances = [[math.exp(draft.scores[name]) for draft in drafts] for name in ("answer-total", "total")]
+    bins = [reliability(chance, correct) for chance in chances]
+    print(markdown(["probability of the boxed answer", "right, %", "of the whole response", "right, %", "answers"],
+                   [[f"{p:.3f}", percent(right_p), f"{q:.3f}", percent(right_q), n]
+                    for (p, right_p, n), (q, right_q, _) in zip(*bins)]))
 
 
 # ------------------------------------------------------------------------------------ main
@@ -303,22 +307,23 @@ def main(args):
     references = [p["answer"] for p in run.problems]
     revised = [state.accepted for states in history for state in states if state.revision is not None]
     rate = statistics.fmean(revised) if revised else 0.0
-    histories = {"": history,
-                 ", oracle gate (a bound)": rounds_with(lambda i, k, old, new: not verify(old.text, references[i], strict=True)),
-                 ", random gate (a bound)": rounds_with(lambda i, k, old, new: random.Random(f"{args.seed} {i} {k}").random() < rate)}
+    oracle = rounds_with(lambda i, k, old, new: not verify(old.text, references[i], strict=True))
+    chance = rounds_with(lambda i, k, old, new: random.Random(f"{args.seed} {i} {k}").random() < rate)
+    histories = {"": history, ", oracle gate (a bound)": oracle, ", random gate (a bound)": chance}
     right = {name: verdicts(h, references) for name, h in histories.items()}
     rows = []
     for k, (name, h) in itertools.product(range(args.rounds + 1), histories.items()):
         if k or not name:  # the draft is the same behind every gate
             spent = [states[k].spent for states in h]
             share = sum(spent) / sum(states[-1].spent for states in history)
-            rows.append(score_row(run.problems, [float(r[k]) for r in right[name]], spent, method=f"refine, K = {k}{name}",
-                                  grade="strict", seconds=seconds * share, **settings))
+            scores = [float(r[k]) for r in right[name]]
+            rows.append(score_row(run.problems, scores, spent, method=f"refine, K = {k}{name}", grade="strict",
+                                  seconds=seconds * share, **settings))
     if args.temperature > 0:
         rows += equal_cost_rows(run, [row["tokens_mean"] for row in rows if "gate" not in row["method"]])
     print(markdown(["method", "accuracy, % [95 %]", "tokens per problem", "samples of self-consistency"],
-                   [[row["method"], rated(row), f"{row['tokens_mean']:.0f}", f"{row['samples']:.2f}" if "samples" in row else "-"]
-                    for row in rows]))
+                   [[row["method"], rated(row), f"{row['tokens_mean']:.0f}",
+                     f"{row['samples']:.2f}" if "samples" in row else "-"] for row in rows]))
     print(f"accepted: {percent(rate)} % of {len(revised)} revisions, and as many by the random gate\n")
     print_rounds(history, right[""])
     print_calibration(history, right[""])

@@ -226,6 +226,18 @@ def test_model_token_logprobs_values_and_gradients():
     assert model.token_logprobs(params, config, tokens[:, :1]).shape == (3, 0)
 
 
+def test_model_checkpointing_keeps_less():
+    params, config = _formula_model()
+    params = {k: v.requires_grad_() for k, v in params.items()}
+    kept = {}
+    for checkpointing in (False, True):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            model.hidden_states(params, config, _FORMULA_TOKENS, checkpointing=checkpointing)
+        kept[checkpointing] = sum(sizes)
+    assert kept[True] < kept[False] / 10, kept
+
+
 def test_model_entropy_gradient():
     params, config = _formula_model()
     hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -633,6 +645,319 @@ def test_model_tokenizer_errors():
 
 
 # ------------------------------------------------------------------------------------------------ verify.py
+
+import doctest
+import random
+import resource
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import verify as verifier
+
+_EQUAL = r"""
+14{,}916 = 14916 || 5,\!636 = 5636 || 5\,636 = 5{,}636 || 1,234,567 = 1234567 || 11,\! 111,\! 100 = 11111100
+1\frac45 = 9/5 || 1\frac45 = 1.8 || 2 1/3 = \frac73 || -1\frac{1}{2} = -1.5 || 8\text{ }\frac47 = \frac{60}{7} || 2½ = 2.5
+\frac12 = .5 || \frac 59 = \frac{10}{18} || \tfrac{3}4 = 0.75 || (3)/(4) = \left(\frac{3}{4}\right) || -\frac{9}{15} = \frac{-3}5
+1.5\times10^3 = 1500 || 6.02e23 = 6.02 \cdot 10^{23} || 1e-6 = 10^{-6} || 3.2x10^5 = 320000 || 10.50 \times 10^{6} = 1.05e7
+0.\overline{6} = 2/3 || 0.1\overline{6} = 1/6 || 0.333... = 1/3 || 2.\overline{3} = \frac73 || 3.33333333333 = \frac{10}{3}
+\$18.90 = 18.9 || \$-8,192 = -8192 || €5 = 5 || 15\mbox{ cm}^2 = 15 || 5\mathrm{~cm}^2 = 5 || 12 cm² = 12 || 5\text{ m/s} = 5
+17 \text{ any text} = 17 || -80\ \mathrm{square\ units} = -80 || 5 \text{ million} = 5000000 || 3\frac12\text{ hours} = 3.5
+28\% = 28 || 28\% = 0.28 || \frac{1}{2}\% = 0.005 || 198 \% = 198 || 50\text{ percent} = 50
+90^\circ = 90 || 54° = 54^{\circ} || \angle ABC = 69^\circ := 69\text{ degrees} || \cos 60^\circ = \frac12 || \sin(90^\circ-x) = \cos x
+\text{(C)} = c || \textbf{(C)} = C || (C) = \mathrm{C} || \text{(A)}\ 12 = A || (A) 12 = 12 || \text{Monday.} = monday
+\text{does not exist} = \text{DNE} || \text{an ellipse} = ellipse || \text{five} = 5 || \text{No solution} = \emptyset || \{\} = \varnothing
+52_8 = 52_{8} || 52_{\text{eight}} = 52_8 || 2^{100} = 1267650600228229401496703205376 || 6 \cdot 6^{999} = 6^{1000}
+\binom{30}{11} = \binom{30}{19} || {10 \choose 3} = 120 || 13 \cdot 12! = 13! || n! = n (n-1)! || \frac{1}{2024!} = 1/2024!
+2^{300000} = 4^{150000} || \frac{9^{9^9}}{9^{9^9}} = 1 || \binom{n}{2} = \frac{n(n-1)}{2} || \gcd(12,18) = 6
+8\sqrt2 = \sqrt{128} || 5√7 = \sqrt[2]{175} || \sqrt[3]{-8} = -2 || \sqrt{3+2\sqrt2} = 1+\sqrt2 || 8 \cdot 2^{1/2} = 8\sqrt 2 || sqrt(3)/2 = \frac{\sqrt3}{2}
+\frac{\pi}{4} = 0.7853981634 || 3π = 3\pi || 256*pi = 256 \pi || 18+2pi = 2(9+\pi) || e^{i\pi} = -1
+\log_2 3 = \frac{\ln 3}{\ln 2} || \log 100 = 2 || \ln 8 = 3 \ln 2 || \log(xy) = \log x + \log y || \sin^{-1} x = \arcsin x || \tan^2 y + 1 = \sec^2 y
+i = 0+1i || 27i - 11 = -11 + 27 \cdot i || 4+6\mathrm{i} = 6i+4 || 8 - 2*I = 8-2i || |3-4i| = 5 || z = 8 - 1i := 8-i
+x**2 = x² || \frac{1}{y}+y = \frac{y^2+1}{y} || 36x\sqrt{35x} = 36\sqrt{35}x^{\frac32} || |x-3| = |3-x| || \frac{1}{\sqrt{n}} = 1/sqrt(n)
+(x+1)/(x-1) = \frac{x+1}{x-1} || \sqrt{x^2} = |x| || x^{2/3} = \sqrt[3]{x^2} || \sin 3x = sin(3*x) || \lfloor x+1\rfloor = 1+\lfloor x\rfloor
+(x,y) = (1,2) := (1,2) || x=1, y=2 := (1,2) || \bigl(-3 ,\, 2\bigr) = (-3,2) || \langle 1,2\rangle = (1,2) || (1,2,3) = \begin{pmatrix}1\\2\\3\end{pmatrix}
+3, 5, 7 = \{7,3,5\} || 3 \text{ and } 4 = 4,3 || x=24, x=-3 := -3, 24 || 0; 1; 2 = 2,1,0 || (1,2),(3,4) = (3,4) \text{ and } (1,2) || 100,101,102 = 100, 101, 102
+1\pm\sqrt5 = 1-\sqrt5, 1+\sqrt5 || x = \pm 3 := 3 \text{ or } -3 || \{1\pm\sqrt5,-2\} = -2, 1\pm\sqrt{5} || -4 ± 2i = -4+2i,-4-2i
+(2,12)\cup(12,102) = (12,102) \cup (2, 12) || [1,2]\cup[2,3] = [1,3] || -2\le x<3 = [-2,3) || \{x|-2\leq x < 1\} = [-2,1) || x \in [46, +\infty) = x \ge 46
+x \ne 0 = (-\infty,0)\cup(0,\infty) || \mathbb{R}\setminus\{0\} = x \neq 0 || ℝ = (-∞, ∞) || |x|<3 = (-3,3) || -x >= -1 = x <= 1
+x \le -2 \text{ or } x \ge 5 = (-\infty,-2]\cup[5,\infty) || k \ge -36 \text{ and } k \le 104 = -36 \le k \le 104 || a \geqslant 1.5 = a \ge \frac32 || x+y>2 = 2 < x+y
+\begin{bmatrix}1 & 2\\ 3 & 4\\ \end{bmatrix} = \left[\begin{array}{cc}1&2\\3&4\end{array}\right] || [[1,2],[3,4]] = A = \begin{pmatrix}1&2\\3&4\end{pmatrix} || \frac13\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1/3\\2/3\end{pmatrix}
+x=5 := 5 || 5=x := 5 || k=1+1=2 := 2 || x=1/3\approx0.33 := 1/3 || f(x)=2x+3 := y = 2x+3 || y=2x+3 := 2x-y+3=0 || x^2/16+y^2/12=1/4 := \frac{x^2}{4}+\frac{y^2}3=1
+f^{-1}(x) = \frac{x-1}{2} := \frac{x-1}2 || \frac{dy}{dx} = 2x := 2x || |AB| = 1 := 1 || S_{MBCN}:S=7:32 := 7:32 || \sum_{k=1}^3 k = 6 := 6 || 3:4 = 6:8
+"""
+_DIFFERENT = r"""
+(2,1) = (1,2) || [0,1) = [0,1] || (1,2) = 1,2 || \{1,2\} = (1,2) || (1,2) = [1,2] || (1,2,0) = (1,2) || 3 \text{ or } 4 = 3 || 3,4,17 = 3,4 || 1,1,2 = 1,2,2
+0.33 = 1/3 || 0.333 = \frac13 || 3.14 = \pi || 7.78 = \frac{70}{9} || 30.01 = 30 || 2.9999999999 = 3 || 99999999999.5 = 100000000000 || 1.41421358 = \sqrt2
+52_8 = 52_7 || 52_8 = 52 || 52_8 = 42 || 28\% = 2.8 || 28\% = 2800\% || 0.28 = 28 || \$5 = 50 || 10\text{ units} = 100 || 1,2345 = 12345 || (2, 598) = 2598
+2^{100} = 2^{100}+1 || 6^{1000} = 6^{1001} || 2^{300000} = 2^{300000}+1 || \frac{1}{2024!} = \frac{1}{2025!} || 1e-20 = 2e-20 || e^{-200} = e^{-201} || 10^{-20} = 0
+\sqrt{10^{40}+1} = 10^{20} || 1234567890123456789 = 1234567890123456788 || 123456789x = 123456788x || 5! = 60 || \binom{30}{11} = \binom{30}{12}
+8\sqrt2 = 2\sqrt8 || 10\sqrt2 = 10+\sqrt2 || \sqrt{x^2} = x || \sin x = \cos x || \log_2 3 = \log_3 2 || \sin x^2 = \sin^2 x || f(x) = f(y) || x = y || 2x = x
+1+2i = 1-2i || 5i = 5 || 1\frac45 = \frac{14}5 || 8\frac47 = \frac{84}7 || \frac{72}{425} = 72425 || 41230x = 41230 || -3^2 = 9 || (4^2)^3 = 4^{2^3}
+\infty = -\infty || \emptyset = 0 || \mathbb{R} = \mathbb{Z} || \mathbb{R} = (0,\infty) || \text{DNE} = 0 || \text{none of the above} = \emptyset || \text{infinitely many} = \infty
+x>3 = x\ge 3 || x>3 = x<3 || x>3 = 3 || x \ne 5 = 5 || (-\infty,3) = (-\infty,3] || -36 < k \le 104 = -36 \le k \le 104 || k \le 104 = -36 \le k \le 104 || [x,y) = [1,2) || k>5 = x>5
+(1,2)\cap(3,4) = (1,2)\cup(3,4) || (1,2)\cup(3,4) = (1,4) || x^2+y^2<4 = x^2+y^2\le4 || \{x|-2\leq x < 1\} = (-2,1) || 1\pm\sqrt5 = 1+\sqrt5
+y^2=12x := 12x || 4x-5y=-50 := -50 || x+y=5 := 5 || x=5 := y=5 || y=2x+3 := y=3x+2 || 2x - 3y + 7 = 0 := 2x - 3y + 8 = 0 || \cos x=\frac12 := \sin x=\frac12 || x = x := x || 0 = 0 := 1
+\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix} || \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1&2\end{pmatrix} || \begin{pmatrix}1&2\\3&4\end{pmatrix} = \begin{pmatrix}1&3\\2&4\end{pmatrix}
+\text{not Monday} = \text{Monday} || \text{June 20} = \text{July 20} || 3 hours 20 minutes = 20 hours 3 minutes || \text{5 or more} = 5 || \text{at least 5} = 5 || odd = oddd || (A) 12 = B
+\int_0^1 x dx = \frac12 || \sum_{k=1}^{10} k = 55 || 2+2=5 := 5 || ANSWER = 5 || ? = 5 || , = 3, 4 || () = (1,2) || \ldots = 5 || - = 5 || 3 \pmod 7 = 4 \pmod 7 || 7:32 = 32:7
+"""
+
+
+def _pairs(table):
+    """The (a, b) of a table whose cells read `a = b`, or `a := b` where an equals sign belongs to an answer."""
+    cells = [cell.strip() for line in table.strip().splitlines() for cell in line.split("||")]
+    return [cell.split(" := " if " := " in cell else " = ", 1) for cell in cells]
+
+
+def test_verify_tables():
+    """Both directions of every pair; a shared canonical key means equivalence."""
+    for table, expected in ((_EQUAL, True), (_DIFFERENT, False)):
+        for a, b in _pairs(table):
+            for answer, reference in ((a, b), (b, a)):
+                assert verifier.judge(answer, reference)[0] is expected, (answer, reference, verifier.judge(answer, reference))
+            assert expected or verifier.canonical(a) != verifier.canonical(b), (a, b)
+            assert a == "?" or verifier.equivalent(a, f" {a} "), a
+
+
+def test_verify_examples_in_docstrings():
+    assert doctest.testmod(verifier).failed == 0
+
+
+def test_verify_extraction():
+    """The last box wins, joined boxes are one answer, what follows the thinking block outranks what is in it."""
+    for text, reference, expected in [
+        (r"We get \boxed{1}. Wait: \boxed{2}.", "2", True), (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2", True),
+        (r"\boxed{3} or \boxed{4}", "3", False), (r"\boxed {\frac{1}{2}}", "0.5", True), (r"\fbox{\{1,2\}}", "2,1", True),
+        (r"\boxed{$75$}", "75", True), (r"\boxed{\text{The answer is } 5}", "5", True), (r"$\boxed{5", "5", True),
+        (r"\boxed{50} percent", "0.5", True), (r"$\boxed{57}$, after 18 trials, see page 117.", "57", True),
+        (r"\boxed{}", "", False), (r"\beginboxed{8\sqrt{6}}", r"8\sqrt6", True), ("\x08oxed{12}", "12", True),
+        (r"<think>\boxed{16}</think> It is $\boxed{17}$.", "16", False), (r"<think>maybe 4</think>7", "7", True),
+        (r"<thought>\boxed{5}</thought>\boxed{6}", "6", True), ("<think>the answer is 5", "5", True),
+        (r"\boxed{42}<|im_end|><|im_start|>user \boxed{6}", "42", True), ("First 451.\n#### 452", "451", False),
+        ("<think>x</think><answer>$4a-2$</answer>", "4a-2", True), ("**Answer**: $549$", "549", True),
+        ("**Final Answer:** **161**", "161", True), ("## Final Answer\n$$\\frac{1}{2}$$", "1/2", True),
+        ("The answers are $3$ and $4$.", "4,3", True), ("The answer is 3 or 4.", "3", False), ("Answer: C", "C", True),
+        ("Option F tempts, but the correct answer is (E).", "E", True), ("The answer is 42 because 6*7 = 42.", "42", True),
+        ("Answer: 5!", "120", True), ("The answer is yes, because 3 > 2.", "yes", True), ("A: 160,000", "160000", True),
+        ("The answer isn't 5. It's 6.", "6", True), ("Final Answer: The largest $n$ is 34.", "34", True),
+        ("Then $m=3$, so she pays $18 a day.", "18", True), ("So, 5 + 4 = 9.", "9", True), ("x = -5", "-5", True),
+        ("Note that $9$ is not the answer since it fails. The final answer is $8$.", "9", False),
+        ("Okay, hmm, wait.", "5", False), ("", "5", False),
+    ]:  # fmt: skip
+        assert verifier.verify(text, reference) is expected, (text, verifier.extract_answer(text))
+
+
+def test_verify_strict_extraction():
+    """For rewards only a closed box after a closed block counts."""
+    assert verifier.extract_answer("The answer is 5", strict=True) is None
+    assert verifier.extract_answer(r"<think>\boxed{5}", strict=True) is None
+    assert verifier.extract_answer(r"<think>\boxed{5}</think> so 5", strict=True) is None
+    assert verifier.extract_answer(r"\boxed{4} and \boxed{5", strict=True) is None
+    assert verifier.extract_answer(r"a</think> \boxed{5}", strict=True) == "5"
+    assert verifier.accuracy_reward(r"<think>a</think> \boxed{\frac{2}{4}}", "0.5") == 1.0
+    assert verifier.accuracy_reward(r"The answer is 0.5", "0.5") == 0.0
+
+
+def test_verify_format_reward():
+    good = [r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]", r"$\boxed{\frac{1}{2}}$."]
+    bad = [
+        r"<think></think>\boxed{5}", r"<think> </think>\boxed{5}", r"<think>a\boxed{5}", r"a</think>\boxed{5}", "5",
+        r"x<think>a</think>\boxed{5}", r"<think>a</think><think>b</think>\boxed{5}", r"<think>a</think>\boxed{}", "",
+        r"<think>\boxed{5}</think>", r"\boxed{5}\boxed{5}", r"\boxed{5} as I said", r"\boxed{5", r"<think>a</think></think>\boxed{5}",
+    ]  # fmt: skip
+    assert [verifier.format_reward(text) for text in good + bad] == [1.0] * len(good) + [0.0] * len(bad)
+    assert verifier.format_reward(r"<thought>a</thought> \boxed{5}<|im_end|>", think_tag="thought") == 1.0
+
+
+def _random_value(rng, depth):
+    """(a LaTeX, a plain and a wordy spelling, the value by Python's own arithmetic) of a random expression."""
+    if depth == 0 or rng.random() < 0.2:
+        n = rng.randrange(1, 50)
+        kind = rng.randrange(4)
+        if kind == 0:
+            return rf"\sqrt{{{n}}}", f"sqrt({n})", f"{n}^{{1/2}}", n**0.5
+        if kind == 1:
+            return r"\pi", "pi", "π", math.pi
+        if kind == 2:
+            return rf"\frac{{{n}}}{{8}}", f"{n}/8", rf"\tfrac{{{2 * n}}}{{16}}", n / 8
+        return str(n), f"{n}.0", rf"\frac{{{n * 3}}}3", float(n)
+    (la, pa, wa, a), (lb, pb, wb, b) = _random_value(rng, depth - 1), _random_value(rng, depth - 1)
+    kind = rng.randrange(5)
+    if kind == 0:
+        return f"{la}+{lb}", f"({pb}) + ({pa})", rf"\left({wb}\right)+{wa}", a + b
+    if kind == 1:
+        return f"{la}-\\left({lb}\\right)", f"-(({pb}) - ({pa}))", rf"-1 \cdot ({wb}) + ({wa})", a - b
+    if kind == 2:
+        return rf"\left({la}\right)\left({lb}\right)", f"({pb})*({pa})", rf"({wa}) \times ({wb})", a * b
+    if kind == 3:
+        return rf"\frac{{{la}}}{{{lb}}}", f"({pa})/({pb})", rf"({wa})\left({wb}\right)^{{-1}}", a / b if b else math.nan
+    return rf"\left({la}\right)^2", f"({pa})**2", rf"({wa})({wa})", a * a
+
+
+def test_verify_random_expressions():
+    """A random number in three spellings is one number, for Python's arithmetic as for ours; a perturbed one is not."""
+    rng, checked = random.Random(0), 0
+    while checked < 250:
+        *spellings, value = _random_value(rng, rng.randrange(1, 4))
+        if not 1e-6 < abs(value) < 1e9 or max(map(len, spellings)) > 400:
+            continue
+        checked += 1
+        a, b = rng.sample(spellings, 2)
+        assert verifier.equivalent(a, b), (a, b)
+        assert abs(complex(verifier.to_sympy(verifier.read(a))) - value) < 1e-9 * abs(value), (a, value)
+        for wrong in (f"{a}+1", f"-({a})", f"2({a})", f"{a}+10^{{-12}}", f"({a}, {b})", f"({a})x", rf"{a} \pm 1"):
+            assert verifier.judge(wrong, b)[0] is False, (wrong, b)
+
+
+def test_verify_random_structures():
+    """Lists ignore order, tuples do not; an interval is its inequality; brackets and endpoints count."""
+    rng = random.Random(1)
+    for _ in range(100):
+        values = rng.sample([f"{n}" for n in range(-9, 10)] + [r"\frac{1}{3}", r"\sqrt{2}", r"-\frac{\pi}{2}"], 3)
+        other = values[:]
+        while other == values:
+            rng.shuffle(other)
+        a, b, c, d = ", ".join(values), ", ".join(other), ",".join(values[:2]), ", ".join([*values, "17"])
+        assert verifier.equivalent(a, b) and verifier.equivalent(rf"\{{{a}\}}", b.replace(", ", r" \text{ and } "))
+        assert not verifier.equivalent(f"({a})", f"({b})") and verifier.equivalent(rf"\left({a} \right)", f"({a})")
+        assert not verifier.equivalent(a, c) and not verifier.equivalent(a, d) and not verifier.equivalent(f"({a})", f"({d})")
+        low, high = sorted(rng.sample(range(-9, 10), 2))
+        left, right = rng.choice("[("), rng.choice("])")
+        less = {"[": r"\le", "(": "<", "]": r"\le", ")": "<"}
+        interval, inequality = f"{left}{low},{high}{right}", f"{low} {less[left]} x {less[right]} {high}"
+        assert verifier.equivalent(interval, inequality) and verifier.equivalent(rf"\{{x : {inequality}\}}", interval)
+        flipped = {"[": "(", "(": "["}[left]
+        assert not verifier.equivalent(f"{flipped}{low},{high}{right}", inequality)
+        assert not verifier.equivalent(f"{left}{low},{high + 1}{right}", inequality)
+
+
+def test_verify_many_keeps_order_and_kills():
+    """A comparison that goes to a worker is decided there or is None in time; the others do not wait for it in vain."""
+    tower = (r"\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")  # both too large for everything but SymPy, which never ends
+    begin = time.perf_counter()
+    verdicts = verifier.verify_many([("#### 5", "5"), tower, ("#### 5", "6"), (None, "5")], timeout_s=0.3)
+    assert verdicts == [True, None, False, False] and time.perf_counter() - begin < 60, verdicts
+    assert verifier.verify(*tower) is False
+    hard = (r"\boxed{x^{10^{9}} (x^{10^{9}} + 1)}", r"x^{10^{9}} + x^{2 \cdot 10^{9}}")
+    assert verifier.judge(verifier.extract_answer(hard[0]), hard[1])[0] is None
+    assert verifier.verify_many([hard, hard], timeout_s=30) == [True, True]
+    assert verifier.verify_many([]) == []
+
+
+def test_verify_same_everywhere():
+    """Verdicts in threads equal those alone. A grader whose time limit is a signal fails off the main thread."""
+    pairs = [*_pairs(_EQUAL), *_pairs(_DIFFERENT)][::3]
+    alone = [verifier.judge(*pair)[0] for pair in pairs]
+    verifier._judge.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda pair: verifier.judge(*pair)[0], pairs)) == alone
+
+
+def test_verify_imports_little():
+    """Neither SymPy nor mpmath is loaded before it is needed, and nothing of this repository."""
+    code = "import sys, verify; verify.verify('#### 1/2', '0.5'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"sympy", "mpmath", "torch", "model", "generate", "eval"} & set(loaded)
+
+
+def test_verify_command_line():
+    def run(*flags):
+        return subprocess.run([sys.executable, ROOT / "verify.py", *flags], capture_output=True, text=True)
+
+    done = run("--answer", r"so \boxed{\frac{2}{4}}", "--reference", "0.5")
+    assert done.returncode == 0 and "equal, by: exact number" in done.stdout, done
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        rows = [{"pred": "#### 5", "gold": "5", "expected": True, "category": "a"}, {"answer": "6", "reference": "5", "expected": True}]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        done = run("--file", str(file))
+        assert done.returncode == 0 and "2 answers | 1 right" in done.stdout and "WRONG" in done.stdout, done
+        file.write_text('{"pred": "5"}')
+        for flags in ([], ["--file", str(file)], ["--file", "missing.jsonl"]):
+            done = run(*flags)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+
+
+_PIECES = (
+    r"\frac \sqrt { } ( ) [ ] \{ \} | , ; + - * / ^ _ ! % = < \le \pm \cup \in \infty x y n i e f 1 9 99 0.5 . 1e9 e99 \pi "
+    r"\sin \log \binom \text{ \text{and} \begin{pmatrix} \end{pmatrix} & \\ \left \overline ° ² √ ∞ é $ \boxed{ ** "
+    r"^{9^{9^9}} \mathbb{R} \circ sqrt __import__('os') lambda:0 : \mid \lfloor \pmod gcd percent million cm <think> ½ ١ ̅ "
+).split() + ["\x00", "\ud800", "\u202e", " ", "\n", "9" * 50]
+
+
+def _hostile_text(rng):
+    """A random expression, a soup of pieces, a mutated expression, random characters or something repeated for long."""
+
+    def expression(depth):
+        if depth == 0 or rng.random() < 0.25:
+            return rng.choice(["x", "y", "1", "2", "3.5", "10", r"\pi", "e", "i", "n", str(rng.randrange(10**9)), r"\infty", "-4", "0"])
+        a, b = expression(depth - 1), expression(depth - 1)
+        return rng.choice([
+            f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", rf"\sqrt{{{a}}}", f"({a})^{{{b}}}", f"({a},{b})", f"[{a},{b})",
+            rf"\{{{a},{b}\}}", f"{a}={b}", rf"{a} \le {b}", f"|{a}|", rf"\sin({a})", f"({a})!", rf"\binom{{{a}}}{{{b}}}",
+            rf"\log_{{{a}}} {b}", rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}", f"({a})^{{({b})!}}",
+            rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"{a} \cup {b}", rf"\{{x \mid {a} < x\}}", rf"{a} \text{{ or }} {b}",
+        ])  # fmt: skip
+
+    kind = rng.random()
+    if kind < 0.4:
+        return expression(rng.randrange(1, 5))
+    if kind < 0.7:
+        return "".join(rng.choice(_PIECES) for _ in range(rng.randrange(1, 40)))
+    if kind < 0.85:
+        text = list(expression(3))
+        for _ in range(rng.randrange(1, 6)):
+            at = rng.randrange(len(text) + 1)
+            text[at : at + rng.randrange(2)] = [rng.choice(_PIECES)]
+        return "".join(text)
+    if kind < 0.95:
+        return "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x110000)])) for _ in range(rng.randrange(100)))
+    count = rng.randrange(10, 3000)
+    return rng.choice(_PIECES) * count + rng.choice(["", "1", "x"]) + rng.choice(["", ")", "}"]) * rng.randrange(count)
+
+
+def test_verify_fuzz(count=1500, seed=0):
+    """No exception, no hang, no growth. The long run: python -c "import test_all; test_all.test_verify_fuzz(100_000)" """
+    rng, previous, slowest = random.Random(seed), "x", (0.0, "")
+    verifier.equivalent(r"\sqrt2", "1.41421356")  # mpmath is loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(count):
+        text = _hostile_text(rng)
+        reference, previous = rng.choice([previous, text, _hostile_text(rng)]), text
+        begin = time.thread_time()
+        for output in (text, rf"so \boxed{{{text}}}"):
+            for strict in (False, True):
+                answer = verifier.extract_answer(output, strict)
+                assert answer is None or verifier.judge(answer, reference)[0] in (True, False, None)
+        verifier.canonical(text)
+        verifier.format_reward(text)
+        slowest = max(slowest, (time.thread_time() - begin, text[:200]))
+    growth_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert slowest[0] < 1.0 and growth_mb < 100, (slowest, growth_mb)
+    return slowest, growth_mb
+
+
+def test_verify_hostile():
+    """Resource bombs, code and malformed text end in False, each within a fraction of a second of CPU time."""
+    bombs = [
+        "9**9**9", "9^{9^{9^9}}", "10^{10^{10}}", "((9!)!)!", "99999999!", "!" * 5000, "-" * 100_000 + "1", "(" * 100_000,
+        r"\frac{" * 50_000, r"\sqrt{" * 999 + "2" + "}" * 999, "1" * 1_000_000, "0." + "1" * 900, r"\binom{10^9}{10^8}",
+        "e^{e^{e^{e^{e}}}}", r"\sin(10^{100000})", "1/0", "0^0", r"\tan(\pi/2)", r"\ln 0", "1e999999", r"2^{-2^{100}}",
+        "__import__('os').system('touch /tmp/verify_was_here')", "().__class__", r"\input{/etc/passwd}", "[0]*10**10",
+        "\x00", "\ud800", "a" + "̅" * 10_000, "½" * 1000, "²" * 1000, r"\pm 1" * 30, "|" * 10_000, r"\text{" * 10_000,
+        "$" * 1_000_000, r"\[" * 100_000, "answer is " * 50_000, "answer" + " " * 500_000, "\\" * 500_000, "<think>" * 50_000,
+        r"\boxed{" * 100_000, r"\boxed{5}, " * 50_000, r"\boxed{" + "1, " * 300 + "2}", "x<" * 400 + "1", "[1,2]\\cup" * 80 + "[3,4]",
+        r"\begin{pmatrix}" * 1000, "x^{10^{100}}", "(x+y+z)^{500}", "((x!)!)!", r"3 \pmod{0}", "10_{1}", "gcd(" + "9" * 900 + ",6)",
+    ]  # fmt: skip
+    for bomb in bombs:
+        for text in (bomb, rf"so $\boxed{{{bomb}}}$", "The answer is " + bomb):
+            begin = time.thread_time()
+            for reference in ("5", "x^2+1", r"\text{east}", "1, 2, 3"):
+                assert verifier.verify(text, reference) is (reference == "5" and r"\boxed{5}, " in text), (bomb[:60], reference)
+            verifier.format_reward(text), verifier.canonical(text)
+            assert time.thread_time() - begin < 1.0, (bomb[:60], time.thread_time() - begin)
+    assert not Path("/tmp/verify_was_here").exists()
+
 
 # ------------------------------------------------------------------------------------------------ optim.py
 
@@ -1377,6 +1702,22 @@ def test_data_steps_catch_a_changed_digit():
         assert first_wrong_step(wrong) is not None, wrong
 
 
+def test_data_steps_catch_planted_slips_in_gsm8k():
+    """One annotated result changed in each solution that is free of wrong steps, in the annotation and in the text behind it."""
+    if not any((place / "train.jsonl").is_file() for place in files.places("gsm8k")):
+        raise unittest.SkipTest("GSM8K is neither in data/cache/ nor in $REASONER_DATA")
+    rng, tried, caught = random.Random(0), 0, 0
+    for p in load_problems("gsm8k", "dev"):
+        places = list(re.finditer(r"<<([^<>=]*)=(\d+)>>\2(?!\d)", p["solution"]))
+        if first_wrong_step(p["solution"]) or not places:
+            continue
+        place = rng.choice(places)
+        value = int(place[2]) + rng.choice([off for off in (-10, -2, -1, 1, 2, 10) if int(place[2]) + off > 0])
+        text = f"{p['solution'][:place.start()]}<<{place[1]}={value}>>{value}{p['solution'][place.end():]}"
+        tried, caught = tried + 1, caught + (first_wrong_step(text) is not None)
+    assert tried > 650 and caught >= 0.995 * tried, (tried, caught)
+
+
 def test_data_steps_survive_hostile_text():
     begin = time.perf_counter()
     for text in ("(" * 3000 + "1" + ")" * 3000 + " = 1", "1+" * 50000 + "1 = 2", "9" * 100000 + " = 1 + 1", "-" * 3000 + "1 = 1",
@@ -1586,6 +1927,8 @@ def test_data_http_teacher_that_refuses_or_never_answers():
         assert len(records) == len(raw) == 5 and "unanswered: 1" in card
         assert len(_traces(home, *flags)[0]) == 6
         _data_raises(ValueError, "temperature 0.7, now 0.1", call=lambda: _traces(home, *flags, "--temperature", 0.1))
+        server.faults[:] = [302]                                       # to follow it would show the key to another host
+        _data_raises(ValueError, "302", call=lambda: _traces(home, *flags, "--samples", 2))
 
 
 def test_data_traces_of_a_local_model():
@@ -2418,7 +2761,7 @@ def _refine(problems, rounds, accept_fn, log):
     prompts = [tokenizer.encode(render_prompt("cot", p), add_special_tokens=False).ids for p in problems]
     with mock.patch.object(refine_module, "generate", _scripted(_refine_reply(log))):
         return refine_module.refine(params, config, tokenizer, prompts, rounds=rounds, accept_fn=accept_fn, max_new_tokens=60,
-                                    critique_prompt="Check each step.", revise_prompt="Solve it again.")
+                                    critique_prompt="Check each step.", revise_prompt="Solve it again.", approval="Every step is right.")
 
 
 def test_refine_rounds_by_hand():
@@ -2455,7 +2798,8 @@ def test_refine_loop_never_sees_the_reference():
         for answers in ("right", "absurd"):
             problems = [p if answers == "right" else p | {"answer": "-77"} for p in _sums(6)]
             run, log, path = _scale_run(problems, {}), [], Path(folder) / answers
-            args = refine_module.parse_args(["--traces", str(path), "--rounds", "2", "--results", str(Path(folder) / "rows")])
+            args = refine_module.parse_args(["--traces", str(path), "--rounds", "2", "--results", str(Path(folder) / "rows"),
+                                             "--approval", "Every step is right."])
             with (mock.patch.object(refine_module, "open_run", lambda *a, **k: run), contextlib.redirect_stdout(io.StringIO()),
                   mock.patch.object(refine_module, "generate", _scripted(_refine_reply(log))), contextlib.redirect_stderr(io.StringIO()),
                   mock.patch.object(eval_module, "generate", _scripted(_refine_reply([])))):
@@ -2506,8 +2850,10 @@ def _small(vocab=64, **changes):
     """A random model big enough to have grouped heads, small enough for float64."""
     import model
 
-    config = model.Config(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                          max_position_embeddings=256, initializer_range=0.15, eos_token_id=(1,))._replace(**changes)
+    config = model.Config(
+        vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15, eos_token_id=(1,))
+    config = config._replace(**changes)
     return model.init_params(config, seed=0, dtype=torch.float64), config
 
 
@@ -2527,11 +2873,12 @@ def _examples(count=7):
 
     import sft
     rng = random.Random(0)
-    return [sft.Example([rng.randrange(64) for _ in range(n)], [-1] * (n - 4) + [0, 0, 1, 2]) for n in rng.sample(range(6, 30), count)]
+    return [sft.Example([rng.randrange(64) for _ in range(n)], [-1] * (n - 4) + [0, 0, 1, 2])
+            for n in rng.sample(range(6, 30), count)]
 
 
 def test_sft_packed_equals_unpacked():
-    """Loss and gradient are those of each example alone, by the definition: weighted mean of -log p over the supervised tokens."""
+    """Loss and gradient are those of each example alone: the weighted mean of -log p over the supervised tokens."""
     import model
     import sft
 
@@ -2551,7 +2898,8 @@ def test_sft_packed_equals_unpacked():
 
     losses = []
     plain = _gradients(params, alone)
-    packed = _gradients(params, lambda p: losses.append(sft.batch_loss(p, config, examples, 1.5, 10_000, backward=True)[0]))
+    together = lambda p: losses.append(sft.batch_loss(p, config, examples, 1.5, 10_000, backward=True)[0])
+    packed = _gradients(params, together)
     assert abs(losses[0] - losses[1]) < 1e-6, losses
     _assert_same_gradients(plain, packed, 1e-6)  # logits are float32
 
@@ -2560,14 +2908,15 @@ def test_sft_gradient_does_not_depend_on_micro_batches():
     import sft
 
     params, config = _small()
-    whole, split, recomputed = (_gradients(params, lambda p: sft.batch_loss(p, config, _examples(), 1.2, micro, checkpointing, backward=True))
-                                for micro, checkpointing in ((10_000, False), (25, False), (40, True)))
+    whole, split, recomputed = (
+        _gradients(params, lambda p: sft.batch_loss(p, config, _examples(), 1.2, micro, checkpointing, backward=True))
+        for micro, checkpointing in ((10_000, False), (25, False), (40, True)))
     _assert_same_gradients(whole, split, 1e-6)
     _assert_same_gradients(whole, recomputed, 1e-6)
 
 
 def test_sft_learns_the_reply_its_end_token_and_nothing_else():
-    """The prompt is masked, the end token supervised in every turn: a mask that lost either has cost others whole runs."""
+    """The prompt is masked, the end token learned in every turn: a mask that lost either has cost others whole runs."""
     import model
     import sft
 
@@ -2579,12 +2928,13 @@ def test_sft_learns_the_reply_its_end_token_and_nothing_else():
     assert tokenizer.decode(learned, skip_special_tokens=False) == row["response"] + "<|im_end|>"
     assert tokenizer.decode([t for t, p in zip(example.tokens, example.parts) if p == 1]) == "\\boxed{15}"
     assert example.parts[-1] == 2 and example.tokens[-1] == end
-    talk = {"messages": [{"role": "user", "content": "7+8"}, {"role": "assistant", "content": "\\boxed{15}"},
-                         {"role": "user", "content": "Check each step."}, {"role": "assistant", "content": "Every step is right."}]}
+    turns = ("user", "7+8"), ("assistant", "\\boxed{15}"), ("user", "Check it."), ("assistant", "Every step is right.")
+    talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
     example = sft.encode_example(talk, tokenizer, end)
-    assert tokenizer.decode([t for t, p in zip(example.tokens, example.parts) if p >= 0], skip_special_tokens=False) == (
-        "\\boxed{15}<|im_end|>Every step is right.<|im_end|>")
-    assert tokenizer.decode(example.tokens, skip_special_tokens=False) + "\n" == model.render_chat(talk["messages"], False, system=None)
+    learned = [t for t, part in zip(example.tokens, example.parts) if part >= 0]
+    assert tokenizer.decode(learned, skip_special_tokens=False) == "\\boxed{15}<|im_end|>Every step is right.<|im_end|>"
+    whole = model.render_chat(talk["messages"], False, system=None)
+    assert tokenizer.decode(example.tokens, skip_special_tokens=False) + "\n" == whole
     assert sft.show_example(example, tokenizer).count("[end: <|im_end|>]") == 2
 
 
@@ -2622,8 +2972,10 @@ def test_sft_run_resumes_exactly_and_continues_in_grpo():
 
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "examples.jsonl"
-        data.write_text("".join(json.dumps({"problem": f"{a}+{a}", "response": f"\\boxed{{{2 * a}}}"}) + "\n" for a in range(1, 40)))
-        flags = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5, "--lr", 1e-4, "--save-every", 3, "--eval-every", 3]
+        rows = [{"problem": f"{a}+{a}", "response": f"\\boxed{{{2 * a}}}"} for a in range(1, 40)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5, "--lr", 1e-4,
+                 "--save-every", 3, "--eval-every", 3]
         out = _run(*flags, "--epochs", 1.4, "--run-dir", f"{scratch}/whole")
         assert "[answer: \\boxed{" in out and "step 6/6" in out, out
         _run(*flags, "--epochs", 1.4, "--run-dir", f"{scratch}/broken")
@@ -2632,9 +2984,88 @@ def test_sft_run_resumes_exactly_and_continues_in_grpo():
         assert "step 4/6" in _run("sft.py", "--run-dir", f"{scratch}/broken", "--data", data, "--resume")
         assert _weights_of(f"{scratch}/whole", 6) == _weights_of(f"{scratch}/broken", 6)
         assert [json.loads(line)["step"] for line in open(f"{scratch}/broken/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-        out = _run("grpo.py", "--model", f"{scratch}/whole/checkpoints/best", "--data", "arithmetic", "--prompt", "plain", "--prompts", 2, "--group", 2,
-                   "--max-new-tokens", 8, "--steps", 1, "--eval-limit", 2, "--test-limit", 0, "--train-limit", 8, "--run-dir", f"{scratch}/grpo")
+        out = _run("grpo.py", "--model", f"{scratch}/whole/checkpoints/best", "--data", "arithmetic", "--prompts", 2,
+                   "--prompt", "plain", "--group", 2, "--max-new-tokens", 8, "--steps", 1, "--eval-limit", 2,
+                   "--test-limit", 0, "--train-limit", 8, "--run-dir", f"{scratch}/grpo")
         assert "step 1/1" in out, out
+
+
+def _in_process(script, *words):
+    """The script's main in this process, for tests that replace a part of it: what it printed."""
+    import contextlib
+    import importlib
+    import io
+
+    module = importlib.import_module(script)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        module.main(module.parse_args(list(map(str, words))))
+    return out.getvalue()
+
+
+def test_sft_stops_early_once():
+    """A run that --patience ended was trained further by each --resume, until the next evaluation."""
+    import json
+    import tempfile
+    from unittest import mock
+
+    import sft
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "examples.jsonl"
+        data.write_text("".join(json.dumps({"problem": f"{a}+1", "response": str(a + 1)}) + "\n" for a in range(20)))
+        words = ["--model", "tiny", "--data", data, "--batch", 4, "--validation", 4, "--patience", 1, "--eval-every", 1,
+                 "--run-dir", f"{scratch}/run"]
+        losses = iter([({"val_loss": 3.0}, []), ({"val_loss": 4.0}, [])])
+        with mock.patch.object(sft, "run_evaluation", lambda *_: next(losses)):
+            assert "no better" in _in_process("sft", *words)
+            out = _in_process("sft", *words, "--resume")
+        assert "no better" in out and "loss 3.0000" in out and "step 1)" in out and "| loss" not in out, out
+
+
+def test_sft_and_grpo_stop_after_skipped_steps():
+    """Weights that overflow skip every step: sft went on for hours, grpo advised a --resume that was then refused."""
+    import json
+    import tempfile
+    from unittest import mock
+
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "examples.jsonl"
+        data.write_text("".join(json.dumps({"problem": f"{a}+1", "response": str(a + 1)}) + "\n" for a in range(20)))
+        spread = lambda group: [float(i % 2) for i in range(len(group.texts))]
+        for script, words in (
+                ("sft", ["--model", "tiny", "--data", data, "--batch", 2, "--validation", 0]),
+                ("grpo", [*_GRPO[1:], "--steps", 9, "--test-limit", 0, "--max-new-tokens", 4, "--reward", "format=1"])):
+            words += ["--run-dir", f"{scratch}/{script}", "--save-every", 99, "--eval-every", 99]
+            module = __import__(script)
+            with mock.patch.object(module, "optimizer_step", lambda *_, **__: {"grad_norm": math.nan, "skipped": 1}), \
+                    mock.patch.dict(__import__("grpo").REWARDS, format=spread):
+                try:
+                    _in_process(script, *words)
+                except ValueError as error:
+                    assert "not finite in 3" in str(error) and "another --run-dir" in str(error)
+                else:
+                    raise AssertionError(f"{script} went on")
+            assert len(open(f"{scratch}/{script}/metrics.jsonl").readlines()) == 3
+
+
+def test_sft_bad_conversations():
+    """A conversation in which nobody replies divided by zero, one without a role was a KeyError."""
+    import json
+    import tempfile
+
+    import model
+    import sft
+    tokenizer = model.load_tokenizer(ROOT / "data" / "tiny")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "talks.jsonl"
+        for messages in ("hello", [], [{"role": "user", "content": "hello"}], [{"content": "hello"}], ["hello"],
+                         [{"role": "assistant", "content": None}]):
+            path.write_text(json.dumps({"messages": messages}) + "\n")
+            try:
+                sft.read_examples(path, tokenizer, 1, 100)
+            except ValueError as error:
+                assert "line 1" in str(error) and "expected" in str(error)
+            else:
+                raise AssertionError(messages)
 
 
 def test_sft_bad_input():
@@ -2648,6 +3079,8 @@ def test_sft_bad_input():
         assert "line 1" in _run("sft.py", "--data", wrong, "--run-dir", f"{scratch}/r", ok=False)
         assert "nowhere.jsonl" in _run("sft.py", "--data", f"{scratch}/nowhere.jsonl", ok=False)
         assert "--batch is 0" in _run("sft.py", "--data", empty, "--batch", 0, ok=False)
+        wrong = ["sft.py", "--data", empty, "--validation", 0, "--patience", 2]
+        assert "--patience is 2" in _run(*wrong, ok=False)
 
 
 # ------------------------------------------------------------------------------------------------ grpo.py
@@ -2655,12 +3088,13 @@ def test_sft_bad_input():
 
 def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high, hard, beta, kl, longest, total):
     """The formulas of the papers, a token at a time."""
-    B, T = mask.shape
+    (B, T), number = mask.shape, lambda x: torch.tensor(x, dtype=torch.float64)
     rows = []
     for i in range(B):
         length = int(mask[i].sum())
         terms = []
-        mean_ratio = torch.exp(sum((logprobs[i, t] - old[i, t] for t in range(T) if mask[i, t]), torch.zeros((), dtype=torch.float64)) / max(1, length))
+        log_ratios = [logprobs[i, t] - old[i, t] for t in range(T) if mask[i, t]]
+        mean_ratio = torch.exp(sum(log_ratios, number(0.0)) / max(1, length))
         for t in range(T):
             if not mask[i, t]:
                 continue
@@ -2669,12 +3103,13 @@ def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high
             if loss == "cispo":
                 term = -min(r.item(), 1 + high) * A * logprobs[i, t]
             else:
-                unclipped = (r if hard is None or r <= hard else torch.tensor(hard, dtype=torch.float64)) * A
-                clipped = (r if 1 - low <= r <= 1 + high else torch.tensor(1 - low if r < 1 - low else 1 + high, dtype=torch.float64)) * A
+                unclipped = (r if hard is None or r <= hard else number(hard)) * A
+                clipped = (number(1 - low) if r < 1 - low else number(1 + high) if r > 1 + high else r) * A
                 term = -(unclipped if unclipped <= clipped else clipped)
             if beta:
                 d = ref[i, t] - logprobs[i, t]
-                term = term + beta * {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - 1 - d, "k3_corrected": own * (torch.exp(d) - 1 - d)}[kl]
+                k3 = torch.exp(d) - 1 - d
+                term = term + beta * {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_corrected": own * k3}[kl]
             terms.append(term)
         rows.append(terms)
     tokens = sum(map(len, rows))
@@ -2695,7 +3130,7 @@ def _loss_case(seed=0, B=5, T=6):
 
 
 def test_grpo_every_loss_equals_its_formula():
-    """Value and gradient, float64, against a loop over tokens: all losses, levels, bounds, divergences and normalisers."""
+    """Value and gradient, float64, against a loop over tokens: every loss, level, bound, divergence and normaliser."""
     import itertools
 
     import grpo
@@ -2705,8 +3140,8 @@ def test_grpo_every_loss_equals_its_formula():
             ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"), ("token", "sequence"), (None, 1.5),
             ((0.0, "k3"), (0.3, "k1"), (0.3, "k2"), (0.3, "k3"), (0.3, "k3_corrected")), (None, 37)):
         ours, theirs = (logprobs.clone().requires_grad_() for _ in range(2))
-        value, _ = grpo.policy_loss(ours, old, ref if beta else None, advantages, mask, loss=loss, level=level, clip_hard=hard, beta=beta, kl=kl,
-                                    max_completion_tokens=6, total=total)
+        value, _ = grpo.policy_loss(ours, old, ref if beta else None, advantages, mask, loss=loss, level=level,
+                                    clip_hard=hard, beta=beta, kl=kl, max_completion_tokens=6, total=total)
         wanted = _reference_loss(theirs, old, ref, advantages, mask, loss, level, 0.2, 0.28, hard, beta, kl, 6, total)
         value.backward(), wanted.backward()
         assert abs(value.item() - wanted.item()) < 1e-12, (loss, level, hard, beta, kl, total)
@@ -2716,14 +3151,15 @@ def test_grpo_every_loss_equals_its_formula():
 
 
 def test_grpo_negative_advantage_keeps_its_gradient_above_the_clip():
-    """A max() where PPO takes min() left bad completions whose probability had risen without a gradient (seen in a published script)."""
+    """A max() where PPO takes min() left bad completions that had become likelier without a gradient, in other code."""
     import grpo
 
     logprobs = torch.tensor([[0.9]], dtype=torch.float64, requires_grad=True)  # ratio e^0.9, far above 1.28
-    loss, stats = grpo.policy_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([-1.0]), torch.ones(1, 1))
+    case = logprobs, torch.zeros(1, 1), None, torch.tensor([-1.0]), torch.ones(1, 1)
+    loss, stats = grpo.policy_loss(*case)
     loss.backward()
     assert logprobs.grad.item() > 1 and stats["clipped_high"] == 0
-    bounded = grpo.policy_loss(logprobs, torch.zeros(1, 1), None, torch.tensor([-1.0]), torch.ones(1, 1), clip_hard=1.5)[0]
+    bounded = grpo.policy_loss(*case, clip_hard=1.5)[0]
     assert abs(bounded.item() - 1.5) < 1e-9
 
 
@@ -2732,33 +3168,36 @@ def test_grpo_loss_survives_degenerate_rows():
     import grpo
 
     logprobs, old, ref, advantages, mask = _loss_case()
-    spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64)) for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
+    spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
+              for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
     for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
         kw = {"loss": loss, "beta": 0.1, "max_completion_tokens": 6}
         spoilt[0].requires_grad_()
-        a, b = grpo.policy_loss(*spoilt, advantages, mask, **kw)[0], grpo.policy_loss(logprobs, old, ref, advantages, mask, **kw)[0]
+        a, b = (grpo.policy_loss(*case, advantages, mask, **kw)[0] for case in (spoilt, (logprobs, old, ref)))
         gradient, = torch.autograd.grad(a, spoilt[0])
         assert torch.isfinite(a) and torch.isclose(a, b) and not gradient[~mask].any(), loss
         none = torch.zeros_like(mask)
         assert grpo.policy_loss(logprobs, old, ref, advantages, none, **kw)[0] == 0
-    huge = grpo.policy_loss(torch.full((1, 1), -1.0), torch.full((1, 1), -500.0), torch.full((1, 1), -900.0), torch.ones(1), torch.ones(1, 1), beta=1.0)[0]
-    assert torch.isfinite(huge)
+    far = (torch.full((1, 1), x) for x in (-1.0, -500.0, -900.0))
+    assert torch.isfinite(grpo.policy_loss(*far, torch.ones(1), torch.ones(1, 1), beta=1.0)[0])
 
 
 def test_grpo_k1_in_the_loss_has_no_mean_gradient():
-    """Why k1 is no penalty: under the policy's own samples the gradient of log p - log ref is that of log p, whose mean is zero."""
+    """Why k1 is no penalty: over the policy's samples, log p - log ref has that of log p, which is 0 in the mean."""
     import grpo
 
     logits = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+
     def mean_gradient(kl):
         logprobs = logits.log_softmax(-1)
-        each = [grpo.policy_loss(logprobs[i].view(1, 1), logprobs[i].detach().view(1, 1), ref[i].view(1, 1), torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0]
-                for i in range(8)]
+        triples = [[x[i].view(1, 1) for x in (logprobs, logprobs.detach(), ref)] for i in range(8)]
+        each = [grpo.policy_loss(*three, torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0] for three in triples]
         return torch.autograd.grad(sum(p.item() * loss for p, loss in zip(logprobs.exp(), each)), logits)[0]
+
     exact, = torch.autograd.grad((logits.log_softmax(-1).exp() * (logits.log_softmax(-1) - ref)).sum(), logits)
     assert mean_gradient("k1").abs().max() < 1e-12
-    assert torch.allclose(mean_gradient("k3_corrected"), exact)  # the corrected k3 has the gradient of the divergence itself
+    assert torch.allclose(mean_gradient("k3_corrected"), exact)  # the corrected k3 has that of the divergence itself
     assert not torch.allclose(mean_gradient("k3"), exact, atol=1e-2)
 
 
@@ -2770,7 +3209,7 @@ def test_grpo_advantages():
         a = grpo.group_advantages(rewards, scale)
         assert a.sum(1).abs().max() < 1e-5 and not a[1].any()
     a = grpo.group_advantages(rewards)
-    assert torch.allclose(a[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))  # standard deviation over n - 1: 0.5
+    assert torch.allclose(a[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))  # deviation over n - 1: 0.5
     assert torch.allclose(grpo.group_advantages(rewards, "batch")[0, 0], 0.75 / (rewards.std() + 1e-4))
     for bad in (lambda: grpo.group_advantages(torch.ones(3, 1)), lambda: grpo.group_advantages(rewards, "std")):
         try:
@@ -2789,7 +3228,8 @@ def _group(texts, answers=None, lengths=None, limit=100):
     problem = {"problem": "How many?", "answer": "4"}
     lengths = lengths or [len(t) for t in texts]
     completions = [generate.Completion(list(range(n)), [0.0] * n, "stop") for n in lengths]
-    return grpo.Group(problem, "", texts, completions, [verify.accuracy_reward(t, "4") == 1 for t in texts], limit, "think")
+    right = [verify.accuracy_reward(text, "4") == 1 for text in texts]
+    return grpo.Group(problem, "", texts, completions, right, limit, "think")
 
 
 def test_grpo_worst_right_answer_beats_best_wrong_one():
@@ -2813,7 +3253,8 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
     right = "<think>\nla la la la la la 的的的的\n</think>\n\\boxed{4} 的"
     group = _group([right, "<think>\nthought\n</think>\n\\boxed{5}"], lengths=[100, 40])
     group = group._replace(completions=[group.completions[0]._replace(tokens=[7] * 100), group.completions[1]])
-    parts, rewards = grpo.reward_group(group, grpo.parse_rewards(["accuracy=1", "format=0.1", "brevity=0.2", "repetition=0.2", "language=0.1", "overlong=0.2"]))
+    weights = ["accuracy=1", "format=0.1", "brevity=0.2", "repetition=0.2", "language=0.1", "overlong=0.2"]
+    parts, rewards = grpo.reward_group(group, grpo.parse_rewards(weights))
     assert rewards[0] > rewards[1], parts
     assert all(-1 <= v <= 1 for values in parts.values() for v in values)
 
@@ -2822,11 +3263,13 @@ def test_grpo_each_reward():
     import grpo
 
     box = "\\boxed{4}"
-    group = _group([f"<think>\n{t}\n</think>\n{box}" for t in ("a", "b", "c")] + ["\\boxed{5}"], lengths=[10, 20, 40, 5], limit=40)
+    texts = [f"<think>\n{t}\n</think>\n{box}" for t in ("a", "b", "c")] + ["\\boxed{5}"]
+    group = _group(texts, lengths=[10, 20, 40, 5], limit=40)
     assert grpo.accuracy(group) == [1, 1, 1, 0]
-    assert grpo.brevity(group) == [0, -0.5, -1, 0]  # relative to the shortest right one, of 10; the wrong one does not count
+    assert grpo.brevity(group) == [0, -0.5, -1, 0]  # relative to the shortest right one, of 10; the wrong one is not it
     assert grpo.overlong(group) == [0, 0, -1, 0]
-    assert grpo.format(group)[0] == 1 and grpo.format(_group(["<think>\nno end \\boxed{4}", f"{box} and more text {box}"])) == [0, 0]
+    assert grpo.format(group)[0] == 1
+    assert grpo.format(_group(["<think>\nno end \\boxed{4}", f"{box} and more text {box}"])) == [0, 0]
     looped = _group(["x"])._replace(completions=[_group(["x"]).completions[0]._replace(tokens=[1, 2] * 50)])
     assert grpo.repetition(looped)[0] < -0.9 and grpo.repetition(_group(["x"], lengths=[60])) == [0]
     assert grpo.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
@@ -2839,13 +3282,14 @@ def _rollout_groups(config, sampler, seed=0):
     import grpo
 
     prompts = [[5, 9, 3, 7, 2, 8, 4], [11, 2], [6] * 12]
-    answers = generate.generate(sampler, config, prompts, num_samples=4, max_new_tokens=12, temperature=0.8, stop_tokens=(1, 3, 7, 9), seed=seed)
+    answers = generate.generate(sampler, config, prompts, num_samples=4, max_new_tokens=12, temperature=0.8,
+                                stop_tokens=(1, 3, 7, 9), seed=seed)
     return [(prompt, [grpo.Sequence(c.tokens, c.logprobs, a, True) for c, a in zip(row, (1.0, -0.5, 0.3, -0.8))])
             for prompt, row in zip(prompts, answers)]
 
 
 def test_grpo_packed_group_equals_one_row_each():
-    """The prompt computed once for its G completions: the same log-probabilities, loss and gradient as G rows by themselves."""
+    """The prompt computed once for its G completions: the loss and the gradient of G rows by themselves."""
     import grpo
     import model
 
@@ -2862,14 +3306,15 @@ def test_grpo_packed_group_equals_one_row_each():
         total = sum(len(s.tokens) for _, sequences in groups for s in sequences)
         for prompt, sequences in groups:
             for s in sequences:
-                logprobs = model.token_logprobs(p, config, torch.tensor([prompt + s.tokens]), temperature=0.8)[:, len(prompt) - 1:]
-                (-s.advantage * (logprobs - logprobs.detach()).exp().sum() / total).backward()
+                logprobs = model.token_logprobs(p, config, torch.tensor([prompt + s.tokens]), temperature=0.8)
+                said = logprobs[:, len(prompt) - 1:]
+                (-s.advantage * (said - said.detach()).exp().sum() / total).backward()
 
     _assert_same_gradients(_gradients(params, packed), _gradients(params, alone), 1e-6)
 
 
 def test_grpo_sampler_and_scorer_agree():
-    """On policy the ratio is 1: what the engine recorded is what training computes, end token and temperature included."""
+    """On policy the ratio is 1: the engine recorded what training computes, end token and temperature included."""
     import grpo
 
     params, config = _small()
@@ -2885,16 +3330,18 @@ def _update(params, config, groups, micro_tokens, **changes):
     import grpo
     import optim
 
-    words = ["--model", "tiny", "--micro-tokens", str(micro_tokens), "--lr", "1e-3", "--temperature", "0.8", "--max-new-tokens", "12"]
+    words = ["--model", "tiny", "--micro-tokens", str(micro_tokens), "--lr", "1e-3", "--temperature", "0.8",
+             "--max-new-tokens", "12"]
     args = grpo.parse_args(words + [w for k, v in changes.items() for w in (f"--{k.replace('_', '-')}", str(v))])
     trained, optimizer = optim.init_optimizer({k: v.float() for k, v in params.items()})
     total = grpo.loss_total(args.loss, [len(s.tokens) for _, sequences in groups for s in sequences], 12)
-    sums, norm, skipped = grpo.update(trained, {k: v.float() for k, v in params.items()}, config, optimizer, grpo.pack_groups(groups, micro_tokens), total, 1e-3, args)
+    reference, rows = {k: v.float() for k, v in params.items()}, grpo.pack_groups(groups, micro_tokens)
+    sums, norm, _ = grpo.update(trained, reference, config, optimizer, rows, total, 1e-3, args)
     return {k: v.detach().clone() for k, v in trained.items()}, sums, norm
 
 
 def test_grpo_update_does_not_depend_on_micro_batches():
-    """For every loss: one row of everything, or rows so short that a group is divided among several (trl#3021, #5619)."""
+    """For every loss: one row of everything, or rows so short that groups are divided (trl#3021, #5619)."""
     params, config = _small()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
@@ -2909,7 +3356,8 @@ def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
     params, config = _small()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     _, sums, _ = _update(params, config, groups, 10_000)
-    assert sums["ratio"] == sums["tokens"] and sums["clipped_low"] == sums["clipped_high"] == 0 and sums["mismatch_max"] < 1e-4
+    assert sums["ratio"] == sums["tokens"] and sums["clipped_low"] == sums["clipped_high"] == 0
+    assert sums["mismatch_max"] < 1e-4
     _, sums, _ = _update(params, config, groups, 10_000, updates=3)
     assert abs(sums["ratio"] / sums["tokens"] - 1) > 1e-6
 
@@ -2917,10 +3365,12 @@ def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
 def test_grpo_pack_groups_keeps_every_completion():
     import grpo
 
-    groups = [([1] * p, [grpo.Sequence([g] * n, [0.0] * n, 0.0, True) for g, n in enumerate(sizes)]) for p, sizes in ((5, (3, 9, 2)), (2, (30, 1)), (7, (4,)))]
+    groups = [([1] * p, [grpo.Sequence([g] * n, [0.0] * n, 0.0, True) for g, n in enumerate(sizes)])
+              for p, sizes in ((5, (3, 9, 2)), (2, (30, 1)), (7, (4,)))]
     for budget in (1, 12, 20, 1000):
         rows = grpo.pack_groups(groups, budget)
-        assert [s for row in rows for _, piece in row for s in piece] == [s for _, sequences in groups for s in sequences]
+        packed = [s for row in rows for _, piece in row for s in piece]
+        assert packed == [s for _, sequences in groups for s in sequences]
         for row in rows:
             size = sum(len(prompt) + sum(len(s.tokens) for s in piece) for prompt, piece in row)
             assert size <= budget or (len(row) == 1 and len(row[0][1]) == 1)
@@ -2931,7 +3381,7 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
 
     import grpo
     sets = [[{"id": f"a{i}", "level": i % 5 + 1} for i in range(10)], [{"id": f"b{i}"} for i in range(4)]]
-    take = lambda n, skip=0, **kw: [p["id"] for _, p in itertools.islice(grpo.problem_order(sets, [3, 1], 0, **kw), skip, skip + n)]
+    take = lambda n, skip=0: [p["id"] for _, p in itertools.islice(grpo.problem_order(sets, [3, 1], 0), skip, skip + n)]
     assert take(60)[20:] == take(40, skip=20)
     first = [x for x in take(200) if x[0] == "a"]
     assert all(len(set(first[i:i + 10])) == 10 for i in range(0, 100, 10)), "each epoch asks each problem once"
@@ -2940,12 +3390,13 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
     assert sum(levels[:5]) < sum(levels[5:])
 
 
-_GRPO = ["grpo.py", "--model", "tiny", "--prompts", 4, "--group", 4, "--max-new-tokens", 40, "--steps", 4, "--eval-limit", 4, "--test-limit", 4,
-         "--train-limit", 40, "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4]
+_GRPO = ["grpo.py", "--model", "tiny", "--prompts", 4, "--group", 4, "--max-new-tokens", 40, "--steps", 4,
+         "--eval-limit", 4, "--test-limit", 4, "--train-limit", 40, "--eval-every", 2, "--save-every", 1, "--keep", 9,
+         "--lr", 1e-4]
 
 
 def test_grpo_killed_and_resumed_ends_with_the_same_weights():
-    """kill -9 in the middle of the third step; the run that goes on ends with the weights of the unbroken one, bit for bit."""
+    """kill -9 in the third step; the run that goes on ends with the weights of the unbroken one, bit for bit."""
     import json
     import os
     import signal
@@ -2954,8 +3405,8 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights():
 
     with tempfile.TemporaryDirectory() as scratch:
         _run(*_GRPO, "--run-dir", f"{scratch}/whole")
-        process = subprocess.Popen([sys.executable, *map(str, _GRPO), "--run-dir", f"{scratch}/broken"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen([sys.executable, *map(str, _GRPO), "--run-dir", f"{scratch}/broken"], cwd=ROOT,
+                                   stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         for line in process.stdout:
             if line.startswith("step 2/"):
                 process.send_signal(signal.SIGKILL)
@@ -2965,9 +3416,116 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights():
         assert "resuming from" in out and "step 4/4" in out, out
         assert _weights_of(f"{scratch}/whole", 4) == _weights_of(f"{scratch}/broken", 4)
         timed = ("rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
-        logs = [[{k: v for k, v in json.loads(line).items() if k not in timed} for line in open(f"{scratch}/{name}/metrics.jsonl")] for name in ("whole", "broken")]
+        runs = [Path(scratch) / name for name in ("whole", "broken")]
+        logs = [[{k: v for k, v in json.loads(line).items() if k not in timed} for line in open(run / "metrics.jsonl")]
+                for run in runs]
         assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == [1, 2, 3, 4]
-        assert (Path(scratch) / "whole" / "results.md").read_text() == (Path(scratch) / "broken" / "results.md").read_text()
+        assert (runs[0] / "results.md").read_text() == (runs[1] / "results.md").read_text()
+
+
+def test_grpo_entropy_bonus_is_of_a_token_in_every_loss():
+    """It was divided by the loss's normaliser, rows for "grpo": a bonus as many times larger as a row has tokens."""
+    import grpo
+
+    logprobs, old, ref, advantages, mask = (x[:4] for x in _loss_case())
+    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+        value, _ = grpo.policy_loss(logprobs, old, ref, 0 * advantages, mask, loss=loss, max_completion_tokens=6,
+                                    bonus=torch.ones_like(logprobs))
+        assert abs(value.item() + (mask.sum().item() / 24 if loss == "dr_grpo" else 1)) < 1e-12, (loss, value)
+    params, config = _small()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    groups = [(prompt, [s._replace(advantage=0.0) for s in sequences]) for prompt, sequences in groups]
+    for bonus in (0.5, -0.5):  # entropy goes up, or down
+        after, sums, norm = _update(params, config, groups, 10_000, entropy_bonus=bonus)
+        assert norm > 0 and abs(sums["loss"] + bonus * sums["entropy"] / sums["tokens"]) < 1e-4
+        _, then, _ = _update(after, config, groups, 10_000, entropy_bonus=bonus)
+        assert (then["entropy"] - sums["entropy"]) * bonus > 0
+
+
+def test_grpo_cispo_counts_what_it_clips():
+    """It clips from above only, whatever the sign of the advantage; PPO's regions were counted."""
+    import grpo
+
+    logprobs, A = torch.tensor([[0.9, 0.0], [0.9, -0.9]]), torch.tensor([1.0, -1.0])
+    case = logprobs, torch.zeros(2, 2), None, A, torch.ones(2, 2)
+    stats = grpo.policy_loss(*case, loss="cispo")[1]
+    assert (stats["clipped_low"], stats["clipped_high"]) == (0, 2)
+    stats = grpo.policy_loss(*case)[1]
+    assert (stats["clipped_low"], stats["clipped_high"]) == (1, 1)
+
+
+def test_grpo_truncated_rows_alone_make_no_update():
+    """With --mask-truncated and nothing finished, a zero gradient still moved the weights by their momentum."""
+    import json
+    import tempfile
+    from unittest import mock
+
+    import grpo
+    spread = lambda group: [float(i % 2) for i in range(len(group.texts))]
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(grpo.REWARDS, format=spread):
+        words = [*_GRPO[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 2, "--reward", "format=1"]
+        for flags, updates in (([], 1), (["--mask-truncated"], 0)):
+            run = f"{scratch}/{updates}"
+            out = _in_process("grpo", *words, *flags, "--run-dir", run)
+            assert "truncated 1.00" in out and "no spread 0.00" in out, out
+            assert json.load(open(f"{run}/checkpoints/step_000001/trainer.json"))["updates"] == updates
+
+
+def test_grpo_held_out_problems_are_not_trained_on():
+    """--data ./mine.jsonl --eval-data mine.jsonl: taken for two files, and measured on what was trained on."""
+    import os
+    import tempfile
+
+    import grpo
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "mine.jsonl"
+        path.write_text("".join(f'{{"problem": "What is {i}+{i}?", "answer": "{2 * i}"}}\n' for i in range(60)))
+        for spelled in (path, os.path.relpath(path), f"{scratch}/../{Path(scratch).name}/mine.jsonl"):
+            args = grpo.parse_args(["--data", f"{spelled}=2", "--eval-data", str(path)])
+            trained = {p["id"] for p in grpo.load_mixture(args.data, None)[0][0]}
+            dev, test = grpo.load_held_out(args)
+            assert dev and test and not trained & {p["id"] for p in dev + test}, spelled
+        args = grpo.parse_args(["--data", "arithmetic", "--eval-data", str(path)])
+        assert len(grpo.load_held_out(args)[1]) == 60
+
+
+def test_grpo_and_sft_pass_offload_on():
+    """--offload was read, printed and saved, and changed nothing."""
+    import tempfile
+    from unittest import mock
+
+    import grpo
+    import model
+    import sft
+    config, told = model.load_config(ROOT / "data" / "tiny"), []
+
+    def stop(trainable, device="cpu", dtype=None, offload=False):
+        told.append(offload)
+        raise InterruptedError
+
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "examples.jsonl"
+        data.write_text('{"problem": "1+1", "response": "2"}\n')
+        for rank in ("0", "2"):
+            flags = ["--offload", "--lora-rank", rank, "--run-dir", f"{scratch}/{rank}"]
+            with mock.patch.object(grpo, "init_optimizer", stop), mock.patch.object(sft, "init_optimizer", stop):
+                for run in (lambda: grpo.load_policy(grpo.parse_args(flags), ROOT / "data" / "tiny", config, "cpu"),
+                            lambda: _in_process("sft", "--data", data, "--validation", 0, *flags)):
+                    try:
+                        run()
+                    except InterruptedError:
+                        pass
+    assert told == [True] * 4
+
+
+def test_grpo_prompts_can_earn_the_reward():
+    """Presets with worked examples, which training does not show, and those that ask for no box are refused."""
+    import eval
+    import grpo
+
+    assert "boxed" in grpo.PROMPTS and "few-shot-cot" not in grpo.PROMPTS and "minerva-math" not in grpo.PROMPTS
+    assert all(not eval.PRESETS[name].stop for name in grpo.PROMPTS)  # roll_out would have to cut the text there
+    assert grpo.parse_args(["--epochs", "2"]).steps is None
 
 
 def test_grpo_result_does_not_depend_on_the_number_of_processes():
@@ -2976,13 +3534,15 @@ def test_grpo_result_does_not_depend_on_the_number_of_processes():
 
     with tempfile.TemporaryDirectory() as scratch:
         _run(*_GRPO, "--run-dir", f"{scratch}/one", "--steps", 2)
-        _run("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29653, *_GRPO, "--run-dir", f"{scratch}/two", "--steps", 2, "--device", "cpu")
+        _run("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29653, *_GRPO,
+             "--run-dir", f"{scratch}/two", "--steps", 2, "--device", "cpu")
         one, two = ([json.loads(line) for line in open(f"{scratch}/{name}/metrics.jsonl")] for name in ("one", "two"))
         for key in ("reward", "accuracy", "length", "no_spread", "dev_accuracy"):
             for a, b in zip(one, two):  # sums in another order: equal but for rounding
                 assert abs(a.get(key, 0) - b.get(key, 0)) < 1e-9, (key, a.get(key), b.get(key))
         for a, b in zip(one, two):
-            assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * max(1e-3, a["grad_norm"]), (a["grad_norm"], b["grad_norm"])
+            a, b = a["grad_norm"], b["grad_norm"]
+            assert abs(a - b) < 1e-3 * max(1e-3, a), (a, b)
 
 
 def test_grpo_bad_input():
@@ -2993,11 +3553,14 @@ def test_grpo_bad_input():
         empty.write_text("")
         (Path(scratch) / "full").mkdir()
         (Path(scratch) / "full" / "file").write_text("mine")
-        for words, said in ((["--model", "no-such-model"], "no-such-model"), (["--group", 1], "--group is 1"), (["--temperature", 0], "--temperature is 0"),
-                            (["--data", f"{scratch}/none.jsonl"], "none.jsonl"), (["--data", empty], "empty"), (["--data", "arithmetic=0"], "not a positive"),
-                            (["--reward", "kindness=1"], "kindness"), (["--lr", -1], "lr"), (["--run-dir", f"{scratch}/full"], "not empty"),
-                            (["--max-new-tokens", 4000], "4000")):
-            error = _run("grpo.py", *words, *([] if "--run-dir" in words else ["--run-dir", f"{scratch}/run"]), ok=False)
+        for words, said in (
+                (["--model", "no-such-model"], "no-such-model"), (["--group", 1], "--group is 1"),
+                (["--temperature", 0], "--temperature is 0"), (["--data", f"{scratch}/none.jsonl"], "none.jsonl"),
+                (["--data", empty], "empty"), (["--data", "arithmetic=0"], "not a positive"),
+                (["--reward", "kindness=1"], "kindness"), (["--lr", -1], "lr"),
+                (["--run-dir", f"{scratch}/full"], "not empty"), (["--max-new-tokens", 4000], "4000"),
+                (["--epochs", 2, "--steps", 8], "--epochs")):
+            error = _run("grpo.py", "--run-dir", f"{scratch}/run", *words, ok=False)
             assert said in error, (words, error)
 
 

@@ -20,6 +20,7 @@ import atexit
 import cmath
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -51,7 +52,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Is an answer the same as the reference answer?")
     parser.add_argument("--answer", help="an answer, or a whole model output")
     parser.add_argument("--reference", help="the reference answer")
-    parser.add_argument("--file", help=".jsonl with pred|completion|answer and gold|reference, perhaps expected, category")
+    parser.add_argument("--file", help=".jsonl: pred|completion|answer, gold|reference, perhaps expected, category")
     parser.add_argument("--strict", action="store_true", help="accept only a box after the thinking block")
     parser.add_argument("--explain", action="store_true", help="with --file: print each row with the tier that decided")
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="seconds for one comparison in a worker")
@@ -93,7 +94,7 @@ def _braced(text, start):
 
 
 def after_thinking(text):
-    """(what follows the thinking block, or the whole text without one; whether each block that was opened is closed)."""
+    """(what follows the thinking block, or the whole text if there is none; whether what was opened is closed)."""
     closes = list(THINK_CLOSE.finditer(text))
     tail = text[closes[-1].end() :] if closes else text
     return tail, THINK_OPEN.search(tail) is None
@@ -221,7 +222,7 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<=\d)\s*\.\.\.+", r"\\ldots "), (r"\x08oxed", r"\\boxed"), (r"\x0crac", r"\\frac"),
-    (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|boxed|in|pm)(?![a-z]))", r"\\"),
+    (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|in|pm)(?![a-z]))", r"\\"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![a-zA-Z])", r"\\degree "),
     (r"\\\$|\$|\\(?:pounds|euro|yen)(?![a-z])|\\[()\[\]]", " "),  # currency and the borders of formulas
     (r"(?<=\d)\s*x\s*(?=10\^)", "*"),  # 1.5x10^3
@@ -264,8 +265,9 @@ COMMANDS = {
     ).split()},
     **dict.fromkeys(["cdot", "times", "ast"], "*"), "div": "/", "bigcup": "cup", "setminus": "minus", "colon": ":",
     "backslash": "minus", **dict.fromkeys("lvert rvert vert lVert rVert Vert".split(), "|"), "lbrace": "set{",
-    "rbrace": "set}", "lbrack": "[", "rbrack": "]", **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac"), "dbinom": "binom",
-    "tbinom": "binom", "infty": "inf", "emptyset": "empty", "varnothing": "empty", "degree": "deg", "angle": "name",
+    "rbrace": "set}", "lbrack": "[", "rbrack": "]", **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac"),
+    "dbinom": "binom", "tbinom": "binom", "infty": "inf", "emptyset": "empty",
+    "varnothing": "empty", "degree": "deg", "angle": "name",
     "triangle": "name", "overrightarrow": "name", "overline": "over", "bar": "over", "land": "and", "wedge": "and",
     "lor": "or", "vee": "or", "percent": "%", "cr": "newline", "Rightarrow": "so", "implies": "so",
     **dict.fromkeys("text textbf textit textrm textnormal mbox hbox emph textsf texttt".split(), "text"),
@@ -273,23 +275,24 @@ COMMANDS = {
 }  # fmt: skip
 FUNCTIONS = {  # as they are written: as SymPy calls them; "Log" is the \log of unknown base
     **{name: name for name in (
-        "Abs sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp floor factorial gcd lcm"
+        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp Abs floor factorial gcd "
+        "lcm"
     ).split()},
     **{"arc" + name: "a" + name for name in "sin cos tan cot sec csc".split()}, "arsinh": "asinh", "arcosh": "acosh",
     "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "abs": "Abs", "ceil": "ceiling", "min": "Min",
     "max": "Max", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot", "arctg": "atan",
 }  # fmt: skip
 GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega ell hbar".split()
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega ell hbar".split()
 )
 NUMERALS = {word: value for value, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 )}  # fmt: skip
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = set(  # words of two or three letters after a number; longer ones are words anywhere
-    "cm mm km dm nm ft in mi yd kg mg lb lbs oz ml hr hrs min sec mph kph usd day cup sq cu pm am kw hz rad deg pts ms kj "
-    "pa mol gal per eur gbp inr rpm".split()
+    "cm mm km dm nm ft in mi yd kg mg lb lbs oz ml hr hrs min sec mph kph usd day cup sq cu pm am kw hz rad deg pts ms "
+    "kj pa mol gal per eur gbp inr rpm".split()
 )
 WORDS = set("yes no not odd even true false none all the red east west dne if for any is are of to we".split())
 
@@ -300,7 +303,7 @@ def _number(text, at, inside):
     literal, end = re.sub(r"\{,\}(?!\d{3}(?!\d))", ".", match[0]), match.end()  # 3{,}14 but 3{,}140
     whole, point, decimals = re.sub(r"[^\d.]", "", literal).partition(".")
     value, unit = Fraction(int(whole + decimals or "0"), 10 ** len(decimals)), Fraction(1, 10 ** len(decimals))
-    period, dots = PERIOD.match(text, end) if point else None, DOTS.match(text, end)
+    period, dots = PERIOD.match(text, end) if point else None, DOTS.match(text, end) if decimals else None
     if dots:
         period, end = re.search(r"(\d+?)\1\1+$", decimals), dots.end()  # 0.333... is 1/3
     elif period:
@@ -420,6 +423,7 @@ def number(value):
     return ("num", Fraction(value), Fraction(0))
 
 
+MINUS_ONE = ("neg", number(1))
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
 INVERTIBLE = TRIGONOMETRIC | {"sinh", "cosh", "tanh"}
 BRACKETS = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
@@ -761,7 +765,7 @@ class _Parser:
             values = tuple(_rebuild(v, lambda n: _product(n[1], radians) if n[0] == "deg" else n) for v in values)
         if name in ("Log", "log10") and (base or name == "log10"):
             name, values = "log", (*values, base or number(10))
-        if name in INVERTIBLE and power == ("neg", number(1)):
+        if name in INVERTIBLE and power == MINUS_ONE:
             name, power = "a" + name, None
         return ("pow", ("fn", name, *values), power) if power else ("fn", name, *values)
 
@@ -930,9 +934,11 @@ def _rational(node, prime=None):
             result = result * pow(100, -1, prime) if prime else result / 100
     else:
         return None
-    if result is not None and not prime and max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
+    if result is None or prime:
+        return result and result % prime
+    if max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
         raise OverflowError("too many digits")
-    return result if result is None or not prime else result % prime
+    return result
 
 
 def _rational_power(base, exponent, real_root, prime):
@@ -984,8 +990,9 @@ NUMERIC = {
     "coth": lambda m, x: 1 / m.tanh(x), "acot": lambda m, x: m.atan(1 / x), "asec": lambda m, x: m.acos(1 / x),
     "acsc": lambda m, x: m.asin(1 / x), "Log": lambda m, x: m.log(x),
     "log": lambda m, x, *base: m.log(x) / m.log(*base) if base else m.log(x),
-    "Abs": lambda m, x: m.complex(abs(x)), "conjugate": lambda m, x: x.conjugate(), "re": lambda m, x: m.complex(x.real),
-    "im": lambda m, x: m.complex(x.imag), "floor": lambda m, x: m.complex(m.floor(_real(x))),
+    "Abs": lambda m, x: m.complex(abs(x)), "conjugate": lambda m, x: x.conjugate(),
+    "re": lambda m, x: m.complex(x.real), "im": lambda m, x: m.complex(x.imag),
+    "floor": lambda m, x: m.complex(m.floor(_real(x))),
     "ceiling": lambda m, x: m.complex(m.ceil(_real(x))), "Min": lambda m, *v: m.complex(min(map(_real, v))),
     "Max": lambda m, *v: m.complex(max(map(_real, v))), "factorial": lambda m, x: m.gamma(m.tame(x, 17) + 1),
     "binomial": _binomial,
@@ -999,7 +1006,7 @@ DOUBLES = SimpleNamespace(
 
 @lru_cache(maxsize=64)
 def _many_digits(digits, thread):
-    """mpmath with a fixed precision; one for each thread, since some of its functions change the precision for a while."""
+    """mpmath with a fixed precision; one for each thread, since some functions change the precision for a while."""
     import mpmath
 
     def tame(x, bits):
@@ -1030,7 +1037,7 @@ def _point(name, index, real):
 
 
 def evaluate(node, index, real, m):
-    """The value of a tree at a sample point in the arithmetic m. Raises ArithmeticError or ValueError if it has none."""
+    """The value of a tree at a sample point in the arithmetic m; ArithmeticError or ValueError if it has none."""
     tag = node[0]
     if tag == "num":
         return m.rational(node[1])
@@ -1087,10 +1094,15 @@ def sample(node, index=0, real=False):
     return None if value == math.inf else value
 
 
+def _is_long(number_):
+    """Whether a decimal has enough digits to stand for an exact value."""
+    return bool(number_[2]) and abs(number_[1]) >= number_[2] * 10 ** (DECIMAL_DIGITS - 1)
+
+
 def _rounding(node):
     """The largest relative error of the long decimals in a tree; 0 if there is none."""
     if node[0] == "num":
-        return float(node[2] / abs(node[1])) if node[2] and abs(node[1]) >= node[2] * 10 ** (DECIMAL_DIGITS - 1) else 0.0
+        return float(node[2] / abs(node[1])) if _is_long(node) else 0.0
     return max(map(_rounding, _children(node)), default=0.0)
 
 
@@ -1196,11 +1208,9 @@ def _decimal(node):
         found = _decimal(node[1])
         return found and (-found[0], found[1])
     if node[0] == "mul" and len(node) == 3 and node[1][0] == "num" and isinstance(scale := exact(node[2]), Fraction):
-        if scale and re.fullmatch("10*", str(float(max(scale, 1 / scale))).partition("e")[0].partition(".")[0]):
+        if scale and re.fullmatch(r"10*\.0|1e\+\d+", str(float(max(scale, 1 / scale)))):
             node = ("num", node[1][1] * scale, node[1][2] * scale)
-    if node[0] == "num" and node[2] and abs(node[1]) >= node[2] * 10 ** (DECIMAL_DIGITS - 1):
-        return node[1:]
-    return None
+    return node[1:] if node[0] == "num" and _is_long(node) else None
 
 
 def _near(decimal, node):
@@ -1250,8 +1260,8 @@ def same_value(a, b, trail):
         return _infinite(a) == _infinite(b)
     verdict = same_function(a, b)
     if not verdict and (_has(a, "Log") or _has(b, "Log")):  # \log is to base e for some, to base 10 for others
-        to_ten = [_rebuild(n, lambda n: ("fn", "log", n[2], number(10)) if n[:2] == ("fn", "Log") else n) for n in (a, b)]
-        verdict = same_function(*to_ten) or verdict
+        to_ten = lambda n: ("fn", "log", n[2], number(10)) if n[:2] == ("fn", "Log") else n  # noqa: E731
+        verdict = same_function(_rebuild(a, to_ten), _rebuild(b, to_ten)) or verdict
     if verdict is None and trail.deep:
         import sympy
 
@@ -1306,13 +1316,14 @@ def _inequality(operator, left, right, variable):
 
 
 def _formula_of(node, variables):
-    """The formula of a set. Adds the names of its variable to `variables`. Raises ValueError for what is no such set."""
+    """The formula of a set. Adds the name of its variable to `variables`. Raises ValueError for what is no such set."""
     tag = node[0]
     if tag in ("reals", "empty"):
         return EVERYTHING if tag == "reals" else NOTHING
     if tag == "interval" or tag == "tuple" and len(node) == 3:
         low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        return ("and", _comparison(">=" if opening == "[" else ">", low), _comparison("<=" if closing == "]" else "<", high))
+        operators = ">=" if opening == "[" else ">", "<=" if closing == "]" else "<"
+        return ("and", _comparison(operators[0], low), _comparison(operators[1], high))
     if tag in ("cup", "cap", "minus"):
         left, right = _formula_of(node[1], variables), _formula_of(node[2], variables)
         return ("or", left, right) if tag == "cup" else ("and", left, right if tag == "cap" else ("not", right))
@@ -1321,7 +1332,8 @@ def _formula_of(node, variables):
     if tag == "list":
         formulas = [_formula_of(item, variables) for item in node[2:]]
         both = ("and", *formulas)  # a comma means "and", unless nothing satisfies both
-        return ("or", *formulas) if node[1] == "or" or node[1] == "," and not any(_profile(both, _ranks(both))) else both
+        either = node[1] == "or" or node[1] == "," and not any(_profile(both, _ranks(both)))
+        return ("or", *formulas) if either else both
     if tag == "builder":
         domain = node[1][2][1] if node[1][:2] == ("rel", ("in",)) else ("reals",)
         return ("and", _formula_of(domain, set()), _formula_of(node[2], set()))
@@ -1380,7 +1392,9 @@ def same_set(a, b, trail):
         names_a, names_b = set(), set()
         formulas = _formula_of(a, names_a), _formula_of(b, names_b)
         ranks = _ranks(("and", *formulas))
-        return not (names_a and names_b and names_a != names_b) and _profile(formulas[0], ranks) == _profile(formulas[1], ranks)
+        if names_a and names_b and names_a != names_b:
+            return False
+        return _profile(formulas[0], ranks) == _profile(formulas[1], ranks)
     except (ValueError, KeyError):
         pass
     if a[0] != b[0]:
@@ -1424,7 +1438,8 @@ def _is_name(node):
     tag = node[0]
     if tag == "mul":
         first, rest = node[1], node[2:]
-        if first[0] == "sym" and first[1] == "d" or first[0] == "sym" and "'" in first[1]  or first[0] == "pow" and first[2] == ("neg", number(1)):
+        marked = first == ("sym", "d") or first[0] == "sym" and "'" in first[1]
+        if marked or first[0] == "pow" and first[2] == MINUS_ONE:
             return all(child[0] == "sym" for child in rest)  # dy, f'(x), f^{-1}(x)
         upper = all(child[0] == "sym" and child[1][0].isupper() for child in node[1:])
         return upper or any(child[0] == "text" for child in node[1:])
@@ -1462,7 +1477,7 @@ def _statement(node):
 
 
 def _expand(node):
-    """The trees that a tree with plus-minus signs stands for, at most 16: each \\pm is free, \\mp the last one's opposite."""
+    """The trees that a tree with plus-minus signs stands for, at most 16. \\mp is the opposite of the last \\pm."""
     count = 0
 
     def mark(n):
@@ -1543,8 +1558,9 @@ def same(a, b, trail):
         return a != ("raw", "")
     (name_a, value_a, rough_a), (name_b, value_b, rough_b) = _statement(a), _statement(b)
     if a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}:
-        if name_a and name_b and _compatible(name_a, name_b) and (verdict := same_plain(value_a, value_b, trail)) is not False:
-            return verdict
+        if name_a and name_b and _compatible(name_a, name_b):
+            if (verdict := same_plain(value_a, value_b, trail)) is not False:
+                return verdict
         return len(a[2]) == len(b[2]) == 2 and same_relation(*((n[1][0], *n[2]) for n in (a, b)), trail)
     verdict = same_plain(value_a, value_b, trail)
     for rough, other in [*((r, value_b) for r in rough_a), *((r, value_a) for r in rough_b)]:
@@ -1597,23 +1613,30 @@ def words_of(text):
     return re.sub(r"^(?:the|an?|option|choice) (?=\w)", "", plain.lower())
 
 
+SECOND_READINGS = [(re.compile(pattern), by) for pattern, by in [
+    (r",(?=\d)", ", "),  # is 100,200 a number or a list?
+    (r"(?<=\d)e(?=[+-]\d)", "e "),  # is 2e-3 a number or 2 times e, minus 3?
+    (r"\+-", "+ -"),  # is 2+-3 two numbers or -1?
+]]  # fmt: skip
+
+
 @lru_cache(maxsize=4096)
 def _judge(answer, reference, deep):
     words, others = words_of(answer), words_of(reference)
     if words and words == others:
         return True, "words"
     a, b, trail = read(answer), read(reference), Trail(deep, [])
-    for option, other, letter in ((CHOICE.match(WRAPPER.sub(r"\1", answer)), b, others), (CHOICE.match(WRAPPER.sub(r"\1", reference)), a, words)):
+    for text, other, letter in ((answer, b, others), (reference, a, words)):
+        option = CHOICE.match(WRAPPER.sub(r"\1", text))
         if option and len(letter) == 1:
             return option[1].lower() == letter, "option letter"
         if option and same(read(option[2]), other, trail):
             return True, "option's value"
     verdict = same(a, b, trail)
     for this, other, text in ((a, b, answer), (b, a, reference)):
-        if not verdict and other[0] == "list" and this[0] == "num" and "," in text:  # is 100,200 a list or a number?
-            verdict = same(read(re.sub(r",(?=\d)", ", ", text)), other, trail) or verdict
-        if not verdict and re.search(r"\de[+-]\d", text):  # is 2e-3 a number or 2 times e, minus 3?
-            verdict = same(read(re.sub(r"(?<=\d)e(?=[+-])", "e ", text)), other, trail) or verdict
+        for pattern, by in SECOND_READINGS:
+            if not verdict and pattern.search(text) and (by != ", " or this[0] == "num" and other[0] == "list"):
+                verdict = same(read(pattern.sub(by, text)), other, trail) or verdict
     return verdict, trail.tiers[-1] if trail.tiers else "form"
 
 
@@ -1660,12 +1683,12 @@ def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
 
 
 def canonical(answer):
-    """A hashable key: answers with the same key are equivalent, though not all that are equivalent have the same key."""
+    """A hashable key. Answers with the same key are equivalent; not all that are equivalent have the same key."""
     if words := words_of(answer.strip()):
         return "words", words
     node = read(answer.strip())
-    _, value, rough = _statement(node)
-    value = exact(value) if not rough and value[0] not in ("pct", "mod") else None
+    name, value, rough = _statement(node)
+    value = exact(value) if name is None and not rough and value[0] not in ("pct", "mod") else None
     return ("number", value) if isinstance(value, Fraction) else ("tree", node)
 
 
@@ -1698,8 +1721,8 @@ def format_reward(text, think_tag="think"):
 
 
 @lru_cache(maxsize=1)
-def _idle_workers():
-    """Workers that wait for their next comparison; they end with this process."""
+def _idle_workers(pid):
+    """Workers of this process (not of one that it was forked from) that wait for their next comparison."""
     workers = []
     atexit.register(lambda: [worker.kill() for worker in workers])
     return workers
@@ -1707,7 +1730,8 @@ def _idle_workers():
 
 def _start_worker():
     command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
     worker.stdout.readline()  # it has loaded SymPy; only now the clock starts
     return worker
 
@@ -1716,7 +1740,7 @@ def _ask(pairs, timeout_s):
     """Verdicts of worker processes on (answer, reference) pairs; None where the time ran out."""
 
     def decide(pair):
-        idle = _idle_workers()
+        idle = _idle_workers(os.getpid())
         try:
             worker = idle.pop()
         except IndexError:
@@ -1774,13 +1798,11 @@ def read_rows(path):
     """(rows, [(text, reference)]) of a .jsonl file; an answer beside a reference is a text, otherwise a reference."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     pairs = []
-    for number_, row in enumerate(rows, 1):
+    for line, row in enumerate(rows, 1):
         reference = next((key for key in ("reference", "gold", "answer") if key in row), None)
         text = next((key for key in ("pred", "completion", "answer") if key in row and key != reference), None)
         if text is None or reference is None:
-            raise ValueError(
-                f"{path} line {number_}: found {sorted(row)}, expected pred, completion or answer, and gold or reference"
-            )
+            raise ValueError(f"{path}:{line}: found {sorted(row)}; expected pred|completion|answer, gold|reference")
         pairs.append((row[text], str(row[reference])))
     return rows, pairs
 

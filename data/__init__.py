@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from data import gsm8k, math500
-from data.families import SPLITS, check_request, sample_family, split_of  # noqa: F401 (the package's names)
+from data.families import check_request, split_of  # noqa: F401 (split_of: for users of the package)
 from data.files import choose, hold_out, read_rows
 
 FAMILIES = ("arithmetic", "words", "knights", "algebra", "debugging", "science")

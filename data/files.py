@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.families import check_request, split_of
+from data.families import split_of
 
 CACHE = Path(__file__).resolve().parent / "cache"
 

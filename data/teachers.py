@@ -32,12 +32,11 @@ def respond(thought, answer, tag):
 # ---------------------------------------------------------------------------------------------- the file
 
 
-def open_raw(path, settings):
-    """(the traces that a file of raw traces holds, the file opened for appending).
+def read_raw(path, settings):
+    """({(problem id, sample): trace} of a file of raw traces, the length of its whole lines in bytes).
 
-    A last line that was cut off by a crash is removed. Raises ValueError when the file was made with other settings.
+    Raises ValueError when the file was made with other settings.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     content = Path(path).read_bytes() if Path(path).exists() else b""
     content = content[:content.rfind(b"\n") + 1]
     traces = {}
@@ -54,9 +53,16 @@ def open_raw(path, settings):
             other = [f"{k} {found.get(k)!r}, now {settings.get(k)!r}" for k in {**found, **settings}
                      if found.get(k) != settings.get(k)]
             raise ValueError(f"{path} was made with other settings ({'; '.join(other)}); give another --out")
+    return traces, len(content)
+
+
+def open_raw(path, settings):
+    """(the traces in a file of raw traces, the file opened for appending, without a line that a crash cut off)."""
+    traces, size = read_raw(path, settings)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab", buffering=0)
-    file.truncate(len(content))
-    if not content:
+    file.truncate(size)
+    if not size:
         append(file, {"settings": settings})
     return traces, file
 
@@ -70,6 +76,13 @@ def append(file, row):
 
 class Garbage(Exception):
     """A reply that is not one; asking again may help."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection, which would carry the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
 
 
 class Pace:
@@ -131,7 +144,7 @@ def ask(url, payload, headers, pace, retries, timeout_s, backoff_s):
             return None
         asked, delay = time.monotonic(), 0
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout_s) as reply:
                 return read_reply(reply, asked + timeout_s) | {"seconds": round(time.monotonic() - asked, 2)}
         except HTTPError as error:
             if error.code < 500 and error.code not in (408, 409, 425, 429):

@@ -35,8 +35,8 @@ sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
 
 from data import FAMILIES, load_problems, split_of  # noqa: E402
 from data.steps import check_text  # noqa: E402
-from data.teachers import (INSTRUCTION, ask_endpoint, ask_gsm8k, ask_model, ask_solver, open_raw, respond,  # noqa: E402
-                           rewrite_gsm8k)
+from data.teachers import (INSTRUCTION, ask_endpoint, ask_gsm8k, ask_model, ask_solver, open_raw, read_raw,  # noqa: E402
+                           respond)
 from verify import extract_answer, verify_many  # noqa: E402
 
 
@@ -103,7 +103,7 @@ def load_families():
 
 
 def collect(problems, args, families):
-    """Raw traces of the problems, those of an earlier run included: {(problem id, sample): trace}, and what it cost."""
+    """(raw traces, those of earlier runs included: {(problem id, sample): trace}, what this run cost, its settings)."""
     built_in = args.teacher in ("solver", "gsm8k-solutions") and not args.teacher_url
     kind = "endpoint" if args.teacher_url else args.teacher if built_in else "model"
     fields = {"solver": ("seed", "think_tag", "error_rate"), "gsm8k-solutions": ("think_tag",)}.get(
@@ -111,9 +111,10 @@ def collect(problems, args, families):
     settings = {"teacher": kind, "model": args.teacher_model or args.teacher}
     settings |= {name: getattr(args, name) for name in fields}
     samples = 1 if built_in else args.samples
-    traces, file = open_raw(Path(args.out).with_suffix(".raw.jsonl"), settings)
+    path = Path(args.out).with_suffix(".raw.jsonl")
+    traces, file = open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
-    cost = Counter({"already there": len(traces)})
+    cost = Counter()
     with file, tqdm(total=len(jobs), desc=f"traces by {settings['model']}", disable=not jobs) as bar:
         def progress(reply):
             for key in ("prompt_tokens", "completion_tokens"):
@@ -132,7 +133,7 @@ def collect(problems, args, families):
             ask_solver(jobs, settings, file, families=families, progress=progress)
         else:
             ask_gsm8k(jobs, settings, file, progress=progress)
-    return open_raw(Path(args.out).with_suffix(".raw.jsonl"), settings)[0], cost, settings
+    return read_raw(path, settings)[0], cost, settings
 
 
 def split_response(text):

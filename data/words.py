@@ -7,7 +7,7 @@ a riddle, in which people own as many things as others do, told in any order and
 import operator
 import re
 
-from data.families import conclude, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
+from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
 
 NAMES = ("Ada Amir Bela Carlos Chen Dara Elif Farid Grace Hugo Ines Jonas Kofi Lena Marta Nia Omar Priya Quinn Rosa "
          "Sven Tomas Uma Vera Wanda Yuki Zoe").split()
