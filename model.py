@@ -286,7 +286,7 @@ def save_model(out_dir, params, config, like):
     out_dir, like = Path(out_dir).resolve(), Path(like)
     if out_dir.exists() and not (out_dir / "config.json").is_file() and (out_dir.is_file() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not a model directory; name another, or remove it")
-    staging, old = out_dir.with_name(out_dir.name + ".writing"), out_dir.with_name(out_dir.name + ".old")
+    staging, old = (out_dir.with_name(out_dir.name + end) for end in (".writing", ".replaced"))
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
@@ -579,8 +579,8 @@ def forward(params, config, tokens, positions=None, cache=None):
 def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=None, entropy_grad=False):
     """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
 
-    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time (default: as many
-    as make 2**27 logits, 0.5 GiB) and, with more than one slice, made again in the backward pass: with 151,936 words,
+    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time (default: what
+    makes 2**27 logits, 0.5 GiB) and, with more than one slice, made again in the backward pass: with 151,936 words,
     8,192 positions of float32 logits and their gradient would take 9.3 GiB. The entropy carries a gradient only when
     `entropy_grad` asks for it.
     """

@@ -106,8 +106,10 @@ def _boxes(text, strict):
     for match in reversed(list(BOX.finditer(text))[-20:]):
         opened = text[match.end() : match.end() + 1] == "{"
         end = _braced(text, match.end()) if opened else None
-        if edge is not None and (end is None or not BETWEEN_BOXES.fullmatch(text, end, edge)):
-            break
+        if edge is not None:
+            joint = BETWEEN_BOXES.fullmatch(text, end, edge) if end is not None else None
+            if joint is None or not re.search("[,;&]|and|or", joint[0]):
+                break
         if end is not None:
             content = text[match.end() + 1 : end - 1]
             if edge is None and PERCENT.match(text, end):
@@ -232,6 +234,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\\(?:color|textcolor)\s*\{[^{}]*\}|\\(?:tag|label|hspace|vspace)\*?\s*\{[^{}]*\}", " "),
     (r"([\])])\s*(?:U|u|union)\s*(?=[\[(])", r"\1\\cup "),
     (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"^(?:[\s=:*]|\\approx|\\therefore)+", ""),
     (r"(?<=[\d)])!=", "! ="),  # 5!=120 is a factorial, x != 5 is not
 ]]  # fmt: skip
 UNEVALUATED = re.compile(r"\\(?:sum|prod|int|lim|det|deg|dim|Pr)(?![a-z])")
@@ -431,7 +434,7 @@ OPERANDS = {*BRACKETS, *"number sym const fn { set{ frac sqrt cbrt binom begin i
 SEPARATORS = (",", ";", "and", "or", "newline")
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result solution solutions we get "
-    "have choice option approximately about roughly exactly that it be of".split()
+    "have choice option approximately about roughly exactly that it be of all".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys(
