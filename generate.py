@@ -10,7 +10,7 @@
 
 A prompt is computed once and its keys and values are held once: its samples attend to them together, and each to its
 own tokens (Hydragen, arXiv:2402.05099). Rows that finish leave the batch and waiting ones take their place (Orca, OSDI
-2022). Bounds on thinking are those of s1, arXiv:2501.19393. A GPU runs the same code, its steps replayed as CUDA graphs.
+2022). Bounds on thinking are those of s1, arXiv:2501.19393. A GPU runs the same code, and replays it as CUDA graphs.
 """
 
 import argparse
@@ -324,7 +324,7 @@ def decode_layer(weights, config, x, cos, sin, own, shared, state, slots, own_bi
 
 
 def decode_step(weights, layers, config, state, own, shared, rope, sampling, layer_fn):
-    """Feed each row's last token, draw the next: tokens [B], log-probabilities [B]. Moves `state` on, writes to `own`."""
+    """Feed each row's last token, draw the next: tokens [B] and log-probabilities [B]. Writes to `state` and `own`."""
     _, B, K, S, _ = own[0].shape
     device, dtype = own[0].device, own[0].dtype
     slots = torch.arange(2 * B * K, device=device).view(2, B, K).transpose(0, 1) * S + state.lengths[:, None, None]
@@ -435,12 +435,14 @@ def steer_thinking(row, rules):
         if opening in rules.text(row.tokens[-len(opening):]):
             row.opened = len(row.tokens)
         return
-    thought, spent = rules.text(row.tokens[row.opened:]), len(row.tokens) - row.opened
+    spent = len(row.tokens) - row.opened
+    thought = rules.text(row.tokens[-min(spent, 32):] if spent else [])  # its end, where the tag would be
     if closing not in thought:
         if rules.think_budget and spent >= rules.think_budget and not row.queue:
             row.queue = rules.encode(("" if thought.endswith("\n") else "\n") + closing + "\n")
     elif spent < rules.think_minimum and not (row.queue or row.forced[-1:] == [len(row.tokens) - 1]):
-        while len(rules.text(row.tokens[row.opened:])) > thought.index(closing):  # take the tag back, as the cache does
+        length = len(rules.text(row.tokens[row.opened:]).partition(closing)[0])
+        while len(rules.text(row.tokens[row.opened:])) > length:  # take the tag back, as the cache does
             row.tokens.pop()
             row.logprobs.pop()
         row.queue = rules.encode("Wait")
@@ -563,7 +565,7 @@ def batch_state(batch, device):
 
 def check_request(config, prompts, **settings):
     for name, value in settings.items():
-        least, most = {"top_p": (1e-9, 1), "temperature": (0, math.inf), "top_k": (0, math.inf)}.get(name, (1, math.inf))
+        least, most = (1e-9, 1) if name == "top_p" else (0 if name in ("temperature", "top_k") else 1, math.inf)
         if not least <= value <= most:
             bounds = "above 0 and at most 1" if name == "top_p" else f"at least {least}"
             raise ValueError(f"{name} is {value}, expected {bounds}")
@@ -571,7 +573,7 @@ def check_request(config, prompts, **settings):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; give it at least one token, such as the end-of-text token")
         if len(prompt) >= config.max_context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which leave no room in a context of {config.max_context}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which fill the context of {config.max_context}")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise ValueError(f"prompt {i} holds a token outside the vocabulary of {config.vocab_size}")
 
@@ -757,8 +759,8 @@ def benchmark(weights, config, args):
         step_s = stats["decode_s"] / n
         share = step_floor_s(config, weights, batch, 1.5 * n, ceiling) / step_s
         print(f"fixed, batch {batch:3d} | {stats['tok_s']:8.1f} sampled tok/s, prefill included | prefill "
-              f"{batch * n / stats['prefill_s']:8.1f} tok/s | decode {batch / step_s:8.1f} tok/s, {step_s * 1e3:6.2f} ms "
-              f"a step, {share:4.0%} of the roofline", flush=True)
+              f"{batch * n / stats['prefill_s']:8.1f} tok/s | decode {batch / step_s:8.1f} tok/s, "
+              f"{step_s * 1e3:6.2f} ms a step, {share:4.0%} of the roofline", flush=True)
     if "mixed" in args.benchmark:
         prompts = [random_prompt(rng.randint(50, 400)) for _ in range(64)]
         lengths = [[rng.randint(16, 256) for _ in range(8)] for _ in prompts]

@@ -19,8 +19,8 @@ import statistics
 import sys
 from collections import Counter
 
-from eval import (PRESETS, SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, load_shots, maj_at_k,
-                  majority_vote, markdown, measure, open_run, paired_bootstrap, pass_at_k, percent,  # noqa: F401
+from eval import (PRESETS, SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, is_tiny, load_shots,
+                  maj_at_k, majority_vote, markdown, measure, open_run, paired_bootstrap, pass_at_k, percent,  # noqa: F401
                   print_settings, prompt_tokens, rated, score_row, scores_of, settings_of, summarize, votes_of)
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
@@ -110,8 +110,10 @@ def adaptive(votes, right, confidence, orders=20, seed=0):
 def compare_prompts(run, args):
     """Chain-of-thought ablation, greedy: the answer at once, zero-shot, and after 1 to 8 solved problems."""
     rows, lines, baseline = [], [], None
-    for prompt, k in [("direct", 0), ("plain", 0), ("cot", 0), *(("cot", k) for k in args.exemplars)]:
-        changes = {"prompt": prompt, "shots": load_shots(args, run.settings["data"], run.problems, k), "temperature": 0.0}
+    at_once = "plain" if is_tiny(run.config) else "direct"  # the tiny model does not know what "only" means
+    for prompt, k in [(at_once, 0), ("cot", 0), *(("cot", k) for k in args.exemplars)]:
+        shots = load_shots(args, run.settings["data"], run.problems, k)
+        changes = {"prompt": prompt, "shots": shots, "temperature": 0.0}
         name = prompt + (f" after {k} solved problem{'s' * (k > 1)}" if k else "")
         longest = max(map(len, prompt_tokens(run._replace(ask=run.ask | changes))))
         if longest + run.ask["max_new_tokens"] > run.config.max_context:
@@ -123,7 +125,7 @@ def compare_prompts(run, args):
         rows.append(row)
         lines.append([name, rated(row), percent(*row["lenient"]), against(scores, baseline), f"{row['tokens_mean']:.0f}",
                       f"{row['seconds']:.1f}"])
-    print(markdown(["prompt", "strict, % [95 %]", "lenient", "points over direct", "tokens", "seconds"], lines))
+    print(markdown(["prompt", "strict, % [95 %]", "lenient", f"points over {at_once}", "tokens", "seconds"], lines))
     return rows
 
 

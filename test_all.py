@@ -656,50 +656,88 @@ import verify as verifier
 
 _EQUAL = r"""
 14{,}916 = 14916 || 5,\!636 = 5636 || 5\,636 = 5{,}636 || 1,234,567 = 1234567 || 11,\! 111,\! 100 = 11111100
-1\frac45 = 9/5 || 1\frac45 = 1.8 || 2 1/3 = \frac73 || -1\frac{1}{2} = -1.5 || 8\text{ }\frac47 = \frac{60}{7} || 2½ = 2.5
-\frac12 = .5 || \frac 59 = \frac{10}{18} || \tfrac{3}4 = 0.75 || (3)/(4) = \left(\frac{3}{4}\right) || -\frac{9}{15} = \frac{-3}5
-1.5\times10^3 = 1500 || 6.02e23 = 6.02 \cdot 10^{23} || 1e-6 = 10^{-6} || 3.2x10^5 = 320000 || 10.50 \times 10^{6} = 1.05e7
-0.\overline{6} = 2/3 || 0.1\overline{6} = 1/6 || 0.333... = 1/3 || 2.\overline{3} = \frac73 || 3.33333333333 = \frac{10}{3}
-\$18.90 = 18.9 || \$-8,192 = -8192 || €5 = 5 || 15\mbox{ cm}^2 = 15 || 5\mathrm{~cm}^2 = 5 || 12 cm² = 12 || 5\text{ m/s} = 5
-17 \text{ any text} = 17 || -80\ \mathrm{square\ units} = -80 || 5 \text{ million} = 5000000 || 3\frac12\text{ hours} = 3.5
+1\frac45 = 9/5 || 1\frac45 = 1.8 || 2 1/3 = \frac73 || -1\frac{1}{2} = -1.5 || 8\text{ }\frac47 = \frac{60}{7}
+2½ = 2.5
+\frac12 = .5 || \frac 59 = \frac{10}{18} || \tfrac{3}4 = 0.75 || (3)/(4) = \left(\frac{3}{4}\right)
+-\frac{9}{15} = \frac{-3}5
+1.5\times10^3 = 1500 || 6.02e23 = 6.02 \cdot 10^{23} || 1e-6 = 10^{-6} || 3.2x10^5 = 320000
+10.50 \times 10^{6} = 1.05e7
+0.\overline{6} = 2/3 || 0.1\overline{6} = 1/6 || 0.333... = 1/3 || 2.\overline{3} = \frac73
+3.33333333333 = \frac{10}{3}
+\$18.90 = 18.9 || \$-8,192 = -8192 || €5 = 5 || 15\mbox{ cm}^2 = 15 || 5\mathrm{~cm}^2 = 5 || 12 cm² = 12
+5\text{ m/s} = 5
+17 \text{ any text} = 17 || -80\ \mathrm{square\ units} = -80 || 5 \text{ million} = 5000000
+3\frac12\text{ hours} = 3.5
 28\% = 28 || 28\% = 0.28 || \frac{1}{2}\% = 0.005 || 198 \% = 198 || 50\text{ percent} = 50
-90^\circ = 90 || 54° = 54^{\circ} || \angle ABC = 69^\circ := 69\text{ degrees} || \cos 60^\circ = \frac12 || \sin(90^\circ-x) = \cos x
+90^\circ = 90 || 54° = 54^{\circ} || \angle ABC = 69^\circ := 69\text{ degrees} || \cos 60^\circ = \frac12
+\sin(90^\circ-x) = \cos x
 \text{(C)} = c || \textbf{(C)} = C || (C) = \mathrm{C} || \text{(A)}\ 12 = A || (A) 12 = 12 || \text{Monday.} = monday
-\text{does not exist} = \text{DNE} || \text{an ellipse} = ellipse || \text{five} = 5 || \text{No solution} = \emptyset || \{\} = \varnothing
+\text{does not exist} = \text{DNE} || \text{an ellipse} = ellipse || \text{five} = 5 || \text{No solution} = \emptyset
+\{\} = \varnothing
 52_8 = 52_{8} || 52_{\text{eight}} = 52_8 || 2^{100} = 1267650600228229401496703205376 || 6 \cdot 6^{999} = 6^{1000}
-\binom{30}{11} = \binom{30}{19} || {10 \choose 3} = 120 || 13 \cdot 12! = 13! || n! = n (n-1)! || \frac{1}{2024!} = 1/2024!
+\binom{30}{11} = \binom{30}{19} || {10 \choose 3} = 120 || 13 \cdot 12! = 13! || n! = n (n-1)!
+\frac{1}{2024!} = 1/2024!
 2^{300000} = 4^{150000} || \frac{9^{9^9}}{9^{9^9}} = 1 || \binom{n}{2} = \frac{n(n-1)}{2} || \gcd(12,18) = 6
-8\sqrt2 = \sqrt{128} || 5√7 = \sqrt[2]{175} || \sqrt[3]{-8} = -2 || \sqrt{3+2\sqrt2} = 1+\sqrt2 || 8 \cdot 2^{1/2} = 8\sqrt 2 || sqrt(3)/2 = \frac{\sqrt3}{2}
+8\sqrt2 = \sqrt{128} || 5√7 = \sqrt[2]{175} || \sqrt[3]{-8} = -2 || \sqrt{3+2\sqrt2} = 1+\sqrt2
+8 \cdot 2^{1/2} = 8\sqrt 2 || sqrt(3)/2 = \frac{\sqrt3}{2}
 \frac{\pi}{4} = 0.7853981634 || 3π = 3\pi || 256*pi = 256 \pi || 18+2pi = 2(9+\pi) || e^{i\pi} = -1
-\log_2 3 = \frac{\ln 3}{\ln 2} || \log 100 = 2 || \ln 8 = 3 \ln 2 || \log(xy) = \log x + \log y || \sin^{-1} x = \arcsin x || \tan^2 y + 1 = \sec^2 y
+\log_2 3 = \frac{\ln 3}{\ln 2} || \log 100 = 2 || \ln 8 = 3 \ln 2 || \log(xy) = \log x + \log y
+\sin^{-1} x = \arcsin x || \tan^2 y + 1 = \sec^2 y
 i = 0+1i || 27i - 11 = -11 + 27 \cdot i || 4+6\mathrm{i} = 6i+4 || 8 - 2*I = 8-2i || |3-4i| = 5 || z = 8 - 1i := 8-i
-x**2 = x² || \frac{1}{y}+y = \frac{y^2+1}{y} || 36x\sqrt{35x} = 36\sqrt{35}x^{\frac32} || |x-3| = |3-x| || \frac{1}{\sqrt{n}} = 1/sqrt(n)
-(x+1)/(x-1) = \frac{x+1}{x-1} || \sqrt{x^2} = |x| || x^{2/3} = \sqrt[3]{x^2} || \sin 3x = sin(3*x) || \lfloor x+1\rfloor = 1+\lfloor x\rfloor
-(x,y) = (1,2) := (1,2) || x=1, y=2 := (1,2) || \bigl(-3 ,\, 2\bigr) = (-3,2) || \langle 1,2\rangle = (1,2) || (1,2,3) = \begin{pmatrix}1\\2\\3\end{pmatrix}
-3, 5, 7 = \{7,3,5\} || 3 \text{ and } 4 = 4,3 || x=24, x=-3 := -3, 24 || 0; 1; 2 = 2,1,0 || (1,2),(3,4) = (3,4) \text{ and } (1,2) || 100,101,102 = 100, 101, 102
-1\pm\sqrt5 = 1-\sqrt5, 1+\sqrt5 || x = \pm 3 := 3 \text{ or } -3 || \{1\pm\sqrt5,-2\} = -2, 1\pm\sqrt{5} || -4 ± 2i = -4+2i,-4-2i
-(2,12)\cup(12,102) = (12,102) \cup (2, 12) || [1,2]\cup[2,3] = [1,3] || -2\le x<3 = [-2,3) || \{x|-2\leq x < 1\} = [-2,1) || x \in [46, +\infty) = x \ge 46
-x \ne 0 = (-\infty,0)\cup(0,\infty) || \mathbb{R}\setminus\{0\} = x \neq 0 || ℝ = (-∞, ∞) || |x|<3 = (-3,3) || -x >= -1 = x <= 1
-x \le -2 \text{ or } x \ge 5 = (-\infty,-2]\cup[5,\infty) || k \ge -36 \text{ and } k \le 104 = -36 \le k \le 104 || a \geqslant 1.5 = a \ge \frac32 || x+y>2 = 2 < x+y
-\begin{bmatrix}1 & 2\\ 3 & 4\\ \end{bmatrix} = \left[\begin{array}{cc}1&2\\3&4\end{array}\right] || [[1,2],[3,4]] = A = \begin{pmatrix}1&2\\3&4\end{pmatrix} || \frac13\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1/3\\2/3\end{pmatrix}
-x=5 := 5 || 5=x := 5 || k=1+1=2 := 2 || x=1/3\approx0.33 := 1/3 || f(x)=2x+3 := y = 2x+3 || y=2x+3 := 2x-y+3=0 || x^2/16+y^2/12=1/4 := \frac{x^2}{4}+\frac{y^2}3=1
-f^{-1}(x) = \frac{x-1}{2} := \frac{x-1}2 || \frac{dy}{dx} = 2x := 2x || |AB| = 1 := 1 || S_{MBCN}:S=7:32 := 7:32 || \sum_{k=1}^3 k = 6 := 6 || 3:4 = 6:8
+x**2 = x² || \frac{1}{y}+y = \frac{y^2+1}{y} || 36x\sqrt{35x} = 36\sqrt{35}x^{\frac32} || |x-3| = |3-x
+\frac{1}{\sqrt{n}} = 1/sqrt(n)
+(x+1)/(x-1) = \frac{x+1}{x-1} || \sqrt{x^2} = |x || x^{2/3} = \sqrt[3]{x^2} || \sin 3x = sin(3*x)
+\lfloor x+1\rfloor = 1+\lfloor x\rfloor
+(x,y) = (1,2) := (1,2) || x=1, y=2 := (1,2) || \bigl(-3 ,\, 2\bigr) = (-3,2) || \langle 1,2\rangle = (1,2)
+(1,2,3) = \begin{pmatrix}1\\2\\3\end{pmatrix}
+3, 5, 7 = \{7,3,5\} || 3 \text{ and } 4 = 4,3 || x=24, x=-3 := -3, 24 || 0; 1; 2 = 2,1,0
+(1,2),(3,4) = (3,4) \text{ and } (1,2) || 100,101,102 = 100, 101, 102
+1\pm\sqrt5 = 1-\sqrt5, 1+\sqrt5 || x = \pm 3 := 3 \text{ or } -3 || \{1\pm\sqrt5,-2\} = -2, 1\pm\sqrt{5}
+-4 ± 2i = -4+2i,-4-2i
+(2,12)\cup(12,102) = (12,102) \cup (2, 12) || [1,2]\cup[2,3] = [1,3] || -2\le x<3 = [-2,3)
+\{x|-2\leq x < 1\} = [-2,1) || x \in [46, +\infty) = x \ge 46
+x \ne 0 = (-\infty,0)\cup(0,\infty) || \mathbb{R}\setminus\{0\} = x \neq 0 || ℝ = (-∞, ∞) || |x|<3 = (-3,3)
+-x >= -1 = x <= 1
+x \le -2 \text{ or } x \ge 5 = (-\infty,-2]\cup[5,\infty) || k \ge -36 \text{ and } k \le 104 = -36 \le k \le 104
+a \geqslant 1.5 = a \ge \frac32 || x+y>2 = 2 < x+y
+\begin{bmatrix}1 & 2\\ 3 & 4\\ \end{bmatrix} = \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
+[[1,2],[3,4]] = A = \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\frac13\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1/3\\2/3\end{pmatrix}
+x=5 := 5 || 5=x := 5 || k=1+1=2 := 2 || x=1/3\approx0.33 := 1/3 || f(x)=2x+3 := y = 2x+3 || y=2x+3 := 2x-y+3=0
+x^2/16+y^2/12=1/4 := \frac{x^2}{4}+\frac{y^2}3=1
+f^{-1}(x) = \frac{x-1}{2} := \frac{x-1}2 || \frac{dy}{dx} = 2x := 2x || |AB| = 1 := 1 || S_{MBCN}:S=7:32 := 7:32
+\sum_{k=1}^3 k = 6 := 6 || 3:4 = 6:8
 """
 _DIFFERENT = r"""
-(2,1) = (1,2) || [0,1) = [0,1] || (1,2) = 1,2 || \{1,2\} = (1,2) || (1,2) = [1,2] || (1,2,0) = (1,2) || 3 \text{ or } 4 = 3 || 3,4,17 = 3,4 || 1,1,2 = 1,2,2
-0.33 = 1/3 || 0.333 = \frac13 || 3.14 = \pi || 7.78 = \frac{70}{9} || 30.01 = 30 || 2.9999999999 = 3 || 99999999999.5 = 100000000000 || 1.41421358 = \sqrt2
-52_8 = 52_7 || 52_8 = 52 || 52_8 = 42 || 28\% = 2.8 || 28\% = 2800\% || 0.28 = 28 || \$5 = 50 || 10\text{ units} = 100 || 1,2345 = 12345 || (2, 598) = 2598
-2^{100} = 2^{100}+1 || 6^{1000} = 6^{1001} || 2^{300000} = 2^{300000}+1 || \frac{1}{2024!} = \frac{1}{2025!} || 1e-20 = 2e-20 || e^{-200} = e^{-201} || 10^{-20} = 0
-\sqrt{10^{40}+1} = 10^{20} || 1234567890123456789 = 1234567890123456788 || 123456789x = 123456788x || 5! = 60 || \binom{30}{11} = \binom{30}{12}
-8\sqrt2 = 2\sqrt8 || 10\sqrt2 = 10+\sqrt2 || \sqrt{x^2} = x || \sin x = \cos x || \log_2 3 = \log_3 2 || \sin x^2 = \sin^2 x || f(x) = f(y) || x = y || 2x = x
-1+2i = 1-2i || 5i = 5 || 1\frac45 = \frac{14}5 || 8\frac47 = \frac{84}7 || \frac{72}{425} = 72425 || 41230x = 41230 || -3^2 = 9 || (4^2)^3 = 4^{2^3}
-\infty = -\infty || \emptyset = 0 || \mathbb{R} = \mathbb{Z} || \mathbb{R} = (0,\infty) || \text{DNE} = 0 || \text{none of the above} = \emptyset || \text{infinitely many} = \infty
-x>3 = x\ge 3 || x>3 = x<3 || x>3 = 3 || x \ne 5 = 5 || (-\infty,3) = (-\infty,3] || -36 < k \le 104 = -36 \le k \le 104 || k \le 104 = -36 \le k \le 104 || [x,y) = [1,2) || k>5 = x>5
-(1,2)\cap(3,4) = (1,2)\cup(3,4) || (1,2)\cup(3,4) = (1,4) || x^2+y^2<4 = x^2+y^2\le4 || \{x|-2\leq x < 1\} = (-2,1) || 1\pm\sqrt5 = 1+\sqrt5
-y^2=12x := 12x || 4x-5y=-50 := -50 || x+y=5 := 5 || x=5 := y=5 || y=2x+3 := y=3x+2 || 2x - 3y + 7 = 0 := 2x - 3y + 8 = 0 || \cos x=\frac12 := \sin x=\frac12 || x = x := x || 0 = 0 := 1
-\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix} || \begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1&2\end{pmatrix} || \begin{pmatrix}1&2\\3&4\end{pmatrix} = \begin{pmatrix}1&3\\2&4\end{pmatrix}
-\text{not Monday} = \text{Monday} || \text{June 20} = \text{July 20} || 3 hours 20 minutes = 20 hours 3 minutes || \text{5 or more} = 5 || \text{at least 5} = 5 || odd = oddd || (A) 12 = B
-\int_0^1 x dx = \frac12 || \sum_{k=1}^{10} k = 55 || 2+2=5 := 5 || ANSWER = 5 || ? = 5 || , = 3, 4 || () = (1,2) || \ldots = 5 || - = 5 || 3 \pmod 7 = 4 \pmod 7 || 7:32 = 32:7
+(2,1) = (1,2) || [0,1) = [0,1] || (1,2) = 1,2 || \{1,2\} = (1,2) || (1,2) = [1,2] || (1,2,0) = (1,2)
+3 \text{ or } 4 = 3 || 3,4,17 = 3,4 || 1,1,2 = 1,2,2
+0.33 = 1/3 || 0.333 = \frac13 || 3.14 = \pi || 7.78 = \frac{70}{9} || 30.01 = 30 || 2.9999999999 = 3
+99999999999.5 = 100000000000 || 1.41421357 = \sqrt2
+52_8 = 52_7 || 52_8 = 52 || 52_8 = 42 || 28\% = 2.8 || 28\% = 2800\% || 0.28 = 28 || \$5 = 50 || 10\text{ units} = 100
+1,2345 = 12345 || (2, 598) = 2598
+2^{100} = 2^{100}+1 || 6^{1000} = 6^{1001} || 2^{300000} = 2^{300000}+1 || \frac{1}{2024!} = \frac{1}{2025!}
+1e-20 = 2e-20 || e^{-200} = e^{-201} || 10^{-20} = 0
+\sqrt{10^{40}+1} = 10^{20} || 1234567890123456789 = 1234567890123456788 || 123456789x = 123456788x || 5! = 60
+\binom{30}{11} = \binom{30}{12}
+8\sqrt2 = 2\sqrt8 || 10\sqrt2 = 10+\sqrt2 || \sqrt{x^2} = x || \sin x = \cos x || \log_2 3 = \log_3 2
+\sin x^2 = \sin^2 x || f(x) = f(y) || x = y || 2x = x
+1+2i = 1-2i || 5i = 5 || 1\frac45 = \frac{14}5 || 8\frac47 = \frac{84}7 || \frac{72}{425} = 72425 || 41230x = 41230
+-3^2 = 9 || (4^2)^3 = 4^{2^3}
+\infty = -\infty || \emptyset = 0 || \mathbb{R} = \mathbb{Z} || \mathbb{R} = (0,\infty) || \text{DNE} = 0
+\text{none of the above} = \emptyset || \text{infinitely many} = \infty
+x>3 = x\ge 3 || x>3 = x<3 || x>3 = 3 || x \ne 5 = 5 || (-\infty,3) = (-\infty,3]
+-36 < k \le 104 = -36 \le k \le 104 || k \le 104 = -36 \le k \le 104 || [x,y) = [1,2) || k>5 = x>5
+(1,2)\cap(3,4) = (1,2)\cup(3,4) || (1,2)\cup(3,4) = (1,4) || x^2+y^2<4 = x^2+y^2\le4 || \{x|-2\leq x < 1\} = (-2,1)
+(2,-1] = (2,-1) || (1,1] = (1,1) || [5, \infty] = [5,\infty) || 2.33333333334 = \frac73 || 1\pm\sqrt5 = 1+\sqrt5
+y^2=12x := 12x || 4x-5y=-50 := -50 || x+y=5 := 5 || x=5 := y=5 || y=2x+3 := y=3x+2
+2x - 3y + 7 = 0 := 2x - 3y + 8 = 0 || \cos x=\frac12 := \sin x=\frac12 || x = x := x || 0 = 0 := 1
+\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}2\\1\end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix} = \begin{pmatrix}1&2\end{pmatrix}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} = \begin{pmatrix}1&3\\2&4\end{pmatrix}
+\text{not Monday} = \text{Monday} || \text{June 20} = \text{July 20} || 3 hours 20 minutes = 20 hours 3 minutes
+\text{5 or more} = 5 || \text{at least 5} = 5 || odd = oddd || (A) 12 = B
+\int_0^1 x dx = \frac12 || \sum_{k=1}^{10} k = 55 || 2+2=5 := 5 || ANSWER = 5 || ? = 5 || , = 3, 4 || () = (1,2)
+\ldots = 5 || - = 5 || 3 \pmod 7 = 4 \pmod 7 || 7:32 = 32:7
 """
 
 
@@ -714,7 +752,8 @@ def test_verify_tables():
     for table, expected in ((_EQUAL, True), (_DIFFERENT, False)):
         for a, b in _pairs(table):
             for answer, reference in ((a, b), (b, a)):
-                assert verifier.judge(answer, reference)[0] is expected, (answer, reference, verifier.judge(answer, reference))
+                verdict = verifier.judge(answer, reference)
+                assert verdict[0] is expected, (answer, reference, verdict)
             assert expected or verifier.canonical(a) != verifier.canonical(b), (a, b)
             assert verifier.read(a) == ("raw", "") or verifier.equivalent(a, f" {a} "), a
 
@@ -727,7 +766,8 @@ def test_verify_extraction():
     """The last box wins, joined boxes are one answer, what follows the thinking block outranks what is in it."""
     for text, reference, expected in [
         (r"We get \boxed{1}. Wait: \boxed{2}.", "2", True), (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2", True),
-        (r"\boxed{3} or \boxed{4}", "3", False), (r"\boxed {\frac{1}{2}}", "0.5", True), (r"\fbox{\{1,2\}}", "2,1", True),
+        (r"\boxed{3} or \boxed{4}", "3", False), (r"$\boxed{15\frac12},$ or $\boxed{\frac{31}2}$", "15.5", True),
+        ("\\boxed{3}\n\n\\boxed{4}", "4", True), (r"\boxed {\frac{1}{2}}", "0.5", True), (r"\fbox{\{1,2\}}", "2,1", True),
         (r"\boxed{$75$}", "75", True), (r"\boxed{\text{The answer is } 5}", "5", True), (r"$\boxed{5", "5", True),
         (r"\boxed{50} percent", "0.5", True), (r"$\boxed{57}$, after 18 trials, see page 117.", "57", True),
         (r"\boxed{}", "", False), (r"\beginboxed{8\sqrt{6}}", r"8\sqrt6", True), ("\x08oxed{12}", "12", True),
@@ -928,7 +968,7 @@ def test_verify_fuzz(count=1500, seed=0):
         for output in (text, rf"so \boxed{{{text}}}"):
             for strict in (False, True):
                 answer = verifier.extract_answer(output, strict)
-                assert answer is None or verifier.judge(answer, reference)[0] in (True, False, None)
+                assert answer is None or verifier.judge(answer, reference)[1] != "error", (answer, reference)
         verifier.canonical(text)
         verifier.format_reward(text)
         slowest = max(slowest, (time.thread_time() - begin, text[:200]))
@@ -1029,7 +1069,7 @@ def _optim_command(home, run, *flags, processes=1):
 
 
 def _optim_finish(process, code=0):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code, (process.returncode, out, err)
     return out, err
 
@@ -1358,7 +1398,7 @@ def test_optim_many_processes():
     with _optim_dir() as home:
         alone = _optim_command(home, "alone")
         _, err = _optim_finish(_optim_command(home, "run", "--save-every", "6", "--fail-at", "8", processes=3), code=1)
-        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err and "it lost another" not in err, err
+        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err and err.count("failed: Traceback") == 1, err
         out, _ = _optim_finish(_optim_command(home, "run", "--fail-at", "0", "--resume", processes=2))
         assert "written by 3 processes" in out
         _optim_finish(alone)

@@ -118,7 +118,7 @@ def _boxes(text, strict):
             return None
         else:  # the closing brace is missing, or there never was one: `\boxed 5`
             content = re.split(r"\$|\n|\\\]|\\\)", text[match.end() + opened :], maxsplit=1)[0]
-        if content not in found:
+        if not any(judge(content, other)[0] for other in found):  # 15.5 or 31/2 is one answer
             found.insert(0, content)
         edge = match.start()
     return ", ".join(found) if found else None
@@ -253,6 +253,8 @@ LEXEME = re.compile(
     r"|(?P<letters>[a-zA-Z]+)|(?P<symbol>\\.|<=|>=|!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
 
+WORD_IN_TEXT = re.compile(r"[a-zA-Z]+(?:['.\-/][a-zA-Z]+)*")  # sq.ft, km/h, don't
+
 SYMBOLS = {
     **{char: char for char in "+-*/^_!%()[]{}|,;:&'"}, "**": "^", "\\%": "%", "\\{": "set{", "\\}": "set}", "\\|": "|",
     "\\\\": "newline", "+-": "pm", "+/-": "pm",
@@ -289,6 +291,11 @@ GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
     "upsilon phi varphi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega ell hbar".split()
 )
+KNOWN = {  # commands, by the kind and value of their token
+    **{name: ("sym", name) for name in GREEK}, **{name: ("fn", function) for name, function in FUNCTIONS.items()},
+    **{name: ("rel", relation) for name, relation in RELATIONS.items()}, "pi": ("const", "pi"),
+    **{name: (kind, name) for name, kind in COMMANDS.items()},
+}  # fmt: skip
 NUMERALS = {word: value for value, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 )}  # fmt: skip
@@ -370,12 +377,12 @@ def _tokens(text, mode=None):
             value, unit, at = _number(text, start, brackets > 0)
             tokens.append(Token("number", (value, unit), text[start:at], space))
         elif kind == "letters":
-            if mode:  # sq.ft, km/h and don't are one word
-                lexeme, at = re.compile(r"[a-zA-Z]+(?:['.\-/][a-zA-Z]+)*").match(text, start)[0], at
+            if mode:
+                lexeme = WORD_IN_TEXT.match(text, start)[0]
                 at = start + len(lexeme)
             tokens += _letters(lexeme, mode, space, after)
         elif kind == "command" and COMMANDS.get(lexeme) in ("text", "roman"):
-            at += len(text[at:]) - len(text[at:].lstrip())
+            at = text.find("{", at) if text[at:].lstrip().startswith("{") else at
             end = _braced(text, at) if text[at : at + 1] == "{" else None
             if end is None:
                 raise Unreadable("text without its group")
@@ -385,14 +392,9 @@ def _tokens(text, mode=None):
             tokens += [content[0]._replace(space=True), *content[1:]] if content else []
             at = end
         elif kind == "command":
-            for table, what in ((COMMANDS, None), (RELATIONS, "rel"), (FUNCTIONS, "fn")):
-                if lexeme in table:
-                    tokens.append(Token(what or table[lexeme], table[lexeme] if what else lexeme, lexeme, space))
-                    break
-            else:
-                if lexeme != "pi" and lexeme not in GREEK:
-                    raise Unreadable(f"unknown command {lexeme}")
-                tokens.append(Token("const" if lexeme == "pi" else "sym", lexeme, lexeme, space))
+            if lexeme not in KNOWN:
+                raise Unreadable(f"unknown command {lexeme}")
+            tokens.append(Token(*KNOWN[lexeme], lexeme, space))
         elif kind == "symbol":
             if lexeme in RELATIONS:
                 tokens.append(Token("rel", RELATIONS[lexeme], lexeme, space))
@@ -1097,9 +1099,9 @@ def sample(node, index=0, real=False):
     return None if value == math.inf else value
 
 
-def _is_long(number_):
+def _is_long(num):
     """Whether a decimal has enough digits to stand for an exact value."""
-    return bool(number_[2]) and abs(number_[1]) >= number_[2] * 10 ** (DECIMAL_DIGITS - 1)
+    return bool(num[2]) and abs(num[1]) >= num[2] * 10 ** (DECIMAL_DIGITS - 1)
 
 
 def _rounding(node):
@@ -1147,7 +1149,7 @@ def same_function(a, b):
     """
     constant = not symbols(a) | symbols(b)
     rounding = _rounding(a), _rounding(b)
-    tolerance = 0.0 if all(rounding) else max(rounding)
+    tolerance = 0.0 if all(rounding) else 0.6 * max(rounding)  # half a unit in the last place
     for real in (False,) if constant else (False, True):
         hits = 0
         for index in range(1 if constant else 40 if real else 12):
@@ -1210,27 +1212,36 @@ def _decimal(node):
     if node[0] == "neg":
         found = _decimal(node[1])
         return found and (-found[0], found[1])
-    if node[0] == "mul" and len(node) == 3 and node[1][0] == "num" and isinstance(scale := exact(node[2]), Fraction):
-        if scale and re.fullmatch(r"10*\.0|1e\+\d+", str(float(max(scale, 1 / scale)))):
+    if node[0] == "mul" and len(node) == 3 and node[1][0] == "num":
+        scale = exact(node[2])
+        large = max(scale, 1 / scale) if isinstance(scale, Fraction) and scale > 0 else Fraction(0)
+        if large and large == 10 ** round(math.log10(large.numerator)):
             node = ("num", node[1][1] * scale, node[1][2] * scale)
     return node[1:] if node[0] == "num" and _is_long(node) else None
 
 
 def _near(decimal, node):
-    """Whether a decimal is a constant to all the digits that it shows."""
+    """Whether a decimal is a constant, rounded or cut off after its last digit."""
     value, unit = decimal
     other = exact(node)
-    if other is not None or symbols(node):
-        return isinstance(other, Fraction) and other.denominator != 1 and abs(other - value) < unit
-    precise = _value(node, 0, False, _many_digits(60, threading.get_ident()))
-    if precise is None or precise == math.inf:
+    if other is None and not symbols(node):
+        m = _many_digits(60, threading.get_ident())
+        precise = _value(node, 0, False, m)
+        if precise is None or precise == math.inf or abs(precise.imag) > 1e-40:
+            return False
+        other = Fraction(int(m.floor(m.ldexp(precise.real, 300))), 2**300)
+    if not isinstance(other, Fraction) or other.denominator == 1:
         return False
-    return abs(precise - precise.context.rational(value)) < precise.context.rational(unit).real
+    return abs(other - value) <= unit / 2 or other * value > 0 and 0 < abs(other) - abs(value) < unit
 
 
 def _infinite(node):
     """1 for infinity, -1 for minus infinity, 0 for anything else."""
     return -_infinite(node[1]) if node[0] == "neg" else int(node == ("inf",))
+
+
+def _to_base_ten(node):
+    return ("fn", "log", node[2], number(10)) if node[:2] == ("fn", "Log") else node
 
 
 def same_value(a, b, trail):
@@ -1255,16 +1266,16 @@ def same_value(a, b, trail):
         x, y = (_residues(number(v)) if isinstance(v, Fraction) else v for v in (x, y))
     if x is not None and x == y:
         return True
-    if any(decimal and _near(decimal, other) for decimal, other in ((_decimal(a), b), (_decimal(b), a))):
-        return True
+    decimals = [(decimal, other) for decimal, other in ((_decimal(a), b), (_decimal(b), a)) if decimal]
+    if decimals:
+        return any(_near(decimal, other) for decimal, other in decimals)
     if x is not None and type(x) is type(y):
         return False
     if _infinite(a) or _infinite(b):
         return _infinite(a) == _infinite(b)
     verdict = same_function(a, b)
     if not verdict and (_has(a, "Log") or _has(b, "Log")):  # \log is to base e for some, to base 10 for others
-        to_ten = lambda n: ("fn", "log", n[2], number(10)) if n[:2] == ("fn", "Log") else n  # noqa: E731
-        verdict = same_function(_rebuild(a, to_ten), _rebuild(b, to_ten)) or verdict
+        verdict = same_function(_rebuild(a, _to_base_ten), _rebuild(b, _to_base_ten)) or verdict
     if verdict is None and trail.deep:
         import sympy
 
@@ -1325,7 +1336,12 @@ def _formula_of(node, variables):
         return EVERYTHING if tag == "reals" else NOTHING
     if tag == "interval" or tag == "tuple" and len(node) == 3:
         low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        operators = ">=" if opening == "[" else ">", "<=" if closing == "]" else "<"
+        ends, closed = (sample(low), sample(high)), (opening == "[", closing == "]")
+        if _infinite(low) and closed[0] or _infinite(high) and closed[1]:
+            raise ValueError("closed at infinity")
+        if None not in ends and (ends[0].real > ends[1].real or ends[0] == ends[1] and not all(closed)):
+            raise ValueError("an empty interval")
+        operators = ">=" if closed[0] else ">", "<=" if closed[1] else "<"
         return ("and", _comparison(operators[0], low), _comparison(operators[1], high))
     if tag in ("cup", "cap", "minus"):
         left, right = _formula_of(node[1], variables), _formula_of(node[2], variables)
@@ -1586,6 +1602,9 @@ def same_plain(a, b, trail):
     if {a[0], b[0]} & {"raw", "text", "number set"}:
         trail.tiers.append("words")
         return False
+    if {a[0], b[0]} == {"tuple", "interval"}:
+        trail.tiers.append("brackets")
+        return False
     if is_set(a) or is_set(b):
         return same_set(a, b, trail)
     items_a, items_b = _members(a), _members(b)
@@ -1652,8 +1671,8 @@ def judge(answer, reference, deep=False):
         return bool(answer) and answer == reference, "length"
     try:
         return _judge(answer, reference, deep)
-    except RecursionError:
-        return False, "depth"
+    except (ArithmeticError, RecursionError, ValueError):  # no known text leads here; none shall end a training run
+        return False, "error"
 
 
 def equivalent(answer, reference, timeout_s=TIMEOUT_S):
