@@ -87,8 +87,8 @@ def mix(x):
 
 
 def uniform(keys, draws):
-    """Noise without state: a float32 in [0, 1) for each pair of keys and draws, int64 [B] each."""
-    return (mix(keys + mix(draws + 1)) >> 40 & 0xFFFFFF).float() / 2**24
+    """Splitmix64: a float32 in [0, 1) for each pair of keys and draws, int64 [B] each. Without state, so no order matters."""
+    return (mix(keys + (draws + 1) * (0x9E3779B97F4A7C15 - 2**64)) >> 40 & 0xFFFFFF).float() / 2**24
 
 
 def row_key(seed, prompt_seed, sample):
@@ -100,9 +100,12 @@ def row_key(seed, prompt_seed, sample):
 def inverse_cdf(weights, noise):
     """The index whose stretch of the cumulative sum holds the noise: [B, V] >= 0, [B, 1] in [0, 1) -> [B, 1] int64.
 
-    In two levels, blocks of 64 and within one, so that the cumulative sum over a large vocabulary is never made.
+    A large vocabulary is searched in two levels, blocks of 64 and within one, without its whole cumulative sum.
     """
     B, V = weights.shape
+    if V <= 4096:
+        cdf = weights.cumsum(-1)
+        return torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
     width = math.gcd(V, 64)
     blocks = weights.view(B, -1, width)
     cdf = blocks.sum(-1).cumsum(-1)  # [B, V / width]
@@ -340,7 +343,7 @@ def decode_step(weights, layers, config, state, own, shared, rope, sampling, lay
     for i, of_layer in enumerate(layers):
         x = layer_fn(of_layer, config, x, cos, sin, own[i], shared and shared[i], state, slots, own_bias, shared_bias)
     logits = project(weights, "head", unit_norm(x, config)).float()
-    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), *sampling, state.forced)
+    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), *sampling)
     state.tokens.copy_(tokens)
     state.lengths.add_(1)
     state.draws.add_(1)
@@ -671,7 +674,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 
         def step_fn():
             return decode_step(weights, layers, config, state, batch.own, batch.shared, rope,
-                               (temperature, top_p, top_k), layer_fn)
+                               (temperature, top_p, top_k, state.forced if rules.bound_thinking else None), layer_fn)
 
         drawn = []
         for _ in range(min(stride, batch.own[0].shape[3] - longest, *(row.limit - len(row.tokens) for row in rows))):
@@ -686,13 +689,15 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                 row.take(token, logprob)
                 length = len(row.tokens)
                 finish = finish_reason(row, rules)
-                changed |= finish is not None or len(row.tokens) < length  # a thought that was reopened is shorter
+                changed |= len(row.tokens) < length  # a thought that was reopened
                 if on_token:
                     on_token(row.prompt, row.sample, row.tokens)
                 if finish:
                     results[row.prompt][row.sample] = Completion(row.tokens, row.logprobs, finish, row.forced)
                     batch.live[i] = None
                     break
+        free = batch.live.count(None)
+        changed |= free >= max(1, len(batch.live) // (16 if waiting else 4))  # prefill is better at several at once
         stats["decode_s"] += time.perf_counter() - begin
     return results
 

@@ -765,9 +765,11 @@ def test_verify_examples_in_docstrings():
 def test_verify_extraction():
     """The last box wins, joined boxes are one answer, what follows the thinking block outranks what is in it."""
     for text, reference, expected in [
-        (r"We get \boxed{1}. Wait: \boxed{2}.", "2", True), (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2", True),
+        (r"We get \boxed{1}. Wait: \boxed{2}.", "2", True),
+        (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2", True),
         (r"\boxed{3} or \boxed{4}", "3", False), (r"$\boxed{15\frac12},$ or $\boxed{\frac{31}2}$", "15.5", True),
-        ("\\boxed{3}\n\n\\boxed{4}", "4", True), (r"\boxed {\frac{1}{2}}", "0.5", True), (r"\fbox{\{1,2\}}", "2,1", True),
+        ("\\boxed{3}\n\n\\boxed{4}", "4", True), (r"\boxed {\frac{1}{2}}", "0.5", True),
+        (r"\fbox{\{1,2\}}", "2,1", True),
         (r"\boxed{$75$}", "75", True), (r"\boxed{\text{The answer is } 5}", "5", True), (r"$\boxed{5", "5", True),
         (r"\boxed{50} percent", "0.5", True), (r"$\boxed{57}$, after 18 trials, see page 117.", "57", True),
         (r"\boxed{}", "", False), (r"\beginboxed{8\sqrt{6}}", r"8\sqrt6", True), ("\x08oxed{12}", "12", True),
@@ -777,7 +779,8 @@ def test_verify_extraction():
         ("<think>x</think><answer>$4a-2$</answer>", "4a-2", True), ("**Answer**: $549$", "549", True),
         ("**Final Answer:** **161**", "161", True), ("## Final Answer\n$$\\frac{1}{2}$$", "1/2", True),
         ("The answers are $3$ and $4$.", "4,3", True), ("The answer is 3 or 4.", "3", False), ("Answer: C", "C", True),
-        ("Option F tempts, but the correct answer is (E).", "E", True), ("The answer is 42 because 6*7 = 42.", "42", True),
+        ("Option F tempts, but the correct answer is (E).", "E", True),
+        ("The answer is 42 because 6*7 = 42.", "42", True),
         ("Answer: 5!", "120", True), ("The answer is yes, because 3 > 2.", "yes", True), ("A: 160,000", "160000", True),
         ("The answer isn't 5. It's 6.", "6", True), ("Final Answer: The largest $n$ is 34.", "34", True),
         ("Then $m=3$, so she pays $18 a day.", "18", True), ("So, 5 + 4 = 9.", "9", True), ("x = -5", "-5", True),
@@ -799,11 +802,12 @@ def test_verify_strict_extraction():
 
 
 def test_verify_format_reward():
-    good = [r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]", r"$\boxed{\frac{1}{2}}$."]
+    good = [r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]", r"$\boxed{\frac12}$."]
     bad = [
         r"<think></think>\boxed{5}", r"<think> </think>\boxed{5}", r"<think>a\boxed{5}", r"a</think>\boxed{5}", "5",
         r"x<think>a</think>\boxed{5}", r"<think>a</think><think>b</think>\boxed{5}", r"<think>a</think>\boxed{}", "",
-        r"<think>\boxed{5}</think>", r"\boxed{5}\boxed{5}", r"\boxed{5} as I said", r"\boxed{5", r"<think>a</think></think>\boxed{5}",
+        r"<think>\boxed{5}</think>", r"\boxed{5}\boxed{5}", r"\boxed{5} as I said", r"\boxed{5",
+        r"<think>a</think></think>\boxed{5}",
     ]  # fmt: skip
     assert [verifier.format_reward(text) for text in good + bad] == [1.0] * len(good) + [0.0] * len(bad)
     assert verifier.format_reward(r"<thought>a</thought> \boxed{5}<|im_end|>", think_tag="thought") == 1.0
@@ -860,7 +864,8 @@ def test_verify_random_structures():
         a, b, c, d = ", ".join(values), ", ".join(other), ",".join(values[:2]), ", ".join([*values, "17"])
         assert verifier.equivalent(a, b) and verifier.equivalent(rf"\{{{a}\}}", b.replace(", ", r" \text{ and } "))
         assert not verifier.equivalent(f"({a})", f"({b})") and verifier.equivalent(rf"\left({a} \right)", f"({a})")
-        assert not verifier.equivalent(a, c) and not verifier.equivalent(a, d) and not verifier.equivalent(f"({a})", f"({d})")
+        assert not verifier.equivalent(a, c) and not verifier.equivalent(a, d)
+        assert not verifier.equivalent(f"({a})", f"({d})")
         low, high = sorted(rng.sample(range(-9, 10), 2))
         left, right = rng.choice("[("), rng.choice("])")
         less = {"[": r"\le", "(": "<", "]": r"\le", ")": "<"}
@@ -896,8 +901,8 @@ def test_verify_same_everywhere():
 def test_verify_imports_little():
     """Neither SymPy nor mpmath is loaded before it is needed, and nothing of this repository."""
     code = "import sys, verify; verify.verify('#### 1/2', '0.5'); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert not {"sympy", "mpmath", "torch", "model", "generate", "eval"} & set(loaded)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"sympy", "mpmath", "torch", "model", "generate", "eval"} & set(done.stdout.split())
 
 
 def test_verify_command_line():
@@ -908,7 +913,8 @@ def test_verify_command_line():
     assert done.returncode == 0 and "equal, by: exact number" in done.stdout, done
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        rows = [{"pred": "#### 5", "gold": "5", "expected": True, "category": "a"}, {"answer": "6", "reference": "5", "expected": True}]
+        right = {"pred": "#### 5", "gold": "5", "expected": True, "category": "a"}
+        rows = [right, {"answer": "6", "reference": "5", "expected": True}]
         file.write_text("\n".join(map(json.dumps, rows)))
         done = run("--file", str(file))
         assert done.returncode == 0 and "2 answers | 1 right" in done.stdout and "WRONG" in done.stdout, done
@@ -919,9 +925,10 @@ def test_verify_command_line():
 
 
 _PIECES = (
-    r"\frac \sqrt { } ( ) [ ] \{ \} | , ; + - * / ^ _ ! % = < \le \pm \cup \in \infty x y n i e f 1 9 99 0.5 . 1e9 e99 \pi "
-    r"\sin \log \binom \text{ \text{and} \begin{pmatrix} \end{pmatrix} & \\ \left \overline ° ² √ ∞ é $ \boxed{ ** "
-    r"^{9^{9^9}} \mathbb{R} \circ sqrt __import__('os') lambda:0 : \mid \lfloor \pmod gcd percent million cm <think> ½ ١ ̅ "
+    r"\frac \sqrt { } ( ) [ ] \{ \} | , ; + - * / ^ _ ! % = < \le \pm \cup \in \infty x y n i e f 1 9 99 0.5 . 1e9 e99 "
+    r"\pi \sin \log \binom \text{ \text{and} \begin{pmatrix} \end{pmatrix} & \\ \left \overline ° ² √ ∞ é $ \boxed{ ** "
+    r"^{9^{9^9}} \mathbb{R} \circ sqrt __import__('os') lambda:0 : \mid \lfloor \pmod gcd percent million cm "
+    "<think> ½ ١ ̅ "
 ).split() + ["\x00", "\ud800", "\u202e", " ", "\n", "9" * 50]
 
 
@@ -930,13 +937,14 @@ def _hostile_text(rng):
 
     def expression(depth):
         if depth == 0 or rng.random() < 0.25:
-            return rng.choice(["x", "y", "1", "2", "3.5", "10", r"\pi", "e", "i", "n", str(rng.randrange(10**9)), r"\infty", "-4", "0"])
+            return rng.choice([*"xyein0123", "3.5", "10", r"\pi", str(rng.randrange(10**9)), r"\infty", "-4"])
         a, b = expression(depth - 1), expression(depth - 1)
         return rng.choice([
-            f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", rf"\sqrt{{{a}}}", f"({a})^{{{b}}}", f"({a},{b})", f"[{a},{b})",
-            rf"\{{{a},{b}\}}", f"{a}={b}", rf"{a} \le {b}", f"|{a}|", rf"\sin({a})", f"({a})!", rf"\binom{{{a}}}{{{b}}}",
-            rf"\log_{{{a}}} {b}", rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}", f"({a})^{{({b})!}}",
-            rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"{a} \cup {b}", rf"\{{x \mid {a} < x\}}", rf"{a} \text{{ or }} {b}",
+            f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", rf"\sqrt{{{a}}}", f"({a})^{{{b}}}", f"({a},{b})",
+            f"[{a},{b})", rf"\{{{a},{b}\}}", f"{a}={b}", rf"{a} \le {b}", f"|{a}|", rf"\sin({a})", f"({a})!",
+            rf"\binom{{{a}}}{{{b}}}", rf"\log_{{{a}}} {b}", rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}",
+            f"({a})^{{({b})!}}", rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"{a} \cup {b}",
+            rf"\{{x \mid {a} < x\}}", rf"{a} \text{{ or }} {b}",
         ])  # fmt: skip
 
     kind = rng.random()
@@ -951,13 +959,13 @@ def _hostile_text(rng):
             text[at : at + rng.randrange(2)] = [rng.choice(_PIECES)]
         return "".join(text)
     if kind < 0.95:
-        return "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x110000)])) for _ in range(rng.randrange(100)))
+        return "".join(chr(rng.randrange(rng.choice((127, 0x110000)))) for _ in range(rng.randrange(100)))
     count = rng.randrange(10, 3000)
     return rng.choice(_PIECES) * count + rng.choice(["", "1", "x"]) + rng.choice(["", ")", "}"]) * rng.randrange(count)
 
 
 def test_verify_fuzz(count=1500, seed=0):
-    """No exception, no hang, no growth. The long run: python -c "import test_all; test_all.test_verify_fuzz(100_000)" """
+    """No exception, no hang, no growth. Longer: python -c "import test_all; print(test_all.test_verify_fuzz(100_000))" """
     rng, previous, slowest = random.Random(seed), "x", (0.0, "")
     verifier.equivalent(r"\sqrt2", "1.41421356")  # mpmath is loaded
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -980,20 +988,24 @@ def test_verify_fuzz(count=1500, seed=0):
 def test_verify_hostile():
     """Resource bombs, code and malformed text end in False, each within a fraction of a second of CPU time."""
     bombs = [
-        "9**9**9", "9^{9^{9^9}}", "10^{10^{10}}", "((9!)!)!", "99999999!", "!" * 5000, "-" * 100_000 + "1", "(" * 100_000,
+        "9**9**9", "9^{9^{9^9}}", "10^{10^{10}}", "((9!)!)!", "99999999!", "!" * 5000, "-" * 100_000 + "1",
+        "(" * 100_000,
         r"\frac{" * 50_000, r"\sqrt{" * 999 + "2" + "}" * 999, "1" * 1_000_000, "0." + "1" * 900, r"\binom{10^9}{10^8}",
         "e^{e^{e^{e^{e}}}}", r"\sin(10^{100000})", "1/0", "0^0", r"\tan(\pi/2)", r"\ln 0", "1e999999", r"2^{-2^{100}}",
         "__import__('os').system('touch /tmp/verify_was_here')", "().__class__", r"\input{/etc/passwd}", "[0]*10**10",
         "\x00", "\ud800", "a" + "̅" * 10_000, "½" * 1000, "²" * 1000, r"\pm 1" * 30, "|" * 10_000, r"\text{" * 10_000,
-        "$" * 300_000, r"\[" * 100_000, "answer is " * 50_000, "answer" + " " * 500_000, "\\" * 500_000, "<think>" * 50_000,
-        r"\boxed{" * 100_000, r"\boxed{5}, " * 50_000, r"\boxed{" + "1, " * 300 + "2}", "x<" * 400 + "1", "[1,2]\\cup" * 80 + "[3,4]",
-        r"\begin{pmatrix}" * 1000, "x^{10^{100}}", "(x+y+z)^{500}", "((x!)!)!", r"3 \pmod{0}", "10_{1}", "gcd(" + "9" * 900 + ",6)",
+        "$" * 300_000, r"\[" * 100_000, "answer is " * 50_000, "answer" + " " * 500_000, "\\" * 500_000,
+        "<think>" * 50_000, r"\boxed{" * 100_000, r"\boxed{5}, " * 50_000, r"\boxed{" + "1, " * 300 + "2}", "x<" * 400 + "1",
+        "[1,2]\\cup" * 80 + "[3,4]",
+        r"\begin{pmatrix}" * 1000, "x^{10^{100}}", "(x+y+z)^{500}", "((x!)!)!", r"3 \pmod{0}", "10_{1}",
+        "gcd(" + "9" * 900 + ",6)",
     ]  # fmt: skip
     for bomb in bombs:
         for text in (bomb, rf"so $\boxed{{{bomb}}}$", "The answer is " + bomb):
             begin = time.thread_time()
             for reference in ("5", "x^2+1"):
-                assert verifier.verify(text, reference) is (reference == "5" and r"\boxed{5}, " in text), (bomb[:60], reference)
+                right = reference == "5" and r"\boxed{5}, " in text
+                assert verifier.verify(text, reference) is right, (bomb[:60], reference)
             verifier.format_reward(text), verifier.canonical(text)
             assert time.thread_time() - begin < 1.0, (bomb[:60], time.thread_time() - begin)
     assert not Path("/tmp/verify_was_here").exists()
@@ -3303,6 +3315,15 @@ def _in_process(script, *words):
     return out.getvalue()
 
 
+def _error(script, *words):
+    """The message with which the script refuses."""
+    try:
+        _in_process(script, *words)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    raise AssertionError(f"{script} accepted {words}")
+
+
 def test_sft_stops_early_once():
     """A run that --patience ended was trained further by each --resume, until the next evaluation."""
     import json
@@ -3339,12 +3360,8 @@ def test_sft_and_grpo_stop_after_skipped_steps():
             module = __import__(script)
             with mock.patch.object(module, "optimizer_step", lambda *_, **__: {"grad_norm": math.nan, "skipped": 1}), \
                     mock.patch.dict(__import__("grpo").REWARDS, format=spread):
-                try:
-                    _in_process(script, *words)
-                except ValueError as error:
-                    assert "not finite in 3" in str(error) and "another --run-dir" in str(error)
-                else:
-                    raise AssertionError(f"{script} went on")
+                error = _error(script, *words)
+            assert "not finite in 3" in error and "another --run-dir" in error
             assert len(open(f"{scratch}/{script}/metrics.jsonl").readlines()) == 3
 
 
@@ -3376,12 +3393,12 @@ def test_sft_bad_input():
         empty, wrong = Path(scratch) / "empty.jsonl", Path(scratch) / "wrong.jsonl"
         empty.write_text("")
         wrong.write_text('{"problem": "1+1"}\n')
-        assert "no example" in _run("sft.py", "--data", empty, "--run-dir", f"{scratch}/r", ok=False)
-        assert "line 1" in _run("sft.py", "--data", wrong, "--run-dir", f"{scratch}/r", ok=False)
-        assert "nowhere.jsonl" in _run("sft.py", "--data", f"{scratch}/nowhere.jsonl", ok=False)
+        for words, said in (([empty], "no example"), ([wrong], "line 1"), ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"),
+                            ([empty, "--batch", 0], "--batch is 0"),
+                            ([empty, "--validation", 0, "--patience", 2], "--patience is 2")):
+            error = _error("sft", "--run-dir", f"{scratch}/run", "--data", *words)
+            assert said in error, (words, error)
         assert "--batch is 0" in _run("sft.py", "--data", empty, "--batch", 0, ok=False)
-        wrong = ["sft.py", "--data", empty, "--validation", 0, "--patience", 2]
-        assert "--patience is 2" in _run(*wrong, ok=False)
 
 
 # ------------------------------------------------------------------------------------------------ grpo.py
@@ -3861,8 +3878,9 @@ def test_grpo_bad_input():
                 (["--reward", "kindness=1"], "kindness"), (["--lr", -1], "lr"),
                 (["--run-dir", f"{scratch}/full"], "not empty"), (["--max-new-tokens", 4000], "4000"),
                 (["--epochs", 2, "--steps", 8], "--epochs")):
-            error = _run("grpo.py", "--run-dir", f"{scratch}/run", *words, ok=False)
+            error = _error("grpo", "--run-dir", f"{scratch}/run", *words)
             assert said in error, (words, error)
+        assert "--group is 1" in _run("grpo.py", "--group", 1, ok=False)
 
 
 # ------------------------------------------------------------------------------------------------ the runner
