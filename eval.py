@@ -52,6 +52,7 @@ def add_eval_flags(parser, temperature=0.0):
     parser.add_argument("--shots", type=int, help="solved examples in front of a chat prompt; default: the preset's own")
     parser.add_argument("--shots-from", help="problem set whose train split gives them; default: --data")
     add_sampling_flags(parser, temperature=temperature, max_new_tokens=None)
+    parser.set_defaults(max_batch=None)  # a tiny model fills a core only with many rows
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
@@ -468,7 +469,7 @@ def print_row(row):
             print(f"  {name}: " + ", ".join(f"{key}: {percent(*rates)} of {n}" for key, (*rates, n) in row[name].items()))
     for name in ("pass_at", "maj_at"):
         if name in row:
-            print(f"  {name[:4]}@k: " + ", ".join(f"{k}: {percent(*rates)}" for k, rates in row[name].items()))
+            print(f"  {name.removesuffix('_at')}@k: " + ", ".join(f"{k}: {percent(*rates)}" for k, rates in row[name].items()))
 
 
 # ------------------------------------------------------------------------------------ setting up a run from flags
@@ -537,7 +538,7 @@ def open_run(args, tiny_prompt="plain"):
     ask = {"prompt": prompt, "system": load_system_prompt(path), "shots": shots, "think_tag": args.think_tag,
            "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed,
            "max_new_tokens": (128 if tiny else 1024) if args.max_new_tokens is None else args.max_new_tokens,
-           "max_batch": args.max_batch}
+           "max_batch": (256 if tiny else 64) if args.max_batch is None else args.max_batch}
     settings = {"model": args.model, "weights": fingerprint(path), "data": data, "split": args.split,
                 "data_seed": args.data_seed, "device": args.device, "dtype": dtype}
     return Run(params, config, tokenizer, problems, ask, settings, records)
@@ -647,8 +648,9 @@ def report(args):
     tiny = is_tiny(load_config(path))
     data = args.data or ("arithmetic" if tiny else "gsm8k")
     plain, cot = ("plain", "cot") if tiny else ("direct", "boxed")
-    passed_on = ("split", "limit", "data_seed", "seed", "max_batch", "max_new_tokens", "device", "results")
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k in passed_on and v is not None]
+    passed_on = ("data", "split", "limit", "data_seed", "seed", "max_batch", "max_new_tokens", "device", "results")
+    usual = vars(parse_args([]))
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k in passed_on and v != usual[k]]
     same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed, "shots": 0,
             "n": len(load_problems(data, args.split, args.limit or None, args.data_seed))}
     trained = args.trained or trained_checkpoint(args)
@@ -669,7 +671,7 @@ def report(args):
                          "temperature": 0.0 if method == "greedy" else SAMPLING_TEMPERATURE}
         sampled = ["--num-samples=10", f"--temperature={SAMPLING_TEMPERATURE}"] if method == "sampled" else []
         if not find_row(read_rows(args.results), **wanted):
-            run_neighbour(script, f"--model={model}", f"--data={data}", f"--prompt={prompt}", *sampled, *flags)
+            run_neighbour(script, f"--model={model}", f"--prompt={prompt}", *sampled, *flags)
         rows.append((label, find_row(read_rows(args.results), **wanted)))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

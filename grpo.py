@@ -51,7 +51,8 @@ PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots and pres
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                conflict_handler="resolve")  # of the shared flags, --lr is defined anew
     p.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     p.add_argument("--data", nargs="+", help="problem sets or .jsonl files to train on, each NAME or NAME=WEIGHT; "
                    "default: arithmetic for a tiny model, else gsm8k")
@@ -109,6 +110,7 @@ def parse_args(argv=None):
     train.add_argument("--checkpointing", action="store_true",
                        help="recompute activations in the backward pass: less memory, a third more time")
     add_train_flags(p, lr=None, run_dir="runs/grpo")
+    train.add_argument("--lr", type=float, help="peak learning rate (default: tiny 5e-4, else 1e-6, with LoRA 3e-5)")
     args = parse_train_args(p, argv)
     for name, value in (TINY if args.model == "tiny" else OTHERS).items():
         if getattr(args, name) is None and not (name == "steps" and args.epochs):
@@ -669,6 +671,9 @@ def main(args):
                      "entropy {entropy:.3f} nat | grad norm {grad_norm:.2f} | lr {lr:.1e} | "
                      "rollout {rollout_s:.1f} s | update {update_s:.1f} s | {left_min:.0f} min left"
                      + (" | dev accuracy {dev_accuracy:.3f}" if measured else ""), metrics)
+            if rank == 0 and metrics["truncated"] > 0.5:
+                print(f"more than half of the completions were cut off at --max-new-tokens {args.max_new_tokens}: "
+                      "they earn nothing and teach little; raise it")
             if extra["failures"] >= 3:
                 raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, which were "
                                  "skipped; start another --run-dir from the last checkpoint, with --lr below "

@@ -5,7 +5,7 @@
     python infer_scale.py --experiments temperature --split dev --plot heat.png
 
 One pool of N samples a problem serves every vote of k <= N: maj@k and best-of-k are means over all subsets of k, so that
-no row owes anything to the order of the samples. Every row says what it cost in tokens; compare rows of equal cost.
+no row owes anything to the order of the samples. Every row says how many tokens it wrote; compare rows of equal cost.
 
 Chain of thought: Wei et al. 2022, arXiv:2201.11903; zero-shot: Kojima et al. 2022, arXiv:2205.11916. Self-consistency:
 Wang et al. 2022, arXiv:2203.11171; adaptive: Aggarwal et al. 2023, arXiv:2305.11860; weighted by confidence: Taubenfeld

@@ -684,9 +684,9 @@ _EQUAL = r"""
 \log_2 3 = \frac{\ln 3}{\ln 2} || \log 100 = 2 || \ln 8 = 3 \ln 2 || \log(xy) = \log x + \log y
 \sin^{-1} x = \arcsin x || \tan^2 y + 1 = \sec^2 y
 i = 0+1i || 27i - 11 = -11 + 27 \cdot i || 4+6\mathrm{i} = 6i+4 || 8 - 2*I = 8-2i || |3-4i| = 5 || z = 8 - 1i := 8-i
-x**2 = x² || \frac{1}{y}+y = \frac{y^2+1}{y} || 36x\sqrt{35x} = 36\sqrt{35}x^{\frac32} || |x-3| = |3-x
+x**2 = x² || \frac{1}{y}+y = \frac{y^2+1}{y} || 36x\sqrt{35x} = 36\sqrt{35}x^{\frac32} || |x-3| = |3-x|
 \frac{1}{\sqrt{n}} = 1/sqrt(n)
-(x+1)/(x-1) = \frac{x+1}{x-1} || \sqrt{x^2} = |x || x^{2/3} = \sqrt[3]{x^2} || \sin 3x = sin(3*x)
+(x+1)/(x-1) = \frac{x+1}{x-1} || \sqrt{x^2} = |x| || x^{2/3} = \sqrt[3]{x^2} || \sin 3x = sin(3*x)
 \lfloor x+1\rfloor = 1+\lfloor x\rfloor
 (x,y) = (1,2) := (1,2) || x=1, y=2 := (1,2) || \bigl(-3 ,\, 2\bigr) = (-3,2) || \langle 1,2\rangle = (1,2)
 (1,2,3) = \begin{pmatrix}1\\2\\3\end{pmatrix}
@@ -802,7 +802,7 @@ def test_verify_strict_extraction():
 
 
 def test_verify_format_reward():
-    good = [r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]", r"$\boxed{\frac12}$."]
+    good = [r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]", r"$\boxed{8}$."]
     bad = [
         r"<think></think>\boxed{5}", r"<think> </think>\boxed{5}", r"<think>a\boxed{5}", r"a</think>\boxed{5}", "5",
         r"x<think>a</think>\boxed{5}", r"<think>a</think><think>b</think>\boxed{5}", r"<think>a</think>\boxed{}", "",
@@ -942,8 +942,8 @@ def _hostile_text(rng):
         return rng.choice([
             f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", rf"\sqrt{{{a}}}", f"({a})^{{{b}}}", f"({a},{b})",
             f"[{a},{b})", rf"\{{{a},{b}\}}", f"{a}={b}", rf"{a} \le {b}", f"|{a}|", rf"\sin({a})", f"({a})!",
-            rf"\binom{{{a}}}{{{b}}}", rf"\log_{{{a}}} {b}", rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}",
-            f"({a})^{{({b})!}}", rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"{a} \cup {b}",
+            rf"\binom{{{a}}}{{{b}}}", rf"\log_{{{a}}} {b}", rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})",
+            rf"x \in {a}", f"({a})^{{({b})!}}", rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"{a} \cup {b}",
             rf"\{{x \mid {a} < x\}}", rf"{a} \text{{ or }} {b}",
         ])  # fmt: skip
 
@@ -965,7 +965,7 @@ def _hostile_text(rng):
 
 
 def test_verify_fuzz(count=1500, seed=0):
-    """No exception, no hang, no growth. Longer: python -c "import test_all; print(test_all.test_verify_fuzz(100_000))" """
+    """No exception, no hang, no growth. Longer: python -c "import test_all as t; print(t.test_verify_fuzz(100_000))" """
     rng, previous, slowest = random.Random(seed), "x", (0.0, "")
     verifier.equivalent(r"\sqrt2", "1.41421356")  # mpmath is loaded
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -995,7 +995,8 @@ def test_verify_hostile():
         "__import__('os').system('touch /tmp/verify_was_here')", "().__class__", r"\input{/etc/passwd}", "[0]*10**10",
         "\x00", "\ud800", "a" + "̅" * 10_000, "½" * 1000, "²" * 1000, r"\pm 1" * 30, "|" * 10_000, r"\text{" * 10_000,
         "$" * 300_000, r"\[" * 100_000, "answer is " * 50_000, "answer" + " " * 500_000, "\\" * 500_000,
-        "<think>" * 50_000, r"\boxed{" * 100_000, r"\boxed{5}, " * 50_000, r"\boxed{" + "1, " * 300 + "2}", "x<" * 400 + "1",
+        "<think>" * 50_000, r"\boxed{" * 100_000, r"\boxed{5}, " * 50_000, r"\boxed{" + "1, " * 300 + "2}",
+        "x<" * 400 + "1",
         "[1,2]\\cup" * 80 + "[3,4]",
         r"\begin{pmatrix}" * 1000, "x^{10^{100}}", "(x+y+z)^{500}", "((x!)!)!", r"3 \pmod{0}", "10_{1}",
         "gcd(" + "9" * 900 + ",6)",
@@ -3393,9 +3394,10 @@ def test_sft_bad_input():
         empty, wrong = Path(scratch) / "empty.jsonl", Path(scratch) / "wrong.jsonl"
         empty.write_text("")
         wrong.write_text('{"problem": "1+1"}\n')
-        for words, said in (([empty], "no example"), ([wrong], "line 1"), ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"),
-                            ([empty, "--batch", 0], "--batch is 0"),
-                            ([empty, "--validation", 0, "--patience", 2], "--patience is 2")):
+        for words, said in (
+                ([empty], "no example"), ([wrong], "line 1"), ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"),
+                ([empty, "--batch", 0], "--batch is 0"),
+                ([empty, "--validation", 0, "--patience", 2], "--patience is 2")):
             error = _error("sft", "--run-dir", f"{scratch}/run", "--data", *words)
             assert said in error, (words, error)
         assert "--batch is 0" in _run("sft.py", "--data", empty, "--batch", 0, ok=False)
@@ -3834,6 +3836,23 @@ def test_grpo_and_sft_pass_offload_on():
                     except InterruptedError:
                         pass
     assert told == [True] * 4
+
+
+def test_grpo_and_sft_help():
+    """--help died of a default that is only known with the model."""
+    import contextlib
+    import io
+
+    for script, shown in (("grpo", "tiny 5e-4"), ("sft", "default 1e-05")):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            try:
+                __import__(script).parse_args(["--help"])
+            except SystemExit as done:
+                assert done.code == 0
+        assert shown in out.getvalue() and out.getvalue().count("  --lr LR") == 1
+    parse = __import__("grpo").parse_args
+    rates = [parse(words).lr for words in ([], ["--lora-rank", "8"], ["--model", "other"], ["--lr", "0.5"])]
+    assert rates == [5e-4, 3e-5, 1e-6, 0.5]
 
 
 def test_grpo_prompts_can_earn_the_reward():

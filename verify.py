@@ -1753,7 +1753,8 @@ def _idle_workers(pid):
 def _start_worker():
     command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
-    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
+    # in a session of its own: Ctrl-C asks the training run to stop, and must not end a grader in the middle of a step
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True, start_new_session=True)
     worker.stdout.readline()  # it has loaded SymPy; only now the clock starts
     return worker
 
