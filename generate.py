@@ -87,7 +87,7 @@ def mix(x):
 
 
 def uniform(keys, draws):
-    """Splitmix64: a float32 in [0, 1) for each pair of keys and draws, int64 [B] each. Without state, so no order matters."""
+    """Splitmix64, which has no state: a float32 in [0, 1) for each pair of keys and draws, int64 [B] each."""
     return (mix(keys + (draws + 1) * (0x9E3779B97F4A7C15 - 2**64)) >> 40 & 0xFFFFFF).float() / 2**24
 
 
