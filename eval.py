@@ -7,9 +7,9 @@
     python eval.py --compare a.jsonl b.jsonl                            # the two, problem by problem
     python eval.py --report                                             # one row per method, missing rows are run first
 
-A run under --records is resumable: a line per problem, appended when it is whole. Problems are a sample of all that could
-have been asked, so every rate has a 95 % interval over problems, and two runs are compared problem by problem (Miller
-2024, arXiv:2411.00640). pass@k: Chen et al. 2021, arXiv:2107.03374.
+A run under --records is resumable: a line per problem, appended when it is whole. Problems are a sample of all that
+could have been asked, so every rate has a 95 % interval over problems, and two runs are compared problem by problem
+(Miller 2024, arXiv:2411.00640). pass@k: Chen et al. 2021, arXiv:2107.03374.
 """
 
 import argparse
@@ -45,19 +45,21 @@ def add_eval_flags(parser, temperature=0.0):
     """The flags that eval.py, infer_scale.py and refine.py share."""
     parser.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     parser.add_argument("--data", help="problem set or .jsonl file; default: arithmetic for a tiny model, else gsm8k")
-    parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="choose on dev, report on test")
+    parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="choose on dev")
     parser.add_argument("--limit", type=int, default=500, help="problems, a random subset; 0: all there are")
     parser.add_argument("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
     parser.add_argument("--prompt", choices=PRESETS, help="default: plain for a tiny model, else boxed")
     parser.add_argument("--shots", type=int, help="solved examples in front of a chat prompt; default: the preset's own")
     parser.add_argument("--shots-from", help="problem set whose train split gives them; default: --data")
+    parser.add_argument("--grade", choices=("strict", "lenient"), help="which counts, the box only (strict), or also an "
+                        "answer in words and the last number; both are measured; default: the preset's own")
     add_sampling_flags(parser, temperature=temperature, max_new_tokens=None)
     parser.set_defaults(max_batch=None)  # a tiny model fills a core only with many rows
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--results", default="results.jsonl", help="the file to which every measured row is appended")
-    parser.add_argument("--records", help="directory or .jsonl file for a line per problem; a broken run goes on from it")
+    parser.add_argument("--records", help="directory or .jsonl file of a line per problem; a broken run goes on")
 
 
 def parse_args(argv=None):
@@ -81,7 +83,7 @@ class Preset(NamedTuple):
     shots: int = 0  # solved problems, as earlier turns of the chat
     text: str | None = None  # worked examples in front; the prompt is then no chat
     stop: tuple = ()  # strings that end a completion
-    grade: str = "strict"  # strict: the box only; lenient: also "the answer is", the last number
+    grade: str = "strict"  # or "lenient"
 
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -90,8 +92,8 @@ R1 = ("Think about the problem first, then answer. Write your thoughts between <
 COT = "{problem}\nLet's think step by step."
 # The first four of the eight worked examples of Wei et al. 2022, arXiv:2201.11903.
 GSM8K_4 = """\
-Question: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, there \
-will be 21 trees. How many trees did the grove workers plant today?
+Question: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, \
+there will be 21 trees. How many trees did the grove workers plant today?
 Answer: There are 15 trees originally. Then there were 21 trees after some more were planted. So there must have been \
 21 - 15 = 6. The answer is 6.
 
@@ -102,8 +104,8 @@ Question: Leah had 32 chocolates and her sister had 42. If they ate 35, how many
 Answer: Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = 74. After eating 35, they \
 had 74 - 35 = 39. The answer is 39.
 
-Question: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How many lollipops did Jason \
-give to Denny?
+Question: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How many lollipops did \
+Jason give to Denny?
 Answer: Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave Denny 20 - 12 = 8. \
 The answer is 8.
 
@@ -114,8 +116,8 @@ Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.}
 
 Solution:
 The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, and $5 - x \ge 0$, so ~
-$x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the expression ~
-is $\boxed{[2,5)}$.
+$x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which gives $x<5$. Therefore, the domain of the ~
+expression is $\boxed{[2,5)}$.
 Final Answer: The final answer is $[2,5)$. I hope it is correct.
 
 Problem:
@@ -258,7 +260,7 @@ def pool_answers(answers):
 
 
 def majority_vote(answers, weights=None):
-    """The answer with most votes, as it was first spelled; of equals, the one that came first; None when nobody votes."""
+    """The answer with most votes, as first spelled; of equals, the one that came first; None when nobody votes."""
     votes, totals = pool_answers(answers), {}
     for vote, weight in zip(votes, weights or [1] * len(votes)):
         if vote is not None:
@@ -269,8 +271,8 @@ def majority_vote(answers, weights=None):
 def maj_at_k(votes, right, k):
     """Mean success of a majority vote over all subsets of k samples; of equals, each has the same chance.
 
-    votes: class of each sample or None; right: the classes that are right. Exact: for each right class and each number of
-    votes m that it may win with, counts the ways in which no other class has more and so many have as many.
+    votes: class of each sample or None; right: the classes that are right. Exact: for each right class and each number
+    of votes m that it may win with, counts the ways in which no other class has more and so many have as many.
     """
     counts, silent = Counter(v for v in votes if v is not None), sum(v is None for v in votes)
     success = 0
@@ -389,7 +391,7 @@ def votes_of(record, grade="strict"):
 
 
 def score_row(records, scores, tokens, **settings):
-    """A row of results: accuracy with its interval, by level and subject too, and the tokens it took for each problem."""
+    """A row of results: accuracy with its interval, by level and subject too, and the tokens written per problem."""
     def rates(field):
         groups = sorted({r[field] for r in records if r.get(field) is not None})
         parts = {str(g): [x for r, x in zip(records, scores) if r.get(field) == g] for g in groups}
@@ -398,14 +400,14 @@ def score_row(records, scores, tokens, **settings):
     accuracy, low, high = interval(scores)
     return settings | {
         "n": len(records), "accuracy": accuracy, "low": low, "high": high, "levels": rates("level"),
-        "subjects": rates("subject"), "tokens_mean": statistics.fmean(tokens), "tokens_median": statistics.median(tokens),
-        "tokens_p95": float(np.quantile(tokens, 0.95)),
+        "subjects": rates("subject"), "tokens_mean": statistics.fmean(tokens),
+        "tokens_median": statistics.median(tokens), "tokens_p95": float(np.quantile(tokens, 0.95)),
         "tokens_per_correct": sum(tokens) / sum(scores) if any(scores) else None}
 
 
 def summarize(records, **settings):
     """The row of a run: score_row for one sample a problem (the mean over its samples), and everything else counted."""
-    counted = PRESETS[settings["prompt"]].grade if "prompt" in settings else "strict"
+    counted = settings.get("grade") or PRESETS[settings["prompt"]].grade
     samples = [s for r in records for s in r["samples"]]
     N, seconds = len(records[0]["samples"]), sum(r["seconds"] for r in records)
     tokens = [statistics.fmean(s["tokens"] for s in r["samples"]) for r in records]
@@ -466,10 +468,11 @@ def print_row(row):
           f"{row['tokens_per_s']:.0f} tokens/s")
     for name in ("levels", "subjects"):
         if len(row[name]) > 1:
-            print(f"  {name}: " + ", ".join(f"{key}: {percent(*rates)} of {n}" for key, (*rates, n) in row[name].items()))
+            print(f"  {name}: " + ", ".join(f"{k}: {percent(*rates)} of {n}" for k, (*rates, n) in row[name].items()))
     for name in ("pass_at", "maj_at"):
         if name in row:
-            print(f"  {name.removesuffix('_at')}@k: " + ", ".join(f"{k}: {percent(*rates)}" for k, rates in row[name].items()))
+            found = ", ".join(f"{k}: {percent(*rates)}" for k, rates in row[name].items())
+            print(f"  {name.removesuffix('_at')}@k: {found}")
 
 
 # ------------------------------------------------------------------------------------ setting up a run from flags
@@ -483,6 +486,7 @@ class Run(NamedTuple):
     ask: dict  # keyword arguments of evaluate()
     settings: dict  # what identifies a row, beside the method
     records: Path | None = None  # a directory for files of records, or one such file
+    grade: str | None = None  # which one counts; None: the preset's
 
 
 def is_tiny(config):
@@ -541,7 +545,7 @@ def open_run(args, tiny_prompt="plain"):
            "max_batch": (256 if tiny else 64) if args.max_batch is None else args.max_batch}
     settings = {"model": args.model, "weights": fingerprint(path), "data": data, "split": args.split,
                 "data_seed": args.data_seed, "device": args.device, "dtype": dtype}
-    return Run(params, config, tokenizer, problems, ask, settings, records)
+    return Run(params, config, tokenizer, problems, ask, settings, records, args.grade)
 
 
 def prompt_tokens(run):
@@ -564,16 +568,21 @@ def print_settings(settings):
 
 
 def measure(run, name="records", **changes):
-    """evaluate() under a run's settings, some of them changed: (records, settings). name: of the file of records."""
+    """evaluate() under a run's settings, some of them changed: (records, settings of their rows).
+
+    name: of the file of records, which hold both grades, so that only their rows name the one that counts.
+    """
     settings, ask = settings_of(run, **changes), run.ask | changes
+    grade = run.grade or PRESETS[ask["prompt"]].grade
     path = run.records if run.records is None or run.records.suffix == ".jsonl" else run.records / f"{name}.jsonl"
-    return evaluate(run.params, run.config, run.tokenizer, run.problems, **ask, path=path, settings=settings), settings
+    records = evaluate(run.params, run.config, run.tokenizer, run.problems, **ask, path=path, settings=settings)
+    return records, settings | {"grade": grade}
 
 
 # ------------------------------------------------------------------------------------ two runs, problem by problem
 
 
-def compare(path_a, path_b):
+def compare(path_a, path_b, grade=None):
     """Prints what changed from one file of records to the other, over the problems that both hold."""
     a, b = read_records(path_a), read_records(path_b)
     shared = [i for i in a if i in b]
@@ -582,7 +591,7 @@ def compare(path_a, path_b):
     scores, settings = [], []
     for path, records in ((path_a, a), (path_b, b)):
         settings.append(records[shared[0]]["settings"])
-        scores.append(scores_of([records[i] for i in shared], PRESETS[settings[-1]["prompt"]].grade))
+        scores.append(scores_of([records[i] for i in shared], grade or PRESETS[settings[-1]["prompt"]].grade))
         print(f"{path}: {percent(*interval(scores[-1]))} % of {len(shared)} shared problems (it holds {len(records)})")
     print("settings that differ: " + (", ".join(f"{k} {settings[0].get(k)!r} / {v!r}" for k, v in settings[1].items()
                                                 if settings[0].get(k) != v) or "none"))
@@ -648,7 +657,8 @@ def report(args):
     tiny = is_tiny(load_config(path))
     data = args.data or ("arithmetic" if tiny else "gsm8k")
     plain, cot = ("plain", "cot") if tiny else ("direct", "boxed")
-    passed_on = ("data", "split", "limit", "data_seed", "seed", "max_batch", "max_new_tokens", "device", "results")
+    passed_on = ("data", "split", "limit", "data_seed", "seed", "grade", "max_batch", "max_new_tokens", "device",
+                 "results")
     usual = vars(parse_args([]))
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k in passed_on and v != usual[k]]
     same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed, "shots": 0,
@@ -668,6 +678,7 @@ def report(args):
     rows = []
     for label, model, method, prompt, script in plan:
         wanted = same | {"weights": fingerprint(resolve_model(model)), "method": method, "prompt": prompt,
+                         "grade": args.grade or PRESETS[prompt].grade,
                          "temperature": 0.0 if method == "greedy" else SAMPLING_TEMPERATURE}
         sampled = ["--num-samples=10", f"--temperature={SAMPLING_TEMPERATURE}"] if method == "sampled" else []
         if not find_row(read_rows(args.results), **wanted):
@@ -694,7 +705,7 @@ def report(args):
 
 def main(args):
     if args.compare:
-        return compare(*args.compare)
+        return compare(*args.compare, args.grade)
     if args.report:
         return report(args)
     run = open_run(args)

@@ -4,8 +4,8 @@
     python infer_scale.py --experiments consistency --model qwen2.5-1.5b-instruct --data gsm8k --limit 200
     python infer_scale.py --experiments temperature --split dev --plot heat.png
 
-One pool of N samples a problem serves every vote of k <= N: maj@k and best-of-k are means over all subsets of k, so that
-no row owes anything to the order of the samples. Every row says how many tokens it wrote; compare rows of equal cost.
+One pool of N samples a problem serves every vote of k <= N: maj@k and best-of-k are means over all subsets of k, so
+that no row owes anything to the order of the samples. Every row says how many tokens it wrote; compare rows of equal cost.
 
 Chain of thought: Wei et al. 2022, arXiv:2201.11903; zero-shot: Kojima et al. 2022, arXiv:2205.11916. Self-consistency:
 Wang et al. 2022, arXiv:2203.11171; adaptive: Aggarwal et al. 2023, arXiv:2305.11860; weighted by confidence: Taubenfeld
@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections import Counter
 
-from eval import (PRESETS, SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, is_tiny, load_shots,
+from eval import (SAMPLING_TEMPERATURE, add_eval_flags, against, append_row, interval, is_tiny, load_shots,
                   maj_at_k, majority_vote, markdown, measure, open_run, paired_bootstrap, pass_at_k, percent,  # noqa: F401
                   print_settings, prompt_tokens, rated, score_row, scores_of, settings_of, summarize, votes_of)
 
@@ -120,11 +120,11 @@ def compare_prompts(run, args):
             print(f"{name} is left out: {longest} tokens leave too little of the context of {run.config.max_context}")
             continue
         records, settings = measure(run, f"{prompt}-{k}", **changes)
-        row, scores = summarize(records, method="greedy", **settings), scores_of(records, "strict")
+        row, scores = summarize(records, method="greedy", **settings), scores_of(records, settings["grade"])
         baseline = baseline or scores
         rows.append(row)
-        lines.append([name, rated(row), percent(*row["lenient"]), against(scores, baseline), f"{row['tokens_mean']:.0f}",
-                      f"{row['seconds']:.1f}"])
+        lines.append([name, percent(*row["strict"]), percent(*row["lenient"]), against(scores, baseline),
+                      f"{row['tokens_mean']:.0f}", f"{row['seconds']:.1f}"])
     print(markdown(["prompt", "strict, % [95 %]", "lenient", f"points over {at_once}", "tokens", "seconds"], lines))
     return rows
 
@@ -134,7 +134,7 @@ def compare_prompts(run, args):
 
 def self_consistency(records, settings, args):
     """One sample, votes (plain, weighted, adaptive, abstaining), best of N by log-probability, pass@k; from one pool."""
-    grade, N = PRESETS[settings["prompt"]].grade, len(records[0]["samples"])
+    grade, N = settings["grade"], len(records[0]["samples"])
     rows, lines, ks = [], [], [k for k in args.votes if k <= N]
     votes, right = zip(*[votes_of(r, grade) for r in records])
     correct = [[s[grade] is True for s in r["samples"]] for r in records]
@@ -149,7 +149,7 @@ def self_consistency(records, settings, args):
     def add(method, scores, samples, **extra):
         """A row; samples: how many it draws for every problem, or a list with the number for each."""
         drawn = samples if isinstance(samples, list) else [samples] * len(records)
-        row = score_row(records, scores, [t * n for t, n in zip(tokens, drawn)], method=method, grade=grade, **settings)
+        row = score_row(records, scores, [t * n for t, n in zip(tokens, drawn)], method=method, **settings)
         row |= {"samples": statistics.fmean(drawn), "seconds": seconds * statistics.fmean(drawn)} | extra
         rows.append(row)
         lines.append([method, rated(row), against(scores, single), f"{row['samples']:.1f}", f"{row['tokens_mean']:.0f}"])
@@ -197,7 +197,7 @@ def sweep_temperature(pools, args):
     """Accuracy of votes at each temperature, how diverse the answers are, and the sweet spot."""
     ks, rows, lines, scores = [1, *(k for k in args.votes if k <= args.num_samples)], [], [], {}
     for temperature, (records, settings) in sorted(pools.items()):
-        grade = PRESETS[settings["prompt"]].grade
+        grade = settings["grade"]
         votes, right = zip(*[votes_of(r, grade) for r in records])
         scores[temperature] = {k: [maj_at_k(v, r, k) for v, r in zip(votes, right)] for k in ks}
         spread = {"distinct": statistics.fmean(len(set(v) - {None}) for v in votes),
@@ -206,12 +206,12 @@ def sweep_temperature(pools, args):
         seconds = sum(r["seconds"] for r in records) / args.num_samples
         for k, mine in scores[temperature].items():
             method = f"majority of {k}" if k > 1 else "one sample"
-            rows.append(score_row(records, mine, [k * t for t in tokens], method=method, grade=grade, samples=k,
+            rows.append(score_row(records, mine, [k * t for t in tokens], method=method, samples=k,
                                   seconds=k * seconds, **spread, **settings))
         lines.append([f"{temperature:g}", *map(rated, rows[-len(ks):]), f"{spread['distinct']:.1f}",
                       percent(spread["no_answer"]), f"{statistics.fmean(tokens):.0f}"])
-    print(markdown(["temperature", *(f"majority of {k}, % [95 %]" for k in ks), f"distinct answers of {args.num_samples}",
-                    "no answer, %", "tokens"], lines))
+    print(markdown(["temperature", *(f"majority of {k}, % [95 %]" for k in ks),
+                    f"distinct answers of {args.num_samples}", "no answer, %", "tokens"], lines))
     for k in ks:
         print(f"votes {k}: " + sweet_spot({t: scores[t][k] for t in scores}))
     if args.plot:
@@ -222,15 +222,15 @@ def sweep_temperature(pools, args):
 def sweet_spot(scores):
     """The best of several settings {setting: scores of the same problems}, and how sure that is, in words.
 
-    Chosen on one half of the problems and measured on the other, both ways: on the same problems the choice would flatter
-    itself.
+    Chosen on one half of the problems and measured on the other, both ways: on the same problems the choice would
+    flatter itself.
     """
     best_on = lambda part: max(scores, key=lambda t: statistics.fmean(scores[t][part]))
     best, halves = best_on(slice(None)), (slice(0, None, 2), slice(1, None, 2))
     equals = [t for t in scores if paired_bootstrap(scores[t], scores[best])[1] <= 0]
     fair = scores[best_on(halves[0])][halves[1]] + scores[best_on(halves[1])][halves[0]]
-    return (f"best {best:g} with {percent(*interval(scores[best]))} %; {percent(*interval(fair))} % when chosen on other "
-            f"problems; not told apart from it: {', '.join(f'{t:g}' for t in equals)}")
+    return (f"best {best:g} with {percent(*interval(scores[best]))} %; {percent(*interval(fair))} % when chosen on "
+            f"other problems; not told apart from it: {', '.join(f'{t:g}' for t in equals)}")
 
 
 def plot_heat(accuracy, ks, path):

@@ -36,8 +36,8 @@ from verify import equivalent, extract_answer, format_reward, verify, verify_man
 
 SCORES = ("answer-mean", "answer-total", "mean", "total", "format", "none")
 CHECK, AGAIN = "Check each step.", "Solve it again."  # what the tiny model's corpus says
-CHECK_LONG = ('Check your solution step by step. If every step is right, write "Every step is right." Otherwise name the '
-              "first step that is wrong and say why.")
+CHECK_LONG = ('Check your solution step by step. If every step is right, write "Every step is right." Otherwise name '
+              "the first step that is wrong and say why.")
 AGAIN_LONG = r"Solve the problem again, with this in mind. Put your final answer within \boxed{}."
 APPROVAL = "Every step is right."
 
@@ -123,13 +123,14 @@ class State(NamedTuple):
 
 
 def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt, approval="",
-           seeds=None, think_tag="think", max_batch=64, **sampling):
+           strict=True, seeds=None, think_tag="think", max_batch=64, **sampling):
     """Answer, then `rounds` times: critique, revise, keep the better. Returns [N][rounds + 1] States, the draft first.
 
     prompts: token ids of N chat prompts, each ending where the model is to answer; sampling: as for generate.
     accept_fn(problem, round, old, new) -> bool decides between two Attempts. A problem is settled, and costs nothing
     more, when its revision comes to the same answer or its critique says `approval`. Every round sees the question, the
-    answer that stands and the critique of it, so the context does not grow from round to round.
+    answer that stands and the critique of it, so the context does not grow from round to round. strict: answers are what
+    the box holds, else also what stands in words.
     """
     ends, seeds = end_tokens(tokenizer, config), seeds or range(len(prompts))
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -152,7 +153,7 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
     def attempts(which, replies):
         """The replies, scored behind the bare question, whatever stood before them, so that old and new compare."""
         scored = response_logprobs(params, config, [prompts[i] for i in which], replies, max_batch)
-        return [Attempt(tokens, text := read(tokens), extract_answer(text, strict=True),
+        return [Attempt(tokens, text := read(tokens), extract_answer(text, strict),
                         score_response(tokenizer, tokens, logprobs, text, think_tag))
                 for tokens, logprobs in zip(replies, scored)]
 
@@ -219,21 +220,21 @@ def equal_cost_rows(run, spent):
     records, settings = measure(run, "samples", num_samples=math.ceil(max(spent) / spent[0]) + 1)
     pool = len(records[0]["samples"])
     tokens = [statistics.fmean(s["tokens"] for s in r["samples"]) for r in records]
-    votes, rows = [votes_of(r) for r in records], []
+    votes, rows = [votes_of(r, settings["grade"]) for r in records], []
     for k, budget in enumerate(spent[1:], 1):
         samples = min(max(1.0, budget / statistics.fmean(tokens)), pool - 1)
         whole, part = int(samples), samples % 1
         scores = [(1 - part) * maj_at_k(*v, whole) + part * maj_at_k(*v, whole + 1) for v in votes]
         seconds = samples * sum(r["seconds"] for r in records) / pool
-        rows.append(score_row(run.problems, scores, [samples * t for t in tokens], grade="strict", samples=samples,
-                              method=f"self-consistency at the tokens of K = {k}", seconds=seconds, **settings))
+        rows.append(score_row(run.problems, scores, [samples * t for t in tokens], samples=samples, seconds=seconds,
+                              method=f"self-consistency at the tokens of K = {k}", **settings))
     return rows
 
 
-def verdicts(history, references):
+def verdicts(history, references, strict=True):
     """Whether the answer that stands after each round is right: [N][rounds + 1] bools. The undecided are wrong."""
     pairs = [(state.attempt.text, ref) for states, ref in zip(history, references) for state in states]
-    flat = [v is True for v in verify_many(pairs, strict=True)]
+    flat = [v is True for v in verify_many(pairs, strict=strict)]
     width = len(history[0])
     return [flat[i:i + width] for i in range(0, len(flat), width)]
 
@@ -292,12 +293,14 @@ def main(args):
     check, again = (CHECK, AGAIN) if is_tiny(run.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "critique_prompt": args.critique_prompt or check,
             "revise_prompt": args.revise_prompt or again, "approval": args.approval}
-    settings = settings_of(run) | loop | {"score": args.score, "accept": args.accept}
+    grade = run.grade or PRESETS[run.ask["prompt"]].grade
+    strict = grade == "strict"
+    settings = settings_of(run) | loop | {"score": args.score, "accept": args.accept, "grade": grade}
     print_settings(settings)
     sampling = {k: v for k, v in run.ask.items() if k not in ("prompt", "system", "shots")}
     seeds = [zlib.crc32(p["id"].encode()) for p in run.problems]
     rounds_with = lambda gate: refine(run.params, run.config, run.tokenizer, prompt_tokens(run), accept_fn=gate,
-                                      seeds=seeds, **loop, **sampling)
+                                      seeds=seeds, strict=strict, **loop, **sampling)
     started = time.perf_counter()
     always = args.accept == "always" or args.score == "none"
     history = rounds_with(lambda i, k, old, new: always or new.scores[args.score] > old.scores[args.score])
@@ -307,18 +310,18 @@ def main(args):
     references = [p["answer"] for p in run.problems]
     revised = [state.accepted for states in history for state in states if state.revision is not None]
     rate = statistics.fmean(revised) if revised else 0.0
-    oracle = rounds_with(lambda i, k, old, new: not verify(old.text, references[i], strict=True))
+    oracle = rounds_with(lambda i, k, old, new: not verify(old.text, references[i], strict))
     chance = rounds_with(lambda i, k, old, new: random.Random(f"{args.seed} {i} {k}").random() < rate)
     histories = {"": history, ", oracle gate (a bound)": oracle, ", random gate (a bound)": chance}
-    right = {name: verdicts(h, references) for name, h in histories.items()}
+    right = {name: verdicts(h, references, strict) for name, h in histories.items()}
     rows = []
     for k, (name, h) in itertools.product(range(args.rounds + 1), histories.items()):
         if k or not name:  # the draft is the same behind every gate
             spent = [states[k].spent for states in h]
             share = sum(spent) / sum(states[-1].spent for states in history)
             scores = [float(r[k]) for r in right[name]]
-            rows.append(score_row(run.problems, scores, spent, method=f"refine, K = {k}{name}", grade="strict",
-                                  seconds=seconds * share, **settings))
+            rows.append(score_row(run.problems, scores, spent, method=f"refine, K = {k}{name}", seconds=seconds * share,
+                                  **settings))
     if args.temperature > 0:
         rows += equal_cost_rows(run, [row["tokens_mean"] for row in rows if "gate" not in row["method"]])
     print(markdown(["method", "accuracy, % [95 %]", "tokens per problem", "samples of self-consistency"],

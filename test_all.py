@@ -2541,6 +2541,7 @@ def test_eval_counts_what_there_is_to_count():
     row = eval_module.summarize(records, method="greedy", prompt="plain")
     assert (row["accuracy"], row["strict"][0], row["lenient"][0]) == (0.2, 0.2, 0.4), row
     assert (row["truncated"], row["no_answer"], row["undecided"], row["n"]) == (0.2, 0.6, 1, 5), row
+    assert eval_module.summarize(records, method="greedy", prompt="plain", grade="lenient")["accuracy"] == 0.4
     lengths = [len(r) + 1 for r in (replies[0], replies[1])] + [20, len(replies[3]) + 1, len(replies[4]) + 1]
     assert (
         row["tokens_mean"] == sum(lengths) / 5
@@ -2715,7 +2716,7 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
         tokenizer.save(str(folder / "tokenizer.json"))
         save_model(folder / "base", params, config, like=folder)
         save_model(folder / "trained", _small_model(seed=1)[0], config, like=folder)
-        same = {"data": "arithmetic", "split": "test", "data_seed": 0, "seed": 0, "n": 10, "shots": 0, "seconds": 1.0}
+        same = {"data": "arithmetic", "split": "test", "data_seed": 0, "seed": 0, "n": 10, "shots": 0, "grade": "strict", "seconds": 1.0}
         shares = {
             "accuracy": 0.5,
             "low": 0.4,
