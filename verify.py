@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 MAX_TEXT = 200_000  # characters of an output that are searched for a box, from its end
 MAX_PROSE = 20_000  # characters of an output without a box that are searched for an answer, from its end
-MAX_ANSWER = 1_000  # characters of an answer that are parsed; longer ones are compared as strings
+MAX_ANSWER = 700  # characters of an answer that are parsed; longer ones are compared as strings
 MAX_DEPTH = 40  # nested groups
 MAX_BITS = 30_000  # of a numerator or denominator that is written out
 MAX_MAGNITUDE = 100_000  # bits before the point of a number that is evaluated to many digits
@@ -1668,7 +1668,7 @@ def judge(answer, reference, deep=False):
         return False, "no text"
     answer, reference = answer.strip(), reference.strip()
     if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
-        return bool(answer) and answer == reference, "length"
+        return bool(answer) and read(answer) == read(reference), "length"
     try:
         return _judge(answer, reference, deep)
     except (ArithmeticError, RecursionError, ValueError):  # no known text leads here; none shall end a training run
