@@ -350,9 +350,9 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
         done = read_records(path, settings)
         os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)  # a line half written goes
     todo = [p for p in problems if p["id"] not in done]
-    chunk = max(1, 4 * max_batch // max(1, num_samples))  # keeps the batch full, and loses little
+    begin, chunk = 0, max(1, 2 * max_batch // max(1, num_samples))
     with tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", disable=not progress) as bar:
-        for begin in range(0, len(todo), chunk):
+        while begin < len(todo):
             now, started = todo[begin:begin + chunk], time.perf_counter()
             prompts = [render_prompt(prompt, p, system=system, shots=shots, think_tag=think_tag) for p in now]
             ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
@@ -371,6 +371,9 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
                 with open(path, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(done[p["id"]]) + "\n" for p in now)
             bar.update(len(now))
+            begin += len(now)
+            if time.perf_counter() - started < 60:  # a long chunk keeps the batch full, a short one loses less when killed
+                chunk *= 2
     return [done[p["id"]] for p in problems]
 
 
@@ -393,9 +396,11 @@ def votes_of(record, grade="strict"):
 def score_row(records, scores, tokens, **settings):
     """A row of results: accuracy with its interval, by level and subject too, and the tokens written per problem."""
     def rates(field):
+        """{group: [accuracy, low, high, problems, tokens]}"""
         groups = sorted({r[field] for r in records if r.get(field) is not None})
-        parts = {str(g): [x for r, x in zip(records, scores) if r.get(field) == g] for g in groups}
-        return {g: [*interval(part), len(part)] for g, part in parts.items()}
+        parts = {str(g): [(x, n) for r, x, n in zip(records, scores, tokens) if r.get(field) == g] for g in groups}
+        return {g: [*interval([x for x, _ in part]), len(part), statistics.fmean(n for _, n in part)]
+                for g, part in parts.items()}
 
     accuracy, low, high = interval(scores)
     return settings | {
@@ -468,7 +473,8 @@ def print_row(row):
           f"{row['tokens_per_s']:.0f} tokens/s")
     for name in ("levels", "subjects"):
         if len(row[name]) > 1:
-            print(f"  {name}: " + ", ".join(f"{k}: {percent(*rates)} of {n}" for k, (*rates, n) in row[name].items()))
+            print(f"  {name}: " + ", ".join(f"{k}: {percent(*rates)} of {n} in {length:.0f} tokens"
+                                            for k, (*rates, n, length) in row[name].items()))
     for name in ("pass_at", "maj_at"):
         if name in row:
             found = ", ".join(f"{k}: {percent(*rates)}" for k, rates in row[name].items())
@@ -576,7 +582,7 @@ def measure(run, name="records", **changes):
     grade = run.grade or PRESETS[ask["prompt"]].grade
     path = run.records if run.records is None or run.records.suffix == ".jsonl" else run.records / f"{name}.jsonl"
     records = evaluate(run.params, run.config, run.tokenizer, run.problems, **ask, path=path, settings=settings)
-    return records, settings | {"grade": grade}
+    return records, settings | {"grade": grade, "max_batch": ask["max_batch"]}
 
 
 # ------------------------------------------------------------------------------------ two runs, problem by problem

@@ -20,8 +20,10 @@ import os
 import random
 import resource
 import sys
+import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -297,13 +299,13 @@ class State(NamedTuple):
 def attend_part(q, k, v, bias):
     """Attention over one part of the context: q [n, T, head_dim], k and v [n, S, head_dim], bias [n, 1, S] -> like q.
 
-    Also returns the log of the softmax's normaliser, [n, T, 1], by which parts are joined. Both are float32.
+    Also returns the log of the softmax's normaliser, [n, T, 1] float32, by which parts are joined.
     """
-    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5).float()  # [n, T, S]
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return torch.bmm(weights.to(v.dtype), v).float() / total, top + total.log()
+    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # [n, T, S]
+    weights = scores.softmax(-1, dtype=torch.float32)
+    # The largest weight is e^0 over the normaliser. Exponentials of masked scores outside softmax are slow on a CPU.
+    log = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return torch.bmm(weights.to(v.dtype), v), log
 
 
 def decode_layer(weights, config, x, cos, sin, own, shared, state, slots, own_bias, shared_bias):
@@ -322,8 +324,8 @@ def decode_layer(weights, config, x, cos, sin, own, shared, state, slots, own_bi
     prompt_out, prompt_log = (part.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, K, R, -1)[state.places]
                               .flatten(0, 1) for part in parts)
     own_out, own_log = attend_part(q, own_k, own_v, own_bias)
-    share = (prompt_log - own_log).sigmoid()  # of the joint softmax that falls to the prompt
-    return second_half(weights, config, x, own_out.lerp(prompt_out, share).to(x.dtype).view(B, -1))
+    share = (prompt_log - own_log).sigmoid().to(x.dtype)  # of the joint softmax that falls to the prompt
+    return second_half(weights, config, x, own_out.lerp(prompt_out, share).view(B, -1))
 
 
 def decode_step(weights, layers, config, state, own, shared, rope, sampling, layer_fn):
@@ -394,7 +396,7 @@ class Rules(NamedTuple):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One completion on its way."""
     prompt: int = -1
@@ -416,13 +418,13 @@ class Row:
     def held(self):
         return self.private + len(self.tokens)
 
-    def take(self, token, logprob):
+    def take(self, tokens, logprobs):
         if self.queue:
             self.forced.append(len(self.tokens))
             self.queue.pop(0)
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.draws += 1
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.draws += len(tokens)
 
 
 def loops(tokens, span):
@@ -463,7 +465,7 @@ def finish_reason(row, rules):
             return "stop"
     if rules.bound_thinking and not row.closed:
         steer_thinking(row, rules)
-    if rules.repetition and len(row.tokens) % 8 == 0 and loops(row.tokens, rules.repetition):
+    if rules.repetition and loops(row.tokens, rules.repetition):
         return "repetition"
     return "length" if len(row.tokens) >= row.limit else None
 
@@ -584,8 +586,8 @@ def check_request(config, prompts, **settings):
 @torch.inference_mode()
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
              stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(), tokenizer=None, repetition=0,
-             think_budget=0, think_minimum=0, think_tag="think", share_prompts=True, cache_gib=math.inf, chunk=1024,
-             compile_backend=None, on_token=None, stats=None):
+             think_budget=0, think_minimum=0, think_tag="think", share_prompts=True, cache_gib=math.inf, chunk=2048,
+             compile_backend=None, on_token=None, stats=None, cancel=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says depends neither on who
@@ -594,7 +596,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     max_new_tokens: an int, or one for each [prompt][sample]. The end of the context is a limit, too.
     seeds: an int for each prompt; default its index.
     stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
-    repetition: end a row whose last tokens, this many, say one phrase four times or more; looked at every eight tokens.
+    repetition: end a row whose last tokens, this many, say one phrase four times or more.
     think_budget, think_minimum: tokens after which the thinking block is closed, before which it is not; 0: no bound.
     share_prompts: hold a prompt's keys and values once for its samples.
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
@@ -602,6 +604,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     compile_backend: "inductor" to torch.compile the layers.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
+    cancel: a threading.Event that ends the work early; what is not complete is then None.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
@@ -620,6 +623,15 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         weights = sampling_params(params, config, packed=False if compile_backend else None)
     embedding = weights["embedding"]
     device, on_cpu = embedding.device, embedding.device.type == "cpu"
+    stats = {} if stats is None else stats
+    streams = min(torch.get_num_threads(), len(prompts), max_batch // 16, len(prompts) * num_samples // 16)
+    if on_cpu and streams > 1 and not (on_token or compile_backend):
+        return generate_in_threads(
+            weights, config, prompts, limits, seeds or range(len(prompts)), streams, stats, num_samples=num_samples,
+            temperature=temperature, top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, seed=seed,
+            max_batch=max_batch // streams, stop_strings=stop_strings, tokenizer=tokenizer, repetition=repetition,
+            think_budget=think_budget, think_minimum=think_minimum, think_tag=think_tag, share_prompts=share_prompts,
+            cache_gib=cache_gib / streams, chunk=chunk)
     layers = [{} for _ in range(config.num_hidden_layers)]  # each under the same names: one compiled graph serves all
     for name, tensor in weights.items():
         layer, _, short = name.partition(".")
@@ -645,11 +657,10 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     reach = batch.reach(max(len(prompts[row.prompt]) + row.limit for row in waiting))
     rope = rope_for_sampling(config, reach, embedding)
     # Steps between two looks at what was drawn. On a CPU looking for stop tokens is free.
-    stride = 1 if on_token or rules.stop_strings or rules.bound_thinking else 8
-    stats = {} if stats is None else stats
+    stride = 1 if on_token or repetition or rules.stop_strings or rules.bound_thinking else 8
     stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
     graphs, states, changed, longest = {}, {}, True, 0
-    while waiting or batch.rows:
+    while (waiting or batch.rows) and not (cancel and cancel.is_set()):
         begin = time.perf_counter()
         if changed or longest == batch.own[0].shape[3]:
             entering = choose_rows(batch, waiting, max_batch, cache_gib * 2**30 / slot_bytes)
@@ -685,21 +696,48 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         stats["steps"] += len(drawn)
         longest += len(drawn)
         for i, row in enumerate(batch.live):
-            for token, logprob in zip(tokens[i], logprobs[i]) if row else ():
-                row.take(token, logprob)
-                length = len(row.tokens)
-                finish = finish_reason(row, rules)
-                changed |= len(row.tokens) < length  # a thought that was reopened
-                if on_token:
-                    on_token(row.prompt, row.sample, row.tokens)
-                if finish:
-                    results[row.prompt][row.sample] = Completion(row.tokens, row.logprobs, finish, row.forced)
-                    batch.live[i] = None
-                    break
+            if row is None:
+                continue
+            end = next((n for n, token in enumerate(tokens[i], 1) if token in rules.stop_tokens), len(tokens[i]))
+            row.take(tokens[i][:end], logprobs[i][:end])
+            length = len(row.tokens)
+            finish = finish_reason(row, rules)
+            changed |= len(row.tokens) < length  # a thought that was reopened
+            if on_token:
+                on_token(row.prompt, row.sample, row.tokens)
+            if finish:
+                results[row.prompt][row.sample] = Completion(row.tokens, row.logprobs, finish, row.forced)
+                batch.live[i] = None
         free = batch.live.count(None)
         changed |= free >= max(1, len(batch.live) // (16 if waiting else 4))  # prefill is better at several at once
         stats["decode_s"] += time.perf_counter() - begin
     return results
+
+
+def generate_in_threads(weights, config, prompts, limits, seeds, streams, stats, **settings):
+    """generate, the prompts dealt out to `streams` threads of one core each.
+
+    A step is many small operations, which two cores together hardly do faster than one; two steps at once they do.
+    """
+    threads, cancel, parts_of_stats = torch.get_num_threads(), threading.Event(), [{} for _ in range(streams)]
+    deal = lambda of_prompts: [of_prompts[i::streams] for i in range(streams)]
+
+    def run(prompts, limits, seeds, stats):
+        torch.set_num_threads(1)  # for this thread
+        return generate(weights, config, prompts, max_new_tokens=limits, seeds=seeds, stats=stats, cancel=cancel, **settings)
+
+    try:
+        with ThreadPoolExecutor(streams) as pool:
+            try:
+                parts = list(pool.map(run, deal(prompts), deal(limits), deal(seeds), parts_of_stats))
+            except BaseException:  # Ctrl-C among them: the threads are not to be waited for
+                cancel.set()
+                raise
+    finally:
+        torch.set_num_threads(threads)
+    stats |= max(parts_of_stats, key=lambda part: part["prefill_s"] + part["decode_s"])
+    stats["cache_gib"] = sum(part["cache_gib"] for part in parts_of_stats)
+    return [parts[p % streams][p // streams] for p in range(len(prompts))]
 
 
 # ------------------------------------------------------------------------------------ how fast

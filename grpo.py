@@ -15,8 +15,10 @@ arXiv:2507.18071; CISPO arXiv:2506.13585.
 """
 
 import argparse
+import functools
 import itertools
 import math
+import os
 import random
 import re
 import sys
@@ -27,13 +29,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn.utils.rnn import pad_sequence
 
 from data import load_problems
 from eval import PRESETS, completion_text, end_tokens, evaluate, markdown, percent, render_prompt, scores_of, summarize
-from generate import generate
-from model import (head_logprobs, hidden_states, init_lora, load_config, load_params, load_system_prompt,
-                   load_tokenizer, packed_attention, packed_positions, resolve_model)
+from generate import generate, sampling_params
+from model import (LINEARS, Config, head_logprobs, hidden_states, init_lora, init_params, load_config, load_params,
+                   load_system_prompt, load_tokenizer, packed_attention, packed_positions, param_shapes, resolve_model)
 from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, gather_objects,
                    init_distributed, init_optimizer, learning_rate, load_checkpoint, log_samples, log_step,
                    optimizer_step, parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint,
@@ -42,9 +47,9 @@ from verify import format_reward, verify_many
 
 # What a flag left out means: for the tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "eval_data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "steps": 80,
-        "lr": 5e-4, "prompts": 32}
+        "lr": 5e-4, "prompts": 32, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "eval_data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "steps": 150, "lr": 1e-6,
-          "prompts": 32}
+          "prompts": 32, "checkpointing": True}
 LORA_LR = 3e-5  # adapters stand larger steps than full weights
 # A problem is asked by itself, and only the box earns the reward.
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots and preset.grade == "strict"]
@@ -72,6 +77,8 @@ def parse_args(argv=None):
     rollout.add_argument("--temperature", type=float, default=1.0,
                          help="of sampling, and of every log-probability (default %(default)s)")
     rollout.add_argument("--max-batch", type=int, default=128, help="rows that decode at once (default %(default)s)")
+    rollout.add_argument("--sampler-dtype", choices=("float32", "bfloat16"),
+                         help="precision that samples; default: that of the weights")
     rollout.add_argument("--refill", type=int, default=2,
                          help="times that groups without spread are replaced by new problems (default %(default)s)")
     rollout.add_argument("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
@@ -107,15 +114,22 @@ def parse_args(argv=None):
                        help="train an adapter of this rank on every linear layer; 0: all weights")
     train.add_argument("--micro-tokens", type=int, default=16384,
                        help="tokens in one packed row of training (default %(default)s)")
-    train.add_argument("--checkpointing", action="store_true",
-                       help="recompute activations in the backward pass: less memory, a third more time")
+    train.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
+                       help="recompute activations in the backward pass: a third more time, and far less memory "
+                       "(default: not for tiny, else yes)")
+    ask = p.add_argument_group("instead of training")
+    ask.add_argument("--plan", nargs="?", const="here", metavar="GPUS:GIB",
+                     help="print the memory that the run would need, on this machine or on so many GPUs of so many GiB, "
+                     "such as 1:24 or 8:80")
+    ask.add_argument("--benchmark", choices=("fixed", "mixed"), help="time steps on random weights and words")
+    ask.add_argument("--size", choices=BENCHMARK_SIZES, default="tiny", help="of the random weights (default tiny)")
     add_train_flags(p, lr=None, run_dir="runs/grpo")
     train.add_argument("--lr", type=float, help="peak learning rate (default: tiny 5e-4, else 1e-6, with LoRA 3e-5)")
     args = parse_train_args(p, argv)
     for name, value in (TINY if args.model == "tiny" else OTHERS).items():
         if getattr(args, name) is None and not (name == "steps" and args.epochs):
             value = LORA_LR if name == "lr" and args.lora_rank else value
-            setattr(args, name, args.data[0].split("=")[0] if name == "eval_data" else value)
+            setattr(args, name, split_weight(args.data[0])[0] if name == "eval_data" else value)
     return args
 
 
@@ -152,13 +166,13 @@ class Group(NamedTuple):
     prompt: str
     texts: list[str]  # without end tokens; what the prompt already opened of the thinking block is not in them
     completions: list  # of generate.Completion: tokens, logprobs, finish
-    right: list[bool]
+    right: list[bool | None]  # None: undecided
     max_new_tokens: int
     think_tag: str
 
 
 def accuracy(group):
-    return [float(right) for right in group.right]
+    return [float(right is True) for right in group.right]
 
 
 def format(group):
@@ -214,11 +228,11 @@ def parse_rewards(words):
     """
     weights = {}
     for word in words:
-        name, _, weight = word.partition("=")
-        if name not in REWARDS or not re.fullmatch(r"\d*\.?\d+", weight or "1"):
+        name, weight = split_weight(word)
+        if name not in REWARDS:
             raise ValueError(f"--reward {word!r}: expected NAME=WEIGHT, a weight of at least 0 and a name of "
                              f"{', '.join(REWARDS)}")
-        weights[name] = float(weight or 1)
+        weights[name] = weight
     others = sum(weight for name, weight in weights.items() if name != "accuracy")
     if "accuracy" in weights and others >= weights["accuracy"]:
         raise ValueError(f"--reward: the other weights sum to {others:g}, accuracy has {weights['accuracy']:g}; "
@@ -330,7 +344,7 @@ class Rollout(NamedTuple):
     texts: list[str]
     parts: dict[str, list[float]]  # each reward by name, unweighted
     rewards: list[float]
-    right: list[bool]
+    right: list[bool | None]
 
 
 def problem_order(sets, weights, seed, curriculum=False):
@@ -355,18 +369,19 @@ def reward_group(group, weights):
 
 
 def roll_out(params, config, tokenizer, problems, step, args, system, weights):
-    """A Rollout for each of `problems`. The noise of a completion derives from (seed, step, problem, sample) alone."""
+    """A Rollout for each (place, problem). A completion's noise derives from (seed, step, place, sample) alone."""
+    places, problems = zip(*problems) if problems else ((), ())
     prompts = [render_prompt(args.prompt, p, system=system, think_tag=args.think_tag) for p in problems]
     prompt_tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
     ends = end_tokens(tokenizer, config)
     answers = generate(params, config, prompt_tokens, num_samples=args.group, max_new_tokens=args.max_new_tokens,
                        temperature=args.temperature, stop_tokens=ends, seed=zlib.crc32(f"{args.seed} {step}".encode()),
-                       seeds=[zlib.crc32(p["id"].encode()) for p in problems], max_batch=args.max_batch)
+                       seeds=places, max_batch=args.max_batch)
     said = [[completion_text(tokenizer, c, ends) for c in row] for row in answers]
     pairs = [(text, problem["answer"]) for problem, texts in zip(problems, said) for text in texts]
-    verdicts, rollouts = iter(verify_many(pairs, strict=True)), []
+    verdicts, rollouts = iter(verify_many(pairs, strict=True)), []  # None: not decided in time, and no reward
     for problem, prompt, ids, completions, texts in zip(problems, prompts, prompt_tokens, answers, said):
-        right = [next(verdicts) is True for _ in texts]
+        right = [next(verdicts) for _ in texts]
         group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag)
         parts, rewards = reward_group(group, weights)
         rollouts.append(Rollout(problem, ids, completions, texts, parts, rewards, right))
@@ -382,10 +397,11 @@ def gather_rollouts(params, config, tokenizer, problems, step, args, system, wei
     """
     rank, world = rank_and_world()
     kept, seen, missing, taken = [], [], args.prompts, 0
+    sampler = sampling_params(params, config, args.sampler_dtype and getattr(torch, args.sampler_dtype))
     for _ in range(1 + args.refill):
-        batch = [problem for _, problem in itertools.islice(problems, missing)]
+        batch = list(itertools.islice(problems, missing))
         taken += missing
-        new = roll_out(params, config, tokenizer, batch[rank::world], step, args, system, weights)
+        new = roll_out(sampler, config, tokenizer, batch[rank::world], step, args, system, weights)
         seen += new
         kept += [r for r in new if max(r.rewards) - min(r.rewards) > 1e-6]
         missing = args.prompts - round(all_sum([len(kept)])[0])
@@ -435,6 +451,21 @@ def pack_groups(groups, micro_tokens):
     return rows
 
 
+def training_rows(kept, args):
+    """(the packed rows of this process, `total` of policy_loss over all of them); 0 when there is nothing to learn."""
+    rewards = gather_objects([r.rewards for r in kept])
+    if not any(rewards):
+        return [], 0
+    advantages = group_advantages(torch.tensor([r for share in rewards for r in share]), args.scale)  # [N, G]
+    mine = advantages[sum(map(len, rewards[:rank_and_world()[0]])):]
+    groups = [(r.prompt_tokens, sequences_of(r, row.tolist(), args.mask_truncated)) for r, row in zip(kept, mine)]
+    lengths = [len(s.tokens) for _, sequences in groups for s in sequences if s.counts]
+    lengths = [n for share in gather_objects(lengths) for n in share]
+    if not lengths:  # all of them masked
+        return [], 0
+    return pack_groups(groups, args.micro_tokens), loss_total(args.loss, lengths, args.max_new_tokens)
+
+
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
     """Of the completions of a packed row, each prompt computed once: (logprobs [B, T], entropy [B, T], mask [B, T])."""
     device = params["model.embed_tokens.weight"].device
@@ -462,11 +493,12 @@ def update(params, ref_params, config, optimizer, rows, total, lr, args):
     """--updates optimizer steps on this process's rows: (sums of statistics, last gradient norm, updates skipped)."""
     device = params["model.embed_tokens.weight"].device
     score = lambda p, row, **kw: row_logprobs(p, config, row, args.temperature, args.checkpointing, **kw)
+    start = time.perf_counter()
     with torch.no_grad():
         ref = [score(ref_params, row)[0] for row in rows] if args.beta else [None] * len(rows)
         # with one update the policy that sampled is the one that learns: no rounding can be clipped
         old = [score(params, row)[0] for row in rows] if args.updates > 1 else [None] * len(rows)
-    sums, norms, skipped = Counter(), [], 0
+    sums, norms, skipped = Counter(score_s=time.perf_counter() - start), [], 0
     for _ in range(args.updates):
         for row, old_logprobs, ref_logprobs in zip(rows, old, ref):
             sequences = [s for _, piece in row for s in piece]
@@ -516,11 +548,12 @@ def rollout_metrics(kept, seen, args):
     names = list(parse_rewards(args.reward))
     sums = Counter({"n": len(rows), "groups": len(seen), "kept": len(kept)})
     for r, i, c in rows:
-        sums.update({"reward": r.rewards[i], "accuracy": r.right[i], "length": len(c.tokens),
-                     "length_right": len(c.tokens) * r.right[i], "truncated": c.finish != "stop",
-                     "second_thoughts": bool(SECOND_THOUGHTS.search(r.texts[i]))})
+        sums.update({"reward": r.rewards[i], "accuracy": r.right[i] is True, "length": len(c.tokens),
+                     "length_right": len(c.tokens) * (r.right[i] is True), "undecided": r.right[i] is None,
+                     "truncated": c.finish != "stop", "second_thoughts": bool(SECOND_THOUGHTS.search(r.texts[i]))})
         sums.update({f"reward_{name}": r.parts[name][i] for name in names})
-    means = ["reward", "accuracy", "length", "truncated", "second_thoughts"] + [f"reward_{name}" for name in names]
+    means = ["reward", "accuracy", "length", "truncated", "undecided", "second_thoughts"]
+    means += [f"reward_{name}" for name in names]
     keys = ["n", "groups", "kept", "length_right"] + means
     s = dict(zip(keys, all_sum([float(sums[k]) for k in keys])))
     return {k: s[k] / max(1, s["n"]) for k in means} | {
@@ -549,19 +582,223 @@ def write_results(run, rows):
     print(text, flush=True)
 
 
+# ------------------------------------------------------------------------------------ planning and timing
+
+ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and its libraries; CUDA's context, work spaces and fragmentation
+
+
+def plan_memory(config, args, world=1, device="cpu", prompt=200):
+    """What a run needs at most on each device, part by part, in GiB, before it starts.
+
+    Returns {"throughout": {part: GiB}, "update": ..., "rollouts": ..., "host": ...}. The update and the rollouts take
+    turns: the peak is what is held throughout and the larger of the two. "host": of each process, beside its GPU.
+    Completions are taken to be as long as --max-new-tokens, and rows to be full. prompt: tokens of a problem, chat
+    template included; GSM8K's take about 200.
+    """
+    V, D, I, L = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    Q, KV = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    on_gpu, dtype, rank = device == "cuda", compute_dtype(args.dtype, device), args.lora_rank
+    size, wide = dtype.itemsize, dtype == torch.float32
+    shapes = param_shapes(config)
+    num_weights = sum(map(math.prod, shapes.values()))
+    linears = [shape for name, shape in shapes.items() if name.removesuffix(".weight").endswith(LINEARS)]
+    trained = sum(rank * sum(shape) for shape in linears) if rank else num_weights
+    state = 4 * trained / world  # of each of the master and Adam's two moments
+    offloaded = args.offload and on_gpu
+    throughout = {
+        f"weights, {str(dtype).removeprefix('torch.')}": size * num_weights,
+        "adapter": 4 * trained if rank else 0,
+        "float32 masters": 0 if offloaded or wide or rank else state,  # what is float32 is its own master
+        "gradients": 4 * trained,
+        "Adam's moments": 0 if offloaded else 2 * state,
+        "reference": size * num_weights if args.beta and not rank else 0}
+    host = {"masters and moments": 3 * state if offloaded else 0,
+            "weights in float32, while they are loaded": 4 * num_weights if on_gpu and not rank else 0}
+
+    groups = -(-args.prompts // world)
+    completions = args.group * args.max_new_tokens
+    tokens = min(max(args.micro_tokens, prompt + args.max_new_tokens), groups * (prompt + completions))
+    seen = prompt + args.max_new_tokens  # keys in front of a completion's last token
+    keys = seen / args.max_new_tokens  # copied for each token of a completion
+    # bytes of a token that autograd keeps of a layer, in the order of model.block
+    norms = 2 * (4 * D + (0 if rank else size * D))
+    inputs = size * (2 * D + Q + I)
+    if rank:  # an adapter works on a float32 copy of its own
+        inputs = (inputs if wide else 4 * (5 * D + Q + I)) + 28 * rank
+    attention = size * (Q + 2 * KV)
+    if on_gpu or seen > 1024:  # a fused kernel keeps its arguments and its result
+        attention += size * (2 * Q + 2 * keys * (Q if on_gpu else KV))
+    else:
+        attention += size * (Q + 2 * keys * KV + config.num_attention_heads * seen)
+    layer = norms + inputs + attention + 3 * size * I
+    head = min(tokens, 2 ** 27 // V)  # tokens whose logits are made at a time
+    update = {
+        "layer inputs" if args.checkpointing else "activations":
+            tokens * L * (size * D if args.checkpointing else layer),
+        "gradient of the embedding": 0 if rank or not config.tie_word_embeddings else size * V * D,
+        "logits, or one layer backward": max(
+            (12 + size) * V * head, tokens * (2 * size * I + (layer if args.checkpointing else 0)))}
+
+    count = (lambda n: 1 << (n - 1).bit_length()) if on_gpu else (lambda n: n)  # as the engine allots rows and slots
+    block = 256 if on_gpu else 32
+    slots = lambda n: -(-(n + 1 + n // 16) // block) * block
+    rows = min(args.max_batch, groups * args.group)
+    held = count(rows) * slots(args.max_new_tokens) + count(-(-rows // args.group)) * slots(prompt)
+    rollouts = {
+        "the sampler's weights": size * (num_weights + (V * D if config.tie_word_embeddings else 0)),
+        "weights with the adapter": size * sum(map(math.prod, linears)) if rank else 0,
+        f"key/value cache of {rows} rows": 2 * size * L * KV * held, "logits of a step": rows * V * (12 + size)}
+    parts = {"throughout": throughout, "update": update, "rollouts": rollouts, "host": host}
+    parts = {when: {name: n / 2**30 for name, n in of.items() if n} for when, of in parts.items()}
+    parts["throughout"]["Python and libraries" if not on_gpu else "CUDA and fragmentation"] = ALLOWANCE_GIB[device]
+    return parts
+
+
+def plan_peaks(plan):
+    """(GiB at the update's peak, GiB at the rollouts' peak) of plan_memory's parts."""
+    throughout = sum(plan["throughout"].values())
+    return throughout + sum(plan["update"].values()), throughout + sum(plan["rollouts"].values())
+
+
+def memory_there(device):
+    """GiB of a GPU, or of this machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def plan_line(plan, there, world=1):
+    """One line on what a plan comes to, with a warning when it exceeds the GiB that are there."""
+    update, rollouts = plan_peaks(plan)
+    line = f"memory, about: {update:.1f} GiB in the update, {rollouts:.1f} in the rollouts, of {there:.1f} GiB"
+    line += f" on each of {world} devices" if world > 1 else ""
+    if max(update, rollouts) <= there:
+        return line
+    ways = ["--checkpointing", "a smaller --micro-tokens"] * (update > there)
+    ways += ["a smaller --max-batch"] * (rollouts > there) + ["--offload", "--lora-rank 32", "more GPUs"]
+    return line + f"\nwarning: that is more than there is; what helps: {', '.join(ways)} (--plan lists the parts)"
+
+
+def print_plan(args):
+    """--plan: the parts of plan_memory on this machine, or on the one that the flag describes as GPUS:GIB."""
+    if args.plan == "here":
+        device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+        world, there = int(os.environ.get("WORLD_SIZE", 1)), memory_there(device)
+    else:
+        if not re.fullmatch(r"[1-9]\d*:\d+(\.\d+)?", args.plan):
+            raise ValueError(f"--plan {args.plan}: expected GPUS:GIB, such as 1:24 or 8:80")
+        device, world, there = "cuda", int(args.plan.split(":")[0]), float(args.plan.split(":")[1])
+    plan = plan_memory(load_config(resolve_model(args.model)), args, world, device)
+    for when, parts in plan.items():
+        if parts:
+            print({"throughout": "throughout", "update": "in the update, also", "rollouts": "in the rollouts, also",
+                   "host": "in the host memory of each process"}[when] + f": {sum(parts.values()):.2f} GiB")
+        for name, gib in parts.items():
+            print(f"    {gib:9.2f}  {name}")
+    print(plan_line(plan, there, world))
+
+
+# vocabulary, hidden, layers, heads, key/value heads, width of the MLP; embeddings tied
+BENCHMARK_SIZES = {"tiny": (1024, 256, 4, 4, 2, 704), "30m": (4096, 512, 8, 8, 2, 1792)}
+
+
+def odd(group):
+    """The share of odd ids: a reward that costs nothing, and is never the same for all of a group."""
+    return [sum(token % 2 for token in c.tokens) / len(c.tokens) for c in group.completions]
+
+
+def matrix_rate(config, dtype, device, tokens, seconds=2.0):
+    """FLOP per processor second of the products of one layer, forward and backward, over rows of so many tokens."""
+    of_layer = [shape for name, shape in param_shapes(config).items() if name.startswith("model.layers.0.")]
+    shapes = [shape for shape in of_layer if len(shape) == 2]
+    new = functools.partial(torch.randn, device=device, dtype=dtype)
+    cases = [(new(tokens, n_in), new(n_out, n_in), new(tokens, n_out)) for n_out, n_in in shapes]
+    flops, start = 0, None
+    while start is None or time.process_time() - start < seconds:
+        for x, weight, grad in cases:
+            x @ weight.T, grad @ weight, grad.T @ x
+        if start is None:  # the first round only warms up
+            start = time.process_time()
+        else:
+            flops += sum(6 * tokens * math.prod(shape) for shape in shapes)
+    return flops / (time.process_time() - start)
+
+
+def benchmark(args, counted=3):
+    """--benchmark: what a step costs on a load on which trainers can be compared: random weights, random words.
+
+    fixed: 8 prompts of 24 to 40 tokens x 8 completions of 64.   mixed: 4 prompts of 300 x 16 completions of up to 256,
+    ended by any of V / 100 tokens, so that lengths are geometric. One AdamW update a step; a first step warms up.
+    """
+    V, D, L, H, K, I = BENCHMARK_SIZES[args.size]
+    ends = () if args.benchmark == "fixed" else tuple(range(1, 1 + V // 100))
+    config = Config(V, D, I, L, H, K, max_position_embeddings=1024, eos_token_id=ends)
+    args.prompts, args.group, args.max_new_tokens = (8, 8, 64) if args.benchmark == "fixed" else (4, 16, 256)
+    args.prompt, args.temperature, args.lr = "plain", 1.0, 1e-5
+    vocabulary = {"<unknown>": 0} | {f"w{i}": i for i in range(1, V)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    rng = random.Random(args.seed)
+    lengths = [rng.randint(24, 40) if args.benchmark == "fixed" else 300 for _ in range(args.prompts)]
+    problems = [{"id": str(i), "answer": "", "problem": " ".join(f"w{rng.randrange(1, V)}" for _ in range(n - 2))}
+                for i, n in enumerate(lengths)]  # the chat template adds two words
+    REWARDS["odd"] = odd
+    device = init_distributed(args.device)[2]
+    dtype = compute_dtype(args.dtype, device)
+    params, optimizer = init_optimizer(init_params(config, args.seed), device, dtype)
+    clocks, tokens = [], Counter()
+    for step in range(1 + counted):
+        clocks.append([(time.perf_counter(), time.process_time())])
+        kept, _, _ = gather_rollouts(params, config, tokenizer, enumerate(problems), step, args, None, {"odd": 1.0})
+        rows, total = training_rows(kept, args)
+        clocks[-1].append((time.perf_counter(), time.process_time()))
+        update(params, None, config, optimizer, rows, total, args.lr, args)
+        clocks[-1].append((time.perf_counter(), time.process_time()))
+        if step:
+            tokens.update(sampled=total, trained=total + sum(len(prompt) for row in rows for prompt, _ in row))
+    (rollout_s, rollout_cpu), (update_s, update_cpu) = (
+        [sum(row[i + 1][kind] - row[i][kind] for row in clocks[1:]) / counted for kind in (0, 1)] for i in (0, 1))
+    in_layers = sum(math.prod(shape) for name, shape in param_shapes(config).items() if ".layers." in name)
+    flops = 6 * (in_layers * tokens["trained"] + V * D * tokens["sampled"]) / counted
+    peak, plan = peak_memory_gib(device), plan_memory(config, args, 1, device.type, max(lengths))
+    rate = matrix_rate(config, dtype, device, min(args.micro_tokens, tokens["trained"] // counted))
+    print(f"{args.size} {sum(p.numel() for p in params.values()):,} parameters | {args.benchmark} | "
+          f"{args.prompts * args.group} rows, {tokens['sampled'] / counted:.0f} sampled tokens a step | {torch.get_num_threads()} threads | {dtype} | "
+          f"--micro-tokens {args.micro_tokens}{' --checkpointing' if args.checkpointing else ''}")
+    for unit, rollout, learning in (("s", rollout_s, update_s), ("cpu_s", rollout_cpu, update_cpu)):
+        print(f"{unit} per step {rollout + learning:.2f} | rollout {rollout:.2f} | update {learning:.2f} | "
+              f"{tokens['sampled'] / counted / (rollout + learning):.0f} tokens/{unit}")
+    print(f"update: {flops / update_cpu / 1e9:.0f} GFLOP/cpu_s in its matrix products, "
+          f"{100 * flops / update_cpu / rate:.0f} % of the {rate / 1e9:.0f} that such products reach by themselves")
+    print(f"peak memory {peak:.2f} GiB, planned {max(plan_peaks(plan)):.2f}")
+
+
 # ------------------------------------------------------------------------------------ the run
+
+
+def split_weight(word):
+    """"gsm8k=2" -> ("gsm8k", 2.0); without a number behind it, the weight is 1."""
+    found = re.fullmatch(r"(.+)=(\d*\.?\d+)", word)
+    return (found[1], float(found[2])) if found else (word, 1.0)
 
 
 def load_mixture(words, limit):
     """["gsm8k=2", "mine.jsonl"] -> ([problems of each set's train split], [weights])."""
     sets, weights = [], []
     for word in words:
-        name, _, weight = word.partition("=")
-        if weight and (not re.fullmatch(r"\d*\.?\d+", weight) or float(weight) == 0):
-            raise ValueError(f"--data {word}: the weight {weight!r} is not a positive number")
+        name, weight = split_weight(word)
+        if weight == 0:
+            raise ValueError(f"--data {word}: the weight is not a positive number")
         sets.append(load_problems(name, "train", limit))
-        weights.append(float(weight or 1))
+        weights.append(weight)
     return sets, weights
+
+
+def those_that_fit(problems, tokenizer, config, args, system):
+    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    prompts = [render_prompt(args.prompt, p, system=system, think_tag=args.think_tag) for p in problems]
+    encoded = tokenizer.encode_batch(prompts, add_special_tokens=False)
+    return [p for p, e in zip(problems, encoded) if len(e.ids) + args.max_new_tokens <= config.max_context]
 
 
 def load_held_out(args):
@@ -569,7 +806,7 @@ def load_held_out(args):
     dev = load_problems(args.eval_data, "dev", args.eval_limit)
     if not args.test_limit:
         return dev, []
-    trained_on = [Path(word.split("=")[0]).resolve() for word in args.data if ".jsonl" in word]  # however it is spelled
+    trained_on = [Path(split_weight(word)[0]).resolve() for word in args.data if ".jsonl" in word]
     split = "dev" if Path(args.eval_data).resolve() in trained_on else "test"
     return dev, load_problems(args.eval_data, split, args.test_limit)
 
@@ -587,18 +824,29 @@ def load_policy(args, model_dir, config, device):
 
 def main(args):
     check_args(args)
+    if args.plan:
+        return print_plan(args)
+    if args.benchmark:
+        return benchmark(args)
+    del args.plan, args.benchmark, args.size  # no part of a run's flags
     reward_weights = parse_rewards(args.reward)
     model_dir = resolve_model(args.model)
     config, tokenizer, system = load_config(model_dir), load_tokenizer(model_dir), load_system_prompt(model_dir)
-    if args.max_new_tokens >= config.max_context:
+    all_sets, set_weights = load_mixture(args.data, args.train_limit)
+    sets = [those_that_fit(problems, tokenizer, config, args, system) for problems in all_sets]
+    left_out = sum(map(len, all_sets)) - sum(map(len, sets))
+    if not all(sets):
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the context of "
                          f"{config.max_context}")
-    sets, set_weights = load_mixture(args.data, args.train_limit)
     dev, test = load_held_out(args)
-    steps = args.steps if args.epochs is None else math.ceil(args.epochs * sum(map(len, sets)) / args.prompts)
+    a_pass = sum(map(len, sets)) / args.prompts  # steps of an epoch
+    steps = args.steps if args.epochs is None else math.ceil(args.epochs * a_pass)
+    epoch_ends = {math.ceil(n * a_pass): n for n in range(1, math.ceil(args.epochs or 0))}
 
     rank, world, device = init_distributed(args.device)
     run, checkpoint = start_run(args)
+    if rank == 0:
+        print(plan_line(plan_memory(config, args, world, device.type), memory_there(device), world), flush=True)
     params, ref_params, optimizer = load_policy(args, model_dir, config, device)
     state = {"step": 0, "best_step": None, "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
     if checkpoint:
@@ -610,12 +858,13 @@ def main(args):
         records = measure(params, config, tokenizer, test, args, system, prompt)
         row = summarize(records, method=method, prompt=prompt or args.prompt)
         kept = ("method", "n", "accuracy", "low", "high", "levels", "tokens_mean", "truncated")
-        extra["rows"].append({name: row[name] for name in kept})
+        extra["rows"] = [old for old in extra["rows"] if old["method"] != method] + [{name: row[name] for name in kept}]
 
     if rank == 0:
         num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
         print(f"{sum(map(len, sets))} training problems, {len(dev)} held out for choosing and {len(test)} for the "
-              f"result; {num_trained:,} weights to train on {world} x {device}", flush=True)
+              f"result; {num_trained:,} weights to train on {world} x {device}"
+              + (f"; {left_out} problems are too long for the context and left out" if left_out else ""), flush=True)
     if test and not extra["rows"]:
         measure_test("before")
         if args.prompt != "cot":
@@ -631,20 +880,10 @@ def main(args):
             extra["taken"] += taken
             rolled = time.perf_counter()
 
-            rewards = gather_objects([r.rewards for r in kept])
             sums, grad_norm, skipped, lr = Counter(), 0.0, 0, learning_rate(step, steps, args.lr, args.warmup)
-            if sum(map(len, rewards)):  # some group has something to teach
-                everyones = torch.tensor([r for share in rewards for r in share])  # [N, G]
-                advantages = group_advantages(everyones, args.scale)
-                mine = advantages[sum(map(len, rewards[:rank])):]
-                groups = [(r.prompt_tokens, sequences_of(r, row.tolist(), args.mask_truncated))
-                          for r, row in zip(kept, mine)]
-                lengths = [len(s.tokens) for _, sequences in groups for s in sequences if s.counts]
-                lengths = [n for share in gather_objects(lengths) for n in share]
-                if lengths:  # not all of them masked
-                    total = loss_total(args.loss, lengths, args.max_new_tokens)
-                    rows = pack_groups(groups, args.micro_tokens)
-                    sums, grad_norm, skipped = update(params, ref_params, config, optimizer, rows, total, lr, args)
+            rows, total = training_rows(kept, args)
+            if total:
+                sums, grad_norm, skipped = update(params, ref_params, config, optimizer, rows, total, lr, args)
             extra["failures"] = extra["failures"] + skipped if skipped else 0
             updated = time.perf_counter()
 
@@ -655,10 +894,13 @@ def main(args):
             metrics |= rollout_metrics(kept, seen, args) | per_token | {
                 "loss": s["loss"] / args.updates, "mismatch_max": max(gather_objects(sums["mismatch_max"])),
                 "grad_norm": grad_norm, "skipped": skipped, "lr": lr, "rollout_s": rolled - start,
-                "update_s": updated - rolled, "peak_memory_gib": peak_memory_gib(device)}
-            metrics["tokens_per_s"] = metrics["length"] * metrics.pop("completions") / (updated - start)
+                "score_s": sums["score_s"], "update_s": updated - rolled - sums["score_s"],
+                "peak_memory_gib": max(gather_objects(peak_memory_gib(device)))}
+            sampled = metrics["length"] * metrics.pop("completions")
+            metrics |= {"tokens_per_s": sampled / (updated - start), "sampled_tokens_per_s": sampled / (rolled - start),
+                        "learned_tokens_per_s": s["tokens"] / (updated - rolled)}
             stopping = stop_requested()
-            measured = step % args.eval_every == 0 or step == steps
+            measured = step % args.eval_every == 0 or step in epoch_ends or step == steps
             if measured:
                 correct = scores_of(measure(params, config, tokenizer, dev, args, system), PRESETS[args.prompt].grade)
                 metrics["dev_accuracy"] = sum(correct) / len(correct)
@@ -678,8 +920,8 @@ def main(args):
                 raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, which were "
                                  "skipped; start another --run-dir from the last checkpoint, with --lr below "
                                  f"{args.lr:g} or --dtype float32")
-            if step == steps and test:
-                measure_test("after")
+            if test and (step == steps or step in epoch_ends):
+                measure_test("after" if step == steps else f"after epoch {epoch_ends[step]}")
             if measured or step % args.save_every == 0 or stopping:
                 save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, extra, args.keep, best_step)
             if rank == 0 and measured:
@@ -701,3 +943,5 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:
         print(f"grpo.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # once it learns, Ctrl-C saves
+        sys.exit("grpo.py: interrupted before the first step; there is nothing to save")

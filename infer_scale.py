@@ -13,6 +13,7 @@ et al. 2025, arXiv:2502.06233. Closing a thought: Muennighoff et al. 2025 (s1), 
 """
 
 import argparse
+import functools
 import math
 import random
 import statistics
@@ -31,11 +32,11 @@ def parse_args(argv=None):
     add_eval_flags(p, temperature=SAMPLING_TEMPERATURE)
     p.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     p.add_argument("--num-samples", type=int, default=20, help="size of the pool of samples per problem")
-    p.add_argument("--votes", type=int, nargs="+", default=(5, 10, 20), help="numbers of votes, at most --num-samples")
+    p.add_argument("--votes", type=int, nargs="+", help="numbers of votes; default: those of 5, 10, 20 that the pool allows")
     p.add_argument("--exemplars", type=int, nargs="+", default=(1, 2, 4, 8), help="numbers of solved problems shown")
     p.add_argument("--temperatures", type=float, nargs="+", default=(0.4, 0.7, 1.0, 1.3))
-    p.add_argument("--budgets", type=int, nargs="+", default=(1, 8, 16, 24, 32, 48),
-                   help="tokens of thought allowed")
+    p.add_argument("--budgets", type=int, nargs="+",
+                   help="tokens of thought allowed; default: 1 8 16 24 32 48 for a tiny model, else 64 256 512")
     p.add_argument("--confidence", type=float, default=0.95, help="at which an adaptive vote stops sampling")
     p.add_argument("--plot", help="a PNG file for the heat map of temperature and votes")
     return p.parse_args(argv)
@@ -132,10 +133,14 @@ def compare_prompts(run, args):
 # ------------------------------------------------------------------------------------ self-consistency
 
 
+def votes_asked(args):
+    return sorted(args.votes or [k for k in (5, 10, 20) if k <= args.num_samples])
+
+
 def self_consistency(records, settings, args):
     """One sample, votes (plain, weighted, adaptive, abstaining), best of N by log-probability, pass@k; from one pool."""
     grade, N = settings["grade"], len(records[0]["samples"])
-    rows, lines, ks = [], [], [k for k in args.votes if k <= N]
+    rows, lines, ks = [], [], votes_asked(args)
     votes, right = zip(*[votes_of(r, grade) for r in records])
     correct = [[s[grade] is True for s in r["samples"]] for r in records]
     tokens = [statistics.fmean(s["tokens"] for s in r["samples"]) for r in records]
@@ -165,16 +170,16 @@ def self_consistency(records, settings, args):
             add(f"best of {k} by {name} log-probability", [best_of_k(s, c, k) for s, c in zip(scores, correct)], k)
     for name, confidence in ((f"{args.confidence:g} sure", args.confidence), ("outcome fixed", None)):
         success, used = zip(*[adaptive(v, r, confidence, seed=i) for i, (v, r) in enumerate(zip(votes, right))])
-        levels = sorted({str(r["level"]) for r in records})
-        drawn = {k: statistics.fmean(u for u, r in zip(used, records) if str(r["level"]) == k) for k in levels}
+        levels = sorted({r["level"] for r in records if r["level"] is not None})
+        drawn = {str(k): statistics.fmean(u for u, r in zip(used, records) if r["level"] == k) for k in levels}
         add(f"adaptive majority, {name}", list(success), list(used), samples_by_level=drawn)
     for k in [1, *ks]:
         add(f"pass@{k} (a bound)", [pass_at_k(N, sum(c), k) for c in correct], k)
     print(markdown(["method", "accuracy, % [95 %]", "points over one sample", "samples", "tokens"], lines))
     for row in rows:
         if "samples_by_level" in row:
-            print(f"{row['method']}: saves {N - row['samples']:.1f} of {N} samples; drawn by level: "
-                  + ", ".join(f"{level}: {n:.1f}" for level, n in row["samples_by_level"].items()))
+            by_level = ", ".join(f"{level}: {n:.1f}" for level, n in row["samples_by_level"].items())
+            print(f"{row['method']}: saves {N - row['samples']:.1f} of {N} samples; drawn by level: {by_level or '-'}")
     print("\n" + abstentions(votes, right))
     return rows
 
@@ -195,10 +200,9 @@ def abstentions(votes, right):
 
 def sweep_temperature(pools, args):
     """Accuracy of votes at each temperature, how diverse the answers are, and the sweet spot."""
-    ks, rows, lines, scores = [1, *(k for k in args.votes if k <= args.num_samples)], [], [], {}
+    ks, rows, lines, scores = [1, *votes_asked(args)], [], [], {}
     for temperature, (records, settings) in sorted(pools.items()):
-        grade = settings["grade"]
-        votes, right = zip(*[votes_of(r, grade) for r in records])
+        votes, right = zip(*[votes_of(r, settings["grade"]) for r in records])
         scores[temperature] = {k: [maj_at_k(v, r, k) for v, r in zip(votes, right)] for k in ks}
         spread = {"distinct": statistics.fmean(len(set(v) - {None}) for v in votes),
                   "no_answer": statistics.fmean(x is None for v in votes for x in v)}
@@ -210,7 +214,7 @@ def sweep_temperature(pools, args):
                                   seconds=k * seconds, **spread, **settings))
         lines.append([f"{temperature:g}", *map(rated, rows[-len(ks):]), f"{spread['distinct']:.1f}",
                       percent(spread["no_answer"]), f"{statistics.fmean(tokens):.0f}"])
-    print(markdown(["temperature", *(f"majority of {k}, % [95 %]" for k in ks),
+    print(markdown(["temperature", "one sample, % [95 %]", *(f"majority of {k}" for k in ks[1:]),
                     f"distinct answers of {args.num_samples}", "no answer, %", "tokens"], lines))
     for k in ks:
         print(f"votes {k}: " + sweet_spot({t: scores[t][k] for t in scores}))
@@ -256,7 +260,8 @@ def plot_heat(accuracy, ks, path):
 def sweep_budget(run, args):
     """Greedy accuracy, per level, when the thinking block is closed after so many tokens; the last row lets it run."""
     rows, scores, texts = [], {}, {}
-    for budget in [*sorted(args.budgets), 0]:
+    usual = (1, 8, 16, 24, 32, 48) if is_tiny(run.config) else (64, 256, 512)
+    for budget in [*sorted(set(args.budgets or usual) - {0}), 0]:
         records, settings = measure(run, f"budget-{budget}", temperature=0.0, think_budget=budget)
         method = f"thought of at most {budget} tokens" if budget else "thought of any length"
         row = summarize(records, method=method, **settings)
@@ -268,7 +273,7 @@ def sweep_budget(run, args):
                    [[row["method"], percent(share), rated(row), *(percent(row["levels"][k][0]) for k in levels),
                      f"{row['tokens_mean']:.0f}"] for row, share in zip(rows, cut.values())]))
     for level in levels:
-        mine = {b: [x for x, p in zip(s, run.problems) if str(p["level"]) == level] for b, s in scores.items()}
+        mine = {b: [x for x, p in zip(s, run.problems) if str(p.get("level")) == level] for b, s in scores.items()}
         enough = next(b for b, s in mine.items() if paired_bootstrap(s, mine[0])[1] <= 0)
         print(f"level {level}: " + (f"{enough} tokens of thought are not told apart from any length" if enough else
                                     "every budget tried costs accuracy"))
@@ -280,25 +285,24 @@ def sweep_budget(run, args):
 
 
 def main(args):
-    if args.num_samples < max(args.votes):
-        raise ValueError(f"--votes {max(args.votes)} needs --num-samples of at least that, found {args.num_samples}")
-    run, rows, pools = open_run(args, tiny_prompt="cot"), [], {}
+    if not all(1 <= k <= args.num_samples for k in votes_asked(args)):
+        raise ValueError(f"--votes {max(args.votes)} of a pool of {args.num_samples} samples; raise --num-samples")
+    if not 0.5 < args.confidence < 1:
+        raise ValueError(f"--confidence is {args.confidence:g}, expected more than 0.5 and less than 1")
+    run = open_run(args, tiny_prompt="cot")
     print_settings(settings_of(run, num_samples=args.num_samples))
-    wanted = {args.temperature} if "consistency" in args.experiments else set()
-    wanted |= set(args.temperatures) if "temperature" in args.experiments else set()
-    for temperature in sorted(wanted):
-        name = f"temperature-{temperature:g}"
-        pools[temperature] = measure(run, name, temperature=temperature, num_samples=args.num_samples)
-    if "prompts" in args.experiments:
-        rows += compare_prompts(run, args)
-    if "consistency" in args.experiments:
-        rows += self_consistency(*pools[args.temperature], args)
-    if "temperature" in args.experiments:
-        rows += sweep_temperature({t: pools[t] for t in args.temperatures}, args)
-    if "budget" in args.experiments:
-        rows += sweep_budget(run, args)
-    for row in rows:
-        append_row(args.results, row)
+
+    @functools.cache
+    def pool(temperature):
+        return measure(run, f"temperature-{temperature:g}", temperature=temperature, num_samples=args.num_samples)
+
+    experiments = {"prompts": lambda: compare_prompts(run, args),
+                   "consistency": lambda: self_consistency(*pool(args.temperature), args),
+                   "temperature": lambda: sweep_temperature({t: pool(t) for t in args.temperatures}, args),
+                   "budget": lambda: sweep_budget(run, args)}
+    for name, experiment in experiments.items():
+        for row in experiment() if name in args.experiments else ():
+            append_row(args.results, row)
 
 
 if __name__ == "__main__":

@@ -425,6 +425,30 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+class ShortAttention(torch.autograd.Function):
+    """softmax(q k^T) v: products in the dtype of q; a softmax in float32, kept for the backward pass in that of q.
+
+    q [N, R * T, head_dim], scaled; k and v [N, S, head_dim]; unseen: bool [T, S] -> like q.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, unseen):
+        scores = torch.bmm(q, k.mT).float()  # [N, R * T, S]
+        scores.unflatten(1, (-1, len(unseen))).masked_fill_(unseen, -torch.inf)
+        weights = scores.softmax(-1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights)
+        return torch.bmm(weights, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, weights = ctx.saved_tensors
+        grad_scores = torch.bmm(grad, v.mT).float()
+        wide = weights.float()
+        grad_scores -= torch.linalg.vecdot(grad_scores, wide)[..., None]
+        grad_scores = grad_scores.mul_(wide).to(q.dtype)
+        return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), torch.bmm(weights.mT, grad), None
+
+
 def attention(q, k, v, seen=None):
     """Softmax attention with grouped heads: q [B, H, T, head_dim], k and v [B, K, S, head_dim] -> like q.
 
@@ -432,15 +456,15 @@ def attention(q, k, v, seen=None):
     """
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
-    if q.device.type != "cpu" or S > 512:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=H != K)
-    # Written out: for rows this short the CPU's kernel takes about three times as long, mostly in its backward pass.
-    if seen is None:
-        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    q = q.reshape(B * K, H // K * T, head_dim).float() * head_dim ** -0.5
-    scores = torch.bmm(q, k.reshape(B * K, S, head_dim).float().transpose(1, 2)).view(B * K, -1, T, S)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).view(B * K, -1, S)
-    return torch.bmm(weights, v.reshape(B * K, S, head_dim).float()).view(B, H, T, head_dim).to(v.dtype)
+    if q.device.type == "cpu" and S <= 1024:  # the CPU's kernel takes three times as long for short rows in bfloat16
+        if seen is None:
+            seen = torch.ones(T, S, dtype=torch.bool).tril()
+        q = q.reshape(B * K, -1, head_dim) * head_dim ** -0.5
+        k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
+        return ShortAttention.apply(q, k, v, ~seen).view(B, H, T, head_dim)
+    if seen is not None and H != K:  # a mask and grouped heads together have no kernel that makes no scores
+        k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=H != k.shape[1])
 
 
 def causal_attention(layer, q, k, v):
@@ -461,8 +485,8 @@ def packed_attention(groups):
     """The attend_fn of one row [1, T] that holds groups: a prompt, then completions that each see it and themselves.
 
     groups: [(prompt length, [completion length, ...]), ...] in the order of the row. Prompts of no tokens make the
-    completions texts of their own. The linear layers see every token once and no padding; only here are a group's
-    completions padded to its longest.
+    completions texts of their own. The linear layers see every token once and no padding; only here are completions
+    padded, to the longest of those in the group whose lengths round up to the same power of two, 32 at least.
     """
     def attend_fn(layer, q, k, v):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
@@ -472,15 +496,21 @@ def packed_attention(groups):
             (q0, *qs), (k0, *ks), (v0, *vs) = (x[begin:end].split([prompt, *lengths]) for x in (q, k, v))
             if prompt:
                 parts.append(attention(*(x.transpose(0, 1)[None] for x in (q0, k0, v0)))[0].transpose(0, 1))
-            longest = max(lengths)
-            # [G, heads, longest, head_dim] each, then keys and values with the prompt's in front
-            qs, ks, vs = (pad_sequence(x, batch_first=True).transpose(1, 2) for x in (qs, ks, vs))
-            ks, vs = (torch.cat((x0.transpose(0, 1).expand(len(lengths), -1, -1, -1), x), 2)
-                      for x0, x in ((k0, ks), (v0, vs)))
-            size = longest, prompt + longest
-            seen = torch.ones(size, dtype=torch.bool, device=q.device).tril(prompt) if prompt else None
-            out = attention(qs, ks, vs, seen).transpose(1, 2)  # [G, longest, H, head_dim]
-            parts += [row[:n] for row, n in zip(out.unbind(), lengths)]
+            outs = {}
+            sizes = [max(32, 1 << (n - 1).bit_length()) for n in lengths]
+            for size in sorted(set(sizes)):
+                alike = [i for i in range(len(lengths)) if sizes[i] == size]
+                longest = max(lengths[i] for i in alike)
+                # [len(alike), heads, longest, head_dim] each, then keys and values with the prompt's in front
+                q1, k1, v1 = (pad_sequence([x[i] for i in alike], batch_first=True).transpose(1, 2)
+                              for x in (qs, ks, vs))
+                k1, v1 = (torch.cat((x0.transpose(0, 1).expand(len(alike), -1, -1, -1), x), 2)
+                          for x0, x in ((k0, k1), (v0, v1)))
+                shape = longest, prompt + longest
+                seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril(prompt) if prompt else None
+                out = attention(q1, k1, v1, seen).transpose(1, 2)  # [len(alike), longest, H, head_dim]
+                outs |= {i: row[:lengths[i]] for i, row in zip(alike, out.unbind())}
+            parts += [outs[i] for i in range(len(lengths))]
         return torch.cat(parts).transpose(0, 1)[None]
 
     return attend_fn

@@ -1,6 +1,8 @@
 """Supervised training on worked answers: the cold start before reinforcement learning, and how the tiny model was made.
 
-    python sft.py --model qwen2.5-1.5b --data traces.jsonl --lora-rank 32     # traces made by data/traces.py
+    python data/traces.py --data arithmetic words:1 --out traces.jsonl        # checked traces of generated problems
+    python sft.py --data traces.jsonl                                         # the embedded tiny model, minutes
+    python sft.py --model qwen2.5-1.5b --data traces.jsonl --lora-rank 32     # a real one
     python grpo.py --model runs/sft/checkpoints/best                          # goes on from there
     python sft.py --model data/tiny --from-scratch --data runs/tiny/corpus.jsonl
 
@@ -11,6 +13,7 @@ optimizer step, so that neither the packing nor the number of processes changes 
 """
 
 import argparse
+import hashlib
 import math
 import random
 import sys
@@ -22,14 +25,14 @@ import torch
 
 from data import load_problems
 from data.files import read_rows
-from eval import PRESETS, evaluate, render_prompt
+from data.teachers import in_form
+from eval import PRESETS, evaluate, is_tiny, render_prompt
 from model import (head_logprobs, hidden_states, init_lora, init_params, load_config, load_params, load_system_prompt,
                    load_tokenizer, packed_attention, packed_positions, render_chat, resolve_model)
 from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, init_distributed,
                    init_optimizer, learning_rate, load_checkpoint, log_samples, log_step, optimizer_step,
                    parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint, start_run,
                    stop_signals)
-from verify import format_reward
 
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]  # an example stands alone
 PARTS = ("thought", "answer", "end")  # what a supervised token belongs to; the loss is logged apart for each
@@ -37,7 +40,8 @@ CONTEXT = -1  # the part of a token that is only read
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                conflict_handler="resolve")  # of the shared flags, --lr is defined anew
     p.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
     p.add_argument("--from-scratch", action="store_true",
                    help="random weights; of --model only config.json and the tokenizer are read")
@@ -46,7 +50,7 @@ def parse_args(argv=None):
                    help="how a problem is put (default %(default)s); a conversation stands for itself")
     p.add_argument("--think-tag", default="think", choices=("think", "thought"))
     p.add_argument("--answer-weight", type=float, default=1.2,
-                   help="of the tokens of the final \\boxed{} in the loss (default %(default)s)")
+                   help="weight of the final \\boxed{}'s tokens in the loss; others count 1 (default %(default)s)")
     p.add_argument("--epochs", type=float, default=3.0, help="times that every example is seen (default %(default)s)")
     p.add_argument("--batch", type=int, default=64, help="examples in an optimizer step (default %(default)s)")
     p.add_argument("--micro-tokens", type=int, default=8192, help="tokens in one packed row (default %(default)s)")
@@ -64,8 +68,15 @@ def parse_args(argv=None):
     p.add_argument("--eval-limit", type=int, default=200, help="problems of it (default %(default)s)")
     p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default %(default)s)")
     p.add_argument("--max-new-tokens", type=int, default=512, help="of an answer in evaluation (default %(default)s)")
-    add_train_flags(p, lr=1e-5, run_dir="runs/sft")
+    add_train_flags(p, lr=None, run_dir="runs/sft")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: all weights 1e-5, an adapter 2e-4; of a tiny "
+                   "model 2e-3, an adapter 5e-3)")
     return parse_train_args(p, argv)
+
+
+def default_lr(config, lora_rank):
+    """An adapter learns at about ten times the rate of all weights, and a tiny model faster still."""
+    return (5e-3 if lora_rank else 2e-3) if is_tiny(config) else (2e-4 if lora_rank else 1e-5)
 
 
 def check_args(args):
@@ -104,15 +115,29 @@ def split_conversation(row, prompt, system, think_tag):
     return pieces
 
 
+def answer_span(text, think_tag="think"):
+    """(begin, end) of a reply's answer: the last box behind the thinking block, braces included; (0, 0) without one."""
+    begin, depth = text.rfind("\\boxed{", max(0, text.rfind(f"</{think_tag}>"))), 0
+    for end in range(begin + len("\\boxed"), len(text)) if begin >= 0 else ():
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return begin, end + 1
+    return 0, 0
+
+
 def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, think_tag="think"):
-    """An Example: each piece is tokenised by itself, as when the model is asked; a reply's last box is its answer."""
+    """An Example: each piece is tokenised by itself, as when the model is asked.
+
+    What a reply says beside its answer, words behind the box included, counts as thought.
+    """
     tokens, parts = [], []
     for text, said in split_conversation(row, prompt, system, think_tag):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         tokens += encoded.ids
         if said:
-            box = text.rfind("\\boxed{")
-            parts += [PARTS.index("answer" if 0 <= box < end else "thought") for _, end in encoded.offsets]
+            first, last = answer_span(text, think_tag)
+            parts += [PARTS.index("answer" if begin < last and end > first else "thought")
+                      for begin, end in encoded.offsets]
             tokens.append(end_token)
             parts.append(PARTS.index("end"))
         else:
@@ -238,7 +263,7 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems[rank::world], prompt=args.prompt, system=system,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, progress=False)
-        formed = sum(format_reward(r["samples"][0]["text"], args.think_tag) for r in records)
+        formed = sum(in_form(r["samples"][0]["text"], args.think_tag) for r in records)
         right = sum(r["samples"][0]["strict"] is True for r in records)
         right, formed, n = all_sum([right, formed, len(records)])
         metrics |= {"val_accuracy": right / n, "val_format": formed / n}
@@ -247,9 +272,10 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
 
 
 def main(args):
-    check_args(args)
     model_dir = resolve_model(args.model)
     config, tokenizer, system = load_config(model_dir), load_tokenizer(model_dir), load_system_prompt(model_dir)
+    args.lr = default_lr(config, args.lora_rank) if args.lr is None else args.lr
+    check_args(args)
     end_token = tokenizer.token_to_id("<|endoftext|>" if PRESETS[args.prompt].text is not None else "<|im_end|>")
     if end_token is None:
         raise ValueError(f"{model_dir}: the tokenizer has no token that ends a reply (<|im_end|>); "
@@ -277,9 +303,13 @@ def main(args):
     else:
         params, optimizer = init_optimizer(base, device, dtype, args.offload)
         del base
-    state = {"step": 0, "best_step": None, "extra": {"best": math.inf, "waited": 0, "failures": 0}}
+    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
+    state = {"step": 0, "best_step": None, "extra": {"best": math.inf, "waited": 0, "failures": 0, "data": digest}}
     if checkpoint:
         state = load_checkpoint(checkpoint, optimizer)
+        if (found := state["extra"]["data"]) != digest:
+            raise ValueError(f"--data {args.data} has changed: its sha256 begins with {digest}, with {found} when the "
+                             "run was started; put that file back, or start a new run with another --run-dir")
     best_step, extra = state["best_step"], state["extra"]
     steps = math.ceil(args.epochs * len(examples) / args.batch)
     if rank == 0:

@@ -28,11 +28,11 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -71,14 +71,20 @@ MATH = re.compile(
     r"\$\$(.{1,1000}?)\$\$|(?<!\\)\$([^$]{1,1000}?)(?<!\\)\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)", re.S
 )
 PERCENT = re.compile(r"(?:[$\s]|\\\))*(?:\\?%|per ?cent\b)")
-NUMBER_IN_PROSE = re.compile(r"(?<![\w.])[-+−]?\s?\\?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?(?:\s?\\?%)?")
+NUMBER_IN_PROSE = re.compile(
+    r"(?<![A-Za-z\d_.])[-+−]?\s?\\?[$€£]?\s?(?:\\[dt]?frac\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?[/:]\s?\d+)?(?:\s?\\?%|\s?π|√\d+)?)"
+)
 ANSWER_PHRASE = re.compile(
     r"####|^A:|^#+ *(?:Final )?Answer *\n|\b(?:answers?|correct (?:option|choice))\b[*_]*\s*"
     r"(?:is(?!n)|are|was|would be|=|:|(?=\$|\\\(|\\\[))[*_]*\s*:?", re.I | re.M,
 )  # fmt: skip
 VERDICT_IN_PROSE = re.compile(r"(?i:yes|no|true|false)\b|\(?[B-J]\b\)?")
-WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}")
-CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?!\d))((?:\s|\\\W|\$)*\S.*)", re.S)  # (C) 12
+STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
+WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
+CHOICE = re.compile(  # (C) 12, but not (C) or (D)
+    r"\(?([A-J])(?:\)|[.:](?!\d))(?!\W*(?:or|and)\b|.*\([A-J]\)|\s*[,;+*/^=&]|-)((?:\s|\\\W|\$)*\S.*)", re.S
+)
 ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
 NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf infinity sin cos tan cot sec csc log ln exp".split())
 
@@ -95,15 +101,15 @@ def _braced(text, start):
 
 def after_thinking(text):
     """(what follows the thinking block, or the whole text if there is none; whether what was opened is closed)."""
-    closes = list(THINK_CLOSE.finditer(text))
-    tail = text[closes[-1].end() :] if closes else text
+    closes = deque(THINK_CLOSE.finditer(text), maxlen=1)
+    tail = text[closes[0].end() :] if closes else text
     return tail, THINK_OPEN.search(tail) is None
 
 
 def _boxes(text, strict):
     """The content of the last box, joined with those before it that only "and" or a comma separates; None: no box."""
     found, edge = [], None
-    for match in reversed(list(BOX.finditer(text))[-20:]):
+    for match in reversed(deque(BOX.finditer(text), maxlen=20)):
         opened = text[match.end() : match.end() + 1] == "{"
         end = _braced(text, match.end()) if opened else None
         if edge is not None:
@@ -155,6 +161,8 @@ def _after_phrase(rest):
     sentence = re.split(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*", rest, maxsplit=1)[0].strip()  # 5! is no end
     if _is_plain_formula(sentence) or CHOICE.fullmatch(sentence):
         return sentence
+    if re.match(r"not\b", sentence):
+        return _last_value(rest[len(sentence) :]) or sentence
     start = NUMBER_IN_PROSE.match(sentence) or VERDICT_IN_PROSE.match(sentence)
     return start[0] if start else _last_value(sentence) or sentence or None
 
@@ -207,14 +215,14 @@ class Token(NamedTuple):
 
 
 UNICODE = str.maketrans({
-    **dict(zip("−–—‐‑×·∙⋅∗÷∕⁄|‖′’‘“”", ["-"] * 5 + ["*"] * 5 + ["/"] * 3 + ["|", r"\|"] + ["'"] * 5)),
+    **dict(zip("−–—‐‑×·∙⋅∗÷∕⁄|│‖′’‘“”", ["-"] * 5 + ["*"] * 5 + ["/"] * 3 + ["|", "|", r"\|"] + ["'"] * 5)),
     **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""), **dict.fromkeys("\u00a0\u202f\u2009", " "),
     **{char: rf"\{name} " for char, name in zip(
-        "≤≥⩽⩾≦≧≠≈≅∞∪∩∈∉∅±∓∖°√∛⌊⌋⌈⌉⟨⟩∠△…∧∨⇒≡∣αβγδεζηθλμνξπρστφχψωΔΓΘΛΣΦΨΩϕϵ",
-        "le ge le ge le ge ne approx approx infty cup cap in notin emptyset pm mp setminus degree sqrt cbrt lfloor "
-        "rfloor lceil rceil langle rangle angle triangle ldots land lor Rightarrow equiv mid alpha beta gamma delta "
-        "epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega Delta Gamma Theta Lambda Sigma Phi "
-        "Psi Omega phi epsilon".split(),
+        "≤≥⩽⩾≦≧≠≈≅∞∪∩∈∉∅±∓∖°º˚√∛⌊⌋⌈⌉⟨⟩∠△…∧∨⇒≡∣αβγδεζηθλμνξπρστφχψωΔΓΘΛΣΦΨΩϕϵ",
+        "le ge le ge le ge ne approx approx infty cup cap in notin emptyset pm mp setminus degree degree degree sqrt "
+        "cbrt lfloor rfloor lceil rceil langle rangle angle triangle ldots land lor Rightarrow equiv mid alpha beta "
+        "gamma delta epsilon zeta eta theta lambda mu nu xi pi rho sigma tau phi chi psi omega Delta Gamma Theta "
+        "Lambda Sigma Phi Psi Omega phi epsilon".split(),
     )},
     **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
     **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄")) for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
@@ -222,34 +230,71 @@ UNICODE = str.maketrans({
 RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
-REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    (r"(?<=\d)\s*\.\.\.+", r"\\ldots "), (r"\x08oxed", r"\\boxed"), (r"\x0crac", r"\\frac"),
+def _half_open(match):
+    """[2,5[ is [2,5) where the square brackets of an interval point outward."""
+    before, low, inside, high = match.groups()
+    return f"{before}{'(' if low == ']' else low}{inside}{')' if high == '[' else high}"
+
+
+CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
+REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
+    (r"\s*\.\.\.+", r"\\ldots "), (r"=(?=[\s\d]*\.\d+\s*\\[lc]?dots(?![a-z]))", r"\\approx "),
+    (r"\x08oxed", r"\\boxed"), (r"\x0crac", r"\\frac"),
+    (r"(\\\\)\s*\[\s*-?[\d.]+\s*[a-z]+\s*\]", r"\1"),  # \\[2pt]
     (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|in|pm)(?![a-z]))", r"\\"),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?![a-zA-Z])", r"\\degree "),
+    (r"\\(?:math|text)dollar(?![a-z])|\{\s*\\?\$\s*\}|\\text\s*\{\s*\\?\$\s*\}", " "),
+    (r"\{\s*(\^\s*(?:\{\s*\\circ\s*\}|\\circ))\s*\}", r"\1"),
+    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
+    (r"\b(?:US)?\s?(?:USD|US(?=\s*\\?\$)|Rs\.?)(?=[\s\\$}]*\d)", ""),
     (r"\\\$|\$|\\(?:pounds|euro|yen)(?![a-z])|\\[()\[\]]", " "),  # currency and the borders of formulas
-    (r"(?<=\d)\s*x\s*(?=10\^)", "*"),  # 1.5x10^3
-    (r"\b(?:US)?\s?(?:USD|Rs\.?)(?=\s*\d)", ""),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
+    (r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*(?:\{[^{}]*\})?(.*?)\\end\s*\{array\}", r"\\begin{cases}\1\\end{cases}"),
     (r"\\(?:displaystyle|textstyle|scriptstyle|limits|left\.|right\.|left|right|[bB]igg?[lr]?|middle|hline|boldsymbol"
-     r"|mathbf|mathcal|mathit|mathsf|bm|bf|rm|vec|hat|widehat|underline|boxed|fbox|phantom|hfill)(?![a-zA-Z])", " "),
+     r"|mathbf(?!\s*\{?[RZ]\b)|mathcal|mathit|mathsf|math(?:ord|bin|rel|op|punct)|vec|hat|widehat|underline|boxed|fbox"
+     r"|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|blacksquare|square|Box|qed)(?![a-zA-Z])", " "),
     (r"\\(?:color|textcolor)\s*\{[^{}]*\}|\\(?:tag|label|hspace|vspace)\*?\s*\{[^{}]*\}", " "),
-    (r"([\])])\s*(?:U|u|union)\s*(?=[\[(])", r"\1\\cup "),
-    (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
+    (r"\{\s*\\(?:rm|bf|it|sf|tt)\s([^{}]*)\}|\\(?:rm|bf|it|sf|tt)\s*\{([^{}]*)\}", r"\\mathrm{\1\2}"),
+    (r"\\(?:rm|bf|it|sf|tt|bm)(?![a-zA-Z])", " "), (rf"\\({STYLES})\s+([a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
+    (r"\\text\s*\{\s*((?:arc|co)?(?:sin|cos|tan|sec|csc|cot)|cis|ln|log)\s*\}", r"\\\1 "),
+    (r"\\text\s*\{\s*([,;:])\s*\}", r"\1"), (r"\{\s*([-+:.]|\\(?:cup|cap|times|cdot)\s*)\}", r"\1"),
+    (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
+    (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":"),  # 3 to 4
+    (r"\\not\s*(=|\\in(?![a-z]))", lambda m: r"\ne " if m[1] == "=" else r"\notin "),
+    (r"\\(?:mathbb|Bbb|mathds|mathbf(?=\s*\{?[RZ]\b\}?(?!\s*=)))\s*\{?\s*([A-Z])\b\s*\}?|\\([RZNQ])(?![a-zA-Z])",
+     r"\\mathbb{\1\2}"),
+    (r"(\\mathbb\{R\})\s*(?:\^\s*(?:\{\s*\+\s*\}|\+)|_\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+))", r"(0,\\infty)"),
+    (r"(?<=\d)\s*\{\s*(\\[dtc]?frac\s*\{\d+\}\s*\{\d+\})\s*\}", r"\1"),  # 2{\frac34}
+    (r"\\root\s*\{?\s*(\d+)\s*\}?\s*\\of", r"\\sqrt[\1]"), (r"\bper cent\b", "percent"),
+    (r"(?:\{\s*\}|(?<![\w)}]))\s*[_^]\s*\{?(\w+)\}?\s*C\s*_\s*\{?(\w+)\}?", r"\\binom{\1}{\2}"),  # _n C_k
+    (r"(?:\\mathrm\{C\}|\bC)\s*(?:_\s*\{?(\w+)\}?\s*\^\s*\{?(\w+)\}?|\((\w+)\s*,\s*(\w+)\))", r"\\binom{\1\3}{\2\4}"),
+    (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|[({{]\s*([0-9A-F]+)\s*[)}}](?=\s*_)", r"\1\2"),  # (101)_2
+    (r"\b([fghpPqQ])\s*\{\s*(\([^(){}]*\))\s*\}", r"\1\2"),  # SymPy prints f{\left(x \right)}
+    (r"^\s*[a-zA-Z]\s*(?:\\colon|:)?\s*[a-z]\s*\\mapsto(?![a-z])", ""), (r"\b(?:Matrix|array)\s*(?=\(\s*\[)", ""),
+    (r"\\([pb]matrix)\s*\{(.*)\}", r"\\begin{\1}\2\\end{\1}"),
+    (r"(^|\\cup|\\in(?![a-z]))(?:\s|\\ )*([\[\]])([^\[\]]*)([\[\]])(?=\s*(?:$|\.|\\cup))", _half_open),
+    (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
+    (r"\(\s*[a-z]\s*\\in\s*\\mathbb\{[NZ]\}\s*\)$", ""),  # (k \in Z)
+    (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s*\^\s*\{\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}{1,2}", ""),
+    (r"(?<=[\w)}])\s*\\q?quad\s*(?=[a-zA-Z](?:_\w)?\s*=|\([^()]*,)", ", "),
+    (r"(?<=\d)\s*([AaPp])\.\s?[Mm]\b\.?", r" \1m"),  # p.m.
     (r"^(?:[\s=:*]|\\approx|\\therefore)+", ""),
     (r"(?<=[\d)])!=", "! ="),  # 5!=120 is a factorial, x != 5 is not
 ]]  # fmt: skip
 UNEVALUATED = re.compile(r"\\(?:sum|prod|int|lim|det|deg|dim|Pr)(?![a-z])")
-TRAILING = re.compile(r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\q?quad|\*\*)+$")
+TRAILING = re.compile(r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$")
 
-GAP = r"(?:,\s?\\!\s?|\{,\}\s?|\\[,!;: ]\s?|~)"
-NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d+)".format
+GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
+NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d*)".format
 NUMBER_OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
 NUMBER_INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102) is two numbers
 EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
-PERIOD, DOTS = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?"), re.compile(r"\s*\\[lc]?dots(?![a-z])")
+PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
+DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
 LEXEME = re.compile(
     r"(?P<space>(?:\s|~|\\[,;:!> ]|\\q?quad(?![a-zA-Z]))+)"
+    r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # of a base above ten
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
-    r"|\\mathbb\s*\{\s*(?P<set>[A-Z])\s*\}|(?P<number>\d|\.(?=\d))|\\(?P<command>[a-zA-Z]+)"
+    r"|\\mathbb\s*\{\s*(?P<set>[A-Z])\s*\}|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-Z]+)|(?P<symbol>\\.|<=|>=|!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
 
@@ -257,7 +302,7 @@ WORD_IN_TEXT = re.compile(r"[a-zA-Z]+(?:['.\-/][a-zA-Z]+)*")  # sq.ft, km/h, don
 
 SYMBOLS = {
     **{char: char for char in "+-*/^_!%()[]{}|,;:&'"}, "**": "^", "\\%": "%", "\\{": "set{", "\\}": "set}", "\\|": "|",
-    "\\\\": "newline", "+-": "pm", "+/-": "pm",
+    "\\&": "and", "\\\\": "newline", "+-": "pm", "+/-": "pm",
 }  # fmt: skip
 RELATIONS = {
     **{name: name for name in ("=", "<", ">", "<=", ">=", "!=", "in", "notin")}, "==": "=", "=>": ">=", "equiv": "=",
@@ -270,10 +315,11 @@ COMMANDS = {
     ).split()},
     **dict.fromkeys(["cdot", "times", "ast"], "*"), "div": "/", "bigcup": "cup", "setminus": "minus", "colon": ":",
     "backslash": "minus", **dict.fromkeys("lvert rvert vert lVert rVert Vert".split(), "|"), "lbrace": "set{",
-    "rbrace": "set}", "lbrack": "[", "rbrack": "]", **dict.fromkeys(["dfrac", "tfrac", "cfrac"], "frac"),
+    "rbrace": "set}", "lbrack": "[", "rbrack": "]", **dict.fromkeys("dfrac tfrac cfrac sfrac nicefrac".split(), "frac"),
     "dbinom": "binom", "tbinom": "binom", "infty": "inf", "emptyset": "empty",
-    "varnothing": "empty", "degree": "deg", "angle": "name",
-    "triangle": "name", "overrightarrow": "name", "overline": "over", "bar": "over", "land": "and", "wedge": "and",
+    "varnothing": "empty", **dict.fromkeys(["degree", "textdegree"], "deg"), "surd": "sqrt", "over": "over",
+    **dict.fromkeys("angle measuredangle sphericalangle triangle overrightarrow".split(), "name"),
+    **dict.fromkeys(["overline", "bar"], "bar"), "land": "and", "wedge": "and",
     "lor": "or", "vee": "or", "percent": "%", "cr": "newline", "Rightarrow": "so", "implies": "so",
     **dict.fromkeys("text textbf textit textrm textnormal mbox hbox emph textsf texttt".split(), "text"),
     **dict.fromkeys(["mathrm", "operatorname"], "roman"),
@@ -285,7 +331,7 @@ FUNCTIONS = {  # as they are written: as SymPy calls them; "Log" is the \log of 
     ).split()},
     **{"arc" + name: "a" + name for name in "sin cos tan cot sec csc".split()}, "arsinh": "asinh", "arcosh": "acosh",
     "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "abs": "Abs", "ceil": "ceiling", "min": "Min",
-    "max": "Max", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot", "arctg": "atan",
+    "max": "Max", "cis": "cis", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot", "arctg": "atan",
 }  # fmt: skip
 GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
@@ -293,11 +339,17 @@ GREEK = set(
 )
 KNOWN = {  # commands, by the kind and value of their token
     **{name: ("sym", name) for name in GREEK}, **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("rel", relation) for name, relation in RELATIONS.items()}, "pi": ("const", "pi"),
+    **{name: ("rel", relation) for name, relation in RELATIONS.items()}, "pi": ("const", "pi"), "imath": ("const", "i"),
+    **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")), "partial": ("sym", "d"),
     **{name: (kind, name) for name, kind in COMMANDS.items()},
 }  # fmt: skip
-NUMERALS = {word: value for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMERALS = {word: value for value, word in enumerate(  # up to ninety-nine
+    ONES + [f"{ten}-{ONES[one]}" if one else ten for ten in TENS for one in range(10)]
 )}  # fmt: skip
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = set(  # words of two or three letters after a number; longer ones are words anywhere
@@ -310,7 +362,7 @@ WORDS = set("yes no not odd even true false none all the red east west dne if fo
 def _number(text, at, inside):
     """The number literal at `at` as (value, unit in the last place or 0 for an integer, end). inside: brackets."""
     match = (NUMBER_INSIDE if inside else NUMBER_OUTSIDE).match(text, at)
-    literal, end = re.sub(r"\{,\}(?!\d{3}(?!\d))", ".", match[0]), match.end()  # 3{,}14 but 3{,}140
+    literal, end = re.sub(r"\{,\}(?!\\!|\d{3}(?!\d))", ".", match[0]), match.end()  # 3{,}14 but 3{,}140
     whole, point, decimals = re.sub(r"[^\d.]", "", literal).partition(".")
     value, unit = Fraction(int(whole + decimals or "0"), 10 ** len(decimals)), Fraction(1, 10 ** len(decimals))
     period, dots = PERIOD.match(text, end) if point else None, DOTS.match(text, end) if decimals else None
@@ -319,7 +371,8 @@ def _number(text, at, inside):
     elif period:
         end = period.end()
     if period:
-        return value + unit * Fraction(int(period[1]), 10 ** len(period[1]) - 1), Fraction(0), end
+        digits = period[period.lastindex]
+        return value + unit * Fraction(int(digits), 10 ** len(digits) - 1), Fraction(0), end
     unit = unit if decimals else Fraction(0)
     if exponent := EXPONENT.match(text, end):
         scale = Fraction(10) ** int(exponent[1])
@@ -339,7 +392,7 @@ def _letters(run, mode, space, after):
     if low in ("percent", "degree", "degrees"):
         return token("%" if low == "percent" else "deg")
     if len(run) == 1:
-        if run != "i" and (mode == "text" or mode == "roman" and after == "number" and run != "e"):
+        if run != "i" and (mode == "text" or mode == "roman" and after in ("number", "word") and run != "e"):
             return token("word", low)
         return token("const" if run in "ie" else "sym", run)
     if mode != "text":
@@ -359,7 +412,8 @@ def _letters(run, mode, space, after):
         if mixed and mode is None:  # xsin, lnx
             return [part for name in mixed.groups() if name for part in _letters(name, mode, False, None)]
     alphabetic = "".join(sorted(run)) == run or run.isupper()  # abcd and ABCD are products
-    if mode or low in WORDS or low in UNITS or low in NUMERALS or len(run) > 2 and run.istitle():
+    listed = low in WORDS or low in UNITS or low in NUMERALS or run in ("II", "III", "IV", "VI")
+    if mode or listed or len(run) > 2 and run.istitle():
         return token("word", low)
     if len(run) > 3 and not alphabetic:
         return token("word", low)
@@ -373,7 +427,9 @@ def _tokens(text, mode=None):
         match = LEXEME.match(text, at)
         kind, lexeme, start, at = match.lastgroup, match[match.lastgroup], at, match.end()
         before, after = len(tokens), tokens[-1].kind if tokens else None
-        if kind == "number":
+        if kind == "digits":
+            tokens.append(Token("number", None, lexeme, space))
+        elif kind == "number":
             value, unit, at = _number(text, start, brackets > 0)
             tokens.append(Token("number", (value, unit), text[start:at], space))
         elif kind == "letters":
@@ -401,7 +457,8 @@ def _tokens(text, mode=None):
             elif lexeme in SYMBOLS:
                 kind = SYMBOLS[lexeme]
                 brackets += (kind in ("(", "[", "set{")) - (kind in (")", "]", "set}"))
-                tokens.append(Token({"'": "prime"}.get(kind, kind), None, lexeme, space))
+                kind = {"'": "prime", "&": "and" if mode else "&"}.get(kind, kind)
+                tokens.append(Token(kind, None, lexeme, space))
             elif not (mode and lexeme in ".\"`?"):
                 raise Unreadable(f"unknown character {lexeme!r}")
         elif kind != "space":  # begin, end, set
@@ -416,7 +473,7 @@ def _tokens(text, mode=None):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i") ("inf",) ("add", a, ...)
 #               ("mul", a, ...) ("neg", a) ("div", a, b) ("pow", a, b) ("root", n, a) ("fn", name, a, ...)
 #               ("call", name, a, ...) ("pm"|"mp", a, b) ("pct", a) ("deg", a) ("based", value, base) ("mod", a, m)
-#               ("ratio", a, b, ...)
+#               ("ratio", a, b, ...) ("clock", a, "a" or "p")
 #   collections ("list", separator, a, ...) ("set", a, ...) ("tuple", a, ...) ("matrix", row, ...), a row being a tuple
 #   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b) ("reals",) ("empty",)
 #               ("number set", letter) ("builder", what, condition)
@@ -429,22 +486,24 @@ def number(value):
 
 
 MINUS_ONE = ("neg", number(1))
-TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
+TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
 INVERTIBLE = TRIGONOMETRIC | {"sinh", "cosh", "tanh"}
 BRACKETS = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
-OPERANDS = {*BRACKETS, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty over name".split()}
+OPERANDS = {*BRACKETS, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar name".split()}
 SEPARATORS = (",", ";", "and", "or", "newline")
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result solution solutions we get "
-    "have choice option approximately about roughly exactly that it be of all".split()
+    "have choice option approximately about roughly exactly that it be of all point points pair pairs ordered vector "
+    "interval values numbers roots domain range".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys(
-        ("no solution", "no solutions", "no real solution", "no real solutions", "empty set", "none"), ("empty",)
+        ("no solution", "no solutions", "no real solution", "no real solutions", "no real roots", "empty set", "none"),
+        ("empty",),
     ),
-    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals", "all real x"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("text", "dne")),
-    "infinity": ("inf",), **{word: number(value) for word, value in NUMERALS.items()},
+    **dict.fromkeys(("all integers", "integers"), ("number set", "Z")), "infinity": ("inf",),
 }  # fmt: skip
 
 
@@ -461,8 +520,27 @@ def _has(node, *tags):
     return node[node[0] == "fn"] in tags or any(_has(child, *tags) for child in _children(node))
 
 
+def _numeral(words):
+    """The tree of "minus twenty-five thousand", or None."""
+    total, tail, names = 0, 0, words.split()
+    negative = names[0] in ("minus", "negative")
+    for name in names[negative:]:
+        if name in SCALES and tail:
+            total, tail = (total, tail * 100) if name == "hundred" else (total + tail * SCALES[name], 0)
+        elif name in NUMERALS and tail % 100 == 0:
+            tail += NUMERALS[name]
+        else:
+            return None
+    return ("neg", number(total + tail)) if negative else number(total + tail)
+
+
 def _product(a, b):
     return ("mul", *(a[1:] if a[0] == "mul" else (a,)), b)
+
+
+def _is_unit(node):
+    """Words, as in 5 (ways), or a quotient of them, as in 60 \\frac{\\text{km}}{\\text{h}}."""
+    return node[0] == "text" and len(node) == 2 or node[0] == "div" and _is_unit(node[1])
 
 
 def _is_integer(node):
@@ -544,7 +622,10 @@ class _Parser:
             left = (token.kind, left, self.sum())
         while self.kind == ":" and self.context != "set" and left[0] != "text":
             self.take()
-            left = ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), self.sum())
+            right = self.sum()
+            half = right[0] == "clock" and right[2]
+            left = ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), right[1] if half else right)
+            left = ("clock", left, half) if half else left  # 7:30 p.m.
         return left
 
     # values
@@ -558,6 +639,8 @@ class _Parser:
                 total = (token.kind, total, self.term())
             else:
                 term = self.signed(self.term)
+                if token.kind == "-" and total[0] in ("reals", "number set"):
+                    return ("minus", total, term)
                 term = ("neg", term) if token.kind == "-" else term
                 total = ("add", *(total[1:] if total[0] == "add" else (total,)), term)
         return total
@@ -594,16 +677,21 @@ class _Parser:
             elif self.starts_operand():
                 if value[0] == "num" and self.kind == "number":
                     raise Unreadable("two numbers side by side")
-                value = _product(value, self.factor())
+                factor = self.factor()
+                value = value if _is_unit(factor) else _product(value, factor)
             else:
                 return value
 
     def units(self, value):
         """Skips `cm^2` or `miles per hour`; `million` multiplies."""
-        while self.kind == "word" or self.kind == "/" and self.tokens[self.at + 1].kind == "word":
+        while self.kind == "word" or self.kind == "/" and self.tokens[self.at + 1].kind in ("word", "sym"):
             token = self.take()
             if token.value in SCALES:
                 value = _product(value, number(SCALES[token.value]))
+            if token.value in ("am", "a.m", "pm", "p.m"):
+                value = ("clock", value, token.value[0])
+            if token.kind == "/":
+                self.take()
             if self.accept("^"):
                 self.script()
         if self.starts_operand():
@@ -621,15 +709,17 @@ class _Parser:
             if inner[0] == "div" and _is_integer(inner[1]) and _is_integer(inner[2]) and 0 < inner[1][1] < inner[2][1]:
                 mixed = number(value[1] + inner[1][1] / inner[2][1])
                 return mixed if inner is part else (part[0], mixed)
-            return _product(value, part)
+            return value if _is_unit(part) else _product(value, part)
         top, slash, bottom = self.tokens[self.at : self.at + 3] if self.kind == "number" else (Token("eof"),) * 3
         if top.space and slash.kind == "/" and bottom.kind == "number" and 0 < top.value[0] < bottom.value[0]:
             self.at += 3
-            return number(value[1] + top.value[0] / bottom.value[0])
+            return self.postfix(number(value[1] + top.value[0] / bottom.value[0]))
         return value
 
     def power(self):
-        value = self.atom()
+        return self.postfix(self.atom())
+
+    def postfix(self, value):
         for _ in range(10):
             if self.accept("!"):
                 value = ("fn", "factorial", value)
@@ -660,9 +750,10 @@ class _Parser:
 
     def group(self):
         self.take("{")
-        value = self.inside("open", self.items, "}", "choose")
-        if self.accept("choose"):
-            value = ("fn", "binomial", value, self.inside("open", self.items, "}"))
+        value = self.inside("open", self.items, "}", "choose", "over")
+        if infix := self.accept("choose", "over"):
+            head = ("fn", "binomial") if infix.kind == "choose" else ("div",)
+            value = (*head, value, self.inside("open", self.items, "}"))
         self.take("}")
         return value
 
@@ -703,8 +794,10 @@ class _Parser:
                 degree = self.inside("open", self.sum)
                 self.take("]")
             return ("root", degree, self.group() if self.kind == "{" else self.deeper_atom())
-        if kind == "over":
-            return ("fn", "conjugate", self.argument())
+        if kind == "bar":
+            value = self.argument()
+            line = value[0] == "mul" and all(child[0] == "sym" and child[1].isupper() for child in value[1:])
+            return ("text", "line", value) if line else ("fn", "conjugate", value)
         if kind == "name":  # \angle ABC
             return ("text", token.value, self.group() if self.kind == "{" else self.inside("open", self.term))
         if kind == "set{":
@@ -719,19 +812,25 @@ class _Parser:
 
     def number(self):
         token = self.take()
-        if not self.accept("_"):
+        if self.tokens[self.at][:2] == ("word", "base"):  # 1011 base 2
+            self.take()
+        elif not self.accept("_"):
             return ("num", *token.value)
-        base = self.subscript().lower()
+        base = self.subscript().lower().removeprefix("base").strip("()")
         base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
-        if not token.text.isdigit() or not 2 <= base <= 36 or int(max(token.text)) >= base:
-            raise Unreadable("a number with a subscript that is no base")
-        return ("based", int(token.text, base), base)
+        try:
+            return ("based", int(token.text, base if base > 1 else 37), base)
+        except ValueError:
+            raise Unreadable("a number with a subscript that is no base") from None
 
     def sym(self):
         name = self.take().value
         if self.accept("_"):
             name += "_" + self.subscript()
         if self.kind != "(" or not self.is_call(name):
+            if self.kind == "(" and name.isupper() and self.at == 1:  # the point P(1,2)
+                point = self.inside("open", self.bracket)
+                return point if point[0] == "tuple" else _product(("sym", name), point)
             return ("sym", name)
         return ("call", name, *self.inside("open", self.arguments))
 
@@ -749,10 +848,14 @@ class _Parser:
         words = []
         while self.kind == "word":
             words.append(self.take().value)
+        if words[:2] in (["all", "real"], ["all", "reals"]) and words[-1] in ("except", "excluding", "but"):
+            excepted = self.items("eof")
+            return ("minus", ("reals",), ("set", *(excepted[2:] if excepted[0] == "list" else (excepted,))))
         if self.starts_operand():
             raise Unreadable("words and mathematics")
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
-        return TEXT_VALUES.get(text, ("text", text))
+        text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
+        return TEXT_VALUES.get(text) or _numeral(text) or ("text", text)
 
     def function(self):
         name, power, base = self.take().value, None, None
@@ -785,6 +888,8 @@ class _Parser:
         value = self.factor()
         while self.starts_operand() and self.kind not in ("fn", "(", "["):
             value = _product(value, self.factor())
+        if _has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
+            value = ("div", value, self.factor())
         return value
 
     # brackets
@@ -800,7 +905,8 @@ class _Parser:
             if opening + closing not in ("()", "[]"):
                 raise Unreadable("one item in unlike brackets")
             return content
-        if opening + closing == "()" or opening == "langle":
+        ends = len(items) == 2 and (_infinite(items[0]) < 0 or _infinite(items[1]) > 0)
+        if opening == "langle" or opening + closing == "()" and not ends:
             return ("tuple", *items)
         rows = [item[1:3] if item[3:] == ("[", "]") else item[2:] for item in items]
         if all(item[0] == "list" or item[3:] == ("[", "]") for item in items) and len({len(row) for row in rows}) == 1:
@@ -847,9 +953,10 @@ def _read(text):
         text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
     text = text.translate(UNICODE)
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    for pattern, by in REWRITES:
-        text = pattern.sub(by, text)
+        text = unicodedata.normalize("NFKC", text).translate(UNICODE)  # mathematical italics become letters
+    if not text.isdecimal():  # most answers are plain integers
+        for pattern, by in REWRITES:
+            text = pattern.sub(by, text)
     text = TRAILING.sub("", text).strip()
     try:
         parser = _Parser(_tokens(text))
@@ -859,7 +966,10 @@ def _read(text):
         left, equals, right = text.rpartition("=")
         if equals and UNEVALUATED.search(left) and "=" not in right:  # \\sum_{k=1}^3 k = 6
             return ("rel", ("=",), (("text", left), _read(right)))
-        return ("raw", re.sub(r"[\s{}]|\\[,;:! ]", "", WRAPPER.sub(r"\1", text)).lower())
+        text = WRAPPER.sub(r"\1", text)
+        if re.fullmatch(r"[\w\s,.:'-]*", text):  # 5 hours and 20 minutes
+            text = re.sub(r"\band\b|[,.](?!\d)", "", text)
+        return ("raw", re.sub(r"[\s{}]|\\[,;:! ]", "", text).lower())
 
 
 # ------------------------------------------------------------------------------------------------ values
@@ -984,8 +1094,9 @@ def _odd_root(exponent):
 
 
 def _binomial(m, n, k):
-    if _real(k) != int(_real(k)) or not 0 <= k.real <= 500:
-        raise ValueError("a binomial coefficient of no small integer")
+    if k.imag or k.real != int(k.real) or not 0 <= k.real <= 500:
+        n, k, rest = (m.tame(x, 17) + 1 for x in (n, k, n - k))
+        return m.gamma(n) / (m.gamma(k) * m.gamma(rest))
     return math.prod(((n - i) / (i + 1) for i in range(int(k.real))), start=n * 0 + 1)
 
 
@@ -993,7 +1104,7 @@ def _binomial(m, n, k):
 NUMERIC = {
     "cot": lambda m, x: 1 / m.tan(x), "sec": lambda m, x: 1 / m.cos(x), "csc": lambda m, x: 1 / m.sin(x),
     "coth": lambda m, x: 1 / m.tanh(x), "acot": lambda m, x: m.atan(1 / x), "asec": lambda m, x: m.acos(1 / x),
-    "acsc": lambda m, x: m.asin(1 / x), "Log": lambda m, x: m.log(x),
+    "acsc": lambda m, x: m.asin(1 / x), "cis": lambda m, x: m.exp(1j * x), "Log": lambda m, x: m.log(x),
     "log": lambda m, x, *base: m.log(x) / m.log(*base) if base else m.log(x),
     "Abs": lambda m, x: m.complex(abs(x)), "conjugate": lambda m, x: x.conjugate(),
     "re": lambda m, x: m.complex(x.real), "im": lambda m, x: m.complex(x.imag),
@@ -1063,9 +1174,12 @@ def evaluate(node, index, real, m):
     elif tag == "mul":
         result = math.prod(values[1:], start=first)
     elif tag in ("div", "ratio"):
+        if len(values) > 2:
+            raise ValueError("a ratio of three")
         result = first / values[1]
     elif tag in ("pow", "root"):
         base, exponent = values if tag == "pow" else (values[1], 1 / first)
+        base = base + 0  # -4-0j, which is on the wrong side of the branch cut, becomes -4+0j
         if base != 0:
             m.tame(exponent * m.log(base), 17)
         if tag == "root" and base.real < 0 == base.imag and _real(first) % 2 == 1:
@@ -1125,6 +1239,7 @@ def _agree(a, b, index, real, tolerance):
             return False
         if index >= 2 and gap <= 1e-9 * size:  # two points to many digits are enough
             return True
+    rougher = None
     for digits in (60, 400):  # 400 when the value is so small that it may be what rounding left of a zero
         m = _many_digits(digits, threading.get_ident())
         x, y = _value(a, index, real, m), _value(b, index, real, m)
@@ -1137,8 +1252,9 @@ def _agree(a, b, index, real, tolerance):
         size = max(abs(x), abs(y))
         if abs(x - y) <= size * 1e-45:
             return True
-        if size > 1e-40:
+        if size > 1e-40 or rougher and all(abs(new - old) < 1e-30 * size for new, old in zip((x, y), rougher)):
             return False
+        rougher = x, y
     return size < 1e-300
 
 
@@ -1150,7 +1266,8 @@ def same_function(a, b):
     constant = not symbols(a) | symbols(b)
     rounding = _rounding(a), _rounding(b)
     tolerance = 0.0 if all(rounding) else 0.6 * max(rounding)  # half a unit in the last place
-    for real in (False,) if constant else (False, True):
+    complex_only = constant or any(_has(node, "conjugate", "re", "im") for node in (a, b))
+    for real in (False,) if complex_only else (False, True):
         hits = 0
         for index in range(1 if constant else 40 if real else 12):
             try:
@@ -1298,7 +1415,7 @@ def is_set(node):
     if node[0] == "rel":
         return any(operator not in ("=", "~") for operator in node[1])
     if node[0] == "list":
-        return all(is_set(item) for item in node[2:])
+        return any(map(is_set, node[2:])) and all(is_set(item) or item[0] == "rel" for item in node[2:])
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty", "builder")
 
 
@@ -1357,7 +1474,7 @@ def _formula_of(node, variables):
         domain = node[1][2][1] if node[1][:2] == ("rel", ("in",)) else ("reals",)
         return ("and", _formula_of(domain, set()), _formula_of(node[2], set()))
     if tag == "rel":
-        operators, sides = node[1:]
+        operators, sides = node[1], tuple(("sym", n[1]) if n[0] == "call" else n for n in node[2])
         if operators in (("in",), ("notin",)) and sides[0][0] == "sym":
             variables.add(sides[0][1])
             formula = _formula_of(sides[1], set())
@@ -1366,6 +1483,8 @@ def _formula_of(node, variables):
         if len(names) == 1 and set(operators) <= set(FLIPPED):
             variables |= names
             return ("and", *(_inequality(*link, *names) for link in zip(operators, sides, sides[1:])))
+    if sample(node) is not None and not symbols(node):
+        return ("=", node)
     raise ValueError(f"{tag} is no set of reals")
 
 
@@ -1439,9 +1558,11 @@ def same_relation(a, b, trail):
         return operator_a == operator_b and _all(same(x, y, trail) for x, y in zip(sides_a, sides_b))
     if operator_b == FLIPPED.get(operator_a) != operator_a:
         operator_b, sides_b = operator_a, sides_b[::-1]
+    if "mod" in (sides_a[1][0], sides_b[1][0]):
+        return operator_a == operator_b and _all(same_value(x, y, trail) for x, y in zip(sides_a, sides_b))
     differences = [("add", left, ("neg", right)) for left, right in (sides_a, sides_b)]
     pairs = [(sample(differences[0], i), sample(differences[1], i)) for i in range(8)]
-    if operator_a != operator_b or any(0 in pair for pair in pairs):
+    if operator_a != operator_b or any(0 in pair for pair in pairs) or not symbols(differences[0]):
         return False
     ratios = [x / y for x, y in pairs if x is not None and y is not None]
     if len(ratios) < 3 or any(abs(ratio - ratios[0]) > 1e-9 * abs(ratio) for ratio in ratios):
@@ -1473,7 +1594,7 @@ def _statement(node):
     if node[0] != "rel":
         return whole
     operators, sides = node[1:]
-    if operators == ("in",) and _is_name(sides[0]) and sides[1][0] != "number set":
+    if operators == ("in",) and _is_name(sides[0]):
         return sides[0], sides[1], []
     if not set(operators) <= {"=", "~"}:
         return whole
@@ -1521,7 +1642,7 @@ def _expand(node):
 
 def _members(node):
     """The members of a list or set, plus-minus signs written out; None for anything else."""
-    if node[0] not in ("list", "set") and not _has(node, "pm", "mp"):
+    if node[0] not in ("list", "set") and _expand(node) == [node]:
         return None
     found = []
     for member in {"list": node[2:], "set": node[1:]}.get(node[0], (node,)):
@@ -1556,6 +1677,9 @@ def _matrix(node):
     """A matrix's rows; a number times a matrix is multiplied out, (1,2,3) is a column. None for anything else."""
     if node[0] in ("matrix", "tuple"):
         return node[1:] if node[0] == "matrix" else tuple((cell,) for cell in node[1:])
+    if node[0] == "pow" and node[2] == ("sym", "T"):
+        rows = _matrix(node[1])
+        return rows and tuple(zip(*rows))
     if node[0] in ("neg", "div", "mul") and len(node) <= 3:
         index = 2 if node[0] == "mul" else 1
         rows = _matrix(node[index])
@@ -1567,6 +1691,8 @@ def _compatible(a, b):
     """Whether two names may stand for one thing: x_1 and x, y and f(x), but not x and y."""
     if a[0] == b[0] and a[0] in ("sym", "call"):
         return a[1].partition("_")[0].lower() == b[1].partition("_")[0].lower()
+    if a[0] == b[0] == "tuple":
+        return all(map(_compatible, a[1:], b[1:]))
     return a[0] != b[0] or a[0] != "fn" or a == b
 
 
@@ -1581,6 +1707,8 @@ def same(a, b, trail):
             if (verdict := same_plain(value_a, value_b, trail)) is not False:
                 return verdict
         return len(a[2]) == len(b[2]) == 2 and same_relation(*((n[1][0], *n[2]) for n in (a, b)), trail)
+    if a[:2] == b[:2] == ("rel", ("in",)) and not _compatible(a[2][0], b[2][0]):
+        return False  # x in A is not y in A
     verdict = same_plain(value_a, value_b, trail)
     for rough, other in [*((r, value_b) for r in rough_a), *((r, value_a) for r in rough_b)]:
         verdict = verdict or same_plain(rough, other, trail)
@@ -1592,11 +1720,22 @@ def same_plain(a, b, trail):
     if a == b:
         trail.tiers.append("same tree")
         return True
+    if "clock" in (a[0], b[0]):
+        halves = {node[2] for node in (a, b) if node[0] == "clock"}
+        return len(halves) == 1 and same_plain(*(node[1] if node[0] == "clock" else node for node in (a, b)), trail)
     for one, other in ((a, b), (b, a)):
-        if one[0] == "set" and len(one) == 2 and other[0] != "set":
+        if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
+            if all(same(item, other, trail) for item in one[2:]):
+                return True
+        if one[0] == "text" and len(one) == 3 and other[0] != "text":  # \triangle ABC
+            return same(one[2], other, trail)
+        if one[0] == "text" and other[0] == "sym" and one[1] == other[1].lower():
+            return True
+        if one[0] == "set" and len(one) == 2 and other[0] not in ("set", "empty"):
             return same(one[1], other, trail)
-        if one[0] == "tuple" and other[0] == "list" and all(item[0] == "rel" for item in other[2:]):
-            named = {show(_statement(item)[0]): _statement(item)[1] for item in other[2:]}  # x = 1, y = 2 is (1, 2)
+        items = other[2:] if other[0] == "list" else other[1:] if other[0] == "set" else ()
+        if one[0] == "tuple" and items and all(item[0] == "rel" for item in items):
+            named = {show(_statement(item)[0]): _statement(item)[1] for item in items}  # x = 1, y = 2 is (1, 2)
             if len(named) == len(one) - 1 and "None" not in named:
                 return _all(same(part, named[name], trail) for part, name in zip(one[1:], sorted(named)))
     if {a[0], b[0]} & {"raw", "text", "number set"}:
@@ -1615,6 +1754,8 @@ def same_plain(a, b, trail):
     if a[0] == b[0] == "ratio" and len(a) == len(b):
         return _all(same_value(("mul", x, b[1]), ("mul", y, a[1]), trail) for x, y in zip(a[2:], b[2:]))
     rows_a, rows_b = _matrix(a), _matrix(b)
+    if (rows_a or rows_b) and ("fn", "binomial") in (a[:2], b[:2]) and "tuple" not in (a[0], b[0]):  # looks a column
+        rows_a, rows_b = rows_a or tuple(zip(a[2:])), rows_b or tuple(zip(b[2:]))
     if rows_a or rows_b:
         trail.tiers.append("shape")
         if not rows_a or not rows_b or [len(row) for row in rows_a] != [len(row) for row in rows_b]:
@@ -1629,16 +1770,18 @@ def same_plain(a, b, trail):
 def words_of(text):
     """An answer's words in lower case if it is nothing but words or one letter, with or without brackets; else ""."""
     plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ").strip(" .*\"'`\n\t")
-    plain = " ".join(re.sub(r"^\((.*)\)$", r"\1", plain).split())
+    plain = re.sub(r"\\(?:left|right)(?![a-z])|(?:the )?(?:correct )?answer(?: is|:) ", "", plain, flags=re.I)
+    plain = " ".join(re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain).split())
     if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
         return ""
     return re.sub(r"^(?:the|an?|option|choice) (?=\w)", "", plain.lower())
 
 
 SECOND_READINGS = [(re.compile(pattern), by) for pattern, by in [
-    (r",(?=\d)", ", "),  # is 100,200 a number or a list?
+    (r",(?=[1-9])(?!.*,0\d)", ", "),  # is 100,200 a number or a list?
     (r"(?<=\d)e(?=[+-]\d)", "e "),  # is 2e-3 a number or 2 times e, minus 3?
     (r"\+-", "+ -"),  # is 2+-3 two numbers or -1?
+    (r"(?<=\d)(?:\s|\\[ ,;])*[mhsgL](?:\^\{?[23]\}?)?$", ""),  # is 80m a product or a length?
 ]]  # fmt: skip
 
 
@@ -1648,17 +1791,22 @@ def _judge(answer, reference, deep):
     if words and words == others:
         return True, "words"
     a, b, trail = read(answer), read(reference), Trail(deep, [])
-    for text, other, letter in ((answer, b, others), (reference, a, words)):
-        option = CHOICE.match(WRAPPER.sub(r"\1", text))
-        if option and len(letter) == 1:
-            return option[1].lower() == letter, "option letter"
-        if option and same(read(option[2]), other, trail):
-            return True, "option's value"
+    options = [CHOICE.match(WRAPPER.sub(r"\1", text)) for text in (answer, reference)]
+    letters = [option[1].lower() if option else word for option, word in zip(options, (words, others))]
+    if any(options) and all(len(letter) == 1 for letter in letters):
+        return letters[0] == letters[1], "option letter"
+    if options[0] and same(read(options[0][2]), b, trail) or options[1] and same(a, read(options[1][2]), trail):
+        return True, "option's value"
     verdict = same(a, b, trail)
     for this, other, text in ((a, b, answer), (b, a, reference)):
         for pattern, by in SECOND_READINGS:
-            if not verdict and pattern.search(text) and (by != ", " or this[0] == "num" and other[0] == "list"):
-                verdict = same(read(pattern.sub(by, text)), other, trail) or verdict
+            if verdict or not pattern.search(text):
+                continue
+            if by == ", " and (this[0], other[0]) != ("num", "list"):
+                continue
+            if not by and (text is reference or symbols(_statement(other)[1])):
+                continue
+            verdict = same(read(pattern.sub(by, text)), other, trail) or verdict
     return verdict, trail.tiers[-1] if trail.tiers else "form"
 
 
@@ -1733,7 +1881,7 @@ def format_reward(text, think_tag="think"):
         if not tail.startswith(opening) or tail.count(opening) != 1 or tail.count(closing) != 1 or not thought.strip():
             return 0.0
         tail = rest
-    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail))
+    boxes = list(islice(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail), 2))
     end = _braced(tail, boxes[0].end() - 1) if len(boxes) == 1 else None
     filled = end is not None and tail[boxes[0].end() : end - 1].strip()
     return float(bool(filled) and re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)

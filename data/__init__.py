@@ -1,9 +1,11 @@
 """Problem sets by name: generated families, published sets, files of your own.
 
     load_problems("gsm8k", "train", limit=100)      load_problems("words")      load_problems("my/problems.jsonl")
+    load_problems("arithmetic,words:1-2,science:1")                       several sets in one; some levels of a set only
 """
 
 import importlib
+import re
 from pathlib import Path
 
 from data import gsm8k, math500
@@ -45,24 +47,34 @@ def read_problems(path):
 def load_problems(name_or_path, split="test", limit=None, seed=0):
     """Problems as dicts: "id", "problem", "answer", and where known "solution", "level" (1 to 5), "subject".
 
-    name_or_path: one of FAMILIES, one of PUBLISHED, or a .jsonl file.
+    name_or_path: one of FAMILIES, one of PUBLISHED, or a .jsonl file; ":2" or ":1-3" behind it picks levels. Several,
+    with commas between them, have an equal share of `limit` each.
     split: "train", "dev" or "test". Generated families: disjoint by their keys, for any limit. Published sets: dev is a
     tenth of the published train, and no longer in "train". A file: "test" is all of it, "train" and "dev" divide it.
     limit: a random subset drawn with `seed`; a generated family makes as many as are asked for, until it has no more.
     Raises ValueError or FileNotFoundError that name the file, the line and the field.
     """
     check_request(split, limit)
-    name = str(name_or_path)
+    asked = str(name_or_path)
+    name, first, last = re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", asked, re.DOTALL).groups()
+    if "," in name and not Path(name).is_file():
+        names = asked.split(",")
+        share = limit and max(1, limit // len(names))
+        return [problem for each in names for problem in load_problems(each, split, share, seed)]
+    levels = range(int(first or 1), int(last or first or 5) + 1)
     if name in FAMILIES:
-        return importlib.import_module(f"data.{name}").problems(split, limit, seed)
-    if name in PUBLISHED:
-        found = PUBLISHED[name](split, limit, seed)
+        found = importlib.import_module(f"data.{name}").problems(split, limit, seed, levels)
+    elif name in PUBLISHED:
+        found = PUBLISHED[name](split, None, seed)
     elif name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no file {name}")
-        found = choose(hold_out(read_problems(name), split), limit, seed)
+        found = hold_out(read_problems(name), split)
     else:
         raise ValueError(f"no problem set {name!r}; there are {', '.join((*FAMILIES, *PUBLISHED))}, or a .jsonl file")
+    if first:
+        found = [problem for problem in found if problem.get("level") in levels]
     if not found:
-        raise ValueError(f"{name} has no problems in the split {split!r}: the file is too small to be divided")
-    return found
+        reason = f"none has a level of {first} to {last or first}" if first else "the file is too small to be divided"
+        raise ValueError(f"{name} has no problems in the split {split!r}: {reason}")
+    return choose(found, limit, seed)

@@ -7,7 +7,7 @@ polynomials (data/steps.py), and compares: an equation that only has the same so
 import re
 from fractions import Fraction
 
-from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
+from data.families import ALL_LEVELS, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
 from data.steps import add, divide, multiply, number, parse
 
 
@@ -143,8 +143,8 @@ def generate(level, rng):
     return record("algebra", level, question, answer, lines, start.replace(letter, "x"), start=start, letter=letter)
 
 
-def problems(split, limit=None, seed=0):
-    return sample_family(generate, split, limit, seed)
+def problems(split, limit=None, seed=0, levels=ALL_LEVELS):
+    return sample_family(generate, split, limit, seed, levels)
 
 
 OPERATION = re.compile(r"(?:(expand|factor)|(add|subtract|divide by) (.{1,60})): (.{1,120}) = (.{1,120})")

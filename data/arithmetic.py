@@ -6,7 +6,7 @@ the answer can hardly be guessed or seen at once: what a model gains by thinking
 
 import re
 
-from data.families import sample_family
+from data.families import ALL_LEVELS, sample_family
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 LARGEST = 99
@@ -114,8 +114,8 @@ def generate(level, rng):
             "subject": "arithmetic", "solution": write_thought(work_out(tree)), "key": f"arithmetic {canonical(tree)}"}
 
 
-def problems(split, limit=None, seed=0):
-    return sample_family(generate, split, limit, seed)
+def problems(split, limit=None, seed=0, levels=ALL_LEVELS):
+    return sample_family(generate, split, limit, seed, levels)
 
 
 def check_steps(problem, thought):

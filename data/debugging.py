@@ -10,7 +10,8 @@ import ast
 import functools
 import re
 
-from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family, split_of
+from data.families import (ALL_LEVELS, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family,
+                           split_of)
 from data.programs import check_source, run_tests, trace
 
 # Level, kinds of the arguments, what the function returns; then the function. k and m are parameters of the problem.
@@ -340,11 +341,11 @@ def generate(level, rng, split=None):
                   program=program, tests=tests, arguments=arguments, wanted=wanted)
 
 
-def problems(split, limit=None, seed=0):
+def problems(split, limit=None, seed=0, levels=ALL_LEVELS):
     def generate_in_split(level, rng):
         return generate(level, rng, split)
 
-    return sample_family(generate_in_split, split, limit, seed)
+    return sample_family(generate_in_split, split, limit, seed, levels)
 
 
 def patch(program, number, code):

@@ -3,7 +3,7 @@
 A family is a module (arithmetic, words, knights, algebra, debugging, science) with
 
     generate(level, rng) -> problem         id, problem, answer, level, subject, solution, key
-    problems(split, limit=None, seed=0)     many of them, from one split
+    problems(split, limit=None, seed=0, levels=ALL_LEVELS)      many of them, from one split
     check_steps(problem, thought)           the first line that is not a right step: (index, line, reason), or None
     plant_error(problem, rng) -> thought    one step is wrong, the answer is right: what a step check must catch
     plant_slip(problem, rng) -> thought     a slip which is noticed and repaired: what a step check must let pass
@@ -15,6 +15,7 @@ import hashlib
 import random
 
 SPLITS = ("train", "dev", "test")
+ALL_LEVELS = (1, 2, 3, 4, 5)
 SIZES = {"train": 2000, "dev": 500, "test": 1000}
 REPAIRS = ("Wait, that is wrong. ", "Wait, let me redo this. ", "Hold on, I made a slip. ")
 
@@ -43,7 +44,7 @@ def record(family, level, problem, answer, lines, key, **extra):
             "solution": solution, "key": f"{family} {key}", **extra}
 
 
-def sample_family(generate, split, limit=None, seed=0, levels=(1, 2, 3, 4, 5)):
+def sample_family(generate, split, limit=None, seed=0, levels=ALL_LEVELS):
     """`limit` problems of one split, no key twice, the levels in turn; fewer only when every level has run dry.
 
     A problem's split is decided by its key, so no two splits share one, whatever the seeds. generate(level, rng) may

@@ -9,7 +9,8 @@ import functools
 import itertools
 import re
 
-from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family, split_of
+from data.families import (ALL_LEVELS, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family,
+                           split_of)
 from data.words import NAMES
 
 FORMS = ("is", "and", "or", "if", "same", "differ")
@@ -161,11 +162,11 @@ def generate(level, rng, split=None):
                   names=names, statements=statements)
 
 
-def problems(split, limit=None, seed=0):
+def problems(split, limit=None, seed=0, levels=ALL_LEVELS):
     def generate_in_split(level, rng):
         return generate(level, rng, split)
 
-    return sample_family(generate_in_split, split, limit, seed)
+    return sample_family(generate_in_split, split, limit, seed, levels)
 
 
 def check_steps(problem, thought):

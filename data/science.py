@@ -7,7 +7,7 @@ units in, and computes; its checker knows the laws and the exponents of the base
 import re
 from fractions import Fraction
 
-from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
+from data.families import ALL_LEVELS, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
 
 UNITS = {  # exponents of (m, kg, s, A)
     "m": (1, 0, 0, 0), "m^2": (2, 0, 0, 0), "m^3": (3, 0, 0, 0), "kg": (0, 1, 0, 0), "s": (0, 0, 1, 0),
@@ -103,8 +103,8 @@ def generate(level, rng):
     return record("science", level, text, str(values[target]), lines, key, givens=dict(told), target=target)
 
 
-def problems(split, limit=None, seed=0):
-    return sample_family(generate, split, limit, seed)
+def problems(split, limit=None, seed=0, levels=ALL_LEVELS):
+    return sample_family(generate, split, limit, seed, levels)
 
 
 AMOUNT = r"(\d{1,9}) ([^=*]{1,8}?)"

@@ -19,6 +19,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 
+from verify import format_reward
+
 INSTRUCTION = ("\n\nThink step by step. Write every calculation as an equation, one on a line. "
                "Put the final answer in \\boxed{}.")
 MAX_REPLY_BYTES, MAX_WAIT_S = 4_000_000, 120
@@ -27,6 +29,11 @@ MAX_REPLY_BYTES, MAX_WAIT_S = 4_000_000, 120
 def respond(thought, answer, tag):
     """The form that every trace is brought into, and that sft.py trains on."""
     return f"<{tag}>\n{thought}\n</{tag}>\n\\boxed{{{answer}}}"
+
+
+def in_form(text, tag):
+    """Whether an answer is one thinking block, one box, nothing behind it; a box alone is not what is taught here."""
+    return text.startswith(f"<{tag}>") and format_reward(text, tag) == 1
 
 
 # ---------------------------------------------------------------------------------------------- the file

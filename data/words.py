@@ -7,7 +7,7 @@ a riddle, in which people own as many things as others do, told in any order and
 import operator
 import re
 
-from data.families import first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
+from data.families import ALL_LEVELS, first_wrong, plant_error as plant, plant_slip as slip, record, sample_family
 
 NAMES = ("Ada Amir Bela Carlos Chen Dara Elif Farid Grace Hugo Ines Jonas Kofi Lena Marta Nia Omar Priya Quinn Rosa "
          "Sven Tomas Uma Vera Wanda Yuki Zoe").split()
@@ -119,8 +119,8 @@ def generate(level, rng):
     return record("words", level, " ".join([*told, question]), str(values[label]), lines, key, plan=plan)
 
 
-def problems(split, limit=None, seed=0):
-    return sample_family(generate, split, limit, seed)
+def problems(split, limit=None, seed=0, levels=ALL_LEVELS):
+    return sample_family(generate, split, limit, seed, levels)
 
 
 def check_steps(problem, thought):
