@@ -715,7 +715,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 
 
 def generate_in_threads(weights, config, prompts, limits, seeds, streams, stats, **settings):
-    """generate, the prompts dealt out to `streams` threads of one core each.
+    """generate, the prompts dealt out to `streams` Python threads that share the cores.
 
     A step is many small operations, which two cores together hardly do faster than one; two steps at once they do.
     """
@@ -723,8 +723,9 @@ def generate_in_threads(weights, config, prompts, limits, seeds, streams, stats,
     deal = lambda of_prompts: [of_prompts[i::streams] for i in range(streams)]
 
     def run(prompts, limits, seeds, stats):
-        torch.set_num_threads(1)  # for this thread
-        return generate(weights, config, prompts, max_new_tokens=limits, seeds=seeds, stats=stats, cancel=cancel, **settings)
+        torch.set_num_threads(threads // streams)  # of this thread
+        return generate(weights, config, prompts, max_new_tokens=limits, seeds=seeds, stats=stats, cancel=cancel,
+                        **settings)
 
     try:
         with ThreadPoolExecutor(streams) as pool:
