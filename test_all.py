@@ -4022,7 +4022,7 @@ def test_grpo_and_sft_help():
     import contextlib
     import io
 
-    for script, shown in (("grpo", "tiny 5e-4"), ("sft", "default 1e-05")):
+    for script, shown in (("grpo", "tiny 5e-4"), ("sft", "all weights 1e-5")):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             try:
                 __import__(script).parse_args(["--help"])
