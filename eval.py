@@ -372,7 +372,7 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
                     file.writelines(json.dumps(done[p["id"]]) + "\n" for p in now)
             bar.update(len(now))
             begin += len(now)
-            if time.perf_counter() - started < 60:  # a long chunk keeps the batch full, a short one loses less when killed
+            if time.perf_counter() - started < 60:  # long chunks keep the batch full, short ones lose less when killed
                 chunk *= 2
     return [done[p["id"]] for p in problems]
 

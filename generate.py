@@ -480,19 +480,20 @@ class Batch:
     own: list  # store of what each row has said, and of its prompt unless that is shared: one row per place
     shared: list | None  # store of the prompts, when their samples share them
     slots: dict  # prompt: its row in `shared`
-    block: int  # slots are allotted in multiples of this many
-    power_of_two: bool  # places, too: few shapes, few CUDA graphs
+    on_cpu: bool  # elsewhere few shapes are allotted, for few CUDA graphs
 
     @property
     def rows(self):
         return [row for row in self.live if row]
 
     def count(self, n):
-        return 1 << (n - 1).bit_length() if self.power_of_two else n
+        """Places for n rows."""
+        return n if self.on_cpu else 1 << (n - 1).bit_length()
 
     def reach(self, held):
         """Slots for rows that hold `held` tokens, with room to go on."""
-        return -(-(held + 1 + held // 16) // self.block) * self.block
+        block = 32 if self.on_cpu else 256
+        return -(-(held + 1 + held // 16) // block) * block
 
     def needs(self, rows):
         """Slots that `rows` and their prompts need in all."""
@@ -652,7 +653,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                            min(limits[p][s], config.max_context - held - 1), prompts[p][-1],
                            held if shares else 0, 0 if shares else held, opened) for s in range(num_samples))
     batch = Batch([], new_store(config, 0, 0, embedding), new_store(config, 0, 0, embedding) if shares else None, {},
-                  32 if on_cpu else 256, not on_cpu)
+                  on_cpu)
     slot_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.element_size()
     reach = batch.reach(max(len(prompts[row.prompt]) + row.limit for row in waiting))
     rope = rope_for_sampling(config, reach, embedding)

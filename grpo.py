@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import load_problems
 from eval import PRESETS, completion_text, end_tokens, evaluate, markdown, percent, render_prompt, scores_of, summarize
-from generate import generate, sampling_params
+from generate import Batch, generate, sampling_params
 from model import (LINEARS, Config, head_logprobs, hidden_states, init_lora, init_params, load_config, load_params,
                    load_system_prompt, load_tokenizer, packed_attention, packed_positions, param_shapes, resolve_model)
 from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, gather_objects,
@@ -119,8 +119,8 @@ def parse_args(argv=None):
                        "(default: not for tiny, else yes)")
     ask = p.add_argument_group("instead of training")
     ask.add_argument("--plan", nargs="?", const="here", metavar="GPUS:GIB",
-                     help="print the memory that the run would need, on this machine or on so many GPUs of so many GiB, "
-                     "such as 1:24 or 8:80")
+                     help="print the memory that the run would need, on this machine or on so many GPUs of so many "
+                     "GiB, such as 1:24 or 8:80")
     ask.add_argument("--benchmark", choices=("fixed", "mixed"), help="time steps on random weights and words")
     ask.add_argument("--size", choices=BENCHMARK_SIZES, default="tiny", help="of the random weights (default tiny)")
     add_train_flags(p, lr=None, run_dir="runs/grpo")
@@ -639,11 +639,9 @@ def plan_memory(config, args, world=1, device="cpu", prompt=200):
         "logits, or one layer backward": max(
             (12 + size) * V * head, tokens * (2 * size * I + (layer if args.checkpointing else 0)))}
 
-    count = (lambda n: 1 << (n - 1).bit_length()) if on_gpu else (lambda n: n)  # as the engine allots rows and slots
-    block = 256 if on_gpu else 32
-    slots = lambda n: -(-(n + 1 + n // 16) // block) * block
-    rows = min(args.max_batch, groups * args.group)
-    held = count(rows) * slots(args.max_new_tokens) + count(-(-rows // args.group)) * slots(prompt)
+    batch, rows = Batch([], [], None, {}, on_cpu=not on_gpu), min(args.max_batch, groups * args.group)
+    held = batch.count(rows) * batch.reach(args.max_new_tokens)
+    held += batch.count(-(-rows // args.group)) * batch.reach(prompt)
     rollouts = {
         "the sampler's weights": size * (num_weights + (V * D if config.tie_word_embeddings else 0)),
         "weights with the adapter": size * sum(map(math.prod, linears)) if rank else 0,
@@ -763,8 +761,8 @@ def benchmark(args, counted=3):
     peak, plan = peak_memory_gib(device), plan_memory(config, args, 1, device.type, max(lengths))
     rate = matrix_rate(config, dtype, device, min(args.micro_tokens, tokens["trained"] // counted))
     print(f"{args.size} {sum(p.numel() for p in params.values()):,} parameters | {args.benchmark} | "
-          f"{args.prompts * args.group} rows, {tokens['sampled'] / counted:.0f} sampled tokens a step | {torch.get_num_threads()} threads | {dtype} | "
-          f"--micro-tokens {args.micro_tokens}{' --checkpointing' if args.checkpointing else ''}")
+          f"{args.prompts * args.group} rows, {tokens['sampled'] / counted:.0f} sampled tokens a step | "
+          f"{torch.get_num_threads()} threads | {dtype} | --micro-tokens {args.micro_tokens}{' --checkpointing' if args.checkpointing else ''}")
     for unit, rollout, learning in (("s", rollout_s, update_s), ("cpu_s", rollout_cpu, update_cpu)):
         print(f"{unit} per step {rollout + learning:.2f} | rollout {rollout:.2f} | update {learning:.2f} | "
               f"{tokens['sampled'] / counted / (rollout + learning):.0f} tokens/{unit}")

@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add_eval_flags(p, temperature=SAMPLING_TEMPERATURE)
     p.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     p.add_argument("--num-samples", type=int, default=20, help="size of the pool of samples per problem")
-    p.add_argument("--votes", type=int, nargs="+", help="numbers of votes; default: those of 5, 10, 20 that the pool allows")
+    p.add_argument("--votes", type=int, nargs="+", help="numbers of votes (default: 5, 10, 20, as the pool allows)")
     p.add_argument("--exemplars", type=int, nargs="+", default=(1, 2, 4, 8), help="numbers of solved problems shown")
     p.add_argument("--temperatures", type=float, nargs="+", default=(0.4, 0.7, 1.0, 1.3))
     p.add_argument("--budgets", type=int, nargs="+",

@@ -3624,7 +3624,6 @@ def test_grpo_every_loss_equals_its_formula():
     """Value and gradient, float64, against a loop over tokens: every loss, level, bound, divergence and normaliser."""
     import itertools
 
-    import grpo
     logprobs, old, ref, advantages, mask = _loss_case()
     checked = 0
     for loss, level, hard, (beta, kl), total in itertools.product(
@@ -3643,8 +3642,6 @@ def test_grpo_every_loss_equals_its_formula():
 
 def test_grpo_negative_advantage_keeps_its_gradient_above_the_clip():
     """A max() where PPO takes min() left bad completions that had become likelier without a gradient, in other code."""
-    import grpo
-
     logprobs = torch.tensor([[0.9]], dtype=torch.float64, requires_grad=True)  # ratio e^0.9, far above 1.28
     case = logprobs, torch.zeros(1, 1), None, torch.tensor([-1.0]), torch.ones(1, 1)
     loss, stats = grpo.policy_loss(*case)
@@ -3656,8 +3653,6 @@ def test_grpo_negative_advantage_keeps_its_gradient_above_the_clip():
 
 def test_grpo_loss_survives_degenerate_rows():
     """Padding may hold anything; rows of no tokens count for nothing; absurd log-probabilities stay finite."""
-    import grpo
-
     logprobs, old, ref, advantages, mask = _loss_case()
     spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
               for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
@@ -3675,8 +3670,6 @@ def test_grpo_loss_survives_degenerate_rows():
 
 def test_grpo_k1_in_the_loss_has_no_mean_gradient():
     """Why k1 is no penalty: over the policy's samples, log p - log ref has that of log p, which is 0 in the mean."""
-    import grpo
-
     logits = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ref = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
 
@@ -3693,8 +3686,6 @@ def test_grpo_k1_in_the_loss_has_no_mean_gradient():
 
 
 def test_grpo_advantages():
-    import grpo
-
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
     for scale in ("group", "batch", "none"):
         a = grpo.group_advantages(rewards, scale)
@@ -3713,7 +3704,6 @@ def test_grpo_advantages():
 
 def _group(texts, answers=None, lengths=None, limit=100):
     import generate
-    import grpo
     import verify
 
     problem = {"problem": "How many?", "answer": "4"}
@@ -3727,7 +3717,6 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
     """Over all the weights that are accepted: the penalties at their worst against the bonuses at their best."""
     import random
 
-    import grpo
     rng = random.Random(0)
     for _ in range(200):
         raw = {name: rng.random() for name in grpo.REWARDS if name != "accuracy"}
@@ -3751,8 +3740,6 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
 
 
 def test_grpo_each_reward():
-    import grpo
-
     box = "\\boxed{4}"
     texts = [f"<think>\n{t}\n</think>\n{box}" for t in ("a", "b", "c")] + ["\\boxed{5}"]
     group = _group(texts, lengths=[10, 20, 40, 5], limit=40)
@@ -3770,8 +3757,6 @@ def test_grpo_each_reward():
 def _rollout_groups(config, sampler, seed=0):
     """Groups with completions of very different lengths, sampled by the engine."""
     import generate
-    import grpo
-
     prompts = [[5, 9, 3, 7, 2, 8, 4], [11, 2], [6] * 12]
     answers = generate.generate(sampler, config, prompts, num_samples=4, max_new_tokens=12, temperature=0.8,
                                 stop_tokens=(1, 3, 7, 9), seed=seed)
@@ -3781,7 +3766,6 @@ def _rollout_groups(config, sampler, seed=0):
 
 def test_grpo_packed_group_equals_one_row_each():
     """The prompt computed once for its G completions: the loss and the gradient of G rows by themselves."""
-    import grpo
     import model
 
     params, config = _small()
@@ -3806,8 +3790,6 @@ def test_grpo_packed_group_equals_one_row_each():
 
 def test_grpo_sampler_and_scorer_agree():
     """On policy the ratio is 1: the engine recorded what training computes, end token and temperature included."""
-    import grpo
-
     params, config = _small()
     params = {k: v.float() for k, v in params.items()}
     for prompt, sequences in _rollout_groups(config, params):
@@ -3818,7 +3800,6 @@ def test_grpo_sampler_and_scorer_agree():
 
 
 def _update(params, config, groups, micro_tokens, **changes):
-    import grpo
     import optim
 
     words = ["--model", "tiny", "--micro-tokens", str(micro_tokens), "--lr", "1e-3", "--temperature", "0.8",
@@ -3854,8 +3835,6 @@ def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
 
 
 def test_grpo_pack_groups_keeps_every_completion():
-    import grpo
-
     groups = [([1] * p, [grpo.Sequence([g] * n, [0.0] * n, 0.0, True) for g, n in enumerate(sizes)])
               for p, sizes in ((5, (3, 9, 2)), (2, (30, 1)), (7, (4,)))]
     for budget in (1, 12, 20, 1000):
@@ -3870,7 +3849,6 @@ def test_grpo_pack_groups_keeps_every_completion():
 def test_grpo_order_of_problems_is_a_function_of_the_seed():
     import itertools
 
-    import grpo
     sets = [[{"id": f"a{i}", "level": i % 5 + 1} for i in range(10)], [{"id": f"b{i}"} for i in range(4)]]
     take = lambda n, skip=0: [p["id"] for _, p in itertools.islice(grpo.problem_order(sets, [3, 1], 0), skip, skip + n)]
     assert take(60)[20:] == take(40, skip=20)
@@ -3924,8 +3902,6 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
 
 def test_grpo_entropy_bonus_is_of_a_token_in_every_loss():
     """It was divided by the loss's normaliser, rows for "grpo": a bonus as many times larger as a row has tokens."""
-    import grpo
-
     logprobs, old, ref, advantages, mask = (x[:4] for x in _loss_case())
     for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
         value, _ = grpo.policy_loss(logprobs, old, ref, 0 * advantages, mask, loss=loss, max_completion_tokens=6,
@@ -3943,8 +3919,6 @@ def test_grpo_entropy_bonus_is_of_a_token_in_every_loss():
 
 def test_grpo_cispo_counts_what_it_clips():
     """It clips from above only, whatever the sign of the advantage; PPO's regions were counted."""
-    import grpo
-
     logprobs, A = torch.tensor([[0.9, 0.0], [0.9, -0.9]]), torch.tensor([1.0, -1.0])
     case = logprobs, torch.zeros(2, 2), None, A, torch.ones(2, 2)
     stats = grpo.policy_loss(*case, loss="cispo")[1]
@@ -3959,7 +3933,6 @@ def test_grpo_truncated_rows_alone_make_no_update():
     import tempfile
     from unittest import mock
 
-    import grpo
     spread = lambda group: [float(i % 2) for i in range(len(group.texts))]
     with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(grpo.REWARDS, format=spread):
         words = [*_GRPO[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 2, "--reward", "format=1"]
@@ -3975,7 +3948,6 @@ def test_grpo_held_out_problems_are_not_trained_on():
     import os
     import tempfile
 
-    import grpo
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "mine.jsonl"
         path.write_text("".join(f'{{"problem": "What is {i}+{i}?", "answer": "{2 * i}"}}\n' for i in range(60)))
@@ -3993,7 +3965,6 @@ def test_grpo_and_sft_pass_offload_on():
     import tempfile
     from unittest import mock
 
-    import grpo
     import model
     import sft
     config, told = model.load_config(ROOT / "data" / "tiny"), []
@@ -4037,8 +4008,6 @@ def test_grpo_and_sft_help():
 def test_grpo_prompts_can_earn_the_reward():
     """Presets with worked examples, which training does not show, and those that ask for no box are refused."""
     import eval
-    import grpo
-
     assert "boxed" in grpo.PROMPTS and "few-shot-cot" not in grpo.PROMPTS and "minerva-math" not in grpo.PROMPTS
     assert all(not eval.PRESETS[name].stop for name in grpo.PROMPTS)  # roll_out would have to cut the text there
     assert grpo.parse_args(["--epochs", "2"]).steps is None
