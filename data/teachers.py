@@ -14,8 +14,9 @@ import threading
 import time
 import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -193,13 +194,18 @@ def ask_endpoint(jobs, settings, file, *, url, concurrency, requests_per_minute,
         progress(reply)
         return not reply
 
+    jobs, futures, unanswered = iter(jobs), {}, 0
     with ThreadPoolExecutor(concurrency) as pool:
-        futures = {pool.submit(work, *job): job for job in jobs}
         try:
-            return sum(keep(future) for future in as_completed(list(futures)))
+            while True:  # one job a worker and none in store: what is answered and not yet kept stays as few
+                futures |= {pool.submit(work, *job): job for job in islice(jobs, concurrency - len(futures))}
+                if not futures:
+                    return unanswered
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    unanswered += keep(future)
         except BaseException:
             stop.set()
-            for future in as_completed([f for f in futures if not f.cancel()]):
+            for future in wait(futures).done:
                 if not future.exception():
                     keep(future)
             raise
