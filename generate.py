@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from model import (load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, render_chat, resolve_model,
-                   rope_table)
+from model import (load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, padded_length, render_chat,
+                   resolve_model, rope_table)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -259,24 +259,25 @@ def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
     device = weights["embedding"].device
     while todo:
         longest = len(todo[0][0])
-        width = min(longest, chunk)
+        width = min(padded_length(longest), chunk)
         group, todo = todo[:chunk // width], todo[chunk // width:]
         n, at = len(group), torch.tensor([row for _, row in group], device=device)
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt, _ in group], device=device)  # [n, T]
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt, _ in group], device=device)
         for begin in range(0, longest, width):
             end = min(begin + width, longest)
-            seen = torch.ones(end - begin, end, dtype=torch.bool, device=device).tril(begin) if begin else None
-            cos, sin = (table[begin:end].repeat(n, 1, 1) for table in rope)
-            x = F.embedding(tokens[:, begin:end], weights["embedding"]).flatten(0, 1)  # [n * T, D]
+            seen = torch.ones(width, begin + width, dtype=torch.bool, device=device).tril(begin) if begin else None
+            cos, sin = (table[begin:begin + width].repeat(n, 1, 1) for table in rope)
+            part = F.pad(tokens[:, begin:end], (0, begin + width - end))  # [n, T]
+            x = F.embedding(part, weights["embedding"]).flatten(0, 1)  # [n * T, D]
             for of_layer, memory in zip(layers, store):
                 q, kv = first_half(of_layer, config, x, cos, sin)
-                k, v = kv.view(n, end - begin, 2, -1, config.head_dim).permute(2, 0, 3, 1, 4)  # [n, K, T, head_dim]
-                memory[0, at, :, begin:end], memory[1, at, :, begin:end] = k, v
+                k, v = kv.view(n, width, 2, -1, config.head_dim).permute(2, 0, 3, 1, 4)  # [n, K, T, head_dim]
+                memory[0, at, :, begin:end], memory[1, at, :, begin:end] = k[:, :, :end - begin], v[:, :, :end - begin]
                 if of_layer is layers[-1]:
                     break  # nothing reads what comes after
                 if begin:
-                    k, v = memory[:, at, :, :end]
-                q = q.view(n, end - begin, -1, config.head_dim).transpose(1, 2)
+                    k, v = (torch.cat((held[at, :, :begin], new), 2) for held, new in zip(memory, (k, v)))
+                q = q.view(n, width, -1, config.head_dim).transpose(1, 2)
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
                 x = second_half(of_layer, config, x, out.transpose(1, 2).reshape(len(x), -1))
 
@@ -656,7 +657,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                   on_cpu)
     slot_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * embedding.element_size()
     reach = batch.reach(max(len(prompts[row.prompt]) + row.limit for row in waiting))
-    rope = rope_for_sampling(config, reach, embedding)
+    rope = rope_for_sampling(config, reach + chunk, embedding)  # a padded prompt may reach further
     # Steps between two looks at what was drawn. On a CPU looking for stop tokens is free.
     stride = 1 if on_token or repetition or rules.stop_strings or rules.bound_thinking else 8
     stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}

@@ -37,8 +37,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import load_problems
 from eval import PRESETS, completion_text, end_tokens, evaluate, markdown, percent, render_prompt, scores_of, summarize
 from generate import Batch, generate, sampling_params
-from model import (LINEARS, Config, head_logprobs, hidden_states, init_lora, init_params, load_config, load_params,
-                   load_system_prompt, load_tokenizer, packed_attention, packed_positions, param_shapes, resolve_model)
+from model import (LINEARS, Config, head_logprobs, head_slice, init_lora, init_params, load_config, load_params, load_system_prompt,
+                   load_tokenizer, packed_hidden_states, padded_length, param_shapes, resolve_model)
 from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, gather_objects,
                    init_distributed, init_optimizer, learning_rate, load_checkpoint, log_samples, log_step,
                    optimizer_step, parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint,
@@ -472,8 +472,7 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
     lengths = [(len(prompt), [len(s.tokens) for s in piece]) for prompt, piece in row]
     tokens = [t for prompt, piece in row for t in itertools.chain(prompt, *(s.tokens for s in piece))]
     tokens = torch.tensor(tokens, device=device)  # [T]
-    positions, attend_fn = packed_positions(lengths).to(device), packed_attention(lengths)
-    hidden = hidden_states(params, config, tokens[None], positions, attend_fn, checkpointing)[0]  # [T, D]
+    hidden = packed_hidden_states(params, config, tokens, lengths, checkpointing)  # [T, D]
     reads, targets, end = [], [], 0  # a token is read off the one before it, a completion's first off the prompt's last
     for prompt, pieces in lengths:
         begin, end = end + prompt, end + prompt
@@ -617,7 +616,7 @@ def plan_memory(config, args, world=1, device="cpu", prompt=200):
 
     groups = -(-args.prompts // world)
     completions = args.group * args.max_new_tokens
-    tokens = min(max(args.micro_tokens, prompt + args.max_new_tokens), groups * (prompt + completions))
+    tokens = padded_length(min(max(args.micro_tokens, prompt + args.max_new_tokens), groups * (prompt + completions)))
     seen = prompt + args.max_new_tokens  # keys in front of a completion's last token
     keys = seen / args.max_new_tokens  # copied for each token of a completion
     # bytes of a token that autograd keeps of a layer, in the order of model.block
@@ -631,13 +630,14 @@ def plan_memory(config, args, world=1, device="cpu", prompt=200):
     else:
         attention += size * (Q + 2 * keys * KV + config.num_attention_heads * seen)
     layer = norms + inputs + attention + 3 * size * I
-    head = min(tokens, 2 ** 27 // V)  # tokens whose logits are made at a time
+    head = min(tokens, head_slice(V, device))
     update = {
         "layer inputs" if args.checkpointing else "activations":
             tokens * L * (size * D if args.checkpointing else layer),
         "gradient of the embedding": 0 if rank or not config.tie_word_embeddings else size * V * D,
-        "logits, or one layer backward": max(
-            (12 + size) * V * head, tokens * (2 * size * I + (layer if args.checkpointing else 0)))}
+        "the head, or one layer, backward": max(
+            (8 + size) * V * head + (0 if rank else (4 + size) * V * D),
+            tokens * (2 * size * I + (layer if args.checkpointing else 0)))}
 
     batch, rows = Batch([], [], None, {}, on_cpu=not on_gpu), min(args.max_batch, groups * args.group)
     held = batch.count(rows) * batch.reach(args.max_new_tokens)

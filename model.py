@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -475,6 +474,16 @@ def causal_attention(layer, q, k, v):
     return attention(q, k, v)
 
 
+def padded_length(n):
+    """The next of few lengths, at most 31 or a sixteenth above n.
+
+    oneDNN keeps a kernel for every shape that it meets, in between the buffers of the moment, whose space is then not
+    whole again: with rows of any length, the memory of a run in bfloat16 on a CPU would grow with every step.
+    """
+    step = 1 << max(5, (n - 1).bit_length() - 5)
+    return -(-n // step) * step
+
+
 def packed_positions(groups):
     """[1, T] int64: the position of each token of a packed row within its own text. groups: as for packed_attention."""
     return torch.cat([torch.arange(n) + begin for prompt, lengths in groups
@@ -488,27 +497,31 @@ def packed_attention(groups):
     completions texts of their own. The linear layers see every token once and no padding; only here are completions
     padded, to the longest of those in the group whose lengths round up to the same power of two, 32 at least.
     """
+    def padded(x, n):  # [..., T, heads, head_dim] -> [..., n, heads, head_dim]
+        return F.pad(x, (0, 0, 0, 0, 0, n - x.shape[-3]))
+
     def attend_fn(layer, q, k, v):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
         parts, end = [], 0
         for prompt, lengths in groups:
             begin, end = end, end + prompt + sum(lengths)
             (q0, *qs), (k0, *ks), (v0, *vs) = (x[begin:end].split([prompt, *lengths]) for x in (q, k, v))
+            P = padded_length(prompt)
+            q0, k0, v0 = (padded(x, P).transpose(0, 1)[None] for x in (q0, k0, v0))  # [1, heads, P, head_dim]
             if prompt:
-                parts.append(attention(*(x.transpose(0, 1)[None] for x in (q0, k0, v0)))[0].transpose(0, 1))
+                parts.append(attention(q0, k0, v0)[0, :, :prompt].transpose(0, 1))
             outs = {}
             sizes = [max(32, 1 << (n - 1).bit_length()) for n in lengths]
             for size in sorted(set(sizes)):
                 alike = [i for i in range(len(lengths)) if sizes[i] == size]
-                longest = max(lengths[i] for i in alike)
-                # [len(alike), heads, longest, head_dim] each, then keys and values with the prompt's in front
-                q1, k1, v1 = (pad_sequence([x[i] for i in alike], batch_first=True).transpose(1, 2)
-                              for x in (qs, ks, vs))
-                k1, v1 = (torch.cat((x0.transpose(0, 1).expand(len(alike), -1, -1, -1), x), 2)
-                          for x0, x in ((k0, k1), (v0, v1)))
-                shape = longest, prompt + longest
-                seen = torch.ones(shape, dtype=torch.bool, device=q.device).tril(prompt) if prompt else None
-                out = attention(q1, k1, v1, seen).transpose(1, 2)  # [len(alike), longest, H, head_dim]
+                n, T = len(alike), padded_length(max(lengths[i] for i in alike))
+                q1, k1, v1 = (padded(pad_sequence([x[i] for i in alike], batch_first=True), T).transpose(1, 2)
+                              for x in (qs, ks, vs))  # [n, heads, T, head_dim]
+                k1, v1 = (torch.cat((x0.expand(n, -1, -1, -1), x), 2) for x0, x in ((k0, k1), (v0, v1)))
+                seen = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P) if prompt else None
+                if P > prompt:
+                    seen[:, prompt:P] = False
+                out = attention(q1, k1, v1, seen).transpose(1, 2)  # [n, T, H, head_dim]
                 outs |= {i: row[:lengths[i]] for i, row in zip(alike, out.unbind())}
             parts += [outs[i] for i in range(len(lengths))]
         return torch.cat(parts).transpose(0, 1)[None]
@@ -576,10 +589,24 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
     return rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
 
 
+def packed_hidden_states(params, config, tokens, groups, checkpointing=False):
+    """`hidden_states` of one packed row: tokens [T], groups as for packed_attention -> [T, D]."""
+    T = len(tokens)
+    extra = padded_length(T) - T
+    groups = groups + [(0, [extra])] * bool(extra)  # a text of its own, which nothing reads
+    positions = packed_positions(groups).to(tokens.device)
+    tokens = F.pad(tokens, (0, extra))[None]
+    return hidden_states(params, config, tokens, positions, packed_attention(groups), checkpointing)[0, :T]
+
+
 def lm_head(params, config, hidden):
     """Logits in float32: [..., D] -> [..., V]. The matrix product runs in the dtype of the weights."""
-    weight = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    return F.linear(hidden, weight).float()
+    return F.linear(hidden, head_weight(params, config)).float()
+
+
+def head_weight(params, config):
+    """[V, D]: of the head, or of the embedding, which is then tied to it."""
+    return params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
 
 
 def forward(params, config, tokens, positions=None, cache=None):
@@ -606,27 +633,73 @@ def forward(params, config, tokens, positions=None, cache=None):
 # ------------------------------------------------------------------------------------ log-probabilities
 
 
+class HeadLogprobs(torch.autograd.Function):
+    """What `head_logprobs` returns, a slice of the positions at a time; the backward pass makes the logits again.
+
+    Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32 logits and their
+    gradient would take 9.3 GiB.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, slice_tokens, entropy_grad):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.settings = temperature, slice_tokens, entropy_grad
+        logprobs = torch.empty_like(targets, dtype=torch.float32)
+        entropy = torch.empty_like(logprobs)
+        for part in slices(len(targets), slice_tokens):
+            logp = (F.linear(hidden[part], weight).float() / temperature).log_softmax(-1)  # [n, V]
+            logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
+            entropy[part] = -logp.exp().mul_(logp).sum(-1)
+        if not entropy_grad:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, grad_entropy):
+        """For logits z: d log p(target) / dz = onehot(target) - p, and dH / dz = -p (log p + H)."""
+        hidden, weight, targets = ctx.saved_tensors
+        temperature, slice_tokens, entropy_grad = ctx.settings
+        grad, grad_entropy = grad / temperature, grad_entropy / temperature if entropy_grad else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for part in slices(len(targets), slice_tokens):
+            logp = (F.linear(hidden[part], weight).float() / temperature).log_softmax(-1)  # [n, V]
+            p = logp.exp()
+            if entropy_grad:
+                logp -= (p * logp).sum(-1, keepdim=True)  # log p + H
+                grad_logits = p * -(grad[part, None] + grad_entropy[part, None] * logp)
+            else:
+                grad_logits = p.mul_(-grad[part, None])
+            grad_logits = grad_logits.scatter_add_(1, targets[part, None], grad[part, None]).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def slices(n, size):
+    return [slice(begin, begin + size) for begin in range(0, n, size)]
+
+
+def head_slice(vocab_size, device):
+    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU. A CPU's allocator has buffers of over
+    32 MiB zeroed anew each time, so there 2**22; but 128 positions at least."""
+    return max(128, 2 ** (22 if device == "cpu" else 27) // vocab_size)
+
+
 def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=None, entropy_grad=False):
     """log p(targets) and the entropy of the distribution (nats): hidden [N, D], targets [N] -> ([N], [N]) float32.
 
-    The logits are divided by `temperature` first. They are made for `slice_tokens` positions at a time (default: what
-    makes 2**27 logits, 0.5 GiB) and, with more than one slice, made again in the backward pass: with 151,936 words,
-    8,192 positions of float32 logits and their gradient would take 9.3 GiB. The entropy carries a gradient only when
-    `entropy_grad` asks for it.
+    The logits are divided by `temperature` first, and made for `slice_tokens` positions at a time; default: head_slice.
+    The entropy carries a gradient only when `entropy_grad` asks for it.
     """
-    def one_slice(hidden, targets):
-        logprobs = (lm_head(params, config, hidden) / temperature).log_softmax(-1)  # [n, V]
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = -torch.einsum("nv,nv->n", logprobs.exp(), logprobs)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
-
-    slice_tokens = slice_tokens or max(1, 2 ** 27 // config.vocab_size)
-    if len(targets) <= slice_tokens:
-        return one_slice(hidden, targets)
-    if torch.is_grad_enabled():
-        one_slice = partial(checkpoint, one_slice, use_reentrant=False)
-    parts = [one_slice(h, t) for h, t in zip(hidden.split(slice_tokens), targets.split(slice_tokens))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    n, extra = len(targets), padded_length(len(targets)) - len(targets)
+    hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
+    slice_tokens = slice_tokens or head_slice(config.vocab_size, hidden.device.type)
+    logprobs, entropy = HeadLogprobs.apply(hidden, head_weight(params, config), targets, temperature, slice_tokens,
+                                           entropy_grad)
+    return logprobs[:n], entropy[:n]
 
 
 def token_logprobs(params, config, tokens, temperature=1.0, checkpointing=False):

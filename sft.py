@@ -27,8 +27,8 @@ from data import load_problems
 from data.files import read_rows
 from data.teachers import in_form
 from eval import PRESETS, evaluate, is_tiny, render_prompt
-from model import (head_logprobs, hidden_states, init_lora, init_params, load_config, load_params, load_system_prompt,
-                   load_tokenizer, packed_attention, packed_positions, render_chat, resolve_model)
+from model import (head_logprobs, init_lora, init_params, load_config, load_params, load_system_prompt, load_tokenizer,
+                   packed_hidden_states, render_chat, resolve_model)
 from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, init_distributed,
                    init_optimizer, learning_rate, load_checkpoint, log_samples, log_step, optimizer_step,
                    parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint, start_run,
@@ -205,8 +205,7 @@ def row_loss(params, config, row, answer_weight, checkpointing=False):
     groups = [(0, [len(e.tokens) for e in row[i:i + 16]]) for i in range(0, len(row), 16)]
     tokens = torch.tensor([t for e in row for t in e.tokens], device=device)  # [T]
     parts = torch.tensor([p for e in row for p in e.parts], device=device)
-    positions, attend_fn = packed_positions(groups).to(device), packed_attention(groups)
-    hidden = hidden_states(params, config, tokens[None], positions, attend_fn, checkpointing)[0]  # [T, D]
+    hidden = packed_hidden_states(params, config, tokens, groups, checkpointing)  # [T, D]
     learned = (parts != CONTEXT).nonzero()[:, 0]  # no example begins with one: the token before is of the same example
     logprobs, _ = head_logprobs(params, config, hidden[learned - 1], tokens[learned])  # [n]
     weights = torch.where(parts[learned] == PARTS.index("answer"), answer_weight, 1.0)

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent
 
 import json
 import math
+import random
 import tempfile
+from collections import Counter
 from unittest import mock
 
 import model
@@ -276,10 +278,45 @@ def test_model_head_never_holds_all_logits():
     with _TensorSizes() as sizes:  # the tracker does see the whole, when it is made
         model.head_logprobs(params, config, hidden, targets, 0.9, slice_tokens=512)[0].sum().backward()
     assert sizes.largest == 512 * 3000
-    config, few = config._replace(vocab_size=151936), {"model.embed_tokens.weight": torch.randn(5, 16)}
-    with mock.patch.object(model, "lm_head", wraps=model.lm_head) as head:  # the default goes by the vocabulary
-        model.head_logprobs(few, config, torch.randn(2000, 16), torch.zeros(2000, dtype=torch.int64))
-    assert [len(call.args[2]) for call in head.call_args_list] == [883, 883, 234]
+    for device, words, expected in (("cpu", 65536, 128), ("meta", 151936, 883)):  # the default goes by the vocabulary
+        few = {"model.embed_tokens.weight": torch.empty(words, 1, device=device)}
+        with mock.patch.object(model, "slices", wraps=model.slices) as slices:
+            model.head_logprobs(few, config._replace(vocab_size=words), torch.empty(130, 1, device=device),
+                                torch.zeros(130, dtype=torch.int64, device=device))
+        assert slices.call_args.args == (160, expected)
+
+
+class _RowCounts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the number of rows of every matrix product, and of each of a batch of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        if fn in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            for tensor in [x for x in args if x.dim() > 1][-2:]:
+                self.counts.update(tensor.shape[-2:])
+        return fn(*args, **(kwargs or {}))
+
+
+def test_model_packed_rows_have_few_shapes():
+    """Texts of any lengths make products of few shapes: for each new one oneDNN keeps a kernel, and memory grows."""
+    assert [model.padded_length(n) for n in (0, 1, 32, 33, 511, 513, 1000, 1025, 16000)] == \
+        [0, 32, 32, 64, 512, 544, 1024, 1088, 16384]
+    assert all(n <= model.padded_length(n) <= max(n + 31, n * 17 / 16 + 1) for n in range(5000))
+    params, config = _formula_model()
+    params, rng = {k: v.requires_grad_() for k, v in params.items()}, random.Random(0)
+    with _RowCounts() as rows:
+        for _ in range(5):
+            groups = [(rng.randint(0, 70), [rng.randint(1, 90) for _ in range(3)]) for _ in range(2)]
+            total = sum(prompt + sum(lengths) for prompt, lengths in groups)
+            tokens = torch.randint(0, config.vocab_size, (total,))
+            hidden = model.packed_hidden_states(params, config, tokens, groups)
+            logprobs, _ = model.head_logprobs(params, config, hidden[1:], tokens[1:])
+            logprobs.sum().backward()
+    sizes = set(config) | {config.head_dim, config.num_key_value_heads * config.head_dim}
+    assert {n for n in rows.counts if n not in sizes and n % 32} == set(), rows.counts
 
 
 def test_model_lora():
