@@ -296,6 +296,7 @@ def save_model(out_dir, params, config, like):
     save_file({k: tensors[k] for k in param_shapes(config)}, staging / "model.safetensors", metadata={"format": "pt"})
     raw = config_json(config) | {"torch_dtype": str(tensors["model.norm.weight"].dtype).removeprefix("torch.")}
     (staging / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(staging / "config.json", staging / "model.safetensors")  # safetensors lets only its owner read it
     for path in staging.iterdir():  # on the disk before the name says that it is whole
         with open(path, "rb") as file:
             os.fsync(file.fileno())

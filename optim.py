@@ -372,6 +372,7 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                 save_model(partial, params, config, like)
             gather_objects(None)  # the directory is there
             save_file({name: getattr(optimizer, name).cpu() for name in ("master", "m", "v")}, shard)
+            shutil.copymode(partial / "config.json", shard)
             sync(shard)
             shards = gather_objects((shard.name, fingerprint(shard)))
             if rank == 0:

@@ -385,6 +385,7 @@ def test_model_save_and_load_round_trip():
                     assert all(torch.equal(wide[k], params[k].float()) for k in params)
         raw = json.loads((out / "config.json").read_text())
         assert raw["model_type"] == "qwen2" and raw["torch_dtype"] == "bfloat16" and raw["eos_token_id"] == [3, 95]
+        assert len({path.stat().st_mode for path in out.iterdir()}) == 1             # whoever may read one may read all
         assert raw["rope_scaling"]["rope_type"] == raw["rope_scaling"]["type"] == "yarn"  # new and old readers
         assert sorted(p.name for p in out.iterdir()) == ["chat_template.jinja", "config.json", "model.safetensors",
                                                          "tokenizer.json", "tokenizer_config.json"]
@@ -1311,6 +1312,7 @@ def test_optim_checkpoint_bitwise():
             _optim_train(unbroken, range(3, 6))
             _optim_train(resumed, range(3, 6))
             assert _optim_equal(unbroken, resumed)
+            assert len({file.stat().st_mode for file in path.iterdir()}) == 1
             saved = model.load_params(path, dtype=dtype)  # the directory is a model, with the adapter merged
             _, again = _optim_state(3, dtype, lora)
             merged = model.merge_lora(base | optim.init_optimizer(lora)[0]) if lora else base
