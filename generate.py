@@ -25,14 +25,15 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from model import (load_config, load_params, load_system_prompt, load_tokenizer, merge_lora, padded_length, render_chat,
-                   resolve_model, rope_table)
+from model import (load_config, load_params, load_system_prompt, load_tokenizer, merged_weight, padded_length,
+                   render_chat, resolve_model, rope_table)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -161,15 +162,15 @@ def sampling_params(params, config, dtype=None, device=None, packed=None, out=No
     products are the same to the last bit for (almost) any number of rows.
     out: an earlier result, not packed, to be written in place: CUDA graphs read the weights where they were.
     """
-    merged, weights = merge_lora(params), {}
-    like = merged["model.norm.weight"]
+    merged, weights = partial(merged_weight, params), {}  # one after the other: no second copy of all
+    like = merged("model.norm.weight")
     dtype, device = dtype or like.dtype, torch.device(device or like.device)
     if packed is None:
         packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
 
     def put(name, tensor, norm=None):
         if norm is not None:
-            tensor = tensor * (merged[norm].float() * config.hidden_size ** 0.5)
+            tensor = tensor * (merged(norm).float() * config.hidden_size ** 0.5)
         tensor = tensor.detach().to(device, dtype)
         if packed and name.endswith(".weight"):
             weights[name] = torch.ops.mkldnn._reorder_linear_weight(tensor.contiguous(), 32)
@@ -179,15 +180,15 @@ def sampling_params(params, config, dtype=None, device=None, packed=None, out=No
     for layer in range(config.num_hidden_layers):
         pre = f"model.layers.{layer}."
         norm1, norm2 = pre + "input_layernorm.weight", pre + "post_attention_layernorm.weight"
-        put(f"{layer}.qkv.weight", torch.cat([merged[f"{pre}self_attn.{name}_proj.weight"] for name in "qkv"]), norm1)
-        put(f"{layer}.qkv.bias", torch.cat([merged[f"{pre}self_attn.{name}_proj.bias"] for name in "qkv"]))
-        put(f"{layer}.o.weight", merged[pre + "self_attn.o_proj.weight"])
-        put(f"{layer}.gate.weight", merged[pre + "mlp.gate_proj.weight"], norm2)
-        put(f"{layer}.up.weight", merged[pre + "mlp.up_proj.weight"], norm2)
-        put(f"{layer}.down.weight", merged[pre + "mlp.down_proj.weight"])
-    embedding = merged["model.embed_tokens.weight"]
+        put(f"{layer}.qkv.weight", torch.cat([merged(f"{pre}self_attn.{name}_proj.weight") for name in "qkv"]), norm1)
+        put(f"{layer}.qkv.bias", torch.cat([merged(f"{pre}self_attn.{name}_proj.bias") for name in "qkv"]))
+        put(f"{layer}.o.weight", merged(pre + "self_attn.o_proj.weight"))
+        put(f"{layer}.gate.weight", merged(pre + "mlp.gate_proj.weight"), norm2)
+        put(f"{layer}.up.weight", merged(pre + "mlp.up_proj.weight"), norm2)
+        put(f"{layer}.down.weight", merged(pre + "mlp.down_proj.weight"))
+    embedding = merged("model.embed_tokens.weight")
     put("embedding", embedding)
-    put("head.weight", embedding if config.tie_word_embeddings else merged["lm_head.weight"], "model.norm.weight")
+    put("head.weight", embedding if config.tie_word_embeddings else merged("lm_head.weight"), "model.norm.weight")
     return weights
 
 

@@ -644,7 +644,7 @@ def plan_memory(config, args, world=1, device="cpu", prompt=200):
     held += batch.count(-(-rows // args.group)) * batch.reach(prompt)
     rollouts = {
         "the sampler's weights": size * (num_weights + (V * D if config.tie_word_embeddings else 0)),
-        "weights with the adapter": size * sum(map(math.prod, linears)) if rank else 0,
+        "merging an adapter": (8 + size) * max(map(math.prod, linears)) if rank else 0,
         f"key/value cache of {rows} rows": 2 * size * L * KV * held, "logits of a step": rows * V * (12 + size)}
     parts = {"throughout": throughout, "update": update, "rollouts": rollouts, "host": host}
     parts = {when: {name: n / 2**30 for name, n in of.items() if n} for when, of in parts.items()}

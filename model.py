@@ -733,13 +733,15 @@ def init_lora(config, rank, seed, device="cpu"):
     return lora
 
 
+def merged_weight(params, name):
+    """A weight with its adapter in `params` worked in, W + B A, computed in float32; without one, as it is."""
+    weight, stem = params[name], name.removesuffix(".weight")
+    if stem + ".lora_A.weight" not in params:
+        return weight
+    down, up = (params[f"{stem}.lora_{half}.weight"].float() for half in "AB")
+    return (weight.float() + up @ down).to(weight.dtype)
+
+
 def merge_lora(params):
-    """The adapter in `params` worked into the weights: W + B A, computed in float32. Returns a new dict; what has no
-    adapter is shared with `params`."""
-    merged = {k: v for k, v in params.items() if ".lora_" not in k}
-    for name in params:
-        if name.endswith(".lora_A.weight"):
-            target = name.replace(".lora_A", "")
-            update = params[name.replace("lora_A", "lora_B")].float() @ params[name].float()
-            merged[target] = (merged[target].float() + update).to(merged[target].dtype)
-    return merged
+    """Every weight with its adapter worked in, a new dict; what has no adapter is shared with `params`."""
+    return {name: merged_weight(params, name) for name in params if ".lora_" not in name}
