@@ -47,9 +47,9 @@ from verify import format_reward, verify_many
 
 # What a flag left out means: for the tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "eval_data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "steps": 80,
-        "lr": 5e-4, "prompts": 32, "checkpointing": False}
+        "lr": 5e-4, "prompts": 32, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "eval_data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "steps": 150, "lr": 1e-6,
-          "prompts": 32, "checkpointing": True}
+          "prompts": 32, "micro_tokens": 16384, "checkpointing": True}
 LORA_LR = 3e-5  # adapters stand larger steps than full weights
 # A problem is asked by itself, and only the box earns the reward.
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots and preset.grade == "strict"]
@@ -112,8 +112,8 @@ def parse_args(argv=None):
     train.add_argument("--train-limit", type=int, help="training problems, a random subset of each set; default: all")
     train.add_argument("--lora-rank", type=int, default=0,
                        help="train an adapter of this rank on every linear layer; 0: all weights")
-    train.add_argument("--micro-tokens", type=int, default=16384,
-                       help="tokens in one packed row of training (default %(default)s)")
+    train.add_argument("--micro-tokens", type=int,
+                       help="tokens in one packed row of training (default: tiny 2048, else 16384)")
     train.add_argument("--checkpointing", action=argparse.BooleanOptionalAction,
                        help="recompute activations in the backward pass: a third more time, and far less memory "
                        "(default: not for tiny, else yes)")
