@@ -241,15 +241,20 @@ def test_model_checkpointing_keeps_less():
 
 
 def test_model_entropy_gradient():
+    """Alone and beside that of the log-probabilities, to the hidden states and to the head."""
     params, config = _formula_model()
+    head = params["model.embed_tokens.weight"].requires_grad_()
     hidden = torch.randn(9, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    targets = torch.arange(9)
-    direct = torch.distributions.Categorical(logits=model.lm_head(params, config, hidden) / 0.8).entropy()
-    wanted, = torch.autograd.grad(direct.sum(), hidden)
-    for slice_tokens in (4, 9):
-        _, entropy = model.head_logprobs(params, config, hidden, targets, 0.8, slice_tokens, entropy_grad=True)
-        got, = torch.autograd.grad(entropy.sum(), hidden)
-        assert (entropy - direct).abs().max() < 1e-5 and (got - wanted).abs().max() < 1e-5
+    targets, share = torch.arange(9), torch.linspace(-1, 1, 9)
+    direct = torch.distributions.Categorical(logits=model.lm_head(params, config, hidden) / 0.8)
+    for weight in (0, share):
+        wanted = torch.autograd.grad(direct.entropy().sum() + (weight * direct.log_prob(targets)).sum(), (hidden, head),
+                                     retain_graph=True)
+        for slice_tokens in (4, 9):
+            logprobs, entropy = model.head_logprobs(params, config, hidden, targets, 0.8, slice_tokens, entropy_grad=True)
+            got = torch.autograd.grad(entropy.sum() + (weight * logprobs).sum(), (hidden, head))
+            assert (entropy - direct.entropy()).abs().max() < 1e-5
+            assert all((g - w).abs().max() < 1e-5 * (1 + w.abs().max()) for g, w in zip(got, wanted))
 
 
 class _TensorSizes(torch.utils._python_dispatch.TorchDispatchMode):
