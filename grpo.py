@@ -37,8 +37,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import load_problems
 from eval import PRESETS, completion_text, end_tokens, evaluate, markdown, percent, render_prompt, scores_of, summarize
 from generate import Batch, generate, sampling_params
-from model import (LINEARS, Config, head_logprobs, head_slice, init_lora, init_params, load_config, load_params, load_system_prompt,
-                   load_tokenizer, packed_hidden_states, padded_length, param_shapes, resolve_model)
+from model import (LINEARS, Config, head_logprobs, head_slice, init_lora, init_params, load_config, load_params,
+                   load_system_prompt, load_tokenizer, packed_hidden_states, padded_length, param_shapes, resolve_model)
 from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, gather_objects,
                    init_distributed, init_optimizer, learning_rate, load_checkpoint, log_samples, log_step,
                    optimizer_step, parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint,
@@ -762,7 +762,8 @@ def benchmark(args, counted=3):
     rate = matrix_rate(config, dtype, device, min(args.micro_tokens, tokens["trained"] // counted))
     print(f"{args.size} {sum(p.numel() for p in params.values()):,} parameters | {args.benchmark} | "
           f"{args.prompts * args.group} rows, {tokens['sampled'] / counted:.0f} sampled tokens a step | "
-          f"{torch.get_num_threads()} threads | {dtype} | --micro-tokens {args.micro_tokens}{' --checkpointing' if args.checkpointing else ''}")
+          f"{torch.get_num_threads()} threads | {dtype} | --micro-tokens {args.micro_tokens}"
+          + (" --checkpointing" if args.checkpointing else ""))
     for unit, rollout, learning in (("s", rollout_s, update_s), ("cpu_s", rollout_cpu, update_cpu)):
         print(f"{unit} per step {rollout + learning:.2f} | rollout {rollout:.2f} | update {learning:.2f} | "
               f"{tokens['sampled'] / counted / (rollout + learning):.0f} tokens/{unit}")

@@ -11,6 +11,7 @@ Qwen2.5 technical report, arXiv:2412.15115; RMSNorm arXiv:1910.07467; RoPE arXiv
 grouped-query attention arXiv:2305.13245; SwiGLU arXiv:2002.05202; LoRA arXiv:2106.09685.
 """
 
+import functools
 import json
 import math
 import os
@@ -501,6 +502,13 @@ def packed_attention(groups):
     def padded(x, n):  # [..., T, heads, head_dim] -> [..., n, heads, head_dim]
         return F.pad(x, (0, 0, 0, 0, 0, n - x.shape[-3]))
 
+    @functools.cache  # the same in every layer
+    def sees(prompt, T, device):  # bool [T, P + T]
+        P = padded_length(prompt)
+        seen = torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
+        seen[:, prompt:P] = False
+        return seen
+
     def attend_fn(layer, q, k, v):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
         parts, end = [], 0
@@ -519,9 +527,7 @@ def packed_attention(groups):
                 q1, k1, v1 = (padded(pad_sequence([x[i] for i in alike], batch_first=True), T).transpose(1, 2)
                               for x in (qs, ks, vs))  # [n, heads, T, head_dim]
                 k1, v1 = (torch.cat((x0.expand(n, -1, -1, -1), x), 2) for x0, x in ((k0, k1), (v0, v1)))
-                seen = torch.ones(T, P + T, dtype=torch.bool, device=q.device).tril(P) if prompt else None
-                if P > prompt:
-                    seen[:, prompt:P] = False
+                seen = sees(prompt, T, q.device) if prompt else None
                 out = attention(q1, k1, v1, seen).transpose(1, 2)  # [n, T, H, head_dim]
                 outs |= {i: row[:lengths[i]] for i, row in zip(alike, out.unbind())}
             parts += [outs[i] for i in range(len(lengths))]
@@ -648,7 +654,7 @@ class HeadLogprobs(torch.autograd.Function):
         logprobs = torch.empty_like(targets, dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
         for part in slices(len(targets), slice_tokens):
-            logp = (F.linear(hidden[part], weight).float() / temperature).log_softmax(-1)  # [n, V]
+            logp = vocabulary_logprobs(hidden[part], weight, temperature)
             logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
             entropy[part] = -logp.exp().mul_(logp).sum(-1)
         if not entropy_grad:
@@ -664,7 +670,7 @@ class HeadLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in slices(len(targets), slice_tokens):
-            logp = (F.linear(hidden[part], weight).float() / temperature).log_softmax(-1)  # [n, V]
+            logp = vocabulary_logprobs(hidden[part], weight, temperature)
             p = logp.exp()
             if entropy_grad:
                 logp -= (p * logp).sum(-1, keepdim=True)  # log p + H
@@ -677,6 +683,11 @@ class HeadLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[part]
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def vocabulary_logprobs(hidden, weight, temperature):
+    """log p of every word: hidden [n, D], weight [V, D] -> [n, V] float32."""
+    return (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
 
 
 def slices(n, size):

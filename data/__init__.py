@@ -65,7 +65,7 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
     if name in FAMILIES:
         found = importlib.import_module(f"data.{name}").problems(split, limit, seed, levels)
     elif name in PUBLISHED:
-        found = PUBLISHED[name](split, None, seed)
+        found = PUBLISHED[name](split)
     elif name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no file {name}")

@@ -1,6 +1,6 @@
 """GSM8K: 8,792 grade-school word problems with worked solutions (Cobbe et al. 2021, arXiv:2110.14168; MIT licence)."""
 
-from data.files import choose, fetch, hold_out, read_rows
+from data.files import fetch, hold_out, read_rows
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 FILES = {
@@ -18,8 +18,8 @@ def from_row(row, name):
             "solution": solution.strip()}
 
 
-def problems(split, limit=None, seed=0):
+def problems(split):
     file = "test.jsonl" if split == "test" else "train.jsonl"
     path = fetch("gsm8k", file, URL + file, *FILES[file])
     rows = [from_row(row, f"gsm8k/{path.stem}/{number}") for number, row in read_rows(path)]
-    return choose(hold_out(rows, split), limit, seed)
+    return hold_out(rows, split)

@@ -40,18 +40,18 @@ def read_math(place, split):
             for file in sorted((place / split).glob("*/*.json"))]
 
 
-def problems_math500(split, limit=None, seed=0):
+def problems_math500(split):
     if split != "test":
         raise ValueError(f"math500 has a test split only, found {split!r}; MATH's training problems are the set 'math'")
     path = fetch("math500", "test.jsonl", URL, ROWS, SHA256)
-    return choose([from_row(row, f"math500/{row['unique_id']}") for _, row in read_rows(path)], limit, seed)
+    return [from_row(row, f"math500/{row['unique_id']}") for _, row in read_rows(path)]
 
 
-def problems_math(split, limit=None, seed=0):
+def problems_math(split):
     part = "test" if split == "test" else "train"
     rows = next(filter(None, (read_math(place, part) for place in places("math"))), None)
     if not rows:
         looked = " or ".join(map(str, places("math")))
         raise FileNotFoundError(f"no MATH {part} problems in {looked}; put {part}/SUBJECT/NUMBER.json or {part}.jsonl "
                                 "there by hand")
-    return choose(hold_out(rows, split), limit, seed)
+    return hold_out(rows, split)
