@@ -263,13 +263,13 @@ def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
         width = min(padded_length(longest), chunk)
         group, todo = todo[:chunk // width], todo[chunk // width:]
         n, at = len(group), torch.tensor([row for _, row in group], device=device)
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt, _ in group], device=device)
+        padded = -(-longest // width) * width
+        tokens = torch.tensor([prompt + [0] * (padded - len(prompt)) for prompt, _ in group], device=device)
         for begin in range(0, longest, width):
             end = min(begin + width, longest)
             seen = torch.ones(width, begin + width, dtype=torch.bool, device=device).tril(begin) if begin else None
             cos, sin = (table[begin:begin + width].repeat(n, 1, 1) for table in rope)
-            part = F.pad(tokens[:, begin:end], (0, begin + width - end))  # [n, T]
-            x = F.embedding(part, weights["embedding"]).flatten(0, 1)  # [n * T, D]
+            x = F.embedding(tokens[:, begin:begin + width], weights["embedding"]).flatten(0, 1)  # [n * T, D]
             for of_layer, memory in zip(layers, store):
                 q, kv = first_half(of_layer, config, x, cos, sin)
                 k, v = kv.view(n, width, 2, -1, config.head_dim).permute(2, 0, 3, 1, 4)  # [n, K, T, head_dim]
@@ -607,7 +607,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     compile_backend: "inductor" to torch.compile the layers.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
-    cancel: a threading.Event that ends the work early; what is not complete is then None.
+    cancel: a threading.Event that, set, ends the work early; what is not complete is then None.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
@@ -634,7 +634,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             temperature=temperature, top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, seed=seed,
             max_batch=max_batch // streams, stop_strings=stop_strings, tokenizer=tokenizer, repetition=repetition,
             think_budget=think_budget, think_minimum=think_minimum, think_tag=think_tag, share_prompts=share_prompts,
-            cache_gib=cache_gib / streams, chunk=chunk)
+            cache_gib=cache_gib / streams, chunk=chunk, cancel=cancel or threading.Event())
     layers = [{} for _ in range(config.num_hidden_layers)]  # each under the same names: one compiled graph serves all
     for name, tensor in weights.items():
         layer, _, short = name.partition(".")
@@ -717,12 +717,12 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     return results
 
 
-def generate_in_threads(weights, config, prompts, limits, seeds, streams, stats, **settings):
+def generate_in_threads(weights, config, prompts, limits, seeds, streams, stats, cancel, **settings):
     """generate, the prompts dealt out to `streams` Python threads that share the cores.
 
     A step is many small operations, which two cores together hardly do faster than one; two steps at once they do.
     """
-    threads, cancel, parts_of_stats = torch.get_num_threads(), threading.Event(), [{} for _ in range(streams)]
+    threads, parts_of_stats = torch.get_num_threads(), [{} for _ in range(streams)]
     deal = lambda of_prompts: [of_prompts[i::streams] for i in range(streams)]
 
     def run(prompts, limits, seeds, stats):

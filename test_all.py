@@ -2251,6 +2251,8 @@ def test_generate_says_the_same_from_several_threads():
                                              stats=(stats := {}))))
             assert dealt.called == (n == 2) and torch.get_num_threads() == n and stats["decode_s"] > 0
         assert said[0] == said[1]
+        (called_off := threading.Event()).set()
+        assert generate(params, config, prompts, max_new_tokens=9, cancel=called_off) == [[None]] * len(prompts)
         with mock.patch.object(generate_module, "decode_step", side_effect=RuntimeError("planted")):
             _raises(RuntimeError, ["planted"], generate, params, config, prompts, max_new_tokens=9)
         assert torch.get_num_threads() == 2
