@@ -16,14 +16,14 @@ own tokens (Hydragen, arXiv:2402.05099). Rows that finish leave the batch and wa
 import argparse
 import hashlib
 import math
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import sys
-import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -590,7 +590,7 @@ def check_request(config, prompts, **settings):
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
              stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(), tokenizer=None, repetition=0,
              think_budget=0, think_minimum=0, think_tag="think", share_prompts=True, cache_gib=math.inf, chunk=2048,
-             compile_backend=None, on_token=None, stats=None, cancel=None):
+             compile_backend=None, on_token=None, stats=None, cancelled=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says depends neither on who
@@ -607,7 +607,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     compile_backend: "inductor" to torch.compile the layers.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
-    cancel: a threading.Event that, set, ends the work early; what is not complete is then None.
+    cancelled(): asked at each look at what was drawn; True ends the work, and what is not complete is then None.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
@@ -628,13 +628,13 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     device, on_cpu = embedding.device, embedding.device.type == "cpu"
     stats = {} if stats is None else stats
     streams = min(torch.get_num_threads(), len(prompts), max_batch // 16, len(prompts) * num_samples // 16)
-    if on_cpu and streams > 1 and not (on_token or compile_backend):
-        return generate_in_threads(
+    if on_cpu and streams > 1 and sys.platform == "linux" and not (on_token or compile_backend):
+        return generate_in_processes(
             weights, config, prompts, limits, seeds or range(len(prompts)), streams, stats, num_samples=num_samples,
             temperature=temperature, top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, seed=seed,
             max_batch=max_batch // streams, stop_strings=stop_strings, tokenizer=tokenizer, repetition=repetition,
             think_budget=think_budget, think_minimum=think_minimum, think_tag=think_tag, share_prompts=share_prompts,
-            cache_gib=cache_gib / streams, chunk=chunk, cancel=cancel or threading.Event())
+            cache_gib=cache_gib / streams, chunk=chunk)
     layers = [{} for _ in range(config.num_hidden_layers)]  # each under the same names: one compiled graph serves all
     for name, tensor in weights.items():
         layer, _, short = name.partition(".")
@@ -663,7 +663,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     stride = 1 if on_token or repetition or rules.stop_strings or rules.bound_thinking else 8
     stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
     graphs, states, changed, longest = {}, {}, True, 0
-    while (waiting or batch.rows) and not (cancel and cancel.is_set()):
+    while (waiting or batch.rows) and not (cancelled and cancelled()):
         begin = time.perf_counter()
         if changed or longest == batch.own[0].shape[3]:
             entering = choose_rows(batch, waiting, max_batch, cache_gib * 2**30 / slot_bytes)
@@ -717,31 +717,51 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     return results
 
 
-def generate_in_threads(weights, config, prompts, limits, seeds, streams, stats, cancel, **settings):
-    """generate, the prompts dealt out to `streams` Python threads that share the cores.
+def generate_in_processes(weights, config, prompts, limits, seeds, streams, stats, **settings):
+    """generate, the prompts dealt out to this process and `streams` - 1 forks of it, with one thread each.
 
     A step is many small operations, which two cores together hardly do faster than one; two steps at once they do.
+    Threads of one process would wait for Python's lock at each operation. A fork shares the weights, as they are.
     """
-    threads, parts_of_stats = torch.get_num_threads(), [{} for _ in range(streams)]
-    deal = lambda of_prompts: [of_prompts[i::streams] for i in range(streams)]
+    threads, parent, fork = torch.get_num_threads(), os.getpid(), multiprocessing.get_context("fork")
+    shares = [(prompts[i::streams], limits[i::streams], seeds[i::streams]) for i in range(streams)]
 
-    def run(prompts, limits, seeds, stats):
-        torch.set_num_threads(threads // streams)  # of this thread
-        return generate(weights, config, prompts, max_new_tokens=limits, seeds=seeds, stats=stats, cancel=cancel,
-                        **settings)
+    def run(prompts, limits, seeds, cancelled=None):
+        torch.set_num_threads(1)  # more could hang in a fork, whose OpenMP has lost its threads
+        answers = generate(weights, config, prompts, max_new_tokens=limits, seeds=seeds, stats=(of_part := {}),
+                           cancelled=cancelled, **settings)
+        return answers, of_part
 
+    def run_forked(share, pipe):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides what it means
+        pipe.send(run(*share, cancelled=lambda: os.getppid() != parent))
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns of every fork
+    forks = []
     try:
-        with ThreadPoolExecutor(streams) as pool:
+        for share in shares[1:]:
+            pipe, end = fork.Pipe(duplex=False)
+            forks.append((fork.Process(target=run_forked, args=(share, end)), pipe))
+            forks[-1][0].start()
+            end.close()
+        parts = [run(*shares[0])]
+        for process, pipe in forks:
             try:
-                parts = list(pool.map(run, deal(prompts), deal(limits), deal(seeds), parts_of_stats))
-            except BaseException:  # Ctrl-C among them: the threads are not to be waited for
-                cancel.set()
-                raise
+                parts.append(pipe.recv())
+            except EOFError:
+                process.join()
+                raise RuntimeError(f"a process that sampled ended with code {process.exitcode}, before its answers; "
+                                   "-9 often means that memory ran out: try a smaller max_batch") from None
     finally:
+        for process, pipe in forks:
+            process.kill()
+            process.join()
+            pipe.close()
         torch.set_num_threads(threads)
+    answers, parts_of_stats = zip(*parts)
     stats |= max(parts_of_stats, key=lambda part: part["prefill_s"] + part["decode_s"])
     stats["cache_gib"] = sum(part["cache_gib"] for part in parts_of_stats)
-    return [parts[p % streams][p // streams] for p in range(len(prompts))]
+    return [answers[p % streams][p // streams] for p in range(len(prompts))]
 
 
 # ------------------------------------------------------------------------------------ how fast

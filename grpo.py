@@ -620,7 +620,7 @@ def plan_memory(config, args, world=1, device="cpu", prompt=200):
     seen = prompt + args.max_new_tokens  # keys in front of a completion's last token
     keys = seen / args.max_new_tokens  # copied for each token of a completion
     # bytes of a token that autograd keeps of a layer, in the order of model.block
-    norms = 2 * (4 * D + (0 if rank else size * D))
+    norms = 2 * size * D
     inputs = size * (2 * D + Q + I)
     if rank:  # an adapter works on a float32 copy of its own
         inputs = (inputs if wide else 4 * (5 * D + Q + I)) + 28 * rank

@@ -388,9 +388,28 @@ def linear(params, name, x):
     return out
 
 
-def rms_norm(x, weight, eps):
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+class RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight: x [..., D], weight [D] -> like x. Computed in float32, of which it keeps 1 / rms(x) only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # [..., 1]
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """For u = x / rms(x) and its gradient g: dx = (g - u mean(g u)) / rms(x)."""
+        x, weight, scale = ctx.saved_tensors
+        unit = x.float() * scale
+        grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_unit = (grad * weight).float()
+        mean = torch.linalg.vecdot(grad_unit, unit)[..., None] / x.shape[-1]
+        return (grad_unit - unit.mul_(mean)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+rms_norm = RMSNorm.apply
 
 
 def rope_frequencies(config, device="cpu"):
@@ -420,10 +439,22 @@ def rope_table(config, positions, dtype):
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def rotate(x, cos, sin):
-    """Turn the pairs (i, i + head_dim/2) of x [B, H, T, head_dim] by their angles."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+class Rotation(torch.autograd.Function):
+    """Turns the pairs (i, i + head_dim/2) of x [B, H, T, head_dim] by their angles; its gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, -1)
+        return (x * cos).addcmul_(torch.cat((-second, first), -1), sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(grad, cos, -sin), None, None
+
+
+rotate = Rotation.apply
 
 
 class ShortAttention(torch.autograd.Function):
@@ -687,7 +718,8 @@ class HeadLogprobs(torch.autograd.Function):
 
 def vocabulary_logprobs(hidden, weight, temperature):
     """log p of every word: hidden [n, D], weight [V, D] -> [n, V] float32."""
-    return (F.linear(hidden, weight).float() / temperature).log_softmax(-1)
+    logits = F.linear(hidden, weight).float()
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
 def slices(n, size):
@@ -695,9 +727,9 @@ def slices(n, size):
 
 
 def head_slice(vocab_size, device):
-    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU. A CPU's allocator has buffers of over
-    32 MiB zeroed anew each time, so there 2**22; but 128 positions at least."""
-    return max(128, 2 ** (22 if device == "cpu" else 27) // vocab_size)
+    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU; on a CPU 2**20, which stay in its
+    cache; but 128 positions at least."""
+    return max(128, 2 ** (20 if device == "cpu" else 27) // vocab_size)
 
 
 def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=None, entropy_grad=False):

@@ -240,6 +240,30 @@ def test_model_checkpointing_keeps_less():
     assert kept[True] < kept[False] / 10, kept
 
 
+def test_model_gradients_by_hand_equal_autograd():
+    """The two backward passes written out, of the norm and of the rotation, against autograd through the formula."""
+    def norm(x, weight):
+        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3))
+
+    def turned(x, cos, sin):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(8, generator=generator)
+    cos, sin = model.rope_table(_formula_model()[1]._replace(hidden_size=32), torch.arange(5)[None], torch.float32)
+    for ours, plain, inputs, num in ((lambda x, w: model.rms_norm(x, w, 1e-3), norm, (x, weight), 2),
+                                     (model.rotate, turned, (x, cos, sin), 1)):
+        results = []
+        for fn in (ours, plain):
+            leaves = [t.clone().requires_grad_(i < num) for i, t in enumerate(inputs)]
+            out = fn(*leaves)
+            (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+            results.append([out.detach(), *(leaf.grad for leaf in leaves[:num])])
+        for found, expected in zip(*results):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_model_entropy_gradient():
     """Alone and beside that of the log-probabilities, to the hidden states and to the head."""
     params, config = _formula_model()
@@ -2236,26 +2260,41 @@ def test_generate_says_the_same_in_any_company():
     assert _tokens(generate(params, config, _PROMPTS, seed=1, **ask)) != whole
 
 
-def test_generate_says_the_same_from_several_threads():
-    """With two threads the prompts are dealt out to two streams: same tokens; and the threads are given back."""
+def test_generate_says_the_same_from_several_processes():
+    """With two threads the prompts are dealt out to two processes: same tokens; a fork that dies or fails is an error,
+    one whose parent is gone ends, and none stays behind."""
+    import multiprocessing
+
     import generate as generate_module
 
     params, config = _sampler()
     prompts, threads, said = [[i + 1, 7, i] for i in range(40)], torch.get_num_threads(), []
+    parent, step = os.getpid(), generate_module.decode_step
+
+    def die_in_the_fork(*args):
+        return step(*args) if os.getpid() == parent else os.kill(os.getpid(), signal.SIGKILL)
+
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            with mock.patch.object(generate_module, "generate_in_threads",
-                                   wraps=generate_module.generate_in_threads) as dealt:
+            with mock.patch.object(generate_module, "generate_in_processes",
+                                   wraps=generate_module.generate_in_processes) as dealt:
                 said.append(_tokens(generate(params, config, prompts, num_samples=2, max_new_tokens=9, stop_tokens=(3,),
                                              stats=(stats := {}))))
-            assert dealt.called == (n == 2) and torch.get_num_threads() == n and stats["decode_s"] > 0
+            assert dealt.called == (n == 2 and sys.platform == "linux")
+            assert torch.get_num_threads() == n and stats["decode_s"] > 0
         assert said[0] == said[1]
-        (called_off := threading.Event()).set()
-        assert generate(params, config, prompts, max_new_tokens=9, cancel=called_off) == [[None]] * len(prompts)
+        answers = generate(params, config, prompts, max_new_tokens=9, max_batch=16, cancelled=lambda: True)
+        assert answers == [[None]] * len(prompts)
         with mock.patch.object(generate_module, "decode_step", side_effect=RuntimeError("planted")):
             _raises(RuntimeError, ["planted"], generate, params, config, prompts, max_new_tokens=9)
-        assert torch.get_num_threads() == 2
+        if sys.platform == "linux":
+            with mock.patch.object(generate_module, "decode_step", die_in_the_fork):
+                _raises(RuntimeError, ["-9", "memory"], generate, params, config, prompts, max_new_tokens=9)
+            with mock.patch.object(os, "getppid", return_value=1):  # a fork of a parent that was killed
+                found = generate(params, config, prompts, max_new_tokens=9)
+            assert [row == [None] for row in found] == [i % 2 == 1 for i in range(len(prompts))]
+        assert torch.get_num_threads() == 2 and not multiprocessing.active_children()
     finally:
         torch.set_num_threads(threads)
 
