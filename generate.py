@@ -298,18 +298,6 @@ class State(NamedTuple):
     places: torch.Tensor  # [B] where in members, flattened, a row stands
 
 
-def attend_part(q, k, v, bias):
-    """Attention over one part of the context: q [n, T, head_dim], k and v [n, S, head_dim], bias [n, 1, S] -> like q.
-
-    Also returns the log of the softmax's normaliser, [n, T, 1] float32, by which parts are joined.
-    """
-    scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # [n, T, S]
-    weights = scores.softmax(-1, dtype=torch.float32)
-    # The largest weight is e^0 over the normaliser. Exponentials of masked scores outside softmax are slow on a CPU.
-    log = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-    return torch.bmm(weights.to(v.dtype), v), log
-
-
 def decode_layer(weights, config, x, cos, sin, own, shared, state, slots, own_bias, shared_bias):
     """One layer for one new token per row: x [B, D] -> [B, D]. Writes its key and value into `slots` of `own`."""
     B, K, head_dim = len(x), config.num_key_value_heads, config.head_dim
@@ -317,17 +305,23 @@ def decode_layer(weights, config, x, cos, sin, own, shared, state, slots, own_bi
     own.view(-1, head_dim).index_copy_(0, slots, kv.reshape(-1, head_dim))
     own_k, own_v = own.flatten(1, 2)  # [B * K, S, head_dim] each
     q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
+    scale, R = head_dim ** -0.5, q.shape[1]
+    scores = torch.baddbmm(own_bias, q, own_k.mT, alpha=scale)  # [B * K, R, S]
     if shared is None:
-        scores = torch.baddbmm(own_bias, q, own_k.mT, alpha=head_dim ** -0.5)  # [B * K, R, S]
         return second_half(weights, config, x, torch.bmm(scores.softmax(-1), own_v).view(B, -1))
-    (N, g), R = state.members.shape, q.shape[1]
-    together = q.view(B, K, R, head_dim)[state.members].transpose(1, 2).reshape(N * K, g * R, head_dim)
-    parts = attend_part(together, *shared.flatten(1, 2), shared_bias)  # one product for all samples of a prompt
-    prompt_out, prompt_log = (part.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, K, R, -1)[state.places]
-                              .flatten(0, 1) for part in parts)
-    own_out, own_log = attend_part(q, own_k, own_v, own_bias)
-    share = (prompt_log - own_log).sigmoid().to(x.dtype)  # of the joint softmax that falls to the prompt
-    return second_half(weights, config, x, own_out.lerp(prompt_out, share).view(B, -1))
+    (N, g), (shared_k, shared_v) = state.members.shape, shared.flatten(1, 2)  # [N * K, P, head_dim] each
+
+    def gathered(rows):  # [B * K, R, n] -> [N * K, g * R, n]: all rows of a prompt
+        return rows.unflatten(0, (B, K))[state.members].transpose(1, 2).reshape(N * K, g * R, -1)
+
+    def scattered(groups):  # and back
+        return groups.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, -1)[state.places].view(B * K, R, -1)
+
+    prompt_scores = torch.baddbmm(shared_bias, gathered(q), shared_k.mT, alpha=scale)  # [N * K, g * R, P]
+    shares = torch.cat((scattered(prompt_scores), scores), -1).softmax(-1)
+    of_prompt, of_own = shares.split((shared_k.shape[1], own_k.shape[1]), -1)
+    out = scattered(torch.bmm(gathered(of_prompt), shared_v)).baddbmm_(of_own, own_v)
+    return second_half(weights, config, x, out.view(B, -1))
 
 
 def decode_step(weights, layers, config, state, own, shared, rope, sampling, layer_fn):
