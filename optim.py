@@ -167,7 +167,8 @@ def compute_dtype(name, device):
 
 
 def peak_memory_gib(device):
-    """The most that this process has held so far: resident memory on a CPU, allocated tensors on a GPU. GiB."""
+    """The most that this process has held so far: resident memory on a CPU (what forks of it add while they sample is
+    not in it), allocated tensors on a GPU. GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
