@@ -621,8 +621,8 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     embedding = weights["embedding"]
     device, on_cpu = embedding.device, embedding.device.type == "cpu"
     stats = {} if stats is None else stats
-    streams = min(torch.get_num_threads(), len(prompts), max_batch // 16, len(prompts) * num_samples // 16)
-    if on_cpu and streams > 1 and sys.platform == "linux" and not (on_token or compile_backend):
+    streams = min(torch.get_num_threads(), len(prompts), max_batch // 8, len(prompts) * num_samples // 8)
+    if on_cpu and streams > 1 and sys.platform == "linux" and not (on_token or cancelled or compile_backend):
         return generate_in_processes(
             weights, config, prompts, limits, seeds or range(len(prompts)), streams, stats, num_samples=num_samples,
             temperature=temperature, top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, seed=seed,
@@ -735,8 +735,9 @@ def generate_in_processes(weights, config, prompts, limits, seeds, streams, stat
     try:
         for share in shares[1:]:
             pipe, end = fork.Pipe(duplex=False)
-            forks.append((fork.Process(target=run_forked, args=(share, end)), pipe))
-            forks[-1][0].start()
+            process = fork.Process(target=run_forked, args=(share, end))
+            process.start()
+            forks.append((process, pipe))
             end.close()
         parts = [run(*shares[0])]
         for process, pipe in forks:

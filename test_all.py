@@ -2284,7 +2284,7 @@ def test_generate_says_the_same_from_several_processes():
             assert dealt.called == (n == 2 and sys.platform == "linux")
             assert torch.get_num_threads() == n and stats["decode_s"] > 0
         assert said[0] == said[1]
-        answers = generate(params, config, prompts, max_new_tokens=9, max_batch=16, cancelled=lambda: True)
+        answers = generate(params, config, prompts, max_new_tokens=9, cancelled=lambda: True)
         assert answers == [[None]] * len(prompts)
         with mock.patch.object(generate_module, "decode_step", side_effect=RuntimeError("planted")):
             _raises(RuntimeError, ["planted"], generate, params, config, prompts, max_new_tokens=9)
