@@ -602,6 +602,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     on_token(prompt, sample, tokens): called with a row's tokens so far.
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
     cancelled(): asked at each look at what was drawn; True ends the work, and what is not complete is then None.
+        With it, or with on_token, a CPU samples in one process.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
@@ -726,16 +727,17 @@ def generate_in_processes(weights, config, prompts, limits, seeds, streams, stat
                            cancelled=cancelled, **settings)
         return answers, of_part
 
-    def run_forked(share, pipe):
+    def run_forked(share, pipe, end):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides what it means
-        pipe.send(run(*share, cancelled=lambda: os.getppid() != parent))
+        pipe.close()  # only the parent reads: without it, sending fails, and waits for nobody
+        end.send(run(*share, cancelled=lambda: os.getppid() != parent))
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns of every fork
     forks = []
     try:
         for share in shares[1:]:
             pipe, end = fork.Pipe(duplex=False)
-            process = fork.Process(target=run_forked, args=(share, end))
+            process = fork.Process(target=run_forked, args=(share, pipe, end))
             process.start()
             forks.append((process, pipe))
             end.close()

@@ -2299,6 +2299,41 @@ def test_generate_says_the_same_from_several_processes():
         torch.set_num_threads(threads)
 
 
+def test_generate_forks_end_with_their_parent():
+    """A fork that waits for its parent to take its answers, more than a pipe holds, ends when the parent is killed."""
+    import select
+
+    if sys.platform != "linux":
+        raise unittest.SkipTest("forks are for Linux")
+    script = """if True:
+        import os, time, generate
+        parent = os.getpid()
+        def stand_in(*args, **kwargs):
+            if os.getpid() == parent:
+                time.sleep(2)  # the fork has begun to send by then
+                print("ready", flush=True)
+                time.sleep(600)
+            return ["x" * 2**20]
+        generate.generate = stand_in
+        generate.generate_in_processes({}, None, [[1], [1]], [[1], [1]], [0, 1], 2, {})
+    """
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        process.wait()
+        ended, _, _ = select.select([process.stdout], [], [], 5)  # at its end, once the fork has left it, too
+        assert ended and process.stdout.read() == "", "the fork outlived its parent by five seconds"
+    finally:
+        process.stdout.close()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 def test_generate_cache_grows_past_its_blocks():
     params, config = _sampler(max_position_embeddings=300)
     [[answer]] = generate(params, config, [_PROMPTS[1] * 5], max_new_tokens=400, temperature=0.8, chunk=48)
