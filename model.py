@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +28,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent
 HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
 HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
            for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
+CPU_SCRATCH = 2**20  # elements of a float32 temporary that stays in the cache of a CPU
 SYSTEM_PROMPTS = {  # what each variant's chat template says when the conversation brings no system turn
     "base": "You are a helpful assistant.",
     "instruct": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -460,31 +461,39 @@ rotate = Rotation.apply
 class ShortAttention(torch.autograd.Function):
     """softmax(q k^T) v: products in the dtype of q; a softmax in float32, kept for the backward pass in that of q.
 
-    q [N, R * T, head_dim], scaled; k and v [N, S, head_dim]; unseen: bool [T, S] -> like q.
+    q [N, R * T, head_dim], scaled; k and v [N, S, head_dim]; unseen: bool [N, T, S] -> like q. Of the float32 scores
+    only a few rows of N are there at a time, which stay in the processor's cache.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, unseen):
-        scores = torch.bmm(q, k.mT).float()  # [N, R * T, S]
-        scores.unflatten(1, (-1, len(unseen))).masked_fill_(unseen, -torch.inf)
-        weights = scores.softmax(-1).to(q.dtype)
+        weights, out = q.new_empty(*q.shape[:2], k.shape[1]), torch.empty_like(q)  # [N, R * T, S]
+        for part in slices(len(q), max(1, CPU_SCRATCH // weights[0].numel())):
+            scores = torch.bmm(q[part], k[part].mT).float()
+            scores.view(len(scores), -1, *unseen.shape[1:]).masked_fill_(unseen[part, None], -torch.inf)
+            weights[part] = scores.softmax(-1)
+            torch.bmm(weights[part], v[part], out=out[part])
         ctx.save_for_backward(q, k, v, weights)
-        return torch.bmm(weights, v)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, weights = ctx.saved_tensors
-        grad_scores = torch.bmm(grad, v.mT).float()
-        wide = weights.float()
-        grad_scores -= torch.linalg.vecdot(grad_scores, wide)[..., None]
-        grad_scores = grad_scores.mul_(wide).to(q.dtype)
-        return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), torch.bmm(weights.mT, grad), None
+        grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
+        for part in slices(len(q), max(1, CPU_SCRATCH // weights[0].numel())):
+            grad_scores = torch.bmm(grad[part], v[part].mT).float()
+            wide = weights[part].float()
+            grad_scores -= torch.linalg.vecdot(grad_scores, wide)[..., None]
+            grad_scores = grad_scores.mul_(wide).to(q.dtype)
+            torch.bmm(grad_scores, k[part], out=grad_q[part])
+            torch.bmm(grad_scores.mT, q[part], out=grad_k[part])
+        return grad_q, grad_k, torch.bmm(weights.mT, grad), None
 
 
 def attention(q, k, v, seen=None):
     """Softmax attention with grouped heads: q [B, H, T, head_dim], k and v [B, K, S, head_dim] -> like q.
 
-    seen: bool [T, S], which keys a query sees; None: causal, T = S.
+    seen: bool [T, S] or [B, T, S], which keys a query sees; None: causal, T = S.
     """
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
@@ -493,10 +502,11 @@ def attention(q, k, v, seen=None):
             seen = torch.ones(T, S, dtype=torch.bool).tril()
         q = q.reshape(B * K, -1, head_dim) * head_dim ** -0.5
         k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
-        return ShortAttention.apply(q, k, v, ~seen).view(B, H, T, head_dim)
+        return ShortAttention.apply(q, k, v, ~seen.expand(B, T, S).repeat_interleave(K, 0)).view(B, H, T, head_dim)
     if seen is not None and H != K:  # a mask and grouped heads together have no kernel that makes no scores
         k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=H != k.shape[1])
+    mask = None if seen is None else seen.expand(B, T, S)[:, None]  # [B, 1, T, S]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=seen is None, enable_gqa=H != k.shape[1])
 
 
 def causal_attention(layer, q, k, v):
@@ -523,46 +533,85 @@ def packed_positions(groups):
                       for begin, n in [(0, prompt), *((prompt, n) for n in lengths)]])[None]
 
 
+class Rearrangement(torch.autograd.Function):
+    """x [n, ...] -> x[index], zeros where it says n. back: index of the inverse, by which the gradient returns."""
+
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(index, back)
+        if len(index) > len(x):  # there are such places
+            x = F.pad(x, (0, 0, 0, 1))
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, back = ctx.saved_tensors
+        return Rearrangement.apply(grad, back, index), None, None
+
+
 def packed_attention(groups):
     """The attend_fn of one row [1, T] that holds groups: a prompt, then completions that each see it and themselves.
 
     groups: [(prompt length, [completion length, ...]), ...] in the order of the row. Prompts of no tokens make the
-    completions texts of their own. The linear layers see every token once and no padding; only here are completions
-    padded, to the longest of those in the group whose lengths round up to the same power of two, 32 at least.
+    completions texts of their own. The linear layers see every token once and no padding; only here are texts padded,
+    so that all whose lengths round up to the same power of two, as do their prompts', attend in one call.
     """
-    def padded(x, n):  # [..., T, heads, head_dim] -> [..., n, heads, head_dim]
-        return F.pad(x, (0, 0, 0, 0, 0, n - x.shape[-3]))
+    def rounded(n):
+        return max(32, 1 << (n - 1).bit_length()) if n else 0
+
+    parts, T = {}, 0  # {(rounded length of the prompt that is seen, own rounded length): [(begin, length, its prompt)]}
+    for prompt, lengths in groups:
+        front, which = rounded(prompt), None
+        if prompt:
+            alike = parts.setdefault((0, front), [])
+            which = len(alike)
+            alike.append((T, prompt, None))
+        T += prompt
+        for n in lengths:
+            parts.setdefault((front, rounded(n)), []).append((T, n, which))
+            T += n
+    positions = {}  # {part: [texts, longest] int64}, T for padding
+    for key, spans in parts.items():
+        begins, lengths = (torch.tensor(column)[:, None] for column in list(zip(*spans))[:2])
+        steps = torch.arange(padded_length(int(lengths.max())))
+        positions[key] = torch.where(steps < lengths, begins + steps, T)
 
     @functools.cache  # the same in every layer
-    def sees(prompt, T, device):  # bool [T, P + T]
-        P = padded_length(prompt)
-        seen = torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)
-        seen[:, prompt:P] = False
-        return seen
+    def arrangement(heads, device):
+        """From x [T * heads, head_dim] to [texts, heads, longest, head_dim] of each part, end to end; and back."""
+        index = torch.cat([(at[:, None] * heads + torch.arange(heads)[:, None]).clamp(max=T * heads).flatten()
+                           for at in positions.values()])
+        back = torch.empty(T * heads + 1, dtype=torch.int64)
+        back[index] = torch.arange(len(index))
+        return index.to(device), back[:-1].to(device)
+
+    @functools.cache
+    def seen(key, device):  # bool [texts, longest, longest prompt + longest]
+        n, own = positions[key].shape
+        prompts = (positions[0, key[0]] < T)[[prompt for *_, prompt in parts[key]]]  # [texts, longest prompt]
+        return torch.cat((prompts[:, None].expand(-1, own, -1), torch.ones(n, own, own, dtype=torch.bool).tril()),
+                         -1).to(device)
+
+    def apart(x):  # [1, heads, T, head_dim] -> {part: [texts, heads, longest, head_dim]}
+        heads, head_dim = x.shape[1], x.shape[3]
+        x = Rearrangement.apply(x[0].transpose(0, 1).reshape(-1, head_dim), *arrangement(heads, x.device))
+        pieces = x.split([at.numel() * heads for at in positions.values()])
+        return {key: piece.view(len(at), heads, -1, head_dim) for (key, at), piece in zip(positions.items(), pieces)}
 
     def attend_fn(layer, q, k, v):
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
-        parts, end = [], 0
-        for prompt, lengths in groups:
-            begin, end = end, end + prompt + sum(lengths)
-            (q0, *qs), (k0, *ks), (v0, *vs) = (x[begin:end].split([prompt, *lengths]) for x in (q, k, v))
-            P = padded_length(prompt)
-            q0, k0, v0 = (padded(x, P).transpose(0, 1)[None] for x in (q0, k0, v0))  # [1, heads, P, head_dim]
-            if prompt:
-                parts.append(attention(q0, k0, v0)[0, :, :prompt].transpose(0, 1))
-            outs = {}
-            sizes = [max(32, 1 << (n - 1).bit_length()) for n in lengths]
-            for size in sorted(set(sizes)):
-                alike = [i for i in range(len(lengths)) if sizes[i] == size]
-                n, T = len(alike), padded_length(max(lengths[i] for i in alike))
-                q1, k1, v1 = (padded(pad_sequence([x[i] for i in alike], batch_first=True), T).transpose(1, 2)
-                              for x in (qs, ks, vs))  # [n, heads, T, head_dim]
-                k1, v1 = (torch.cat((x0.expand(n, -1, -1, -1), x), 2) for x0, x in ((k0, k1), (v0, v1)))
-                seen = sees(prompt, T, q.device) if prompt else None
-                out = attention(q1, k1, v1, seen).transpose(1, 2)  # [n, T, H, head_dim]
-                outs |= {i: row[:lengths[i]] for i, row in zip(alike, out.unbind())}
-            parts += [outs[i] for i in range(len(lengths))]
-        return torch.cat(parts).transpose(0, 1)[None]
+        qs, ks, vs = map(apart, (q, k, v))
+        outs = []
+        for key, spans in parts.items():
+            k1, v1, mask = ks[key], vs[key], None
+            if key[0]:
+                counts = Counter(prompt for *_, prompt in spans)
+                k1, v1 = (torch.cat((torch.cat([x[0, key[0]][i].expand(n, -1, -1, -1) for i, n in counts.items()]),
+                                     x[key]), 2) for x in (ks, vs))
+                mask = seen(key, q.device)
+            outs.append(attention(qs[key], k1, v1, mask).flatten(0, 2))
+        index, back = arrangement(q.shape[1], q.device)
+        out = Rearrangement.apply(torch.cat(outs), back, index)  # [T * H, head_dim]
+        return out.view(1, T, -1, out.shape[1]).transpose(1, 2)
 
     return attend_fn
 
@@ -685,7 +734,7 @@ class HeadLogprobs(torch.autograd.Function):
         logprobs = torch.empty_like(targets, dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
         for part in slices(len(targets), slice_tokens):
-            logp = vocabulary_logprobs(hidden[part], weight, temperature)
+            logp = vocabulary_logits(hidden[part], weight, temperature).log_softmax(-1)
             logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
             entropy[part] = -logp.exp().mul_(logp).sum(-1)
         if not entropy_grad:
@@ -701,9 +750,10 @@ class HeadLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in slices(len(targets), slice_tokens):
-            logp = vocabulary_logprobs(hidden[part], weight, temperature)
-            p = logp.exp()
+            logits = vocabulary_logits(hidden[part], weight, temperature)
+            p = logits.softmax(-1)
             if entropy_grad:
+                logp = logits.log_softmax(-1)
                 logp -= (p * logp).sum(-1, keepdim=True)  # log p + H
                 grad_logits = p * -(grad[part, None] + grad_entropy[part, None] * logp)
             else:
@@ -716,10 +766,10 @@ class HeadLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def vocabulary_logprobs(hidden, weight, temperature):
-    """log p of every word: hidden [n, D], weight [V, D] -> [n, V] float32."""
+def vocabulary_logits(hidden, weight, temperature):
+    """hidden [n, D], weight [V, D] -> [n, V] float32, divided by the temperature."""
     logits = F.linear(hidden, weight).float()
-    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+    return logits if temperature == 1 else logits / temperature
 
 
 def slices(n, size):
@@ -727,9 +777,8 @@ def slices(n, size):
 
 
 def head_slice(vocab_size, device):
-    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU; on a CPU 2**20, which stay in its
-    cache; but 128 positions at least."""
-    return max(128, 2 ** (20 if device == "cpu" else 27) // vocab_size)
+    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU; but 128 positions at least."""
+    return max(128, (CPU_SCRATCH if device == "cpu" else 2**27) // vocab_size)
 
 
 def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens=None, entropy_grad=False):
