@@ -230,28 +230,30 @@ def second_half(weights, config, x, attended):
 
 
 def rope_for_sampling(config, length, like):
-    """cos and sin of positions 0, 1, ..., [length, 1, head_dim] each; the first half of sin is negated."""
-    cos, sin = (table[0, 0, :, None] for table in
-                rope_table(config, torch.arange(length, device=like.device)[None], torch.float32))
+    """[length, 2, 1, head_dim]: cos and sin of positions 0, 1, ...; the first half of sin is negated."""
+    cos, sin = rope_table(config, torch.arange(length, device=like.device)[None], torch.float32)
     sin[..., :config.head_dim // 2].neg_()
-    return cos.to(like.dtype), sin.to(like.dtype)
+    return torch.stack((cos[0, 0], sin[0, 0]), 1)[:, :, None].to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------ the cache
 
 
 def new_store(config, rows, slots, like):
-    """Keys and values: a tensor [2, rows, K, slots, head_dim] per layer, in the dtype and on the device of `like`."""
-    shape = (2, rows, config.num_key_value_heads, slots, config.head_dim)
+    """Keys and values: a tensor [2, K, rows, slots, head_dim] per layer, in the dtype and on the device of `like`.
+
+    Rows of one prompt that stand side by side are then, in each head, the rows of one product with its keys.
+    """
+    shape = (2, config.num_key_value_heads, rows, slots, config.head_dim)
     return [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
 
 
 def resize_store(store, rows, slots, kept):
     """Make it `rows` rows of `slots` tokens, in place, the old rows `kept` first. One layer at a time is held twice."""
     for layer, old in enumerate(store):
-        store[layer] = old.new_zeros(2, rows, old.shape[2], slots, old.shape[4])
+        store[layer] = old.new_zeros(2, old.shape[1], rows, slots, old.shape[4])
         both = min(slots, old.shape[3])
-        store[layer][:, :len(kept), :, :both] = old[:, kept, :, :both]
+        store[layer][:, :, :len(kept), :both] = old[:, :, kept, :both]
 
 
 def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
@@ -268,16 +270,17 @@ def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
         for begin in range(0, longest, width):
             end = min(begin + width, longest)
             seen = torch.ones(width, begin + width, dtype=torch.bool, device=device).tril(begin) if begin else None
-            cos, sin = (table[begin:begin + width].repeat(n, 1, 1) for table in rope)
+            cos, sin = rope[begin:begin + width].repeat(n, 1, 1, 1).unbind(1)  # [n * T, 1, head_dim] each
             x = F.embedding(tokens[:, begin:begin + width], weights["embedding"]).flatten(0, 1)  # [n * T, D]
             for of_layer, memory in zip(layers, store):
                 q, kv = first_half(of_layer, config, x, cos, sin)
-                k, v = kv.view(n, width, 2, -1, config.head_dim).permute(2, 0, 3, 1, 4)  # [n, K, T, head_dim]
-                memory[0, at, :, begin:end], memory[1, at, :, begin:end] = k[:, :, :end - begin], v[:, :, :end - begin]
+                kv = kv.view(n, width, 2, -1, config.head_dim).permute(2, 3, 0, 1, 4)  # [2, K, n, T, head_dim]
+                memory[:, :, at, begin:end] = kv[..., :end - begin, :]
                 if of_layer is layers[-1]:
                     break  # nothing reads what comes after
                 if begin:
-                    k, v = (torch.cat((held[at, :, :begin], new), 2) for held, new in zip(memory, (k, v)))
+                    kv = torch.cat((memory[:, :, at, :begin], kv), 3)
+                k, v = kv.transpose(1, 2)  # [n, K, S, head_dim]
                 q = q.view(n, width, -1, config.head_dim).transpose(1, 2)
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
                 x = second_half(of_layer, config, x, out.transpose(1, 2).reshape(len(x), -1))
@@ -289,62 +292,60 @@ def prefill(weights, layers, config, store, rows, prompts, rope, chunk):
 class State(NamedTuple):
     """What a decode step reads and moves on, as tensors, so that a step never waits for the host."""
     tokens: torch.Tensor  # [B] the last token of each row, the next to be fed
-    lengths: torch.Tensor  # [B] tokens held in the row's own part of the cache
-    bases: torch.Tensor  # [B] tokens held in the prompt that it shares
+    positions: torch.Tensor  # [B] where in its text it stands
+    slots: torch.Tensor  # [2 * K * B] where in the flattened cache its keys and values go
+    own_bias: torch.Tensor  # [K * B, 1, S] added to scores: 0 for what the row's own part of the cache holds, or -1e30
+    shared_bias: torch.Tensor  # [K * N, 1, P] the same of the prompts
     keys: torch.Tensor  # [B] of the noise
     draws: torch.Tensor  # [B] how many it has used
     forced: torch.Tensor  # [B] the token to put next, or -1
     members: torch.Tensor  # [N, g] the rows of each shared prompt, padded with row 0
-    places: torch.Tensor  # [B] where in members, flattened, a row stands
+    places: torch.Tensor  # [B] where in members, flattened, a row stands; empty when members is 0, 1, ..., B - 1
 
 
-def decode_layer(weights, config, x, cos, sin, own, shared, state, slots, own_bias, shared_bias):
-    """One layer for one new token per row: x [B, D] -> [B, D]. Writes its key and value into `slots` of `own`."""
+def decode_layer(weights, config, x, cos, sin, own, shared, state):
+    """One layer for one new token per row: x [B, D] -> [B, D]. Writes its key and value into `own`."""
     B, K, head_dim = len(x), config.num_key_value_heads, config.head_dim
     q, kv = first_half(weights, config, x, cos, sin)
-    own.view(-1, head_dim).index_copy_(0, slots, kv.reshape(-1, head_dim))
-    own_k, own_v = own.flatten(1, 2)  # [B * K, S, head_dim] each
-    q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
+    own.view(-1, head_dim).index_copy_(0, state.slots, kv.transpose(0, 1).reshape(-1, head_dim))
+    own_k, own_v = own.flatten(1, 2)  # [K * B, S, head_dim] each
+    q = q.view(B, K, -1, head_dim).transpose(0, 1).flatten(0, 1)  # the R query heads of one key head stand together
     scale, R = head_dim ** -0.5, q.shape[1]
-    scores = torch.baddbmm(own_bias, q, own_k.mT, alpha=scale)  # [B * K, R, S]
+    scores = torch.baddbmm(state.own_bias, q, own_k.mT, alpha=scale)  # [K * B, R, S]
     if shared is None:
-        return second_half(weights, config, x, torch.bmm(scores.softmax(-1), own_v).view(B, -1))
-    (N, g), (shared_k, shared_v) = state.members.shape, shared.flatten(1, 2)  # [N * K, P, head_dim] each
+        out = torch.bmm(scores.softmax(-1), own_v)
+    else:
+        (N, g), (shared_k, shared_v) = state.members.shape, shared.flatten(1, 2)  # [K * N, P, head_dim] each
 
-    def gathered(rows):  # [B * K, R, n] -> [N * K, g * R, n]: all rows of a prompt
-        return rows.unflatten(0, (B, K))[state.members].transpose(1, 2).reshape(N * K, g * R, -1)
+        def gathered(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
+            if len(state.places):
+                rows = rows.unflatten(0, (K, B)).index_select(1, state.members.flatten())
+            return rows.reshape(K * N, g * R, -1)
 
-    def scattered(groups):  # and back
-        return groups.view(N, K, g, R, -1).transpose(1, 2).reshape(N * g, -1)[state.places].view(B * K, R, -1)
+        def scattered(groups):  # and back
+            if len(state.places):
+                groups = groups.view(K, N * g, -1).index_select(1, state.places)
+            return groups.view(K * B, R, -1)
 
-    prompt_scores = torch.baddbmm(shared_bias, gathered(q), shared_k.mT, alpha=scale)  # [N * K, g * R, P]
-    shares = torch.cat((scattered(prompt_scores), scores), -1).softmax(-1)
-    of_prompt, of_own = shares.split((shared_k.shape[1], own_k.shape[1]), -1)
-    out = scattered(torch.bmm(gathered(of_prompt), shared_v)).baddbmm_(of_own, own_v)
-    return second_half(weights, config, x, out.view(B, -1))
+        prompt_scores = torch.baddbmm(state.shared_bias, gathered(q), shared_k.mT, alpha=scale)  # [K * N, g * R, P]
+        shares = torch.cat((scattered(prompt_scores), scores), -1).softmax(-1)
+        of_prompt, of_own = shares.split((shared_k.shape[1], own_k.shape[1]), -1)
+        out = scattered(torch.bmm(gathered(of_prompt), shared_v)).baddbmm_(of_own, own_v)
+    return second_half(weights, config, x, out.view(K, B, -1).transpose(0, 1).reshape(B, -1))
 
 
 def decode_step(weights, layers, config, state, own, shared, rope, sampling, layer_fn):
     """Feed each row's last token, draw the next: tokens [B] and log-probabilities [B]. Writes to `state` and `own`."""
-    _, B, K, S, _ = own[0].shape
-    device, dtype = own[0].device, own[0].dtype
-    slots = torch.arange(2 * B * K, device=device).view(2, B, K).transpose(0, 1) * S + state.lengths[:, None, None]
-    slots = slots.flatten()  # [B * 2 * K]
-    unseen = torch.arange(S, device=device) > state.lengths[:, None]  # [B, S]
-    own_bias = (unseen.to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [B * K, 1, S]
-    shared_bias = None
-    if shared is not None:
-        unseen = torch.arange(shared[0].shape[3], device=device) >= state.bases[state.members[:, :1]]  # [N, P]
-        shared_bias = (unseen.to(dtype) * -1e30).repeat_interleave(K, 0)[:, None]  # [N * K, 1, P]
-    cos, sin = (table[state.bases + state.lengths] for table in rope)  # [B, 1, head_dim]
+    state.own_bias.view(-1).index_fill_(0, state.slots[:len(state.slots) // 2], 0)  # a token sees itself
+    cos, sin = rope[state.positions].unbind(1)  # [B, 1, head_dim]
     x = F.embedding(state.tokens, weights["embedding"])  # [B, D]
     for i, of_layer in enumerate(layers):
-        x = layer_fn(of_layer, config, x, cos, sin, own[i], shared and shared[i], state, slots, own_bias, shared_bias)
+        x = layer_fn(of_layer, config, x, cos, sin, own[i], shared and shared[i], state)
     logits = project(weights, "head", unit_norm(x, config)).float()
     tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), *sampling)
     state.tokens.copy_(tokens)
-    state.lengths.add_(1)
-    state.draws.add_(1)
+    for counter in (state.positions, state.slots, state.draws):
+        counter.add_(1)
     return tokens, logprobs
 
 
@@ -540,29 +541,40 @@ def seat_rows(batch, entering):
     prompts = dict.fromkeys(row.prompt for row in rows)
     batch.slots = {prompt: slot for prompt, slot in batch.slots.items() if prompt in prompts}
     places, slots = batch.count(len(prompts)), batch.reach(max(row.base for row in rows))
-    if misfits(places, batch.shared[0].shape[1]) or misfits(slots, batch.shared[0].shape[3]):
+    if misfits(places, batch.shared[0].shape[2]) or misfits(slots, batch.shared[0].shape[3]):
         resize_store(batch.shared, places, slots, list(batch.slots.values()))
         batch.slots, moved = {prompt: slot for slot, prompt in enumerate(batch.slots)}, True
-    free = sorted(set(range(batch.shared[0].shape[1])) - set(batch.slots.values()))
+    free = sorted(set(range(batch.shared[0].shape[2])) - set(batch.slots.values()))
     fresh = list(zip((prompt for prompt in prompts if prompt not in batch.slots), free))
     batch.slots |= fresh
     return fresh, moved
 
 
-def batch_state(batch, device):
+def batch_state(batch):
     """The State of a batch's rows; places without a row hold zeros, and what they draw is thrown away."""
-    members = [[] for _ in range(batch.shared[0].shape[1])] if batch.shared else []
-    for i, row in enumerate(batch.live):
-        if row and batch.shared:
-            members[batch.slots[row.prompt]].append(i)
-    g = batch.count(max(map(len, members), default=1))
-    place = {i: slot * g + j for slot, group in enumerate(members) for j, i in enumerate(group)}
+    _, K, B, S, _ = batch.own[0].shape
+    N, P = batch.shared[0].shape[2:4] if batch.shared else (0, 0)
     rows = [row or Row() for row in batch.live]
-    return State(*(torch.tensor(values, device=device) for values in (
-        [row.tokens[-1] if row.tokens else row.first for row in rows],
-        [row.held for row in rows], [row.base for row in rows], [row.key for row in rows], [row.draws for row in rows],
-        [-1] * len(rows), [group + [0] * (g - len(group)) for group in members],
-        [place.get(i, 0) for i in range(len(rows))])))
+    groups = [[] for _ in range(N)]
+    for i, row in enumerate(batch.live):
+        if row and N:
+            groups[batch.slots[row.prompt]].append(i)
+    bases = [max((rows[i].base for i in group), default=0) for group in groups]
+    g = batch.count(max(map(len, groups), default=1))
+    place = {i: slot * g + j for slot, group in enumerate(groups) for j, i in enumerate(group)}
+    members, places = [group + [0] * (g - len(group)) for group in groups], [place.get(i, 0) for i in range(B)]
+    if N and B % N == 0 and all(i // (B // N) == slot for slot, group in enumerate(groups) for i in group):
+        members, places = torch.arange(B).view(N, -1).tolist(), []
+    lengths = torch.tensor([row.held for row in rows])
+    slots = (torch.arange(2 * K * B).view(-1, B) * S + lengths).flatten()
+
+    def bias(held, slots):
+        return ((torch.arange(slots) >= held[:, None]).to(batch.own[0].dtype) * -1e30).repeat(K, 1)[:, None]
+
+    columns = [[row.tokens[-1] if row.tokens else row.first for row in rows], [row.base + row.held for row in rows],
+               slots, bias(lengths, S), bias(torch.tensor(bases), P), [row.key for row in rows],
+               [row.draws for row in rows], [-1] * B, members, places]
+    return State(*(torch.as_tensor(column).to(batch.own[0].device) for column in columns))
 
 
 def check_request(config, prompts, **settings):
@@ -669,7 +681,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
             if moved:
                 graphs.clear()
-            now = batch_state(batch, device)
+            now = batch_state(batch)
             state = states.setdefault(tuple(tensor.shape for tensor in now), now)  # graphs read it where it is
             for tensor, value in zip(state, now):
                 tensor.copy_(value)
@@ -687,7 +699,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 
         drawn = []
         for _ in range(min(stride, batch.own[0].shape[3] - longest, *(row.limit - len(row.tokens) for row in rows))):
-            drawn.append(captured_step(step_fn, state, graphs, (len(batch.live), *state.members.shape)))
+            drawn.append(captured_step(step_fn, state, graphs, (len(batch.live), *state.members.shape, len(state.places))))
             if on_cpu and not rules.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
                 break
         tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]: a wait
