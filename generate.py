@@ -14,6 +14,7 @@ own tokens (Hydragen, arXiv:2402.05099). Rows that finish leave the batch and wa
 """
 
 import argparse
+import ctypes
 import hashlib
 import math
 import multiprocessing
@@ -596,7 +597,7 @@ def check_request(config, prompts, **settings):
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0,
              stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(), tokenizer=None, repetition=0,
              think_budget=0, think_minimum=0, think_tag="think", share_prompts=True, cache_gib=math.inf, chunk=2048,
-             compile_backend=None, on_token=None, stats=None, cancelled=None):
+             compile_backend=None, on_token=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says depends neither on who
@@ -611,10 +612,8 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
     chunk: tokens of prompts that go through the layers at once.
     compile_backend: "inductor" to torch.compile the layers.
-    on_token(prompt, sample, tokens): called with a row's tokens so far.
+    on_token(prompt, sample, tokens): called with a row's tokens so far. With it, a CPU samples in one process.
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
-    cancelled(): asked at each look at what was drawn; True ends the work, and what is not complete is then None.
-        With it, or with on_token, a CPU samples in one process.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
@@ -635,7 +634,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     device, on_cpu = embedding.device, embedding.device.type == "cpu"
     stats = {} if stats is None else stats
     streams = min(torch.get_num_threads(), len(prompts), max_batch // 8, len(prompts) * num_samples // 8)
-    if on_cpu and streams > 1 and sys.platform == "linux" and not (on_token or cancelled or compile_backend):
+    if on_cpu and streams > 1 and sys.platform == "linux" and not (on_token or compile_backend):
         return generate_in_processes(
             weights, config, prompts, limits, seeds or range(len(prompts)), streams, stats, num_samples=num_samples,
             temperature=temperature, top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, seed=seed,
@@ -670,7 +669,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     stride = 1 if on_token or repetition or rules.stop_strings or rules.bound_thinking else 8
     stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
     graphs, states, changed, longest = {}, {}, True, 0
-    while (waiting or batch.rows) and not (cancelled and cancelled()):
+    while waiting or batch.rows:
         begin = time.perf_counter()
         if changed or longest == batch.own[0].shape[3]:
             entering = choose_rows(batch, waiting, max_batch, cache_gib * 2**30 / slot_bytes)
@@ -728,28 +727,30 @@ def generate_in_processes(weights, config, prompts, limits, seeds, streams, stat
     """generate, the prompts dealt out to this process and `streams` - 1 forks of it, with one thread each.
 
     A step is many small operations, which two cores together hardly do faster than one; two steps at once they do.
-    Threads of one process would wait for Python's lock at each operation. A fork shares the weights, as they are.
+    Threads of one process would wait for Python's lock at each operation. A fork shares the weights, as they are, and
+    ends with its parent, whatever ends that.
     """
     threads, parent, fork = torch.get_num_threads(), os.getpid(), multiprocessing.get_context("fork")
     shares = [(prompts[i::streams], limits[i::streams], seeds[i::streams]) for i in range(streams)]
 
-    def run(prompts, limits, seeds, cancelled=None):
+    def run(prompts, limits, seeds):
         torch.set_num_threads(1)  # more could hang in a fork, whose OpenMP has lost its threads
         answers = generate(weights, config, prompts, max_new_tokens=limits, seeds=seeds, stats=(of_part := {}),
-                           cancelled=cancelled, **settings)
+                           **settings)
         return answers, of_part
 
-    def run_forked(share, pipe, end):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides what it means
-        pipe.close()  # only the parent reads: without it, sending fails, and waits for nobody
-        end.send(run(*share, cancelled=lambda: os.getppid() != parent))
+    def run_forked(share, end):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: what a fork is sent when its parent ends
+        if os.getppid() == parent:  # it has not ended before
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides what it means
+            end.send(run(*share))
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns of every fork
     forks = []
     try:
         for share in shares[1:]:
             pipe, end = fork.Pipe(duplex=False)
-            process = fork.Process(target=run_forked, args=(share, pipe, end))
+            process = fork.Process(target=run_forked, args=(share, end))
             process.start()
             forks.append((process, pipe))
             end.close()
