@@ -741,7 +741,7 @@ def benchmark(args, counted=3):
     problems = [{"id": str(i), "answer": "", "problem": " ".join(f"w{rng.randrange(1, V)}" for _ in range(n - 2))}
                 for i, n in enumerate(lengths)]  # the chat template adds two words
     REWARDS["odd"] = odd
-    device = init_distributed(args.device)[2]
+    rank, world, device = init_distributed(args.device)
     dtype = compute_dtype(args.dtype, device)
     params, optimizer = init_optimizer(init_params(config, args.seed), device, dtype)
     clocks, tokens = [], Counter()
@@ -754,16 +754,21 @@ def benchmark(args, counted=3):
         update(params, None, config, optimizer, rows, total, args.lr, args)
         clocks[-1].append(clock())
         if step:
-            tokens.update(sampled=total, trained=total + sum(len(prompt) for row in rows for prompt, _ in row))
+            learned = sum(len(s.tokens) for row in rows for _, piece in row for s in piece)  # by this process
+            tokens.update(sampled=total, learned=learned,
+                          computed=learned + sum(len(prompt) for row in rows for prompt, _ in row))
     (rollout_s, rollout_cpu), (update_s, update_cpu) = (
         [sum(row[i + 1][kind] - row[i][kind] for row in clocks[1:]) / counted for kind in (0, 1)] for i in (0, 1))
     in_layers = sum(math.prod(shape) for name, shape in param_shapes(config).items() if ".layers." in name)
-    flops = 6 * (in_layers * tokens["trained"] + V * D * tokens["sampled"]) / counted
-    peak, plan = peak_memory_gib(device), plan_memory(config, args, 1, device.type, max(lengths))
-    rate = matrix_rate(config, dtype, device, min(args.micro_tokens, tokens["trained"] // counted))
+    flops = 6 * (in_layers * tokens["computed"] + V * D * tokens["learned"]) / counted
+    peak, plan = peak_memory_gib(device), plan_memory(config, args, world, device.type, max(lengths))
+    rate = matrix_rate(config, dtype, device, min(args.micro_tokens, tokens["computed"] // counted))
+    if rank:
+        return
     print(f"{args.size} {sum(p.numel() for p in params.values()):,} parameters | {args.benchmark} | "
           f"{args.prompts * args.group} rows, {tokens['sampled'] / counted:.0f} sampled tokens a step | "
-          f"{torch.get_num_threads()} threads | {dtype} | --micro-tokens {args.micro_tokens}"
+          + (f"{world} processes, the figures of one: " if world > 1 else "")
+          + f"{torch.get_num_threads()} threads | {dtype} | --micro-tokens {args.micro_tokens}"
           + (" --checkpointing" if args.checkpointing else ""))
     for unit, rollout, learning in (("s", rollout_s, update_s), ("cpu_s", rollout_cpu, update_cpu)):
         print(f"{unit} per step {rollout + learning:.2f} | rollout {rollout:.2f} | update {learning:.2f} | "
