@@ -698,7 +698,8 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 
         drawn = []
         for _ in range(min(stride, batch.own[0].shape[3] - longest, *(row.limit - len(row.tokens) for row in rows))):
-            drawn.append(captured_step(step_fn, state, graphs, (len(batch.live), *state.members.shape, len(state.places))))
+            shape = (len(batch.live), *state.members.shape, len(state.places))
+            drawn.append(captured_step(step_fn, state, graphs, shape))
             if on_cpu and not rules.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
                 break
         tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]: a wait
