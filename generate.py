@@ -565,7 +565,7 @@ def batch_state(batch):
     place = {i: slot * g + j for slot, group in enumerate(groups) for j, i in enumerate(group)}
     members, places = [group + [0] * (g - len(group)) for group in groups], [place.get(i, 0) for i in range(B)]
     if N and B % N == 0 and all(i // (B // N) == slot for slot, group in enumerate(groups) for i in group):
-        members, places = torch.arange(B).view(N, -1).tolist(), []
+        members, places = torch.arange(B).view(N, -1), []
     lengths = torch.tensor([row.held for row in rows])
     slots = (torch.arange(2 * K * B).view(-1, B) * S + lengths).flatten()
 
@@ -631,7 +631,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     if "embedding" not in params:
         weights = sampling_params(params, config, packed=False if compile_backend else None)
     embedding = weights["embedding"]
-    device, on_cpu = embedding.device, embedding.device.type == "cpu"
+    on_cpu = embedding.device.type == "cpu"
     stats = {} if stats is None else stats
     streams = min(torch.get_num_threads(), len(prompts), max_batch // 8, len(prompts) * num_samples // 8)
     if on_cpu and streams > 1 and sys.platform == "linux" and not (on_token or compile_backend):

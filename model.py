@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent
 HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
 HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
            for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
-CPU_SCRATCH = 2**20  # elements of a float32 temporary that stays in the cache of a CPU
 SYSTEM_PROMPTS = {  # what each variant's chat template says when the conversation brings no system turn
     "base": "You are a helpful assistant.",
     "instruct": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
@@ -42,6 +41,7 @@ SYSTEM_PROMPTS = {  # what each variant's chat template says when the conversati
 }
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+CPU_SCRATCH = 2**20  # elements of a float32 temporary that stays in the cache of a CPU
 
 # ------------------------------------------------------------------------------------ a model directory: finding it
 
@@ -575,6 +575,8 @@ def packed_attention(groups):
         begins, lengths = (torch.tensor(column)[:, None] for column in list(zip(*spans))[:2])
         steps = torch.arange(padded_length(int(lengths.max())))
         positions[key] = torch.where(steps < lengths, begins + steps, T)
+    # {part: {prompt: how many of the texts see it}}
+    counts = {key: Counter(prompt for *_, prompt in spans) for key, spans in parts.items() if key[0]}
 
     @functools.cache  # the same in every layer
     def arrangement(heads, device):
@@ -601,11 +603,10 @@ def packed_attention(groups):
     def attend_fn(layer, q, k, v):
         qs, ks, vs = map(apart, (q, k, v))
         outs = []
-        for key, spans in parts.items():
+        for key in parts:
             k1, v1, mask = ks[key], vs[key], None
             if key[0]:
-                counts = Counter(prompt for *_, prompt in spans)
-                k1, v1 = (torch.cat((torch.cat([x[0, key[0]][i].expand(n, -1, -1, -1) for i, n in counts.items()]),
+                k1, v1 = (torch.cat((torch.cat([x[0, key[0]][i].expand(n, -1, -1, -1) for i, n in counts[key].items()]),
                                      x[key]), 2) for x in (ks, vs))
                 mask = seen(key, q.device)
             outs.append(attention(qs[key], k1, v1, mask).flatten(0, 2))
@@ -777,7 +778,8 @@ def slices(n, size):
 
 
 def head_slice(vocab_size, device):
-    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU; but 128 positions at least."""
+    """Positions whose logits are made at a time: 2**27 logits, 0.5 GiB, on a GPU, and CPU_SCRATCH on a CPU; but 128
+    positions at least."""
     return max(128, (CPU_SCRATCH if device == "cpu" else 2**27) // vocab_size)
 
 
