@@ -658,18 +658,18 @@ def plan_peaks(plan):
     return throughout + sum(plan["update"].values()), throughout + sum(plan["rollouts"].values())
 
 
-def memory_there(device):
-    """GiB of a GPU, or of this machine."""
+def memory_there(device, processes=1):
+    """GiB of a GPU, or of this machine for each of its processes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / processes
 
 
 def plan_line(plan, there, world=1):
     """One line on what a plan comes to, with a warning when it exceeds the GiB that are there."""
     update, rollouts = plan_peaks(plan)
     line = f"memory, about: {update:.1f} GiB in the update, {rollouts:.1f} in the rollouts, of {there:.1f} GiB"
-    line += f" on each of {world} devices" if world > 1 else ""
+    line += f" for each of {world} processes" if world > 1 else ""
     if max(update, rollouts) <= there:
         return line
     ways = ["--checkpointing", "a smaller --micro-tokens"] * (update > there)
@@ -681,7 +681,8 @@ def print_plan(args):
     """--plan: the parts of plan_memory on this machine, or on the one that the flag describes as GPUS:GIB."""
     if args.plan == "here":
         device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-        world, there = int(os.environ.get("WORLD_SIZE", 1)), memory_there(device)
+        world = max(args.processes, int(os.environ.get("WORLD_SIZE", 1)))
+        there = memory_there(device, max(args.processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     else:
         if not re.fullmatch(r"[1-9]\d*:\d+(\.\d+)?", args.plan):
             raise ValueError(f"--plan {args.plan}: expected GPUS:GIB, such as 1:24 or 8:80")
@@ -741,7 +742,7 @@ def benchmark(args, counted=3):
     problems = [{"id": str(i), "answer": "", "problem": " ".join(f"w{rng.randrange(1, V)}" for _ in range(n - 2))}
                 for i, n in enumerate(lengths)]  # the chat template adds two words
     REWARDS["odd"] = odd
-    rank, world, device = init_distributed(args.device)
+    rank, world, device = init_distributed(args.device, args.processes)
     dtype = compute_dtype(args.dtype, device)
     params, optimizer = init_optimizer(init_params(config, args.seed), device, dtype)
     clocks, tokens = [], Counter()
@@ -848,10 +849,11 @@ def main(args):
     steps = args.steps if args.epochs is None else math.ceil(args.epochs * a_pass)
     epoch_ends = {math.ceil(n * a_pass): n for n in range(1, math.ceil(args.epochs or 0))}
 
-    rank, world, device = init_distributed(args.device)
+    rank, world, device = init_distributed(args.device, args.processes)
     run, checkpoint = start_run(args)
     if rank == 0:
-        print(plan_line(plan_memory(config, args, world, device.type), memory_there(device), world), flush=True)
+        there = memory_there(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        print(plan_line(plan_memory(config, args, world, device.type), there, world), flush=True)
     params, ref_params, optimizer = load_policy(args, model_dir, config, device)
     state = {"step": 0, "best_step": None, "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
     if checkpoint:

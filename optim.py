@@ -18,6 +18,7 @@ arXiv:1910.02054). AdamW, arXiv:1711.05101. A world of one runs the same code.
 """
 
 import atexit
+import ctypes
 import functools
 import json
 import math
@@ -27,6 +28,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -44,7 +46,7 @@ from model import read_json, save_model
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products over it are fast and round alike
 SLICE = 1 << 20  # elements of a shard updated at a time: temporaries stay small, and in the cache of a CPU
-FREE_FLAGS = {"run_dir", "keep", "save_every", "device", "offload", "wandb", "steps"}  # may change on --resume
+FREE_FLAGS = {"run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps"}  # may change
 
 # ------------------------------------------------------------------------------------ flags
 
@@ -59,6 +61,8 @@ def add_train_flags(parser, lr, run_dir):
     add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: any (default %(default)s)")
     add("--seed", type=int, default=0, help="every random choice follows from it (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s: a GPU when there is one)")
+    add("--processes", type=int, default=1, help="without torchrun, fork into so many of one thread each, on a CPU "
+        "under Linux: one per core is faster than threads (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; masters are float32 (default %(default)s: bfloat16 on a GPU, float32 on a CPU)")
     add("--offload", action="store_true", help="keep masters and Adam moments in host memory (GPU only)")
@@ -90,6 +94,7 @@ def check_train_flags(args):
             ("weight-decay", lambda x: 0 <= x < math.inf, "0 or more"),
             ("clip", lambda x: 0 <= x < math.inf, "a positive norm, or 0 for no clipping"),
             ("seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1"),
+            ("processes", lambda x: x >= 1, "1 or more"),
             ("save-every", lambda x: x >= 1, "1 step or more"),
             ("keep", lambda x: x >= 1, "1 checkpoint or more")):
         if not fits(value := getattr(args, flag.replace("-", "_"))):
@@ -101,11 +106,15 @@ def check_train_flags(args):
 # ------------------------------------------------------------------------------------ many processes
 
 
-def init_distributed(device="auto"):
+FORKS = []  # ids of the processes that this one has forked, ranks 1, 2, ...
+
+
+def init_distributed(device="auto", processes=1):
     """(rank, world, device) from torchrun's environment, the process group set up; (0, 1, device) without one.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; torchrun's processes take a GPU each (NCCL), or the CPU (gloo). Raises
     ValueError when it is not there. A process that fails says why and leaves at once; torchrun ends the others.
+    processes: without torchrun, fork into so many here. What has been read so far, they share.
     """
     rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpus = torch.cuda.device_count()
@@ -118,11 +127,43 @@ def init_distributed(device="auto"):
         if index >= gpus:
             raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or pass --device cpu")
         torch.cuda.set_device(device := torch.device("cuda", index))
+    if processes > 1 and world == 1:
+        if device.type != "cpu" or sys.platform != "linux":
+            raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere torchrun starts many "
+                             "processes, and --processes 1 is one")
+        rank, world = fork_into(processes), processes
     if world > 1:
         dist.init_process_group("gloo") if device.type == "cpu" else dist.init_process_group("nccl", device_id=device)
         atexit.register(dist.destroy_process_group)
         sys.excepthook = leave_at_once
     return rank, world, device
+
+
+def fork_into(count):
+    """Become `count` processes of one thread each, in the environment that torchrun would give them; returns the rank.
+
+    They need no launcher and share what Python and its libraries hold. Forks end with rank 0, whatever ends that.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
+                   "LOCAL_WORLD_SIZE": str(count), "TOKENIZERS_PARALLELISM": "false"}  # its threads are not forked
+    sys.stdout.flush()
+    first, rank = os.getpid(), 0
+    while rank == 0 and len(FORKS) < count - 1:
+        if fork := os.fork():
+            FORKS.append(fork)
+        else:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: what it is sent when its parent ends
+            if os.getppid() != first:  # which it did before
+                os._exit(1)
+            rank = len(FORKS) + 1
+    if rank:
+        FORKS.clear()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    return rank
 
 
 def leave_at_once(kind, error, trace):
@@ -134,6 +175,10 @@ def leave_at_once(kind, error, trace):
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         time.sleep(5)
         text = f"it lost another process, whose error is the one to read ({str(error).splitlines()[0]})\n"
+        for rank, fork in enumerate(FORKS, 1):
+            gone, status = os.waitpid(fork, os.WNOHANG)
+            if gone and os.WIFSIGNALED(status):
+                text = f"process {rank} was ended by signal {os.WTERMSIG(status)}; 9 often means that memory ran out\n"
     sys.stdout.flush()
     sys.stderr.write(f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} failed: {text}")
     sys.stderr.flush()
@@ -629,5 +674,6 @@ def stop_signals():
 def resume_command():
     """The command that goes on with this run, to be shown when it stops."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")] + ["--resume"]
-    launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if rank_and_world()[1] > 1 else "python"
+    torchrun = dist.is_torchelastic_launched()
+    launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if torchrun else "python"
     return f"{launcher} {shlex.join(words)}"

@@ -288,7 +288,7 @@ def main(args):
     validation, examples = examples[:args.validation], examples[args.validation:]
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
 
-    rank, world, device = init_distributed(args.device)
+    rank, world, device = init_distributed(args.device, args.processes)
     dtype = compute_dtype(args.dtype, device)
     run, checkpoint = start_run(args)
     if args.from_scratch:

@@ -1172,7 +1172,7 @@ add_train_flags(parser, lr=1e-3, run_dir="run")
 parser.add_argument("--fail-at", type=int, default=0)
 args = parse_train_args(parser)
 torch.set_num_threads(1)
-rank, world, device = init_distributed("cpu")
+rank, world, device = init_distributed("cpu", args.processes)
 run, checkpoint = start_run(args, free_flags=["fail_at"])
 config = Config(61, 32, 64, 2, 4, 2)
 params, optimizer = init_optimizer(init_params(config, seed=0), device)
@@ -1193,7 +1193,8 @@ with stop_signals() as stop_requested:
         if stopping or step % args.save_every == 0 or step == 12:
             save_checkpoint(run.dir, step, params, config, run.dir, optimizer, {"seen": 6 * step}, args.keep, best_step=1)
         if stopping:
-            print("go on with:", resume_command())
+            if rank == 0:
+                print("go on with:", resume_command())
             break
 '''
 
@@ -1491,11 +1492,13 @@ def test_optim_run_directory():
 
 def test_optim_flags_out_of_range():
     optim.check_train_flags(_optim_args())
-    for flags in ("--lr 0", "--lr nan", "--warmup -1", "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
+    for flags in ("--lr 0", "--lr nan", "--warmup -1", "--processes 0", "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
                   "--keep 0", "--resume --overwrite"):
         _optim_raises(ValueError, lambda: optim.check_train_flags(_optim_args(*flags.split())), flags.split()[0])
     _optim_raises(ValueError, lambda: optim.init_distributed("tpu"), "tpu", "cuda")
     _optim_raises(ValueError, lambda: optim.init_distributed("cuda:99"), "GPU 99", "--device cpu")
+    with mock.patch.object(sys, "platform", "darwin"):
+        _optim_raises(ValueError, lambda: optim.init_distributed("cpu", 2), "--processes 2", "Linux")
 
 
 def test_optim_second_ctrl_c_quits():
@@ -1555,6 +1558,44 @@ def test_optim_many_processes():
         assert worst < 1e-5 < 1e-3 < moved, (worst, moved)
         losses = [[json.loads(line)["loss"] for line in open(home / run / "metrics.jsonl")] for run in ("alone", "run")]
         assert len(losses[0]) == 12 and max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+
+
+def test_optim_forks_end_together():
+    """--processes: a planted failure, a killed fork, a killed parent and Ctrl-C; then what is written is what torchrun's
+    processes write, to the last bit."""
+    if sys.platform != "linux":
+        raise unittest.SkipTest("forks are for Linux")
+    with _optim_dir() as home:
+        _, err = _optim_finish(_optim_command(home, "run", "--processes", "3", "--save-every", "6", "--fail-at", "8"), code=1)
+        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err and err.count("failed: Traceback") == 1, err
+        metrics = home / "run" / "metrics.jsonl"
+
+        def resumed():  # from step 6, in two processes that have made two steps more
+            metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:6]))
+            process = _optim_command(home, "run", "--processes", "2", "--resume", "--fail-at", "0")
+            _optim_wait_for(metrics, 8, process)
+            return process
+
+        for victim, message in (("fork", "process 1 was ended by signal 9"), ("parent", "")):
+            process = resumed()
+            [fork] = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+            os.kill(fork if victim == "fork" else process.pid, signal.SIGKILL)
+            _, err = _optim_finish(process, code=1 if victim == "fork" else -9)
+            assert message in err, err
+            for _ in range(200):
+                if not Path(f"/proc/{fork}").exists():
+                    break
+                time.sleep(0.01)
+            else:
+                raise AssertionError("a fork outlived its parent")
+        process = resumed()
+        process.send_signal(signal.SIGINT)
+        out, _ = _optim_finish(process)
+        assert "go on with: python script.py --run-dir run --processes 2 --fail-at 0 --resume" in out, out
+        _optim_finish(_optim_command(home, "forked", "--processes", "2"))
+        _optim_finish(_optim_command(home, "launched", processes=2))
+        first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012") for run in ("forked", "launched"))
+        assert first == second and len(first) == 6, (first, second)
 
 
 # ------------------------------------------------------------------------------------------------ data/
@@ -4139,6 +4180,10 @@ def test_grpo_result_does_not_depend_on_the_number_of_processes():
         _run(*_GRPO, "--run-dir", f"{scratch}/one", "--steps", 2)
         _run("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29653, *_GRPO,
              "--run-dir", f"{scratch}/two", "--steps", 2, "--device", "cpu")
+        if sys.platform == "linux":
+            _run(*_GRPO, "--run-dir", f"{scratch}/forked", "--steps", 2, "--processes", 2)
+            weights = [Path(scratch, name, "checkpoints", "step_000002", "model.safetensors").read_bytes() for name in ("two", "forked")]
+            assert weights[0] == weights[1]
         one, two = ([json.loads(line) for line in open(f"{scratch}/{name}/metrics.jsonl")] for name in ("one", "two"))
         for key in ("reward", "accuracy", "length", "no_spread", "dev_accuracy"):
             for a, b in zip(one, two):  # sums in another order: equal but for rounding
