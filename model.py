@@ -41,7 +41,7 @@ SYSTEM_PROMPTS = {  # what each variant's chat template says when the conversati
 }
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-CPU_SCRATCH = 2**20  # elements of a float32 temporary that stays in the cache of a CPU
+CPU_SCRATCH = 2**21  # elements of a temporary that stays in the cache of a CPU
 
 # ------------------------------------------------------------------------------------ a model directory: finding it
 
@@ -459,19 +459,19 @@ rotate = Rotation.apply
 
 
 class ShortAttention(torch.autograd.Function):
-    """softmax(q k^T) v: products in the dtype of q; a softmax in float32, kept for the backward pass in that of q.
+    """softmax(q k^T + bias) v; the softmax is computed in float32 and kept for the backward pass in the dtype of q.
 
-    q [N, R * T, head_dim], scaled; k and v [N, S, head_dim]; unseen: bool [N, T, S] -> like q. Of the float32 scores
-    only a few rows of N are there at a time, which stay in the processor's cache.
+    q [N, R * T, head_dim], scaled; k and v [N, S, head_dim]; bias [N, T, S] -> like q. Of the scores only a few rows
+    of N are there at a time, which stay in the processor's cache.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, unseen):
+    def forward(ctx, q, k, v, bias):
         weights, out = q.new_empty(*q.shape[:2], k.shape[1]), torch.empty_like(q)  # [N, R * T, S]
         for part in slices(len(q), max(1, CPU_SCRATCH // weights[0].numel())):
-            scores = torch.bmm(q[part], k[part].mT).float()
-            scores.view(len(scores), -1, *unseen.shape[1:]).masked_fill_(unseen[part, None], -torch.inf)
-            weights[part] = scores.softmax(-1)
+            scores = torch.bmm(q[part], k[part].mT)
+            scores.view(len(scores), -1, *bias.shape[1:]).add_(bias[part, None])
+            torch.softmax(scores, -1, out=weights[part])
             torch.bmm(weights[part], v[part], out=out[part])
         ctx.save_for_backward(q, k, v, weights)
         return out
@@ -481,10 +481,8 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
         for part in slices(len(q), max(1, CPU_SCRATCH // weights[0].numel())):
-            grad_scores = torch.bmm(grad[part], v[part].mT).float()
-            wide = weights[part].float()
-            grad_scores -= torch.linalg.vecdot(grad_scores, wide)[..., None]
-            grad_scores = grad_scores.mul_(wide).to(q.dtype)
+            grad_weights = torch.bmm(grad[part], v[part].mT)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights[part], -1, q.dtype)
             torch.bmm(grad_scores, k[part], out=grad_q[part])
             torch.bmm(grad_scores.mT, q[part], out=grad_k[part])
         return grad_q, grad_k, torch.bmm(weights.mT, grad), None
@@ -502,7 +500,8 @@ def attention(q, k, v, seen=None):
             seen = torch.ones(T, S, dtype=torch.bool).tril()
         q = q.reshape(B * K, -1, head_dim) * head_dim ** -0.5
         k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
-        return ShortAttention.apply(q, k, v, ~seen.expand(B, T, S).repeat_interleave(K, 0)).view(B, H, T, head_dim)
+        bias = torch.zeros(B, T, S, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+        return ShortAttention.apply(q, k, v, bias.repeat_interleave(K, 0)).view(B, H, T, head_dim)
     if seen is not None and H != K:  # a mask and grouped heads together have no kernel that makes no scores
         k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
     mask = None if seen is None else seen.expand(B, T, S)[:, None]  # [B, 1, T, S]
@@ -725,19 +724,22 @@ class HeadLogprobs(torch.autograd.Function):
     """What `head_logprobs` returns, a slice of the positions at a time; the backward pass makes the logits again.
 
     Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32 logits and their
-    gradient would take 9.3 GiB.
+    gradient would take 9.3 GiB. When all positions are one slice, the backward pass, which begins here, finds their
+    probabilities kept: that takes no more memory than to make them again.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, slice_tokens, entropy_grad):
-        ctx.save_for_backward(hidden, weight, targets)
         ctx.settings = temperature, slice_tokens, entropy_grad
         logprobs = torch.empty_like(targets, dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
-        for part in slices(len(targets), slice_tokens):
+        parts, p = slices(len(targets), slice_tokens), None
+        for part in parts:
             logp = vocabulary_logits(hidden[part], weight, temperature).log_softmax(-1)
             logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
-            entropy[part] = -logp.exp().mul_(logp).sum(-1)
+            p = logp.exp()
+            entropy[part] = -logp.mul_(p).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, *[p] * (len(parts) == 1 and not entropy_grad))
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -745,25 +747,26 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_entropy):
         """For logits z: d log p(target) / dz = onehot(target) - p, and dH / dz = -p (log p + H)."""
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, *kept = ctx.saved_tensors
         temperature, slice_tokens, entropy_grad = ctx.settings
         grad, grad_entropy = grad / temperature, grad_entropy / temperature if entropy_grad else None
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = None
         for part in slices(len(targets), slice_tokens):
-            logits = vocabulary_logits(hidden[part], weight, temperature)
-            p = logits.softmax(-1)
             if entropy_grad:
-                logp = logits.log_softmax(-1)
+                logp = vocabulary_logits(hidden[part], weight, temperature).log_softmax(-1)
+                p = logp.exp()
                 logp -= (p * logp).sum(-1, keepdim=True)  # log p + H
                 grad_logits = p * -(grad[part, None] + grad_entropy[part, None] * logp)
             else:
-                grad_logits = p.mul_(-grad[part, None])
+                p = kept[0] if kept else vocabulary_logits(hidden[part], weight, temperature).softmax(-1)
+                grad_logits = p * -grad[part, None]
             grad_logits = grad_logits.scatter_add_(1, targets[part, None], grad[part, None]).to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+            if ctx.needs_input_grad[1]:  # summed in float32
+                product = grad_logits.T @ hidden[part]
+                grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
         return grad_hidden, grad_weight, None, None, None, None
 
 
