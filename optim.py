@@ -62,7 +62,7 @@ def add_train_flags(parser, lr, run_dir):
     add("--seed", type=int, default=0, help="every random choice follows from it (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s: a GPU when there is one)")
     add("--processes", type=int, default=1, help="without torchrun, fork into so many of one thread each, on a CPU "
-        "under Linux: one per core is faster than threads (default %(default)s)")
+        "under Linux: one per core can be faster than threads (default %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; masters are float32 (default %(default)s: bfloat16 on a GPU, float32 on a CPU)")
     add("--offload", action="store_true", help="keep masters and Adam moments in host memory (GPU only)")
