@@ -14,7 +14,6 @@ own tokens (Hydragen, arXiv:2402.05099). Rows that finish leave the batch and wa
 """
 
 import argparse
-import ctypes
 import hashlib
 import math
 import multiprocessing
@@ -35,6 +34,7 @@ from tokenizers import Tokenizer
 
 from model import (load_config, load_params, load_system_prompt, load_tokenizer, merged_weight, padded_length,
                    render_chat, resolve_model, rope_table)
+from optim import end_with_parent
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -741,10 +741,9 @@ def generate_in_processes(weights, config, prompts, limits, seeds, streams, stat
         return answers, of_part
 
     def run_forked(share, end):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: what a fork is sent when its parent ends
-        if os.getppid() == parent:  # it has not ended before
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides what it means
-            end.send(run(*share))
+        end_with_parent(parent)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent decides what it means
+        end.send(run(*share))
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns of every fork
     forks = []

@@ -659,9 +659,10 @@ def plan_peaks(plan):
 
 
 def memory_there(device, processes=1):
-    """GiB of a GPU, or of this machine for each of its processes."""
+    """GiB of a GPU, or of this machine for each of its processes; `processes`: how many there will be."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 / processes
 
 
@@ -681,8 +682,7 @@ def print_plan(args):
     """--plan: the parts of plan_memory on this machine, or on the one that the flag describes as GPUS:GIB."""
     if args.plan == "here":
         device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-        world = max(args.processes, int(os.environ.get("WORLD_SIZE", 1)))
-        there = memory_there(device, max(args.processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        world, there = int(os.environ.get("WORLD_SIZE", args.processes)), memory_there(device, args.processes)
     else:
         if not re.fullmatch(r"[1-9]\d*:\d+(\.\d+)?", args.plan):
             raise ValueError(f"--plan {args.plan}: expected GPUS:GIB, such as 1:24 or 8:80")
@@ -852,8 +852,7 @@ def main(args):
     rank, world, device = init_distributed(args.device, args.processes)
     run, checkpoint = start_run(args)
     if rank == 0:
-        there = memory_there(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        print(plan_line(plan_memory(config, args, world, device.type), there, world), flush=True)
+        print(plan_line(plan_memory(config, args, world, device.type), memory_there(device), world), flush=True)
     params, ref_params, optimizer = load_policy(args, model_dir, config, device)
     state = {"step": 0, "best_step": None, "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
     if checkpoint:

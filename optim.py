@@ -150,20 +150,25 @@ def fork_into(count):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
                    "LOCAL_WORLD_SIZE": str(count), "TOKENIZERS_PARALLELISM": "false"}  # its threads are not forked
     sys.stdout.flush()
-    first, rank = os.getpid(), 0
-    while rank == 0 and len(FORKS) < count - 1:
-        if fork := os.fork():
-            FORKS.append(fork)
-        else:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: what it is sent when its parent ends
-            if os.getppid() != first:  # which it did before
-                os._exit(1)
-            rank = len(FORKS) + 1
-    if rank:
-        FORKS.clear()
+    parent = os.getpid()
+    for rank in range(1, count):
+        if (fork := os.fork()) == 0:
+            end_with_parent(parent)
+            FORKS.clear()
+            break
+        FORKS.append(fork)
+    else:
+        rank = 0
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     return rank
+
+
+def end_with_parent(parent):
+    """Called in a fork of process `parent`, under Linux: the fork is killed when that ends, whatever ends it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended before
+        os._exit(1)
 
 
 def leave_at_once(kind, error, trace):
