@@ -17,6 +17,7 @@ holds the float32 master and the Adam moments of its shard; the updated buffer i
 arXiv:1910.02054). AdamW, arXiv:1711.05101. A world of one runs the same code.
 """
 
+import argparse
 import atexit
 import ctypes
 import functools
@@ -49,6 +50,33 @@ SLICE = 1 << 20  # elements of a shard updated at a time: temporaries stay small
 FREE_FLAGS = {"run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps"}  # may change
 
 # ------------------------------------------------------------------------------------ flags
+
+
+def bounded(kind, fits, expected):
+    """An argparse type: `kind` (int or float), finite, for which fits(value) holds."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
+        return value
+
+    parse.__name__ = {int: "integer", float: "number"}[kind]  # what argparse calls it in its errors
+    return parse
+
+
+def at_least(low):
+    """An argparse type: low or more; integers when `low` is one."""
+    return bounded(type(low), lambda value: value >= low, f"at least {low}")
+
+
+def above(low):
+    """An argparse type: more than low; integers when `low` is one."""
+    return bounded(type(low), lambda value: value > low, f"more than {low}")
+
+
+def between(low, high):
+    """An argparse type: from low to high, both included; integers when `low` is one."""
+    return bounded(type(low), lambda value: low <= value <= high, f"{low} to {high}")
 
 
 def add_train_flags(parser, lr, run_dir):
