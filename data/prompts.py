@@ -34,6 +34,14 @@ def split_response(text, think_tag=None):
     return block[2], text[:block.start()] + text[block.end():]
 
 
+def thought_of(text):
+    """The thought of a model output: its block or, without one, all of it, its boxes opened."""
+    thought, rest = split_response(text)
+    if thought is None:
+        return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", rest).strip()
+    return "\n".join(line.rstrip() for line in thought.strip().split("\n"))
+
+
 def in_form(text, think_tag="think"):
     """Whether a response is one thinking block, then one box, and nothing else.
 
