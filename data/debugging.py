@@ -1,212 +1,20 @@
 """Debugging: a small program with one wrong line and a test that it fails; find and repair it.
 
-Thirty programs in five levels: straight lines, branches, counting loops, loops over lists, while
-and nested loops. Each has parameters, and can go wrong in one operator, number or name. A thought
-steps through the failing test as the program runs, then names the line and its repair; the checker
-steps through it as well. Any repair that passes all tests counts.
+Thirty programs (debugging.txt) in five levels: straight lines, branches, counting loops, loops over
+lists, while and nested loops. Each has parameters, and can go wrong in one operator, number or
+name. A thought steps through the failing test as the program runs, then names the line and its
+repair; the checker steps through it as well. Any repair that passes all tests counts.
 """
 
 import ast
 import re
 from functools import cache, partial
+from pathlib import Path
 
 from data import families
 from data.families import first_wrong, record, replace_match, sample_family, split_of
 from data.programs import parse_function, run_tests, trace
 
-# A program's first line: level, kinds of the arguments, what it should return. k and m are
-# parameters of the problem. Kinds: n is a number, s a small one, b a larger one, l a list of
-# numbers, t a list of three.
-PROGRAMS = """
-1 nn the price of n things at p each, with {k} for delivery
-def cost(n, p):
-    total = n * p
-    total = total + {k}
-    return total
-1 nn the minutes in h hours and m minutes, less a break of {k}
-def minutes(h, m):
-    total = h * 60 + m
-    total = total - {k}
-    return total
-1 nn the length of fence around a field a by b with {k} metres to spare
-def fence(a, b):
-    side = a + b
-    return 2 * side + {k}
-1 nn {k} more than the mean of a and b, rounded down
-def middle(a, b):
-    total = a + b
-    return total // 2 + {k}
-1 nn a groups of {k} and b groups of {m}, counted together
-def people(a, b):
-    first = a * {k}
-    second = b * {m}
-    return first + second
-1 nn what is left when n things are shared out in boxes of {k} and {m} of the rest are eaten
-def left(n, b):
-    rest = n % {k}
-    rest = rest + b
-    return rest - {m}
-2 nn the larger of a and b, plus {k}
-def larger(a, b):
-    best = a
-    if b > best:
-        best = b
-    return best + {k}
-2 nn how far a and b are apart, times {k}
-def distance(a, b):
-    gap = a - b
-    if gap < 0:
-        gap = b - a
-    return gap * {k}
-2 nn n, but at least {k} and at most {k} + {m}
-def clamp(n, b):
-    if n < {k}:
-        return {k}
-    if n > {k} + {m}:
-        return {k} + {m}
-    return n
-2 nn the price p with {m} for delivery when it is below {k}
-def pay(p, b):
-    total = p + b
-    if total < {k}:
-        total = total + {m}
-    return total
-2 nn 1 when a * b is at least {k}, else a plus {m}
-def passed(a, b):
-    points = a * b
-    if points >= {k}:
-        return 1
-    return a + {m}
-2 nn the cost of n rides: {k} each, {m} less each from the tenth on
-def rides(n, b):
-    price = {k}
-    if n >= 10:
-        price = price - {m}
-    return n * price + b
-3 s {k} plus the sum of the numbers from 1 to n
-def add_up(n):
-    total = {k}
-    for i in range(1, n + 1):
-        total = total + i
-    return total
-3 s {k} times 2 to the power n, plus {m}
-def grow(n):
-    value = {k}
-    for i in range(n):
-        value = value * 2
-    return value + {m}
-3 s what {k} becomes when it loses {m} in each of n rounds
-def sink(n):
-    value = {k}
-    for i in range(n):
-        value = value - {m}
-    return value
-3 s the sum of the squares from {m} to n + {m}
-def squares(n):
-    total = 0
-    for i in range({m}, n + {m} + 1):
-        total = total + i * i
-    return total
-3 s {k} plus {m} times the sum of 0 to n - 1
-def climb(n):
-    total = {k}
-    for i in range(n):
-        total = total + {m} * i
-    return total
-3 s how many numbers below n times {m} leave no rest by {k}
-def multiples(n):
-    count = 0
-    for i in range(1, n * {m}):
-        if i % {k} == 0:
-            count = count + 1
-    return count
-4 l the largest number in xs, plus {k}
-def largest(xs):
-    best = xs[0]
-    for x in xs:
-        if x > best:
-            best = x
-    return best + {k}
-4 l how many numbers in xs are greater than {k}, times {m}
-def count(xs):
-    found = 0
-    for x in xs:
-        if x > {k}:
-            found = found + 1
-    return found * {m}
-4 l the sum of the numbers in xs that are at most {k}, plus {m}
-def low(xs):
-    total = {m}
-    for x in xs:
-        if x <= {k}:
-            total = total + x
-    return total
-4 l the smallest number in xs, but at most {k}
-def least(xs):
-    best = {k}
-    for x in xs:
-        if x < best:
-            best = x
-    return best
-4 l {k} plus how often a number in xs is greater than the one before it
-def rises(xs):
-    count = {k}
-    for i in range(1, len(xs)):
-        if xs[i] > xs[i - 1]:
-            count = count + 1
-    return count
-4 l the sum of the even numbers in xs, less {k}
-def evens(xs):
-    total = 0
-    for x in xs:
-        if x % 2 == 0:
-            total = total + x
-    return total - {k}
-5 b the sum of the digits of n, plus {k}
-def digits(n):
-    total = {k}
-    while n > 0:
-        total = total + n % 10
-        n = n // 10
-    return total
-5 nn the greatest common divisor of a and b, times {k}
-def divisor(a, b):
-    while b > 0:
-        rest = a % b
-        a = b
-        b = rest
-    return a * {k}
-5 b how often n can be halved before it is less than {m}, plus {k}
-def halvings(n):
-    count = {k}
-    while n >= {m}:
-        n = n // 2
-        count = count + 1
-    return count
-5 b the digits of n in reverse, plus {k}
-def reverse(n):
-    out = 0
-    while n > 0:
-        out = out * 10 + n % 10
-        n = n // 10
-    return out + {k}
-5 t how many pairs in xs have a sum above {k}
-def pairs(xs):
-    count = 0
-    for i in range(len(xs)):
-        for j in range(i + 1, len(xs)):
-            if xs[i] + xs[j] > {k}:
-                count = count + 1
-    return count
-5 b the years until a debt of n is paid at {k} + {m} a year
-def years(n):
-    count = 0
-    while n > 0:
-        n = n - {k}
-        n = n - {m}
-        count = count + 1
-    return count
-"""
 # The likely mistakes.
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod,
@@ -222,8 +30,9 @@ NUM_TESTS = 10
 @cache
 def programs_of(level):
     """[(kinds, purpose, source)] of one level."""
-    found = re.findall(r"^(\d) (\w+) (.*)\n((?:\D.*\n)+)", PROGRAMS, re.MULTILINE)
-    return [program for number, *program in found if int(number) == level]
+    text = Path(__file__).with_name("debugging.txt").read_text(encoding="utf-8")
+    found = re.findall(rf"^{level} (\w+) (.*)\n(def (?:.+\n)+)", text, re.MULTILINE)
+    return [(kinds, purpose, source.strip()) for kinds, purpose, source in found]
 
 
 def draw_argument(kind, rng):

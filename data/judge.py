@@ -4,12 +4,11 @@
     python -m data.judge after.jsonl                # a row for each family
     python -m data.judge before.jsonl after.jsonl   # the second against the first, paired
 
-Reads what eval.py keeps under --records. By family: right answers; answers in the form (one thinking
-block, one box, nothing else); thoughts of which every step is right and which end in the answer;
-right answers behind a wrong step. Brackets are 95 % intervals over problems. Below them, the
-commonest reasons why the first wrong step of a thought is wrong, numbers written as N. Problems that
-are not of a family have no complete checker: every equation that can be read is checked, and there
-has to be one.
+Reads what eval.py keeps under --records. By family: right answers; answers in the form (one
+thinking block, one box, nothing else); thoughts of which every step is right and which end in the
+answer; right answers behind a wrong step. Brackets are 95 % intervals over problems. Below stand the
+commonest faults of first wrong steps, numbers written as N. Problems that are not of a family have
+no complete checker: every equation that can be read is checked, and there has to be one.
 """
 
 import argparse
@@ -22,14 +21,13 @@ from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
 from eval import markdown, paired_bootstrap, percent, wilson
+from optim import HelpFormatter
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     p.add_argument("records", nargs="+", help="files of records of eval.py")
     return p.parse_args(argv)
 

@@ -21,7 +21,7 @@ def level_of(value):
 
 
 def from_row(row, name):
-    """One problem of MATH; its answer is in the last box of its solution where no field holds it."""
+    """One problem of MATH; where no field holds the answer, the solution's last box does."""
     missing = [field for field in ("problem", "solution") if not isinstance(row.get(field), str)]
     if missing:
         raise ValueError(f"{name}: no text in the field {missing[0]!r}; there are {', '.join(row)}")

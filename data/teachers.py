@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 from data import family_of
-from data.prompts import in_form, respond  # noqa: F401 (in_form: for sft.py, until it imports it from prompts)
+from data.prompts import in_form, respond  # noqa: F401 (in_form: sft.py, for the moment)
 
 INSTRUCTION = (
     "\n\nThink step by step. Write every calculation as an equation, one on a line. "
@@ -50,9 +50,8 @@ def read_raw(path, settings):
                 continue
             found = row["settings"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{path}, line {number}: not a raw trace; give another --out"
-            ) from None
+            where = f"{path}, line {number}"
+            raise ValueError(f"{where}: not a raw trace; give another --out") from None
         other = [f"{k} {found.get(k)!r}, now {settings.get(k)!r}"
                  for k in {**found, **settings} if found.get(k) != settings.get(k)]
         if other:
@@ -62,7 +61,7 @@ def read_raw(path, settings):
 
 
 def open_raw(path, settings):
-    """(the traces in a file, the file opened for appending, without a line that a crash cut off)."""
+    """(the traces in a file, the file opened for appending, less a line that a crash cut off)."""
     traces, size = read_raw(path, settings)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab", buffering=0)
@@ -77,10 +76,6 @@ def append(file, row):
 
 
 # ---- an endpoint
-
-
-class Garbage(Exception):
-    """A reply that is not one; asking again may help."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -123,12 +118,12 @@ def retry_after(headers):
 
 
 def read_reply(reply, deadline):
-    """What is kept of a chat completion. Raises Garbage when it is none."""
+    """What is kept of a chat completion. Raises OSError, as a broken line would, if it is none."""
     body = b""
     while block := reply.read1(1 << 16):
         body += block
         if len(body) > MAX_REPLY_BYTES or time.monotonic() > deadline:
-            raise Garbage("too long, or too slow")
+            raise OSError("too long, or too slow")
     try:
         data = json.loads(body)
         choice = data["choices"][0]
@@ -137,10 +132,9 @@ def read_reply(reply, deadline):
         usage = data.get("usage") or {}
         counts = {key: int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        name = type(error).__name__
-        raise Garbage(f"not a chat completion ({name}): {body[:80]!r}") from None
+        raise OSError(f"not a chat completion: {error!r}") from None
     if not isinstance(text, str) or not isinstance(thought, str) or not (text + thought).strip():
-        raise Garbage("no text in the reply")
+        raise OSError("no text in the reply")
     if thought:
         text = f"<think>\n{thought.strip()}\n</think>\n{text}"
     return {"text": text, "finish": str(choice.get("finish_reason")), **counts}
@@ -167,7 +161,7 @@ def ask(request, pace, *, retries, timeout_s, backoff_s):
             delay = retry_after(error.headers)
             if error.code == 429:
                 pace.hold(delay)
-        except (OSError, HTTPException, Garbage):
+        except (OSError, HTTPException):
             pass
         if attempt < retries:
             backoff = min(MAX_WAIT_S, backoff_s * 2 ** attempt) * random.uniform(0.5, 1.5)

@@ -18,7 +18,6 @@ The data card beside it, OUT's .md, says what was dropped and why, and what rema
 import argparse
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -32,19 +31,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import FAMILIES, family_of, load_problems, split_of
+import model
+from data import FAMILIES, family_of, load_problems, split_of, teachers
 from data.families import SPLITS
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
-from data.teachers import (
-    INSTRUCTION, append, ask_endpoint, ask_gsm8k, ask_solver, open_raw, read_raw,
-)
 from generate import completion_text, generate
-from model import (
-    encode_chat, end_tokens, load_config, load_params, load_system_prompt, load_tokenizer,
-    resolve_model,
-)
-from optim import HelpFormatter, above, at_least, between
+from optim import HelpFormatter, above, at_least, between, write_whole
 from verify import extract_answer, verify_many
 
 share = between(0.0, 1.0)
@@ -70,9 +63,10 @@ def parse_args(argv=None):
     add("--samples", type=at_least(1), default=1, help="traces for each problem")
     add("--temperature", type=at_least(0.0), default=0.7)
     add("--max-new-tokens", type=at_least(1), default=2048)
-    add("--instruction", default=INSTRUCTION,
+    add("--instruction", default=teachers.INSTRUCTION,
         help="what is added to a problem for a model or an endpoint (default: %(default)r)")
-    add("--error-rate", type=share, default=0.0, help="share of the solver's traces with a wrong step")
+    add("--error-rate", type=share, default=0.0,
+        help="share of the solver's traces with a wrong step")
     add("--concurrency", type=at_least(1), default=8, help="requests at a time")
     add("--requests-per-minute", type=at_least(0.0), default=0.0,
         help="0: as fast as the endpoint answers")
@@ -113,51 +107,48 @@ def parse_args(argv=None):
 
 def ask_model(jobs, settings, keep, *, samples, device, max_batch):
     """Asks a model directory, as many problems at once as a batch holds."""
-    path = resolve_model(settings["model"])
-    config = load_config(path)
-    tokenizer = load_tokenizer(path)
-    system = load_system_prompt(path)
-    ends = end_tokens(tokenizer, config)
-    params = load_params(path, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    wanted = {}  # problem id: (the problem, its samples that are asked for)
-    for problem, sample in jobs:
-        wanted.setdefault(problem["id"], (problem, []))[1].append(sample)
-    wanted = list(wanted.values())
-    chunk = max(1, max_batch // samples)
-    for begin in range(0, len(wanted), chunk):
-        part = wanted[begin:begin + chunk]
-        questions = [problem["problem"] + settings["instruction"] for problem, _ in part]
-        prompts = [encode_chat(tokenizer, [{"role": "user", "content": question}], system=system)
-                   for question in questions]
+    path = model.resolve_model(settings["model"])
+    config = model.load_config(path)
+    tokenizer = model.load_tokenizer(path)
+    system = model.load_system_prompt(path)
+    ends = model.end_tokens(tokenizer, config)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    params = model.load_params(path, device, dtype)
+    problems = {problem["id"]: problem for problem, _ in jobs}
+    wanted = {(problem["id"], sample) for problem, sample in jobs}
+    step = max(1, max_batch // samples)
+    for begin in range(0, len(problems), step):
+        ids = list(problems)[begin:begin + step]
+        prompts = []
+        for i in ids:
+            question = {"role": "user", "content": problems[i]["problem"] + settings["instruction"]}
+            prompts.append(model.encode_chat(tokenizer, [question], system=system))
         groups = generate(
             params, config, prompts, num_samples=samples, stop_tokens=ends, max_batch=max_batch,
             max_new_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
-            seed=settings["seed"], seeds=[zlib.crc32(p["id"].encode()) for p, _ in part],
+            seed=settings["seed"], seeds=[zlib.crc32(i.encode()) for i in ids],
         )
-        for (problem, numbers), prompt, group in zip(part, prompts, groups):
-            for sample in sorted(numbers):
-                completion = group[sample]
-                keep(problem, sample, {
-                    "text": completion_text(tokenizer, completion, ends),
-                    "finish": completion.finish, "prompt_tokens": len(prompt),
-                    "completion_tokens": len(completion.tokens),
-                })
-
-
-# What a teacher's traces depend on.
-SETTINGS = {
-    "solver": ("seed", "think_tag", "error_rate"),
-    "gsm8k-solutions": ("think_tag",),
-    "endpoint": ("seed", "temperature", "max_new_tokens", "instruction"),
-    "model": ("seed", "temperature", "max_new_tokens", "instruction"),
-}
+        for i, prompt, group in zip(ids, prompts, groups):
+            for sample, completion in enumerate(group):
+                if (i, sample) in wanted:
+                    keep(problems[i], sample, {
+                        "text": completion_text(tokenizer, completion, ends),
+                        "finish": completion.finish, "prompt_tokens": len(prompt),
+                        "completion_tokens": len(completion.tokens),
+                    })
 
 
 def teacher_settings(args):
-    kind = args.teacher if args.teacher in ("solver", "gsm8k-solutions") else "model"
-    kind = "endpoint" if args.teacher_url else kind
+    """What the traces depend on; a file of raw traces belongs to one teacher with its settings."""
+    kind, fields = "model", ("seed", "temperature", "max_new_tokens", "instruction")
+    if args.teacher_url:
+        kind = "endpoint"
+    elif args.teacher == "solver":
+        kind, fields = "solver", ("seed", "think_tag", "error_rate")
+    elif args.teacher == "gsm8k-solutions":
+        kind, fields = "gsm8k-solutions", ("think_tag",)
     named = {"teacher": kind, "model": args.teacher_model or args.teacher}
-    return named | {name: getattr(args, name) for name in SETTINGS[kind]}
+    return named | {name: getattr(args, name) for name in fields}
 
 
 def collect(problems, settings, args):
@@ -165,14 +156,14 @@ def collect(problems, settings, args):
     kind = settings["teacher"]
     samples = args.samples if kind in ("endpoint", "model") else 1
     path = Path(args.out).with_suffix(".raw.jsonl")
-    traces, file = open_raw(path, settings)
+    traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
     cost = Counter()
     name = f"traces by {settings['model']}"
     with file, tqdm(total=len(jobs), desc=name, disable=not jobs) as bar:
         def keep(problem, sample, reply):
             if reply:
-                append(file, {"problem_id": problem["id"], "sample": sample} | reply)
+                teachers.append(file, {"problem_id": problem["id"], "sample": sample} | reply)
             else:
                 cost["unanswered"] += 1
             for field in ("prompt_tokens", "completion_tokens"):
@@ -182,11 +173,11 @@ def collect(problems, settings, args):
             bar.update()
 
         if kind == "solver":
-            ask_solver(jobs, settings, keep)
+            teachers.ask_solver(jobs, settings, keep)
         elif kind == "gsm8k-solutions":
-            ask_gsm8k(jobs, settings, keep)
+            teachers.ask_gsm8k(jobs, settings, keep)
         elif kind == "endpoint":
-            ask_endpoint(
+            teachers.ask_endpoint(
                 jobs, settings, keep, url=args.teacher_url, concurrency=args.concurrency,
                 requests_per_minute=args.requests_per_minute, retries=args.retries,
                 timeout_s=args.timeout_s, backoff_s=args.backoff_s,
@@ -194,7 +185,7 @@ def collect(problems, settings, args):
         else:
             ask_model(jobs, settings, keep, samples=samples, device=args.device,
                       max_batch=args.max_batch)
-    return list(read_raw(path, settings)[0].values()), cost
+    return list(teachers.read_raw(path, settings)[0].values()), cost
 
 
 def make_record(trace, problem, settings, args):
@@ -452,16 +443,9 @@ def self_test(count):
             missed += family.check_steps(problem, family.plant_error(problem, rng)) is None
             slips += family.check_steps(problem, family.plant_slip(problem, rng)) is not None
         perfect &= rejected + missed + slips == 0
-        print(f"{name:10} | {len(problems)} problems | right thoughts rejected {rejected} | planted "
-              f"errors missed {missed} | repaired slips rejected {slips}", flush=True)
+        print(f"{name:10} | {len(problems)} problems | right thoughts rejected {rejected} | "
+              f"planted errors missed {missed} | repaired slips rejected {slips}", flush=True)
     return perfect
-
-
-def write_whole(path, text):
-    """Writes a file under another name and renames it, so that it is never half there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def main(args):

@@ -4,10 +4,10 @@
 
 The tiny model stands in for a pretrained base model: one that can reason better than it does. So
 its corpus is mixed as human text is. Every document is a conversation of one to four problems with
-one author, and authors differ: most state their answer at once; some work in writing, an operation a
-line; some work in writing but do several operations at once, and slip, and only now and then notice
-it. Asked to think step by step, all of them write. Some are asked to check what they wrote and to
-solve the problem again. Only problems of the train split are used.
+one author, and authors differ: most state their answer at once; some work in writing, an operation
+a line; some work in writing but do several operations at once, and slip, and only now and then
+notice it. Asked to think step by step, all of them write. Some are asked to check what they wrote
+and to solve the problem again. Only problems of the train split are used.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def parse_args(argv=None):
 
 
 def careless_thought(tree, rng, args):
-    """Several operations a line, slips, now and then their repair: (thought, the value it gives)."""
+    """(thought, its value): several operations a line, slips, and now and then their repair."""
     lines = []
     while not isinstance(tree, int):
         ahead = arithmetic.work_out(tree)
