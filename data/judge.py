@@ -6,7 +6,7 @@
 
 Reads what eval.py keeps under --records. By family: right answers; answers in the form (one
 thinking block, one box, nothing else); thoughts of which every step is right and which end in the
-answer; right answers behind a wrong step. Brackets are 95 % intervals over problems. Below stand the
+answer; right answers behind a wrong step. Brackets are 95 % intervals over problems. Below are the
 commonest faults of first wrong steps, numbers written as N. Problems that are not of a family have
 no complete checker: every equation that can be read is checked, and there has to be one.
 """
