@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import model
 from data import FAMILIES, family_of, load_problems, split_of, teachers
-from data.families import SPLITS
+from data.families import SIZES
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
 from generate import completion_text, generate
@@ -47,11 +47,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument
     add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
-    add("--split", default="train", choices=SPLITS)
+    add("--split", default="train", choices=SIZES, help="of each set")
     add("--limit", type=at_least(1),
         help="problems of each set (default: all, and 2000 of a generated family)")
-    add("--out", default="runs/traces/traces.jsonl")
-    add("--seed", type=int, default=0)
+    add("--out", default="runs/traces/traces.jsonl", help="what sft.py reads")
+    add("--seed", type=int, default=0, help="every random choice follows from it")
     add("--self-test", type=at_least(1), metavar="N",
         help="only try the step checkers, on N problems a family")
     add = p.add_argument_group("teacher").add_argument
@@ -61,8 +61,8 @@ def parse_args(argv=None):
         help="an OpenAI-compatible endpoint, .../v1; the key is read from OPENAI_API_KEY")
     add("--teacher-model", help="the model's name at the endpoint")
     add("--samples", type=at_least(1), default=1, help="traces for each problem")
-    add("--temperature", type=at_least(0.0), default=0.7)
-    add("--max-new-tokens", type=at_least(1), default=2048)
+    add("--temperature", type=at_least(0.0), default=0.7, help="of a model or an endpoint")
+    add("--max-new-tokens", type=at_least(1), default=2048, help="of a trace")
     add("--instruction", default=teachers.INSTRUCTION,
         help="what is added to a problem for a model or an endpoint (default: %(default)r)")
     add("--error-rate", type=share, default=0.0,
@@ -70,8 +70,8 @@ def parse_args(argv=None):
     add("--concurrency", type=at_least(1), default=8, help="requests at a time")
     add("--requests-per-minute", type=at_least(0.0), default=0.0,
         help="0: as fast as the endpoint answers")
-    add("--retries", type=at_least(0), default=6)
-    add("--timeout-s", type=above(0.0), default=300.0)
+    add("--retries", type=at_least(0), default=6, help="of a request that fails")
+    add("--timeout-s", type=above(0.0), default=300.0, help="of a request")
     add("--backoff-s", type=at_least(0.0), default=1.0,
         help="wait before the first retry; it doubles each time")
     add("--max-batch", type=at_least(1), default=64, help="rows that a local model decodes at once")
@@ -95,7 +95,7 @@ def parse_args(argv=None):
         help="no (family, level) has more than this many times the median one; 0: off")
     add("--self-correction", type=share, default=0.0,
         help="share of the family traces that get a slip and its repair")
-    add("--think-tag", default="think", choices=THINK_TAGS)
+    add("--think-tag", default="think", choices=THINK_TAGS, help="of the thinking block")
     args = p.parse_args(argv)
     if bool(args.teacher_url) != bool(args.teacher_model):
         p.error("--teacher-url and --teacher-model belong together")
