@@ -36,6 +36,7 @@ from data import FAMILIES, family_of, load_problems, split_of, teachers
 from data.families import SIZES
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
+from eval import markdown
 from generate import completion_text, generate
 from optim import HelpFormatter, above, at_least, between, write_whole
 from verify import extract_answer, verify_many
@@ -404,30 +405,28 @@ def add_slip(record, problem, rate, seed, think_tag):
 
 def data_card(title, records, dropped, num_raw, facts):
     """Markdown: how the file was made, what was dropped and why, what remains."""
-    lines = [f"# {title}", "", "Made by", "",
-             f"    python -m data.traces {' '.join(sys.argv[1:])}", "", "## Dropped", "",
-             "| stage | traces | reasons | an example |", "| --- | --- | --- | --- |"]
+    stages = []
     for stage, drops in dropped.items():
         counts = Counter(fault.split(":")[0] for _, fault in drops).most_common()
         reasons = "; ".join(f"{reason} {n}" for reason, n in counts)
         example = f"`{drops[0][0]}`: {drops[0][1]}"[:240] if drops else ""
         example = example.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {stage} | {len(drops)} | {reasons} | {example} |")
-    lines += ["", f"{len(records)} of {num_raw} raw traces remain.", "", "## Facts", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
+        stages.append([stage, len(drops), reasons, example])
     lengths = sorted(len(record["thought"]) for record in records)
-    lines.append(f"- characters in a thought: least {lengths[0]}, "
-                 f"median {lengths[len(lengths) // 2]}, most {lengths[-1]}")
+    facts = facts | {"characters in a thought": f"least {lengths[0]}, median "
+                     f"{lengths[len(lengths) // 2]}, most {lengths[-1]}"}
     cells = Counter((r.get("subject") or "-", r.get("level") or "-") for r in records)
     levels = sorted({level for _, level in cells}, key=str)
-    lines += ["", "## What remains, by level", "", f"| subject | {' | '.join(map(str, levels))} |",
-              "| --- |" + " --- |" * len(levels)]
-    for subject in sorted({subject for subject, _ in cells}):
-        row = " | ".join(str(cells[subject, level]) for level in levels)
-        lines.append(f"| {subject} | {row} |")
-    lines += ["", "## One of them", "", "```", records[0]["problem"], "", records[0]["response"],
-              "```"]
-    return "\n".join(lines) + "\n"
+    rows = [[subject, *(cells[subject, level] for level in levels)]
+            for subject in sorted({subject for subject, _ in cells})]
+    return "\n".join([
+        f"# {title}\n\nMade by\n\n    python -m data.traces {' '.join(sys.argv[1:])}\n",
+        "## Dropped\n", markdown(["stage", "traces", "reasons", "an example"], stages),
+        f"{len(records)} of {num_raw} raw traces remain.\n",
+        "## Facts\n", *(f"- {name}: {value}" for name, value in facts.items()),
+        "\n## What remains, by level\n", markdown(["subject", *levels], rows),
+        f"## One of them\n\n```\n{records[0]['problem']}\n\n{records[0]['response']}\n```\n",
+    ])
 
 
 def self_test(count):
