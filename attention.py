@@ -43,23 +43,20 @@ def power_of_two(n):
 CPU_SCRATCH = 2**18  # scores made at a time: they stay in the cache of a CPU
 
 
-def float_scores(q, k, bias):
-    """q k^T / sqrt(head_dim) + bias in float32: q [N, M, head_dim], k [N, S, head_dim] -> [N, M, S].
-
-    bias: float32, anything that broadcasts to the scores.
-    """
+def float_scores(q, k):
+    """q k^T / sqrt(head_dim) in float32: [N, M, head_dim], [N, S, head_dim] -> [N, M, S]."""
     scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale).add_(bias)
-    return torch.baddbmm(bias, q.float(), k.float().mT, alpha=scale)
+        return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
+    return torch.baddbmm(torch.zeros(()), q.float(), k.float().mT, beta=0, alpha=scale)
 
 
 class SlicedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(head_dim) + bias) v, a few of the N products at a time.
 
-    q [N, M, head_dim], k and v [N, S, head_dim], bias [N, 1 or M, S] float32 -> like q. Kept for the
-    backward pass are the softmax's results only, in the dtype of q: with all scores held in float32
-    at once, an update in bfloat16 takes half as long again, and a third more memory.
+    q [N, R * T, head_dim], k and v [N, S, head_dim], bias [N, T, S] float32 -> like q. Only the
+    softmax's results are kept, in the dtype of q: to hold all scores in float32 at once takes an
+    update in bfloat16 half as long again, and a third more memory.
     """
 
     @staticmethod
@@ -69,14 +66,16 @@ class SlicedAttention(torch.autograd.Function):
         step = max(1, CPU_SCRATCH // weights[0].numel())
         for begin in range(0, len(q), step):
             part = slice(begin, begin + step)
-            weights[part] = float_scores(q[part], k[part], bias[part]).softmax(-1)
+            scores = float_scores(q[part], k[part])
+            scores.view(len(scores), -1, *bias.shape[1:]).add_(bias[part, None])
+            weights[part] = scores.softmax(-1)
             torch.bmm(weights[part], v[part], out=out[part])
         ctx.save_for_backward(q, k, v, weights)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        """For weights p = softmax(s): ds = p (dp - sum(p dp))."""
+        """For p = softmax(s): ds = p (dp - sum(p dp))."""
         q, k, v, weights = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5
         grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
@@ -94,10 +93,10 @@ def plain_attention(q, k, v, seen):
     """The CPU's way. `seen` as for `attention`, but not None."""
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
-    q = q.reshape(B * K, -1, head_dim)  # the query heads of one key head stand together
+    q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
     k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
     bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    bias = bias.expand(B, T, S).repeat_interleave(K, 0).repeat(1, H // K, 1)  # [B * K, H / K * T, S]
+    bias = bias.expand(B, T, S).repeat_interleave(K, 0)  # [B * K, T, S]
     return SlicedAttention.apply(q, k, v, bias).view(B, H, T, head_dim)
 
 
@@ -245,7 +244,7 @@ def cached_attention(cache, positions):
 
 
 def prefill_attention(store, rows, begin):
-    """Write the tokens from `begin` on of prompts into `rows` [n] of the store; they see all before.
+    """Write tokens from `begin` on of prompts into `rows` [n] of the store; each sees all before it.
 
     store: for each layer [keys, values], each [K, rows, slots, head_dim]. Padding beyond the slots
     is dropped.
@@ -305,12 +304,12 @@ def decode_attention(own, shared, layout):
             new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
             held.view(-1, head_dim).index_copy_(0, layout.slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
-        scores = float_scores(q, keys, own_bias)  # [K * B, R, S]
+        scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
         if shared is None:
             out = torch.bmm(scores.softmax(-1).to(q.dtype), values)
         else:
             prompt_keys, prompt_values = (held.flatten(0, 1) for held in shared[layer])
-            prompt_scores = float_scores(gather(q), prompt_keys, layout.prompt_bias)
+            prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)
             both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
             of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
             out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)

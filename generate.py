@@ -8,10 +8,10 @@
                        stop_tokens=config.eos_token_id)
     answers[prompt][sample].tokens, .logprobs, .finish
 
-A prompt is computed once, and its keys and values are held once: its samples attend to them together,
-and each to its own tokens (Hydragen, arXiv:2402.05099). Rows that end leave the batch, and waiting ones
-take their places (Orca, OSDI 2022). The layers are `model.block`; a GPU replays a step as a CUDA graph.
-Bounds on thinking: s1, arXiv:2501.19393.
+A prompt is computed once, and its keys and values are held once: its samples attend to them
+together, and each to its own tokens (Hydragen, arXiv:2402.05099). Rows that end leave the batch,
+and waiting ones take their places (Orca, OSDI 2022). The layers are `model.block`; a GPU replays a
+step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 """
 
 import argparse
@@ -26,9 +26,8 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+import model
 from attention import Layout, decode_attention, padded_length, prefill_attention
-from model import encode_chat, encode_text, end_tokens, head_weight, hidden_states, lm_head
-from model import load_config, load_params, load_system_prompt, load_tokenizer, merged_weight, resolve_model
 from optim import HelpFormatter, add_device_flags, at_least, between, compute_dtype, find_device
 
 
@@ -67,9 +66,9 @@ def parse_args(argv=None):
 
 class Completion(NamedTuple):
     tokens: list[int]  # the stop token, when one was drawn, is the last
-    logprobs: list[float]  # at the sampling temperature, before top-p and top-k cut the distribution
+    logprobs: list[float]  # at the sampling temperature, of the distribution before top-p and top-k
     finish: str  # "stop" | "length" | "repetition"
-    forced: list[int] = []  # indices of tokens that a thinking budget put there: not to be trained on
+    forced: list[int] = []  # indices of tokens from a thinking budget: not to be trained on
 
 
 # ------------------------------------------------------------ drawing a token
@@ -84,8 +83,9 @@ def mix(x):
 
 
 def uniform(keys, draws):
-    """Splitmix64, which has no state: float32 in [0, 1) for each pair of keys and draws, int64 [B]."""
-    return (mix(keys + (draws + 1) * (0x9E3779B97F4A7C15 - 2**64)) >> 40 & 0xFFFFFF).float() / 2**24
+    """Splitmix64, which has no state: keys, draws int64 [B] -> float32 [B] in [0, 1)."""
+    bits = mix(keys + (draws + 1) * (0x9E3779B97F4A7C15 - 2**64))
+    return (bits >> 40 & 0xFFFFFF).float() / 2**24
 
 
 def row_key(seed, prompt_seed, sample):
@@ -159,9 +159,9 @@ def truncated_draw(probs, noise, top_p, top_k):
 def sampling_params(params, config, dtype=None, device=None, packed=None):
     """The form of the weights that `generate` runs on: a new dict under the same names.
 
-    Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the last
-    bit for (almost) any number of rows; `packed` False keeps them. What has its form already is shared
-    with `params`, so that this costs nothing the second time. Call it again after an update.
+    Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the
+    last bit for (almost) any number of rows; `packed` False keeps them. What has its form already
+    is shared with `params`: the second time this costs nothing. Call it again after an update.
     """
     like = params["model.norm.weight"]
     dtype = dtype or like.dtype
@@ -176,7 +176,7 @@ def sampling_params(params, config, dtype=None, device=None, packed=None):
     for name, weight in params.items():
         if ".lora_" in name or weight.is_mkldnn:
             continue
-        weight = merged_weight(params, name).detach().to(device, dtype)
+        weight = model.merged_weight(params, name).detach().to(device, dtype)
         matrix = weight.dim() == 2 and name != "model.embed_tokens.weight"
         form[name] = pack(weight) if packed and matrix else weight
     form |= {name: weight for name, weight in params.items() if weight.is_mkldnn}
@@ -260,7 +260,7 @@ def is_loop(tokens, span):
 
 
 def steer_thinking(row, sampling):
-    """Keep a thought between its minimum and its budget, by queueing tokens that are to come next."""
+    """Keep a thought between its minimum and its budget, by queueing what has to come next."""
     opening, closing = f"<{sampling.think_tag}>", f"</{sampling.think_tag}>"
     if row.thought_begin is None:
         if opening in sampling.text(row.tokens[-len(opening):]):
@@ -271,13 +271,13 @@ def steer_thinking(row, sampling):
     if closing not in tail:
         if sampling.think_budget and spent >= sampling.think_budget and not row.queue:
             line_break = "" if tail.endswith("\n") else "\n"
-            row.queue = encode_text(sampling.tokenizer, line_break + closing + "\n")
+            row.queue = model.encode_text(sampling.tokenizer, line_break + closing + "\n")
     elif spent < sampling.think_minimum and not row.queue and len(row.tokens) - 1 not in row.forced:
         thought = sampling.text(row.tokens[row.thought_begin:]).partition(closing)[0]
         while len(sampling.text(row.tokens[row.thought_begin:])) > len(thought):
             row.tokens.pop()  # the tag is taken back, in the cache, too
             row.logprobs.pop()
-        row.queue = encode_text(sampling.tokenizer, "Wait")
+        row.queue = model.encode_text(sampling.tokenizer, "Wait")
     elif not row.queue:
         row.thought_closed = True
 
@@ -303,7 +303,7 @@ def finish_reason(row, sampling):
 def new_store(config, rows, slots, like):
     """Keys and values, zeros: for each layer [keys, values] of [K, rows, slots, head_dim] each.
 
-    With the heads outside, rows of one prompt that stand side by side are one product with its keys.
+    With the heads outside, rows of a prompt that stand side by side are one product with its keys.
     Of the tensor `like`; but a CPU has no bfloat16 product with float32 results, and keeps the keys
     in float32 instead of turning them at every step.
     """
@@ -360,14 +360,14 @@ def resize_store(store, rows, slots, kept):
 
 
 def cache_slots(rows, group, prompt, completion, on_cpu):
-    """Slots of the cache at most, for `rows` rows of `group` to a prompt: what a plan of memory needs."""
+    """Slots of the cache at most, for so many rows, `group` to a prompt. For a plan of memory."""
     batch = Batch([], None, None, {}, on_cpu)
     own = batch.padded_rows(rows) * batch.padded_slots(completion)
     return own + batch.padded_rows(-(-rows // group)) * batch.padded_slots(prompt)
 
 
 def schedule(batch, waiting, max_batch, budget):
-    """Preempt rows while the cache needs over `budget` slots, admit waiting ones: those that enter."""
+    """Preempt rows while over `budget` slots are needed, admit waiting ones. Returns the latter."""
     running = batch.running
     while len(running) > 1 and batch.slots_needed(running) > budget:
         youngest = min(running, key=lambda row: len(row.tokens))
@@ -384,7 +384,7 @@ def schedule(batch, waiting, max_batch, budget):
 
 
 def fit(batch, store, rows, length, kept):
-    """Give a store so many rows, for rows of this length, unless it fits. Returns whether rows moved."""
+    """Resize a store for so many rows of this length, unless it fits. Returns whether it did."""
     needed = rows, batch.padded_slots(length)
     held = store[0][0].shape[1:3]
     if all(0.75 * have < need <= have for need, have in zip(needed, held)):
@@ -395,7 +395,7 @@ def fit(batch, store, rows, length, kept):
 
 
 def allocate(batch, entering):
-    """Give the entering rows places, and their prompts rows of the store: [(prompt, row), ...] to fill."""
+    """Places for the entering rows, and for their prompts: [(prompt, row of its store)] to fill."""
     rows = batch.running + entering
     places = batch.padded_rows(len(rows))
     kept = [place for place, row in enumerate(batch.places) if row]
@@ -442,26 +442,27 @@ def batch_layout(batch):
     for place, row in enumerate(batch.places):
         if row and N:
             groups[batch.prompts[row.prompt]].append(place)
-    held = torch.tensor([max((batch.places[i].shared for i in group), default=0) for group in groups])
-    unseen = torch.arange(P) >= held[:, None]  # [N, P]
+    held = [max((batch.places[i].shared for i in group), default=0) for group in groups]
+    unseen = torch.arange(P) >= torch.tensor(held).view(N, 1)
     prompt_bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
 
-    if N and B % N == 0 and all(i // (B // N) == at for at, group in enumerate(groups) for i in group):
-        members, places = torch.arange(B).view(N, -1), []  # side by side: nothing need be gathered
-    else:
-        g = batch.padded_rows(max(map(len, groups), default=1))
-        members = [group + [0] * (g - len(group)) for group in groups]
-        places = [0] * B
-        for at, group in enumerate(groups):
-            for j, i in enumerate(group):
-                places[i] = at * g + j
+    g = batch.padded_rows(max(map(len, groups), default=1))
+    members = [group + [0] * (g - len(group)) for group in groups]
+    places = [0] * B
+    for at, group in enumerate(groups):
+        for j, i in enumerate(group):
+            places[i] = at * g + j
+    by_prompt = [i for group in groups for i in group]
+    if N and B % N == 0 and all(len(group) == B // N for group in groups) and by_prompt == sorted(
+            by_prompt):  # side by side: nothing need be gathered
+        members, places = torch.arange(B).view(N, -1), []
     next_slots = (torch.arange(K * B).view(-1, B) * slots + lengths).flatten()
     columns = (next_slots, lengths, prompt_bias, members, places)
     return Layout(*(torch.as_tensor(column).to(batch.own[0][0].device) for column in columns))
 
 
 def batch_state(batch, states):
-    """The State of a batch's rows. states: {shapes: State}; a graph reads the one it was captured with."""
+    """The State of a batch's rows. states: {shapes: State}: a graph reads where it was captured."""
     rows = [row or Row() for row in batch.places]
     columns = [[row.tokens[-1] if row.tokens else row.first for row in rows],
                [row.shared + row.length for row in rows], [row.key for row in rows],
@@ -475,7 +476,7 @@ def batch_state(batch, states):
 
 
 def prefill(params, config, store, rows, prompts, chunk):
-    """Write the keys and values of `prompts` into `rows` of the store, about `chunk` tokens at a time."""
+    """Write keys and values of `prompts` into `rows` of the store, about `chunk` tokens a time."""
     todo = sorted(((prompt, row) for prompt, row in zip(prompts, rows) if prompt),
                   key=lambda pair: -len(pair[0]))
     device = store[0][0].device
@@ -484,19 +485,22 @@ def prefill(params, config, store, rows, prompts, chunk):
         width = min(padded_length(longest), chunk)
         padded = -(-longest // width) * width
         now, todo = todo[:chunk // width], todo[chunk // width:]
-        tokens = torch.tensor([prompt + [0] * (padded - len(prompt)) for prompt, _ in now], device=device)
+        tokens = [prompt + [0] * (padded - len(prompt)) for prompt, _ in now]
+        tokens = torch.tensor(tokens, device=device)
         at = torch.tensor([row for _, row in now], device=device)
         for begin in range(0, longest, width):
             part = tokens[:, begin:begin + width]
             positions = torch.arange(begin, begin + width, device=device).expand(part.shape)
-            hidden_states(params, config, part, positions, prefill_attention(store, at, begin))
+            attend_fn = prefill_attention(store, at, begin)
+            model.hidden_states(params, config, part, positions, attend_fn)
 
 
 def decode_step(params, config, state, own, shared, sampling):
-    """Feed each row's last token, draw the next: tokens [B], logprobs [B]. Writes `state` and `own`."""
+    """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and `own`."""
     attend_fn = decode_attention(own, shared, state.layout)
-    hidden = hidden_states(params, config, state.tokens[:, None], state.positions[:, None], attend_fn)
-    logits = lm_head(hidden, head_weight(params))[:, 0]  # [B, V]
+    tokens, positions = state.tokens[:, None], state.positions[:, None]  # [B, 1]
+    hidden = model.hidden_states(params, config, tokens, positions, attend_fn)
+    logits = model.lm_head(hidden[:, 0], model.head_weight(params))  # [B, V]
     forced = state.forced if sampling.bounds_thinking else None
     tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), sampling.temperature,
                                      sampling.top_p, sampling.top_k, forced)
@@ -507,7 +511,7 @@ def decode_step(params, config, state, own, shared, sampling):
 
 
 def captured(step_fn, state, graphs, shape):
-    """step_fn(), on a GPU as a CUDA graph, captured once per shape: its tensors must stay in place."""
+    """step_fn(), on a GPU as a CUDA graph, captured once per shape; its tensors stay in place."""
     if state.tokens.device.type != "cuda":
         return step_fn()
     if shape not in graphs:
@@ -551,10 +555,10 @@ def decode(params, config, batch, state, sampling, stride, step_fn):
 def harvest(batch, drawn, sampling, results, on_token):
     """Hand the drawn tokens to their rows, and those that end to `results`.
 
-    drawn: [(tokens [B], logprobs [B]), ...] of one step after another. Returns whether a thought was
-    reopened: the row is then shorter than its cache.
+    drawn: [(tokens [B], logprobs [B]), ...] of one step after another. Returns whether a thought
+    was reopened: the row is then shorter than its cache.
     """
-    tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]: waits
+    tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     reopened = False
     for place, row in enumerate(batch.places):
         if row is None:
@@ -568,7 +572,8 @@ def harvest(batch, drawn, sampling, results, on_token):
         if on_token:
             on_token(row.prompt, row.sample, row.tokens)
         if finish:
-            results[row.prompt][row.sample] = Completion(row.tokens, row.logprobs, finish, row.forced)
+            completion = Completion(row.tokens, row.logprobs, finish, row.forced)
+            results[row.prompt][row.sample] = completion
             batch.places[place] = None
     return reopened
 
@@ -577,7 +582,7 @@ def harvest(batch, drawn, sampling, results, on_token):
 
 
 def check_request(config, prompts, limits, **settings):
-    """Raises ValueError for a setting out of range, or a prompt that the model cannot go on from."""
+    """Raises ValueError for a setting out of range, or a prompt that cannot be gone on from."""
     settings["max_new_tokens"] = min((n for row in limits for n in row), default=1)
     for name, value in settings.items():
         low = 0 if name in ("temperature", "top_p", "top_k") else 1
@@ -586,12 +591,13 @@ def check_request(config, prompts, limits, **settings):
             raise ValueError(f"{name} is {value}, expected {expected}")
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {i} is empty; give it at least one token, such as <|endoftext|>")
+            raise ValueError(f"prompt {i} is empty; give it a token, such as <|endoftext|>")
         if len(prompt) >= config.max_context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, which fill the context of "
                              f"{config.max_context}")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {i} has a token outside the vocabulary of {config.vocab_size}")
+            raise ValueError(f"prompt {i} has a token outside the vocabulary of "
+                             f"{config.vocab_size}")
 
 
 def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
@@ -600,14 +606,15 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
     for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p])):
         thought_begin = None
         if sampling.bounds_thinking:
-            _, opening, since = sampling.text(prompts[p][-32:]).rpartition(f"<{sampling.think_tag}>")
-            thought_begin = 0 if opening and f"</{sampling.think_tag}>" not in since else None
+            tail, tag = sampling.text(prompts[p][-32:]), f"{sampling.think_tag}>"
+            thought_begin = 0 if tail.rfind("<" + tag) > tail.rfind("</" + tag) else None
         held = len(prompts[p]) - 1  # rows feed the last token themselves: only decode makes logits
         shared, private = (held, 0) if shares else (0, held)
         for sample, limit in enumerate(limits[p]):
             key = row_key(seed, p if seeds is None else seeds[p], sample)
             limit = min(limit, config.max_context - len(prompts[p]))
-            waiting.append(Row(p, sample, key, limit, prompts[p][-1], shared, private, thought_begin))
+            row = Row(p, sample, key, limit, prompts[p][-1], shared, private, thought_begin)
+            waiting.append(row)
     return waiting
 
 
@@ -615,15 +622,15 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0,
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
              tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
-             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None, on_token=None,
-             stats=None):
+             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None,
+             on_token=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
-    A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says depends
-    neither on who shares its batch nor on the batch size, but for a rounding that moves a draw across
-    the very edge of two tokens.
+    A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says
+    depends neither on who shares its batch nor on the batch size, but for a rounding that moves a
+    draw across the very edge of two tokens.
     params: a checkpoint's tensors, with or without an adapter, or sampling_params of them.
-    max_new_tokens: an int, or one for each [prompt][sample]. The end of the context is a limit, too.
+    max_new_tokens: an int, or one for each [prompt][sample]; the context's end is a limit, too.
     seeds: an int for each prompt; default its index.
     stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
     repetition: end a row whose last tokens, so many, say one phrase four times or more.
@@ -636,12 +643,13 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
-    limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
-              for p in range(len(prompts))]
+    limits = max_new_tokens
+    if isinstance(max_new_tokens, int):
+        limits = [[max_new_tokens] * num_samples for _ in prompts]
     check_request(config, prompts, limits, num_samples=num_samples, temperature=temperature,
                   top_p=top_p, top_k=top_k, max_batch=max_batch, chunk=chunk)
-    sampling = Sampling(temperature, top_p, top_k, frozenset(stop_tokens), tuple(stop_strings), tokenizer,
-                        repetition, think_budget, think_minimum, think_tag)
+    sampling = Sampling(temperature, top_p, top_k, frozenset(stop_tokens), tuple(stop_strings),
+                        tokenizer, repetition, think_budget, think_minimum, think_tag)
     if (sampling.stop_strings or sampling.bounds_thinking) and tokenizer is None:
         raise ValueError("stop strings and bounds on thinking need the tokenizer")
     stats = {} if stats is None else stats
@@ -658,7 +666,8 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     shares = share_prompts and num_samples > 1
     waiting = new_rows(config, prompts, limits, seed, seeds, shares, sampling)
     shared = new_store(config, 0, 0, embedding) if shares else None
-    batch = Batch([], new_store(config, 0, 0, embedding), shared, {}, embedding.device.type == "cpu")
+    on_cpu = embedding.device.type == "cpu"
+    batch = Batch([], new_store(config, 0, 0, embedding), shared, {}, on_cpu)
     budget = cache_gib / store_gib(new_store(config, 1, 1, embedding))  # in slots
     # steps between two looks at what was drawn; on a CPU, looking for stop tokens is free
     stride = 1 if on_token or sampling.reads_text else 8
@@ -696,7 +705,7 @@ def completion_text(tokenizer, completion, ends, stop=()):
 
 
 def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=True):
-    """show(tokens, last): writes what is new in a completion's text, its thought dimmed or hidden."""
+    """show(tokens, last): writes what is new of a completion's text, its thought dim or hidden."""
     shown, thinking = 0, False
 
     def show(tokens, last=False):
@@ -726,12 +735,13 @@ def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=Tru
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = resolve_model(args.model)
-    config, tokenizer, system = load_config(path), load_tokenizer(path), load_system_prompt(path)
+    path = model.resolve_model(args.model)
+    config, tokenizer = model.load_config(path), model.load_tokenizer(path)
+    system = args.system or model.load_system_prompt(path)
     device = find_device(args.device)
-    params = load_params(path, device, compute_dtype(args.dtype, device))
+    params = model.load_params(path, device, compute_dtype(args.dtype, device))
     params = sampling_params(params, config, packed=False if args.compile else None)
-    ends = end_tokens(tokenizer, config)
+    ends = model.end_tokens(tokenizer, config)
     messages = []
     while True:
         try:
@@ -739,15 +749,15 @@ def main(args):
         except EOFError:
             return
         messages.append({"role": "user", "content": question})
-        prompt = encode_chat(tokenizer, messages, system=args.system or system)
+        prompt = model.encode_chat(tokenizer, messages, system=system)
         if args.raw:
             prompt = tokenizer.encode(question, add_special_tokens=False).ids
         show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
                              args.think_tag, args.hide_thinking, sys.stdout.isatty())
         [[answer]] = generate(
-            params, config, [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            top_p=args.top_p, top_k=args.top_k, stop_tokens=ends, seed=args.seed,
-            seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
+            params, config, [prompt], max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
+            seed=args.seed, seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
             think_budget=args.think_budget, think_minimum=args.think_minimum,
             think_tag=args.think_tag, compile_backend="inductor" if args.compile else None,
             on_token=lambda prompt, sample, tokens: show(tokens))

@@ -74,7 +74,7 @@ class Config(NamedTuple):
 
 
 def is_tiny(config):
-    """Whether this is the embedded model, or was trained from it: it knows generated problems only."""
+    """Whether this is the embedded model, or trained from it: it knows generated problems only."""
     return config.hidden_size * config.num_hidden_layers < 4096
 
 
@@ -125,7 +125,7 @@ def rope_frequencies(config, device="cpu"):
 
 
 def rope_table(config, positions, dtype):
-    """cos and sin of the angles at `positions` [B, T], as `rotate` needs them: [B, 1, T, head_dim]."""
+    """cos and sin at `positions` [B, T], [B, 1, T, head_dim] each, as `rotate` takes them."""
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     angles = torch.cat((-angles, angles), -1)[:, None]  # the two dimensions of a pair
     scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
@@ -194,7 +194,7 @@ def head_weight(params):
 
 
 def lm_head(hidden, weight, temperature=1.0):
-    """Logits: hidden [..., D], weight [V, D] -> [..., V] float32; the product has the inputs' dtype."""
+    """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
     logits = project(hidden, weight).float()
     return logits if temperature == 1 else logits / temperature
 
@@ -342,7 +342,7 @@ def init_lora(config, rank, seed, device="cpu"):
 
 
 def merged_weight(params, name):
-    """W + B A, computed in float32, where `params` has an adapter for this weight; else W itself."""
+    """W + B A, computed in float32, where `params` has an adapter for this weight; else just W."""
     weight = params[name]
     down = params.get(name.removesuffix("weight") + "lora_A.weight")
     if down is None:
@@ -414,7 +414,7 @@ def read_json(path):
 
 
 def check_numbers(record):
-    """Raises ValueError for a field of a Config or a Yarn that is not of its type, or not positive."""
+    """Raises ValueError for a field of a Config or a Yarn of another type, or not positive."""
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
         fits = type(value) in (int, kind)
