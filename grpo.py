@@ -48,11 +48,11 @@ from verify import format_reward, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
-        "micro_tokens": 2048, "checkpointing": False, "lr": 5e-4}
+        "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
-          "micro_tokens": 16384, "checkpointing": True, "lr": 1e-6}
+          "micro_tokens": 16384, "checkpointing": True}
 LORA_RANK = 32  # where all weights do not fit the memory
-LORA_LR = 3e-5  # an adapter stands larger steps
+TINY_LR, LR, LORA_LR = 5e-4, 1e-6, 3e-5  # an adapter stands larger steps
 # A problem is asked by itself, and only the box earns the reward.
 PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
@@ -125,7 +125,7 @@ def add_flags(parser):
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
         "the backward pass: a third more time, and far less memory " + default_of("checkpointing"))
     optim.add_train_flags(parser, lr=None, run_dir="runs/grpo", lr_help="peak learning rate "
-                          f"{default_of('lr')[:-1]}, of an adapter {LORA_LR})")
+                          f"(default {TINY_LR} for a tiny model, else {LR}; of an adapter {LORA_LR})")
 
 
 def parse_args(argv=None):
@@ -707,43 +707,50 @@ def choose_lora_rank(config, args, world, device):
         "a smaller --micro-tokens or --max-batch")
 
 
-def settle_flags(args, config):
-    """Give flags that were left out what they mean for this model and memory. Writes into `args`.
+def fill_defaults(args, config):
+    """Give flags that were left out what they mean for this model. Writes into `args`.
 
-    Raises ValueError for flags that contradict each other, and when nothing fits the memory.
+    Raises ValueError for flags that contradict each other.
     """
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
     if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
         raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
                          f"{args.clip_high}")
-    defaults = dict(TINY if model.is_tiny(config) else OTHERS)
-    lr = defaults.pop("lr")
-    if args.epochs:
-        defaults.pop("steps")
-    for name, value in defaults.items():
+    for name, value in (TINY if model.is_tiny(config) else OTHERS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.epochs:
+        args.steps = None
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
+
+def settle_flags(args, config):
+    """Fill in what was left out, by the model and the memory there is, and say what is trained.
+
+    Writes into `args`. Raises ValueError for flags that contradict each other, and when neither all
+    weights nor an adapter fit.
+    """
+    fill_defaults(args, config)
     device = optim.find_device(args.device)
     world = max(rank_and_world()[1], args.processes or 1)
-    how = "as --lora-rank says"
+    reason = ""
     if args.lora_rank is None:
         args.lora_rank = choose_lora_rank(config, args, world, device)
-        how = ("as not all weights fit; --lora-rank 0 trains them all the same" if args.lora_rank
-               else f"as they fit; --lora-rank {LORA_RANK} trains an adapter")
-    args.lr = args.lr or (LORA_LR if args.lora_rank else lr)
+        reason = " (--lora-rank 0 trains all weights)" if args.lora_rank else ""
+    if args.lr is None:
+        args.lr = TINY_LR if model.is_tiny(config) else LR
+        args.lr = LORA_LR if args.lora_rank else args.lr
     plan = memory_plan(config, args, args.lora_rank, world, device.type)
     if args.processes is None:
-        frozen = list(plan["throughout"].values())[0] if args.lora_rank else 0.0
+        frozen = plan["throughout"]["weights"] if args.lora_rank else 0.0
         gib_each = max(optim.plan_peaks(plan)) - frozen
         args.processes = optim.default_processes(args.device, gib_each, frozen)
         world = max(world, args.processes)
         plan = memory_plan(config, args, args.lora_rank, world, device.type)
-    what = f"an adapter of rank {args.lora_rank}" if args.lora_rank else "all weights"
-    there = optim.memory_there(device, args.processes)
-    optim.say(f"training {what}, {how}; memory, about: {optim.plan_line(plan, there, world)}")
+    trained = f"an adapter of rank {args.lora_rank}" if args.lora_rank else "all weights"
+    memory = optim.plan_line(plan, optim.memory_there(device, args.processes), world)
+    optim.say(f"training {trained}{reason}: about {memory}")
 
 
 def load_mixture(words, limit):

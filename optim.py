@@ -264,6 +264,12 @@ def leave_at_once(forks, kind, error, trace):
     os._exit(1)
 
 
+def say(*words):
+    """Print, on process 0 only."""
+    if rank_and_world()[0] == 0:
+        print(*words, flush=True)
+
+
 def all_sum(values):
     """The sums of a list of floats over all processes, in float64, known to every process."""
     if not dist.is_initialized():
@@ -352,7 +358,7 @@ def plan_memory(config, load, dtype, device="cpu", world=1):
     masters = 0 if rank or dtype == torch.float32 and not load.offload else 4 * trained / world
     moments = 8 * trained / world
     throughout = {
-        f"weights, {str(dtype).removeprefix('torch.')}": size * weights,
+        "weights": size * weights,
         "adapter": 4 * trained if rank else 0,
         "float32 masters": masters,
         "gradients": 4 * trained,
@@ -382,8 +388,11 @@ def plan_memory(config, load, dtype, device="cpu", world=1):
         "layer inputs" if load.checkpointing else "activations": tokens * L * kept,
         "gradient of the embedding": size * V * D if embeddings and not rank else 0,
         "the head, or one layer, backward": max(head_backward, layer_backward)}
+    copied = 0 if on_gpu and not rank else weights - V * D * (1 if embeddings else 2)
+    if not on_gpu:
+        copied += V * D  # packed: the head, too
     rollouts = {
-        "the sampler's weights": size * (weights + (V * D if embeddings else 0)),
+        "the sampler's weights": size * copied,
         f"key/value cache of {load.rows} rows": 2 * size * L * KV * load.cache_slots,
         "logits of a step": load.rows * V * (12 + size)}
     plan = {"throughout": throughout, "update": update, "rollouts": rollouts, "host": host}
@@ -849,9 +858,6 @@ def log_samples(run, step, samples):
             append_record(run.dir / "samples.jsonl", {"step": step} | sample)
 
 
-say_once = functools.cache(print)
-
-
 def draw_curves(run_dir, names=()):
     """Draw metrics.jsonl as curves.png, a panel for each of `names`; none: all. Process 0 only."""
     if rank_and_world()[0]:
@@ -859,7 +865,7 @@ def draw_curves(run_dir, names=()):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say_once("curves.png is not drawn: pip install matplotlib")
+        say("curves.png is not drawn: pip install matplotlib")
         return
     path = Path(run_dir, "curves.png")
     lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
