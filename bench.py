@@ -52,10 +52,9 @@ def gpus_and_gib(text):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="sample|step|plan")
+    commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
     sample, step, plan = (
-        commands.add_parser(name, usage=f"bench.py {name} [--flag value ...]", description=fn.__doc__,
-                            formatter_class=optim.HelpFormatter)
+        commands.add_parser(name, description=fn.__doc__, formatter_class=optim.HelpFormatter)
         for name, fn in (("sample", bench_sample), ("step", bench_step), ("plan", bench_plan)))
     sample.set_defaults(bench_fn=bench_sample)
     sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")

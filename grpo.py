@@ -23,6 +23,7 @@ Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2
 """
 
 import argparse
+import functools
 import itertools
 import math
 import random
@@ -32,6 +33,7 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +43,7 @@ import model
 import optim
 from data import load_problems
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, render_prompt
-from eval import evaluate, markdown, percent, scores_of, summarize
+from eval import interval, markdown, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import all_sum, at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import format_reward, verify_many
@@ -129,8 +131,7 @@ def add_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter,
-                                     usage="%(prog)s [--flag value ...]   (--help lists the flags)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
 
@@ -378,26 +379,32 @@ def problem_order(sets, proportions, seed, curriculum=False):
         yield place, orders[i][index]
 
 
-def roll_out(policy, problems, args, seed, greedy=False):
+def roll_out(policy, problems, args, seed=0, prompt=None, greedy=False):
     """A Group, graded but without rewards, for each (place, problem).
 
-    A completion's noise derives from (seed, place, sample) alone. greedy: one completion, the likeliest.
+    A completion's noise derives from (seed, place, sample) alone. greedy: one completion, without.
     """
     asked = {"system": policy.system, "think_tag": args.think_tag}
-    prompts = [encode_prompt(policy.tokenizer, args.prompt, p, **asked) for _, p in problems]
+    preset = prompt or args.prompt
+    prompts = [encode_prompt(policy.tokenizer, preset, problem, **asked) for _, problem in problems]
     ends = model.end_tokens(policy.tokenizer, policy.config)
     rows = generate(policy.params, policy.config, prompts, num_samples=1 if greedy else args.group,
                     max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
                     temperature=0.0 if greedy else args.temperature, seed=seed,
                     seeds=[place for place, _ in problems])
-    groups = []
-    for (place, problem), prompt, completions in zip(problems, prompts, rows):
-        texts = [completion_text(policy.tokenizer, c, ends) for c in completions]
-        groups.append(Group(problem, render_prompt(args.prompt, problem, **asked), texts, completions,
-                            [], args.max_new_tokens, args.think_tag, place, prompt))
-    pairs = [(text, g.problem["answer"]) for g in groups for text in g.texts]
+    texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
+    pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
     verdicts = iter(verify_many(pairs, strict=True))
-    return [g._replace(right=[next(verdicts) for _ in g.texts]) for g in groups]
+    return [Group(problem, render_prompt(preset, problem, **asked), texts[i], rows[i],
+                  list(itertools.islice(verdicts, len(rows[i]))), args.max_new_tokens,
+                  args.think_tag, place, prompts[i])
+            for i, (place, problem) in enumerate(problems)]
+
+
+def gather_groups(groups):
+    """The groups of all processes, in the order of their places."""
+    shares = gather_objects(groups)
+    return sorted(itertools.chain(*shares), key=lambda group: group.place)
 
 
 def has_spread(group):
@@ -622,45 +629,56 @@ def step_metrics(groups, learned, args, rollout_s, update_s):
         "learned_tokens_per_s": s["tokens"] / update_s}
 
 
-def samples_of(groups, kind, count):
-    """The first `count` groups of all processes, whole, as samples.jsonl holds them."""
-    groups = [g for share in gather_objects(groups[:count]) for g in share]
-    samples = []
-    for g in sorted(groups, key=lambda g: g.place)[:count]:
-        completions = [
-            {"text": g.texts[i], "tokens": c.tokens, "logprobs": [round(x, 4) for x in c.logprobs],
-             "rewards": {name: values[i] for name, values in g.parts.items()},
-             "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
-             "right": g.right[i], "finish": c.finish} for i, c in enumerate(g.completions)]
-        samples.append({"kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
-                        "prompt": g.prompt, "completions": completions})
-    return samples
-
-
-def held_out_samples(policy, problems, args, reward_fn):
-    """Greedy answers to a few problems that are never trained on, for samples.jsonl."""
+def answer_greedily(policy, problems, args, prompt=None):
+    """A Group of one greedy completion for each problem, all of them on every process."""
     rank, world = rank_and_world()
     mine = list(enumerate(problems))[rank::world]
-    groups = [reward_fn(g) for g in roll_out(policy, mine, args, seed=0, greedy=True)]
-    return samples_of(groups, "held_out", len(problems))
+    return gather_groups(roll_out(policy, mine, args, prompt=prompt, greedy=True))
 
 
-def evaluate_policy(policy, problems, args, prompt):
-    """Greedy answers, divided among the processes: the records of eval.evaluate, on each of them."""
-    rank, world = rank_and_world()
-    params = {name: tensor.detach() for name, tensor in policy.params.items()}
-    mine = evaluate(params, policy.config, policy.tokenizer, problems[rank::world], prompt=prompt,
-                    system=policy.system, think_tag=args.think_tag, max_batch=args.max_batch,
-                    max_new_tokens=args.max_new_tokens, progress=False)
-    shares = gather_objects(mine)
-    return [shares[i % world][i // world] for i in range(len(problems))]
+def sample_records(groups, kind):
+    """Groups, whole, as samples.jsonl holds them."""
+    return [
+        {"kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
+         "prompt": g.prompt, "completions": [
+             {"text": g.texts[i], "tokens": c.tokens, "logprobs": [round(x, 4) for x in c.logprobs],
+              "rewards": {name: values[i] for name, values in g.parts.items()},
+              "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
+              "right": g.right[i], "finish": c.finish} for i, c in enumerate(g.completions)]}
+        for g in groups]
+
+
+def log_evaluation(policy, dev, groups, args, run, step, reward_fn):
+    """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+    answered = answer_greedily(policy, dev, args)
+    rolled_out = gather_groups(groups[:4])[:4]
+    held_out = list(map(reward_fn, answered[:8]))
+    optim.log_samples(run, step, sample_records(rolled_out, "rollout")
+                      + sample_records(held_out, "held_out"))
+    return fmean(g.right[0] is True for g in answered)
+
+
+def warn(metrics, extra, args):
+    """Count updates that were skipped in a row in `extra`; ValueError for the third."""
+    if metrics["truncated"] > 0.5:
+        optim.say("more than half of the completions were cut off at --max-new-tokens "
+                  f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
+    extra["failures"] = extra["failures"] + metrics["skipped"] if metrics["skipped"] else 0
+    if extra["failures"] >= 3:
+        raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, which "
+                         "were skipped; start another --run-dir from the last checkpoint, with --lr "
+                         f"below {args.lr:g} or --dtype float32")
 
 
 def measure_test(policy, problems, args, rows, method, prompt=None):
-    """Put the accuracy on the test split into `rows`, of which results.md is made."""
-    prompt = prompt or args.prompt
-    row = summarize(evaluate_policy(policy, problems, args, prompt), method=method, prompt=prompt)
-    rows[:] = [other for other in rows if other["method"] != method] + [row]
+    """Add a row to `rows`, of which results.md is made: the accuracy on the test split."""
+    groups = answer_greedily(policy, problems, args, prompt)
+    accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
+    completions = [g.completions[0] for g in groups]
+    rows[:] = [row for row in rows if row["method"] != method] + [
+        {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+         "tokens_mean": fmean(len(c.tokens) for c in completions),
+         "truncated": fmean(c.finish != "stop" for c in completions)}]
 
 
 def write_results(run, rows):
@@ -798,14 +816,6 @@ def make_trainable(base, config, args, device):
     return params, reference, optimizer
 
 
-def check_updates(failures, lr):
-    """Raises ValueError when updates were skipped three times running."""
-    if failures >= 3:
-        raise ValueError(f"the gradient was not finite in {failures} updates running, which were "
-                         "skipped; start another --run-dir from the last checkpoint, with --lr below "
-                         f"{lr:g} or --dtype float32")
-
-
 def main(args):
     config = model.load_config(model.resolve_model(args.model, config_only=True))
     coefficients = parse_rewards(args.reward)
@@ -820,37 +830,35 @@ def main(args):
                          f"context of {config.max_context}")
     dev, test = load_held_out(args)
     num_problems = sum(map(len, sets))
-    a_pass = num_problems / args.prompts  # steps of an epoch
-    steps = args.steps or math.ceil(args.epochs * a_pass)
-    epoch_ends = {math.ceil(n * a_pass): n for n in range(1, math.ceil(args.epochs or 0))}
+    epoch = num_problems / args.prompts  # in steps
+    steps = args.steps or math.ceil(args.epochs * epoch)
+    epoch_ends = {math.ceil(n * epoch): n for n in range(1, math.ceil(args.epochs or 0))}
 
     base = load_base(model_dir, args)  # before this process forks: frozen weights are shared
-    rank, world, device = optim.init_distributed(args.device, args.processes)
+    _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
-    policy = Policy(params, config, tokenizer, system)
     state = {"step": 0, "best_step": None,
              "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
     best_step, extra = state["best_step"], state["extra"]
+    policy = Policy(params, config, tokenizer, system)
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, extra["taken"], None)
-    optim.say(f"{num_problems} training problems, {sum(map(len, all_sets)) - num_problems} more are "
-              f"too long for the context; {len(dev)} held out for choosing and {len(test)} for the "
-              f"result; {optimizer.spans and sum(p.numel() for p in params.values() if p.requires_grad):,} weights to train on {world} x {device}")
-
-    def reward_fn(group):
-        return reward_group(group, coefficients)
-
+    reward_fn = functools.partial(reward_group, coefficients=coefficients)
+    num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
+    optim.say(f"{num_problems} training problems ({sum(map(len, all_sets)) - num_problems} more are "
+              f"too long for the context), {len(dev)} held out for choosing and {len(test)} for the "
+              f"result; {num_trained:,} weights to train on {world} x {device}")
     if not checkpoint:
-        samples = held_out_samples(policy, dev[:8], args, reward_fn)
-        optim.log_samples(run, 0, samples)
+        log_evaluation(policy, dev[:8], [], args, run, 0, reward_fn)
     if test and not extra["rows"]:
         measure_test(policy, test, args, extra["rows"], "before")
         if args.prompt != "cot":
-            measure_test(policy, test, args, extra["rows"], "before, asked to think step by step", "cot")
+            measure_test(policy, test, args, extra["rows"], "before, asked to think step by step",
+                         "cot")
         write_results(run, extra["rows"])
 
     began = time.perf_counter()
@@ -868,34 +876,25 @@ def main(args):
             updated = time.perf_counter()
 
             extra["taken"] += taken
-            extra["failures"] = extra["failures"] + learned["skipped"] if learned["skipped"] else 0
             metrics = {"step": step, "steps": steps, "epoch": extra["taken"] / num_problems, "lr": lr}
             metrics |= step_metrics(groups, learned, args, rolled - start, updated - rolled)
             metrics["peak_memory_gib"] = max(gather_objects(optim.peak_memory_gib(device)))
-            stopping = stop_requested()
-            last = step == steps
-            evaluating = step % args.eval_every == 0 or step in epoch_ends or last
+            stopping, last = stop_requested(), step == steps
+            evaluating = last or step % args.eval_every == 0 or step in epoch_ends
             line = STEP_LINE
             if evaluating:
-                scores = scores_of(evaluate_policy(policy, dev, args, args.prompt), PRESETS[args.prompt].grade)
-                metrics["dev_accuracy"] = sum(scores) / len(scores)
                 line += " | dev accuracy {dev_accuracy:.3f}"
+                metrics["dev_accuracy"] = log_evaluation(policy, dev, groups, args, run, step, reward_fn)
                 if metrics["dev_accuracy"] > extra["best"]:
                     extra["best"], best_step = metrics["dev_accuracy"], step
-                optim.log_samples(run, step, samples_of(groups, "rollout", 4)
-                                  + held_out_samples(policy, dev[:8], args, reward_fn))
             mean_s = (time.perf_counter() - began) / (step - state["step"])
-            metrics["left_min"] = mean_s * (steps - step) / 60
-            optim.log_step(run, line, metrics)
-            if metrics["truncated"] > 0.5:
-                optim.say("more than half of the completions were cut off at --max-new-tokens "
-                          f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
-            check_updates(extra["failures"], args.lr)
+            optim.log_step(run, line, metrics | {"left_min": mean_s * (steps - step) / 60})
+            warn(metrics, extra, args)
             if test and (last or step in epoch_ends):
                 method = "after" if last else f"after epoch {epoch_ends[step]}"
                 measure_test(policy, test, args, extra["rows"], method)
             if evaluating or stopping or step % args.save_every == 0:
-                optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, extra,
+                optim.save_checkpoint(run.dir, step, params, config, model_dir, optimizer, extra,
                                       args.keep, best_step)
             if evaluating:
                 optim.draw_curves(run.dir, CURVES)

@@ -85,11 +85,14 @@ below_one = bounded(float, lambda value: 0 <= value < 1, "at least 0 and less th
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a docstring and shows the default of every flag that has one."""
+    """Keeps the lines of the docstring, shows defaults, and leaves out the list of all flags."""
+
+    def add_usage(self, *_):  # an error is one line
+        pass
 
     def _get_help_string(self, action):
-        default = action.default
-        if default in (None, argparse.SUPPRESS) or default is False or "default" in action.help:
+        default = str(action.default)
+        if default in ("None", "False", argparse.SUPPRESS) or "default" in action.help:
             return action.help
         return action.help + " (default %(default)s)"
 

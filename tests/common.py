@@ -61,7 +61,7 @@ def assert_same_gradients(a, b, tolerance=1e-9):
 # A run of grpo.py that takes seconds.
 GRPO_RUN = ["grpo.py", "--model", "tiny", "--prompts", 4, "--group", 4, "--max-new-tokens", 40,
             "--steps", 4, "--eval-limit", 4, "--test-limit", 4, "--train-limit", 40,
-            "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4]
+            "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4, "--processes", 1]
 
 
 def run(*words, ok=True, env=None):
