@@ -142,7 +142,7 @@ def split_number(word):
     return (found[1], float(found[2])) if found else (word, 1.0)
 
 
-# ---------------------------------------------------------------------------------------- rewards
+# ------------------------------------------------------------ rewards
 
 
 class Group(NamedTuple):
@@ -246,7 +246,7 @@ def reward_group(group, coefficients):
     return group._replace(parts=parts, rewards=totals)
 
 
-# ---------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------ the loss
 
 
 def group_advantages(rewards, scale="group"):
@@ -353,7 +353,7 @@ def loss_total(loss, lengths, max_completion_tokens):
     return totals.get(loss, sum(lengths)) or 1
 
 
-# ---------------------------------------------------------------------------------------- rollouts
+# ------------------------------------------------------------ rollouts
 
 
 class Policy(NamedTuple):
@@ -448,7 +448,7 @@ def with_advantages(groups, scale):
             for g in groups]
 
 
-# ---------------------------------------------------------------------------------------- learning
+# ------------------------------------------------------------ learning
 
 
 class Sequence(NamedTuple):
@@ -574,7 +574,7 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
     return sums
 
 
-# ---------------------------------------------------------------------------------------- watching
+# ------------------------------------------------------------ watching
 
 CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread",
           "second_thoughts", "grad_norm")
@@ -692,7 +692,7 @@ def write_results(run, rows):
         print(text, flush=True)
 
 
-# ---------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------ the run
 
 
 def memory_plan(config, args, lora_rank, world=1, device="cpu", prompt=200):

@@ -44,14 +44,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import LINEARS, head_slice, param_shapes, read_json, save_model
+from model import head_slice, param_shapes, read_json, save_model
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products round alike
 SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU's cache
 FREE_FLAGS = {  # may change on --resume
     "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps"}
 
-# ---------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------ flags
 
 
 def bounded(kind, fits, expected):
@@ -62,7 +62,7 @@ def bounded(kind, fits, expected):
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
         return value
 
-    parse.__name__ = {int: "integer", float: "number"}[kind]  # what argparse calls it in its errors
+    parse.__name__ = kind.__name__  # what argparse calls it in its errors
     return parse
 
 
@@ -143,7 +143,7 @@ def parse_train_args(parser, argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------ processes
 
 
 def rank_and_world():
@@ -157,15 +157,12 @@ def find_device(name):
     Raises ValueError when there is no such device.
     """
     gpus = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if gpus else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
-    if name == "cpu":
+    if name == "cpu" or name == "auto" and not gpus:
         return torch.device("cpu")
-    index = torch.device(name).index or 0
-    if rank_and_world()[1] > 1:
-        index = int(os.environ["LOCAL_RANK"])
+    found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if not found:
+        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
+    index = int(os.environ["LOCAL_RANK"] if rank_and_world()[1] > 1 else found[1] or 0)
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
                          "pass --device cpu")
@@ -187,26 +184,23 @@ def default_processes(device, gib_each, gib_shared=0.0):
 def init_distributed(device="auto", processes=1):
     """(rank, world, device), the process group set up: torchrun's, or `processes` forks of this one.
 
-    processes: without torchrun, become so many, on a CPU under Linux; None: 1. Callers pass
-    `args.processes or default_processes(...)`. What was loaded before, frozen weights, they share.
-    device: as for find_device. A process that fails says why and leaves at once; the others follow.
+    device: as for find_device. processes: without torchrun, become so many, on a CPU under Linux;
+    callers pass `args.processes or default_processes(...)`. What was loaded before, such as frozen
+    weights, they share. A process that fails says why and leaves at once; the others follow.
     """
-    rank, world = rank_and_world()
     device = find_device(device)
+    on_gpu = device.type == "cuda"
     forks = []
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.set_device(device)
-    if world == 1 and (processes or 1) > 1:
-        if device.type != "cpu" or sys.platform != "linux":
+    if processes > 1 and rank_and_world()[1] == 1:
+        if on_gpu or sys.platform != "linux":
             raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere "
                              "torchrun starts many processes, and --processes 1 is one")
         forks = fork_into(processes)
-        rank, world = rank_and_world()
+    rank, world = rank_and_world()
     if world > 1:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         atexit.register(dist.destroy_process_group)
         sys.excepthook = functools.partial(leave_at_once, forks)
     return rank, world, device
@@ -215,21 +209,18 @@ def init_distributed(device="auto", processes=1):
 def fork_into(count):
     """Become `count` processes of one thread each, in the environment that torchrun would give them.
 
-    Returns the ids of the forks, ranks 1, 2, ..., in rank 0. They end with it, whatever ends it.
+    Returns the ids of the forks, ranks 1, 2, ..., to rank 0. They end with it, whatever ends it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    parent = os.getpid()
-    rank = 0
-    forks = []
+    parent, rank, forks = os.getpid(), 0, []
     while rank == 0 and len(forks) < count - 1:
         forks.append(os.fork())
         if forks[-1] == 0:
             end_with_parent(parent)
-            rank = len(forks)
-            forks = []
+            rank, forks = len(forks), []
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
@@ -292,7 +283,7 @@ def gather_objects(value):
     return values
 
 
-# ---------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------ memory
 
 ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and libraries; CUDA's context, fragmentation
 
@@ -346,61 +337,47 @@ def plan_memory(config, load, dtype, device="cpu", world=1):
     the rollouts take turns: the peak is what is held throughout and the larger of the two. "host":
     of each process, beside its GPU. Completions are taken to be as long as they may be.
     """
-    D, I, L, V = (config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-                  config.vocab_size)
-    H, Q = config.num_attention_heads, config.num_attention_heads * config.head_dim
-    KV = config.num_key_value_heads * config.head_dim
-    on_gpu, size = device == "cuda", dtype.itemsize
-    rank, tokens, seen = load.lora_rank, load.row_tokens, load.prompt + load.completion
-
+    D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
+    H, head_dim = config.num_attention_heads, config.head_dim
+    Q, KV = H * head_dim, config.num_key_value_heads * head_dim
+    rank, tokens, L = load.lora_rank, load.row_tokens, config.num_hidden_layers
+    on_gpu, size, tied = device == "cuda", dtype.itemsize, config.tie_word_embeddings
     shapes = param_shapes(config)
     weights = sum(map(math.prod, shapes.values()))
-    linears = [shape for name, shape in shapes.items()
-               if name.removesuffix(".weight").endswith(LINEARS)]
-    trained = rank * sum(map(sum, linears)) if rank else weights
-    masters = 0 if rank or dtype == torch.float32 and not load.offload else 4 * trained / world
-    moments = 8 * trained / world
-    throughout = {
-        "weights": size * weights,
-        "adapter": 4 * trained if rank else 0,
-        "float32 masters": masters,
-        "gradients": 4 * trained,
-        "Adam's moments": moments,
-        "reference": size * weights if load.reference and not rank else 0}
-    host = {"weights in float32, while they are loaded": 0 if rank or not on_gpu else 4 * weights}
-    if load.offload and on_gpu:
-        host["masters and moments"] = throughout.pop("float32 masters") + moments
-        del throughout["Adam's moments"]
+    trained = weights
+    if rank:
+        trained = rank * sum(sum(shape) for name, shape in shapes.items() if "proj.weight" in name)
+    has_masters = not rank and (dtype != torch.float32 or load.offload)
+    throughout = {"weights": size * weights, "adapter": 4 * trained * bool(rank),
+                  "gradients": 4 * trained, "reference": size * weights * load.reference}
+    state = {"float32 masters": 4 * trained * has_masters / world,
+             "Adam's moments": 8 * trained / world}
+    host = {"weights in float32, while they are loaded": 4 * weights * (not rank) * on_gpu}
+    (host if load.offload and on_gpu else throughout).update(state)
 
     # bytes that autograd keeps of a token and layer, in the order of model.block
-    inputs = 4 * (5 * D + Q + I) if rank else size * (2 * D + Q + I)  # an adapter reads float32
-    keys = 2 * seen / load.completion  # copied for each token of a completion
-    attention = size * (Q + (2 + keys) * KV + H * seen)
+    inputs = 4 * (5 * D + Q + width) if rank else size * (2 * D + Q + width)  # adapters read float32
+    seen = load.prompt + load.completion
+    copied = 2 * seen / load.completion  # keys and values of prompts, for a token of a completion
     if on_gpu:  # a fused kernel keeps what it is given and what it returns, and no scores
-        attention = size * ((3 + keys) * Q + 2 * KV)
-    layer = 2 * size * D + inputs + attention + 3 * size * I
-    head = min(tokens, head_slice(V, device))
-    head_backward = (8 + size) * V * head + (0 if rank else (4 + size) * V * D)
-    layer_backward = tokens * 2 * size * I
-    kept = layer
-    if load.checkpointing:
-        layer_backward += tokens * layer
-        kept = size * D
-    embeddings = config.tie_word_embeddings
-    update = {
-        "layer inputs" if load.checkpointing else "activations": tokens * L * kept,
-        "gradient of the embedding": size * V * D if embeddings and not rank else 0,
-        "the head, or one layer, backward": max(head_backward, layer_backward)}
-    copied = 0 if on_gpu and not rank else weights - V * D * (1 if embeddings else 2)
-    if not on_gpu:
-        copied += V * D  # packed: the head, too
+        attention = size * ((3 + copied) * Q + 2 * KV)
+    else:
+        attention = size * (Q + (2 + copied) * KV + H * seen)
+    layer = 2 * size * D + inputs + attention + 3 * size * width
+    kept = {"layer inputs": size * D} if load.checkpointing else {"activations": layer}
+    head = (8 + size) * V * min(tokens, head_slice(V, device))
+    head += (4 + size) * V * D * (not rank)
+    one_layer = tokens * (2 * size * width + layer * load.checkpointing)
+    update = {name: tokens * L * n for name, n in kept.items()} | {
+        "gradient of the embedding": size * V * D * (tied and not rank),
+        "the head, or one layer, backward": max(head, one_layer)}
+    in_layers = weights - V * D * (2 - tied)
     rollouts = {
-        "the sampler's weights": size * copied,
-        f"key/value cache of {load.rows} rows": 2 * size * L * KV * load.cache_slots,
+        "the sampler's weights": size * (in_layers * bool(rank) if on_gpu else in_layers + V * D),
+        "key/value cache": 2 * size * L * KV * load.cache_slots,
         "logits of a step": load.rows * V * (12 + size)}
     plan = {"throughout": throughout, "update": update, "rollouts": rollouts, "host": host}
-    plan = {when: {name: n / 2**30 for name, n in parts.items() if n}
-            for when, parts in plan.items()}
+    plan = {when: {name: n / 2**30 for name, n in parts.items()} for when, parts in plan.items()}
     plan["throughout"]["libraries and fragmentation"] = ALLOWANCE_GIB[device]
     return plan
 
@@ -412,21 +389,18 @@ def plan_peaks(plan):
 
 
 def plan_line(plan, there, world=1):
-    """One line on what a plan comes to, with a warning when it exceeds the GiB that are there."""
+    """What a plan comes to, with a warning when it exceeds the GiB that are there."""
     update, rollouts = plan_peaks(plan)
-    line = f"{update:.1f} GiB in the update, {rollouts:.1f} in the rollouts, of {there:.1f} GiB"
-    if world > 1:
-        line += f" for each of {world} processes"
-    if max(update, rollouts) <= there:
-        return line
-    ways = ["--checkpointing", "a smaller --micro-tokens"] * (update > there)
-    ways += ["a smaller --max-batch"] * (rollouts > there)
-    ways += ["--offload", "--lora-rank 32", "more GPUs"]
-    return (f"{line}\nwarning: that is more than there is; what helps: {', '.join(ways)} "
-            "(`bench.py plan` lists the parts)")
+    line = (f"{update:.1f} GiB in the update, {rollouts:.1f} in the rollouts, of {there:.1f} GiB "
+            f"for each of {world} processes")
+    if max(update, rollouts) > there:
+        line += ("\nwarning: that is more than there is; what helps: --checkpointing, a smaller "
+                 "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more "
+                 "GPUs; `bench.py plan` lists the parts")
+    return line
 
 
-# ---------------------------------------------------------------------------------------- AdamW
+# ------------------------------------------------------------ AdamW
 
 
 class Optimizer(NamedTuple):
@@ -547,7 +521,7 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
     return {"grad_norm": norm, "skipped": int(not math.isfinite(norm))}
 
 
-# ---------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------ files
 
 
 def sync(path):
@@ -598,7 +572,7 @@ def disk_errors(path):
                          ) from None
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------ checkpoints
 
 
 def list_checkpoints(run_dir):
@@ -684,14 +658,11 @@ def find_damage(path, part=0, parts=1):
     try:
         sums = sorted(json.loads(listing.read_text(encoding="utf-8")).items())
         for name, expected in sums[part::parts]:
-            if not (path / name).is_file():
-                return f"{path / name} is missing"
             found = fingerprint(path / name)
             if found != expected:
-                return (f"{path / name} is damaged: {found[0]} bytes with CRC-32 {found[1]}, "
-                        f"expected {expected[0]} with {expected[1]}")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        return f"{listing} is missing or damaged ({error})"
+                return f"{path / name} is damaged: bytes and CRC-32 {found}, expected {expected}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{listing}: {error}"
     return None
 
 
@@ -703,11 +674,11 @@ def load_checkpoint(path, optimizer):
     """
     path = Path(path)
     rank, world = rank_and_world()
-    if damage := find_damage(path, rank, world):
-        others = [p for p in list_checkpoints(path.parents[1]) if p.name != path.name]
-        whole = [f"{p.name}, which is whole" for p in others if not find_damage(p)]
-        raise ValueError(f"{damage}. Remove {path}; then --resume goes on from "
-                         + (whole or ["the start: no other checkpoint is whole"])[-1])
+    damage = find_damage(path, rank, world)
+    if damage:
+        whole = [p for p in list_checkpoints(path.parents[1]) if not find_damage(p)]
+        rest = f"{whole[-1].name}, which is whole" if whole else "the start: no other one is whole"
+        raise ValueError(f"{damage}. Remove {path}; then --resume goes on from {rest}")
     trainer = read_json(path / "trainer.json")
     spans = {name: tuple(span) for name, span in trainer["spans"].items()}
     differing = set(spans.items()) ^ set(optimizer.spans.items())
@@ -739,7 +710,7 @@ def load_checkpoint(path, optimizer):
     return trainer
 
 
-# ---------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------ the log
 
 
 class Run(NamedTuple):
@@ -761,55 +732,60 @@ def start_run(args, free_flags=()):
     checkpoint = None
     if rank == 0:
         check_run_dir(args)
+        if args.overwrite:
+            clear_run_dir(run_dir)
+        checkpoint = latest_checkpoint(run_dir)
         flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
         flags = json.loads(json.dumps(flags, default=str))  # as they will be read back
-        with disk_errors(run_dir / "flags.json"):
-            if args.overwrite:
-                for path in list_checkpoints(run_dir):
-                    remove_whole(path)
-                for name in ("checkpoints/best", "curves.png", "results.md", "wandb_id"):
-                    (run_dir / name).unlink(missing_ok=True)
-            checkpoint = latest_checkpoint(run_dir)
-            if args.resume:
-                print("resuming from", checkpoint or f"the start: {run_dir} holds no checkpoint")
-            if args.resume and (run_dir / "flags.json").is_file():
+        if args.resume:
+            print("resuming from", checkpoint or f"the start: {run_dir} holds no checkpoint")
+            if (run_dir / "flags.json").is_file():
                 saved = read_json(run_dir / "flags.json")
                 compare_flags(flags, saved, checkpoint, FREE_FLAGS.union(free_flags))
+        with disk_errors(run_dir / "flags.json"):
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_log(run_dir / name, int(checkpoint.name[5:]) if checkpoint else -1)
             write_whole(run_dir / "flags.json", json.dumps(flags, indent=1) + "\n")
         print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
     checkpoint = gather_objects(checkpoint)[0]
-    wandb = start_wandb(run_dir, args) if args.wandb and rank == 0 else None
-    return Run(run_dir, rank, wandb), checkpoint
+    return Run(run_dir, rank, start_wandb(args) if args.wandb and rank == 0 else None), checkpoint
 
 
 def check_run_dir(args):
     """Raises ValueError when --run-dir holds something else, or a run and no word on what to do."""
-    held = []
-    if Path(args.run_dir).is_dir():
-        held = [p.name for p in Path(args.run_dir).iterdir() if p.suffix != ".partial"]
+    path = Path(args.run_dir)
+    held = [p.name for p in path.glob("*") if p.suffix != ".partial"]
     if held and "flags.json" not in held:
-        raise ValueError(f"{args.run_dir} is not empty and holds no run (no flags.json); choose "
-                         "another --run-dir")
+        raise ValueError(f"{path} is not empty and holds no run (no flags.json); choose another "
+                         "--run-dir")
     if held and not args.resume and not args.overwrite:
-        raise ValueError(f"{args.run_dir} holds a run; --resume goes on with it, --overwrite deletes "
-                         "it, --run-dir takes another directory")
+        raise ValueError(f"{path} holds a run; --resume goes on with it, --overwrite deletes it, "
+                         "--run-dir takes another directory")
+
+
+def clear_run_dir(run_dir):
+    """Delete what a run has written, and nothing else."""
+    for path in list_checkpoints(run_dir):
+        remove_whole(path)
+    for name in ("checkpoints/best", "curves.png", "results.md", "wandb_id"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def compare_flags(flags, saved, checkpoint, free):
+    """Say which flags differ from the saved ones; ValueError for one that is not free to."""
     for name in flags.keys() & saved.keys():
-        if flags[name] != saved[name]:
-            flag = f"--{name.replace('_', '-')}"
-            if checkpoint and name not in free:
-                raise ValueError(f"{flag} is {flags[name]}, and the run was started with "
-                                 f"{saved[name]}; leave it out, or start a new run with --model "
-                                 f"{checkpoint} and another --run-dir")
-            print(f"{flag} is now {flags[name]}; it was {saved[name]}")
+        flag, now, before = f"--{name.replace('_', '-')}", flags[name], saved[name]
+        if now != before and checkpoint and name not in free:
+            raise ValueError(f"{flag} is {now}, and the run was started with {before}; leave it out, "
+                             f"or start a new run with --model {checkpoint} and another --run-dir")
+        if now != before:
+            print(f"{flag} is now {now}; it was {before}")
 
 
-def start_wandb(run_dir, args):
+def start_wandb(args):
+    """The run of Weights & Biases, on --resume the one that was there."""
+    run_dir = Path(args.run_dir)
     try:
         import wandb
     except ImportError:
@@ -868,23 +844,21 @@ def draw_curves(run_dir, names=()):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        say("curves.png is not drawn: pip install matplotlib")
-        return
+        return print("curves.png is not drawn: pip install matplotlib")
     path = Path(run_dir, "curves.png")
     lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     names = names or list(records[-1])
-    rows = -(-len(names) // 4)
-    figure = Figure(figsize=(16, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(16, 0.65 * len(names) + 2), layout="constrained")
     for place, name in enumerate(names, 1):
-        known = [r for r in records if r.get(name) is not None]
-        axes = figure.add_subplot(rows, 4, place, title=name, xlabel="step")
-        axes.plot([r["step"] for r in known], [r[name] for r in known], marker=".")
+        axes = figure.add_subplot(-(-len(names) // 4), 4, place, title=name, xlabel="step")
+        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        axes.plot(*zip(*points), marker=".")
     with disk_errors(path):
         figure.savefig(path, dpi=100)
 
 
-# ---------------------------------------------------------------------------------------- stopping
+# ------------------------------------------------------------ stopping
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -350,18 +351,30 @@ def test_optim_run_directory():
 
 
 def test_optim_flags_out_of_range():
-    optim.check_train_flags(_optim_args())
-    for flags in ("--lr 0", "--lr nan", "--warmup -1", "--processes 0", "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
-                  "--keep 0", "--resume --overwrite"):
-        with raises(ValueError, flags.split()[0]):
-            optim.check_train_flags(_optim_args(*flags.split()))
-    with raises(ValueError, "tpu", "cuda"):
-        optim.init_distributed("tpu")
-    with raises(ValueError, "GPU 99", "--device cpu"):
-        optim.init_distributed("cuda:99")
-    with mock.patch.object(sys, "platform", "darwin"):
-        with raises(ValueError, "--processes 2", "Linux"):
-            optim.init_distributed("cpu", 2)
+    for flags in ("--lr 0", "--lr nan", "--lr fast", "--warmup -1", "--warmup 1.5", "--processes 0",
+                  "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
+                  "--keep 0", "--overwrite --resume"):
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            raise AssertionError(f"{flags} was accepted: {_optim_args(*flags.split())}")
+        assert flags.split()[0] in said.getvalue() and said.getvalue().count("\n") == 1, flags
+    for name, words in (("tpu", ["tpu", "cuda"]), ("cuda:99", ["GPU 99", "--device cpu"])):
+        with raises(ValueError, *words):
+            optim.init_distributed(name)
+    with mock.patch.object(sys, "platform", "darwin"), raises(ValueError, "--processes 2", "Linux"):
+        optim.init_distributed("cpu", 2)
+
+
+def test_optim_default_processes():
+    """A core each, at most 8, and what memory holds; 1 wherever this process cannot fork."""
+    def count(*gib, cores=16, platform="linux", environ={}):
+        affinity = mock.patch.object(os, "sched_getaffinity", lambda _: range(cores), create=True)
+        with affinity, mock.patch.object(optim, "memory_there", lambda *_: 10.0), \
+                mock.patch.object(sys, "platform", platform), mock.patch.dict(os.environ, environ):
+            return optim.default_processes("cpu", *gib)
+
+    assert [count(0.1), count(0.1, cores=3), count(2.0), count(100.0)] == [8, 3, 5, 1]
+    assert [count(2.0, 5.0), count(1.0, 12.0)] == [2, 1]
+    assert count(0.1, platform="darwin") == count(0.1, environ={"WORLD_SIZE": "1"}) == 1
 
 
 def test_optim_second_ctrl_c_quits():
