@@ -1,24 +1,23 @@
 """Group Relative Policy Optimization: reinforcement learning with verifiable rewards, in one file.
 
-    python grpo.py                                           # the embedded tiny model: a laptop, minutes
+    python grpo.py                                           # the embedded tiny model, on a laptop
     python grpo.py --model qwen2.5-1.5b                      # GSM8K, one 24 GB GPU
     torchrun --nproc-per-node 8 grpo.py --model qwen2.5-7b   # one node, or several
     python grpo.py --model DIR --data mine.jsonl=2 gsm8k=1   # a mixture of problem sets, 2 to 1
     python grpo.py --run-dir runs/grpo --resume              # goes on after Ctrl-C or a crash
 
-A step: (1) roll out, G completions of each of N problems; (2) grade them; (3) a completion's advantage
-is how much better it did than its group; (4) one or more AdamW updates of the clipped policy loss.
-There is no critic. GRPO, arXiv:2402.03300; DeepSeek-R1, arXiv:2501.12948.
+A step: (1) roll out G completions of each of N problems; (2) grade them; (3) the advantage of a
+completion is how much better it did than its group; (4) one or more AdamW updates of the clipped
+policy loss. There is no critic. GRPO, arXiv:2402.03300; DeepSeek-R1, arXiv:2501.12948.
 
 Where this departs from the GRPO paper, and what undoes it:
-1. The loss is a mean over all tokens of a step, not over each completion first, and its upper bound of
-   the ratio is wider (DAPO, arXiv:2503.14476): --loss grpo --clip-high 0.2.
-2. No KL divergence, and so no reference model: --beta 0.04 --kl k3.
-3. Groups whose rewards are all equal teach nothing; new problems take their place (DAPO): --refill 0.
-4. One update a batch is on policy: its ratio is 1 and the clip idle. Paper: as many as --updates says.
-5. Each token counts by how much likelier the trainer finds it than the sampler did, at most
-   --sampler-cap times (truncated importance sampling): 1 but for rounding between the two.
-6. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
+1. The loss is the mean over all tokens of a step, not over each completion first, and the ratio is
+   clipped later from above (DAPO, arXiv:2503.14476): --loss grpo --clip-high 0.2.
+2. There is no KL divergence in the loss, and so no reference model: --beta 0.04 --kl k3.
+3. Groups of equal rewards teach nothing, and new problems replace them (DAPO): --refill 0.
+4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
+   --sampler-cap times (truncated importance sampling): 1 but for rounding.
+5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
 Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585.
 """
 
@@ -42,10 +41,11 @@ from torch.nn.utils.rnn import pad_sequence
 import model
 import optim
 from data import load_problems
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt, render_prompt
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt
 from eval import interval, markdown, percent
 from generate import cache_slots, completion_text, generate, sampling_params
-from optim import all_sum, at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
+from optim import above, all_sum, at_least, gather_objects, init_optimizer, optimizer_step
+from optim import rank_and_world, say
 from verify import format_reward, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
@@ -70,13 +70,13 @@ def add_flags(parser):
         help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     add("--data", nargs="+", help="problem sets or .jsonl files to train on, each NAME or "
         f"NAME=PROPORTION {default_of('data')}")
-    add("--eval-data", help="held-out problems (default: the first of --data)")
-    add("--eval-limit", type=at_least(1), default=200, help="problems of their dev split, asked "
-        "every --eval-every steps")
-    add("--test-limit", type=at_least(0), default=500, help="problems of their test split, asked "
-        "before and after training; 0: never")
-    add("--eval-every", type=at_least(1), default=25, help="steps between evaluations; the "
-        "checkpoint of the best is kept")
+    add("--eval-data", help="held-out problems (default the first of --data)")
+    add("--eval-limit", type=at_least(1), default=200,
+        help="problems of their dev split, asked every --eval-every steps")
+    add("--test-limit", type=at_least(0), default=500,
+        help="problems of their test split, asked before and after training; 0: never")
+    add("--eval-every", type=at_least(1), default=25,
+        help="steps between evaluations; the best one's checkpoint is kept")
     add("--prompt", choices=PROMPTS, help=f"how a problem is put {default_of('prompt')}")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
     add = parser.add_argument_group("rollouts").add_argument
@@ -84,16 +84,16 @@ def add_flags(parser):
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1),
         help=f"tokens of the longest completion {default_of('max_new_tokens')}")
-    add("--temperature", type=optim.above(0.0), default=1.0,
+    add("--temperature", type=above(0.0), default=1.0,
         help="of sampling, and of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--sampler-dtype", choices=("float32", "bfloat16"),
-        help="precision that samples (default: that of the weights)")
+        help="precision that samples (default that of the weights)")
     add("--refill", type=at_least(0), default=2,
         help="times that groups of equal rewards are replaced by new problems")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"summed: {', '.join(REWARDS)}")
+        help=f"of {', '.join(REWARDS)}, summed")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; sequence: "
@@ -102,32 +102,31 @@ def add_flags(parser):
         help="whose standard deviation divides the advantages")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
-    add("--clip-hard", type=optim.above(1.0), help="bound of the ratio where the advantage is negative, "
-        "too (INTELLECT-2: 4; default none)")
+    add("--clip-hard", type=above(1.0),
+        help="bound of the ratio where the advantage is negative, too (INTELLECT-2: 4)")
     add("--beta", type=at_least(0.0), default=0.0,
         help="factor of the KL divergence from the start; 0: no reference is held")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1,
         help="mu: optimizer steps on each batch of rollouts")
-    add("--sampler-cap", type=at_least(1.0), default=2.0, help="the most that a token counts for "
-        "the difference between trainer and sampler")
+    add("--sampler-cap", type=at_least(1.0), default=2.0,
+        help="the most that a token counts where sampler and trainer differ")
     add("--mask-truncated", action="store_true",
         help="leave completions that reached --max-new-tokens out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help=f"batches of rollouts {default_of('steps')}")
-    add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the training problems, "
-        "those that --refill asks aside")
-    add("--train-limit", type=at_least(1),
-        help="training problems, a random subset of each set (default all)")
-    add("--lora-rank", type=at_least(0), help="train an adapter of this rank on every linear layer; "
-        f"0: all weights (default: all weights where they fit the memory, else {LORA_RANK})")
+    add("--epochs", type=above(0.0), help="instead of --steps: passes over the training problems, "
+        "without those that --refill asks")
+    add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
+    add("--lora-rank", type=at_least(0), help="train an adapter of this rank on every linear "
+        f"layer; 0: all weights (default 0 where memory allows, else {LORA_RANK})")
     add("--micro-tokens", type=at_least(1),
         help=f"tokens in one packed row of training {default_of('micro_tokens')}")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
-        "the backward pass: a third more time, and far less memory " + default_of("checkpointing"))
+        f"the backward pass: less memory, a third more time {default_of('checkpointing')}")
     optim.add_train_flags(parser, lr=None, run_dir="runs/grpo", lr_help="peak learning rate "
-                          f"(default {TINY_LR} for a tiny model, else {LR}; of an adapter {LORA_LR})")
+                          f"(default {TINY_LR} for a tiny model, else {LR}; adapter {LORA_LR})")
 
 
 def parse_args(argv=None):
@@ -146,7 +145,7 @@ def split_number(word):
 
 
 class Group(NamedTuple):
-    """A problem and its completions, as the reward functions see them; then how they were graded."""
+    """A problem and its G completions, as the reward functions see them, and their grades."""
     problem: dict
     prompt: str
     texts: list[str]  # without end tokens, and without what the prompt opened of the thinking block
@@ -188,7 +187,7 @@ def repeated_share(tokens, n):
 
 
 def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of repeated token n-grams above `free`. It works in any language."""
+    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
     shares = [repeated_share(c.tokens, n) for c in group.completions]
     return [-max(0.0, share - free) / (1 - free) for share in shares]
 
@@ -200,24 +199,27 @@ def script_of(letter):
 
 
 def language(group):
-    """Down to -1 with the share of letters in neither the problem's scripts nor Latin, which formulas need."""
+    """Down to -1 with the share of letters of scripts that the problem does not use.
+
+    Latin is free: formulas need it.
+    """
     home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
     letters = [[c for c in text if c.isalpha()] for text in group.texts]
     return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
 
 
 def overlong(group, share=0.2):
-    """0 up to the last `share` of the token budget, then in a line to -1 at its end (DAPO, eq. 13)."""
+    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
     start = (1 - share) * group.max_new_tokens
     return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
             for c in group.completions]
 
 
-# A reward takes a Group and returns a float for each completion: yours is one more function, and one
-# more name here. The penalties lie in [-1, 0]. So long as their coefficients and that of `format` sum
-# to less than that of `accuracy`, the worst right answer scores above the best wrong one.
-REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity, "repetition": repetition,
-           "language": language, "overlong": overlong}
+# A reward takes a Group and returns a float for each completion: yours is one more function and one
+# more name here. The penalties lie in [-1, 0]. So long as their coefficients and that of "format"
+# sum to less than that of "accuracy", the worst right answer scores above the best wrong one.
+REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
+           "repetition": repetition, "language": language, "overlong": overlong}
 
 
 def parse_rewards(words):
@@ -228,13 +230,13 @@ def parse_rewards(words):
     coefficients = dict(map(split_number, words))
     for name in coefficients:
         if name not in REWARDS:
-            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least 0 "
-                             f"and a name of {', '.join(REWARDS)}")
-    accuracy = coefficients.get("accuracy", math.inf)
-    others = sum(coefficients.values()) - coefficients.get("accuracy", 0)
-    if others >= accuracy:
-        raise ValueError(f"--reward: the other coefficients sum to {others:g}, accuracy has "
-                         f"{accuracy:g}; it needs more, or a wrong answer may score above a right one")
+            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
+                             f"0 and a name of {', '.join(REWARDS)}")
+    of_accuracy = coefficients.get("accuracy", math.inf)
+    others = sum(c for name, c in coefficients.items() if name != "accuracy")
+    if others >= of_accuracy:
+        raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
+                         f"{of_accuracy:g}; it needs more, or a wrong answer may beat a right one")
     return coefficients
 
 
@@ -253,8 +255,8 @@ def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 
     rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: what the difference is divided by: the standard deviation (n - 1) of the "group" or of the
-    whole "batch", plus 1e-4, or "none". Raises ValueError when G < 2: a group of one has no baseline.
+    scale: what the difference is divided by: the standard deviation (n - 1) of the "group" or of
+    the "batch", plus 1e-4, or "none". Raises ValueError when G < 2: one alone has no baseline.
     GRPO, arXiv:2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv:2503.20783; "batch" is
     REINFORCE++-baseline, arXiv:2501.03262.
     """
@@ -282,31 +284,31 @@ def kl_divergence(gap, ratio, kl):
     k3 = gap.exp() - gap - 1  # GRPO, eq. 4
     if kl == "k3":
         return k3
-    if kl == "k3_corrected":  # DeepSeek-V3.2, arXiv:2512.02556: unbiased off policy and in its gradient
+    if kl == "k3_corrected":  # DeepSeek-V3.2, arXiv:2512.02556: its gradient is unbiased
         return ratio * k3
     raise ValueError(f"kl is {kl!r}, expected k1, k2, k3 or k3_corrected")
 
 
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo", level="token",
-                clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
+                level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
                 max_completion_tokens=None, total=None, weights=None, bonus=None):
     """The loss whose gradient improves the policy, and what to log of it.
 
-    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled, and
-    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for the tokens that count.
-    weights: [B, T], factors of each token's term, or None. bonus: [B, T], added to each token's
-    objective (entropy), or None. loss: how the tokens' terms become the loss, one of LOSSES.
+    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
+    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
+    weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
+    objective (entropy), or None. loss: how the terms become the loss, one of LOSSES.
     level: "token", or "sequence" for the ratio of GSPO. kl: as for kl_divergence.
     total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
     rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
     Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
     """
     if loss not in LOSSES or level not in ("token", "sequence"):
-        raise ValueError(f"loss is {loss!r} and level {level!r}, expected one of {', '.join(LOSSES)} "
+        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
                          "and token or sequence")
     mask = mask.to(logprobs.dtype)  # [B, T]
     lengths = mask.sum(1).clamp(min=1)  # [B]
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; padding must not be inf * 0
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
     token_ratio = log_ratio.exp()  # [B, T]
     ratio = token_ratio
     if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
@@ -379,26 +381,34 @@ def problem_order(sets, proportions, seed, curriculum=False):
         yield place, orders[i][index]
 
 
-def roll_out(policy, problems, args, seed=0, prompt=None, greedy=False):
+def encode_problem(policy, problem, args, preset=None):
+    return encode_prompt(policy.tokenizer, preset or args.prompt, problem, system=policy.system,
+                         think_tag=args.think_tag)
+
+
+def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     """A Group, graded but without rewards, for each (place, problem).
 
-    A completion's noise derives from (seed, place, sample) alone. greedy: one completion, without.
+    A completion's noise derives from (seed, place, sample) alone. greedy: one, without noise.
+    preset: how to put the problems, instead of as --prompt says.
     """
-    asked = {"system": policy.system, "think_tag": args.think_tag}
-    preset = prompt or args.prompt
-    prompts = [encode_prompt(policy.tokenizer, preset, problem, **asked) for _, problem in problems]
-    ends = model.end_tokens(policy.tokenizer, policy.config)
+    tokenizer = policy.tokenizer
+    prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
+    ends = model.end_tokens(tokenizer, policy.config)
     rows = generate(policy.params, policy.config, prompts, num_samples=1 if greedy else args.group,
                     max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
                     temperature=0.0 if greedy else args.temperature, seed=seed,
                     seeds=[place for place, _ in problems])
-    texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
+    texts = [[completion_text(tokenizer, c, ends) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
     verdicts = iter(verify_many(pairs, strict=True))
-    return [Group(problem, render_prompt(preset, problem, **asked), texts[i], rows[i],
-                  list(itertools.islice(verdicts, len(rows[i]))), args.max_new_tokens,
-                  args.think_tag, place, prompts[i])
-            for i, (place, problem) in enumerate(problems)]
+    groups = []
+    for (place, problem), prompt, row, said in zip(problems, prompts, rows, texts):
+        right = list(itertools.islice(verdicts, len(row)))
+        shown = tokenizer.decode(prompt, skip_special_tokens=False)
+        groups.append(Group(problem, shown, said, row, right, args.max_new_tokens, args.think_tag,
+                            place, prompt))
+    return groups
 
 
 def gather_groups(groups):
@@ -415,8 +425,8 @@ def has_spread(group):
 def gather_rollouts(policy, problems, step, args, reward_fn):
     """This process's share of a step: (groups with rewards, problems taken by all processes).
 
-    Up to --refill times, as many new problems are asked as there were groups without spread (dynamic
-    sampling, DAPO, section 3.2). The problems do not depend on how many processes share them.
+    Up to --refill times, as many new problems are asked as there were groups without spread
+    (dynamic sampling, DAPO, section 3.2). Which ones does not depend on the number of processes.
     reward_fn(group): the group with its rewards.
     """
     rank, world = rank_and_world()
@@ -460,10 +470,10 @@ class Sequence(NamedTuple):
 
 
 def pack_groups(groups, micro_tokens):
-    """[(prompt tokens, [Sequence, ...]), ...] -> rows of groups, each of at most `micro_tokens` tokens.
+    """[(prompt tokens, [Sequence, ...]), ...] -> rows of groups, of at most `micro_tokens` tokens.
 
-    A group that is longer by itself is divided; each part pays for the prompt, and the gradient is the
-    same. A completion that is longer by itself has its own row.
+    A group that is longer by itself is divided; each part pays for the prompt, and the gradient is
+    the same. A completion that is longer by itself has its own row.
     """
     pieces = []
     for prompt, sequences in groups:
@@ -486,19 +496,18 @@ def pack_groups(groups, micro_tokens):
 
 
 def training_rows(groups, args):
-    """(this process's packed rows, `total` of policy_loss over all processes); total 0: no update."""
+    """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
     learned = []
-    for g in groups:
-        if has_spread(g):
-            counts = [c.finish == "stop" or not args.mask_truncated for c in g.completions]
-            sequences = [Sequence(c.tokens, c.logprobs, *rest)
-                         for c, *rest in zip(g.completions, g.advantages, counts)]
-            learned.append((g.prompt_tokens, sequences))
+    for g in filter(has_spread, groups):
+        learned.append((g.prompt_tokens, [
+            Sequence(c.tokens, c.logprobs, advantage, c.finish == "stop" or not args.mask_truncated)
+            for c, advantage in zip(g.completions, g.advantages)]))
     lengths = [len(s.tokens) for _, sequences in learned for s in sequences if s.counts]
-    lengths = [n for share in gather_objects(lengths) for n in share]
+    lengths = list(itertools.chain(*gather_objects(lengths)))
     if not lengths:
         return [], 0
-    return pack_groups(learned, args.micro_tokens), loss_total(args.loss, lengths, args.max_new_tokens)
+    total = loss_total(args.loss, lengths, args.max_new_tokens)
+    return pack_groups(learned, args.micro_tokens), total
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
@@ -579,10 +588,10 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
 CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread",
           "second_thoughts", "grad_norm")
 STEP_LINE = (
-    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok | "
-    "truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat | "
-    "grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s | update {update_s:.1f} s | "
-    "{left_min:.0f} min left")
+    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
+    " | truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat"
+    " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
+    " | update {update_s:.1f} s | {left_min:.0f} min left")
 SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
@@ -604,36 +613,37 @@ def count_completions(groups):
 
 
 def step_metrics(groups, learned, args, rollout_s, update_s):
-    """What a step's rollouts and its update were like, over all processes. learned: from update."""
-    s = count_completions(groups)
-    s.update(learned)
-    shares = gather_objects(s)
+    """What a step's rollouts and update were like, over all processes. learned: from update."""
+    own = count_completions(groups)
+    own.update(learned)
+    shares = gather_objects(own)
     s = Counter()
     for share in shares:
         s.update(share)
-    n, tokens, right = max(1, s["completions"]), max(1, s["tokens"]), s["accuracy"]
+    n, tokens, sampled = max(1, s["completions"]), max(1, s["tokens"]), s["length"]
     means = ["reward", "accuracy", "length", "truncated", "undecided", "second_thoughts"]
     means += [name for name in s if name.startswith("reward_")]
     per_token = ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch")
-    return {name: s[name] / n for name in means} | {name: s[name] / tokens for name in per_token} | {
-        "length_right": s["length_right"] / max(1, right),
-        "length_wrong": (s["length"] - s["length_right"]) / max(1, n - right),
-        "no_spread": 1 - s["spread"] / max(1, s["groups"]),
-        "loss": s["loss"] / args.updates,
+    metrics = {name: s[name] / n for name in means}
+    metrics |= {name: s[name] / tokens for name in per_token}
+    score_s = learned["score_s"]
+    return metrics | {
+        "length_right": s["length_right"] / max(1, s["accuracy"]),
+        "length_wrong": (sampled - s["length_right"]) / max(1, n - s["accuracy"]),
+        "no_spread": 1 - s["spread"] / max(1, s["groups"]), "loss": s["loss"] / args.updates,
         "mismatch_max": max(share["mismatch_max"] for share in shares),
-        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"],
-        "rollout_s": rollout_s, "score_s": learned["score_s"],
-        "update_s": update_s - learned["score_s"],
-        "tokens_per_s": s["length"] / (rollout_s + update_s),
-        "sampled_tokens_per_s": s["length"] / rollout_s,
+        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"], "rollout_s": rollout_s,
+        "score_s": score_s, "update_s": update_s - score_s,
+        "tokens_per_s": sampled / (rollout_s + update_s),
+        "sampled_tokens_per_s": sampled / rollout_s,
         "learned_tokens_per_s": s["tokens"] / update_s}
 
 
-def answer_greedily(policy, problems, args, prompt=None):
+def answer_greedily(policy, problems, args, preset=None):
     """A Group of one greedy completion for each problem, all of them on every process."""
     rank, world = rank_and_world()
     mine = list(enumerate(problems))[rank::world]
-    return gather_groups(roll_out(policy, mine, args, prompt=prompt, greedy=True))
+    return gather_groups(roll_out(policy, mine, args, preset=preset, greedy=True))
 
 
 def sample_records(groups, kind):
@@ -659,26 +669,25 @@ def log_evaluation(policy, dev, groups, args, run, step, reward_fn):
 
 
 def warn(metrics, extra, args):
-    """Count updates that were skipped in a row in `extra`; ValueError for the third."""
+    """Count the updates that were skipped running in `extra`; ValueError for the third."""
     if metrics["truncated"] > 0.5:
-        optim.say("more than half of the completions were cut off at --max-new-tokens "
-                  f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
+        say("more than half of the completions were cut off at --max-new-tokens "
+            f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
     extra["failures"] = extra["failures"] + metrics["skipped"] if metrics["skipped"] else 0
     if extra["failures"] >= 3:
-        raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, which "
-                         "were skipped; start another --run-dir from the last checkpoint, with --lr "
-                         f"below {args.lr:g} or --dtype float32")
+        raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, "
+                         "which were skipped; start another --run-dir from the last checkpoint, "
+                         f"with --lr below {args.lr:g} or --dtype float32")
 
 
-def measure_test(policy, problems, args, rows, method, prompt=None):
+def measure_test(policy, problems, args, rows, method, preset=None):
     """Add a row to `rows`, of which results.md is made: the accuracy on the test split."""
-    groups = answer_greedily(policy, problems, args, prompt)
+    groups = answer_greedily(policy, problems, args, preset)
     accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
-    completions = [g.completions[0] for g in groups]
-    rows[:] = [row for row in rows if row["method"] != method] + [
-        {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
-         "tokens_mean": fmean(len(c.tokens) for c in completions),
-         "truncated": fmean(c.finish != "stop" for c in completions)}]
+    row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+           "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
+           "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
+    rows[:] = [other for other in rows if other["method"] != method] + [row]
 
 
 def write_results(run, rows):
@@ -696,33 +705,16 @@ def write_results(run, rows):
 
 
 def memory_plan(config, args, lora_rank, world=1, device="cpu", prompt=200):
-    """optim.plan_memory of a run. prompt: tokens of a problem; GSM8K's, template included: 200."""
+    """optim.plan_memory of a run. prompt: tokens of a problem; of GSM8K's, with template, 200."""
     groups = math.ceil(args.prompts / world)
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     slots = cache_slots(rows, args.group, prompt, args.max_new_tokens, device == "cpu")
-    load = optim.Load(prompt, args.max_new_tokens, min(max(args.micro_tokens, longest), in_all), rows,
-                      slots, lora_rank, args.checkpointing, args.beta > 0, args.offload)
+    load = optim.Load(
+        prompt, args.max_new_tokens, min(max(args.micro_tokens, longest), in_all), rows, slots,
+        lora_rank, args.checkpointing, reference=args.beta > 0, offload=args.offload)
     return optim.plan_memory(config, load, optim.compute_dtype(args.dtype, device), device, world)
-
-
-def choose_lora_rank(config, args, world, device):
-    """0, all weights, where they can be trained in the memory there is, else LORA_RANK.
-
-    Raises ValueError where neither fits.
-    """
-    there = optim.memory_there(device, world)
-    peaks = []
-    for lora_rank in (0, LORA_RANK):
-        plan = memory_plan(config, args, lora_rank, world, device.type)
-        peaks.append(max(optim.plan_peaks(plan)))
-        if peaks[-1] <= there:
-            return lora_rank
-    raise ValueError(
-        f"training all weights takes {peaks[0]:.1f} GiB, an adapter {peaks[1]:.1f}, and there are "
-        f"{there:.1f}: `python bench.py plan --model {args.model}` lists the parts; try --offload or "
-        "a smaller --micro-tokens or --max-batch")
 
 
 def fill_defaults(args, config):
@@ -746,29 +738,38 @@ def fill_defaults(args, config):
 def settle_flags(args, config):
     """Fill in what was left out, by the model and the memory there is, and say what is trained.
 
-    Writes into `args`. Raises ValueError for flags that contradict each other, and when neither all
-    weights nor an adapter fit.
+    Writes into `args`. Raises ValueError for flags that contradict each other, and when neither
+    all weights nor an adapter can be trained in the memory.
     """
     fill_defaults(args, config)
     device = optim.find_device(args.device)
     world = max(rank_and_world()[1], args.processes or 1)
-    reason = ""
-    if args.lora_rank is None:
-        args.lora_rank = choose_lora_rank(config, args, world, device)
-        reason = " (--lora-rank 0 trains all weights)" if args.lora_rank else ""
+    there = optim.memory_there(device, world)
+    ranks = (0, LORA_RANK) if args.lora_rank is None else (args.lora_rank,)
+    for lora_rank in ranks:
+        plan = memory_plan(config, args, lora_rank, world, device.type)
+        peak = max(optim.plan_peaks(plan))
+        if peak <= there:
+            break
+    if len(ranks) > 1 and peak > there:
+        raise ValueError(
+            f"not even an adapter of rank {LORA_RANK} can be trained: it takes {peak:.1f} GiB, and "
+            f"there are {there:.1f}. `python bench.py plan --model {args.model}` lists the parts; "
+            "try a smaller --micro-tokens or --max-batch, or more GPUs")
+    args.lora_rank = lora_rank
     if args.lr is None:
         args.lr = TINY_LR if model.is_tiny(config) else LR
-        args.lr = LORA_LR if args.lora_rank else args.lr
-    plan = memory_plan(config, args, args.lora_rank, world, device.type)
+        if lora_rank:
+            args.lr = LORA_LR
     if args.processes is None:
-        frozen = plan["throughout"]["weights"] if args.lora_rank else 0.0
-        gib_each = max(optim.plan_peaks(plan)) - frozen
-        args.processes = optim.default_processes(args.device, gib_each, frozen)
+        shared = plan["throughout"]["weights"] if lora_rank else 0.0
+        args.processes = optim.default_processes(args.device, peak - shared, shared)
         world = max(world, args.processes)
-        plan = memory_plan(config, args, args.lora_rank, world, device.type)
-    trained = f"an adapter of rank {args.lora_rank}" if args.lora_rank else "all weights"
+        plan = memory_plan(config, args, lora_rank, world, device.type)
+    trained = f"an adapter of rank {lora_rank}" if lora_rank else "all weights"
+    way_out = " (--lora-rank 0: all weights)" if lora_rank and len(ranks) > 1 else ""
     memory = optim.plan_line(plan, optim.memory_there(device, args.processes), world)
-    optim.say(f"training {trained}{reason}: about {memory}")
+    say(f"training {trained}{way_out}: about {memory}")
 
 
 def load_mixture(words, limit):
@@ -779,11 +780,10 @@ def load_mixture(words, limit):
     return [load_problems(name, "train", limit) for name in names], proportions
 
 
-def drop_long_prompts(problems, tokenizer, config, args, system):
+def drop_long_prompts(problems, policy, args):
     """The problems whose prompt leaves room for --max-new-tokens in the context."""
-    room = config.max_context - args.max_new_tokens
-    asked = {"system": system, "think_tag": args.think_tag}
-    return [p for p in problems if len(encode_prompt(tokenizer, args.prompt, p, **asked)) <= room]
+    room = policy.config.max_context - args.max_new_tokens
+    return [p for p in problems if len(encode_problem(policy, p, args)) <= room]
 
 
 def load_held_out(args):
@@ -818,47 +818,46 @@ def make_trainable(base, config, args, device):
 
 def main(args):
     config = model.load_config(model.resolve_model(args.model, config_only=True))
-    coefficients = parse_rewards(args.reward)
+    reward_fn = functools.partial(reward_group, coefficients=parse_rewards(args.reward))
     settle_flags(args, config)
     optim.check_run_dir(args)
-    model_dir = model.resolve_model(args.model)
-    tokenizer, system = model.load_tokenizer(model_dir), model.load_system_prompt(model_dir)
+    path = model.resolve_model(args.model)
+    policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
     all_sets, proportions = load_mixture(args.data, args.train_limit)
-    sets = [drop_long_prompts(problems, tokenizer, config, args, system) for problems in all_sets]
+    sets = [drop_long_prompts(problems, policy, args) for problems in all_sets]
     if not all(sets):
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the "
-                         f"context of {config.max_context}")
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
+                         f"the context of {config.max_context}")
     dev, test = load_held_out(args)
     num_problems = sum(map(len, sets))
     epoch = num_problems / args.prompts  # in steps
     steps = args.steps or math.ceil(args.epochs * epoch)
     epoch_ends = {math.ceil(n * epoch): n for n in range(1, math.ceil(args.epochs or 0))}
 
-    base = load_base(model_dir, args)  # before this process forks: frozen weights are shared
+    base = load_base(path, args)  # before this process forks: frozen weights are shared
     _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
+    policy = policy._replace(params=params)
     state = {"step": 0, "best_step": None,
              "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
     best_step, extra = state["best_step"], state["extra"]
-    policy = Policy(params, config, tokenizer, system)
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, extra["taken"], None)
-    reward_fn = functools.partial(reward_group, coefficients=coefficients)
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
-    optim.say(f"{num_problems} training problems ({sum(map(len, all_sets)) - num_problems} more are "
-              f"too long for the context), {len(dev)} held out for choosing and {len(test)} for the "
-              f"result; {num_trained:,} weights to train on {world} x {device}")
+    say(f"{num_problems} training problems ({sum(map(len, all_sets)) - num_problems} are too long), "
+        f"{len(dev)} held out for choosing and {len(test)} for the result; {num_trained:,} weights "
+        f"to train on {world} x {device}")
     if not checkpoint:
         log_evaluation(policy, dev[:8], [], args, run, 0, reward_fn)
     if test and not extra["rows"]:
         measure_test(policy, test, args, extra["rows"], "before")
         if args.prompt != "cot":
-            measure_test(policy, test, args, extra["rows"], "before, asked to think step by step",
-                         "cot")
+            asked = "before, asked to think step by step"
+            measure_test(policy, test, args, extra["rows"], asked, "cot")
         write_results(run, extra["rows"])
 
     began = time.perf_counter()
@@ -876,33 +875,35 @@ def main(args):
             updated = time.perf_counter()
 
             extra["taken"] += taken
-            metrics = {"step": step, "steps": steps, "epoch": extra["taken"] / num_problems, "lr": lr}
-            metrics |= step_metrics(groups, learned, args, rolled - start, updated - rolled)
-            metrics["peak_memory_gib"] = max(gather_objects(optim.peak_memory_gib(device)))
+            metrics = step_metrics(groups, learned, args, rolled - start, updated - rolled) | {
+                "peak_memory_gib": max(gather_objects(optim.peak_memory_gib(device)))}
             stopping, last = stop_requested(), step == steps
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
             line = STEP_LINE
             if evaluating:
                 line += " | dev accuracy {dev_accuracy:.3f}"
-                metrics["dev_accuracy"] = log_evaluation(policy, dev, groups, args, run, step, reward_fn)
-                if metrics["dev_accuracy"] > extra["best"]:
-                    extra["best"], best_step = metrics["dev_accuracy"], step
+                accuracy = log_evaluation(policy, dev, groups, args, run, step, reward_fn)
+                metrics["dev_accuracy"] = accuracy
+                if accuracy > extra["best"]:
+                    extra["best"], best_step = accuracy, step
             mean_s = (time.perf_counter() - began) / (step - state["step"])
-            optim.log_step(run, line, metrics | {"left_min": mean_s * (steps - step) / 60})
+            place = {"step": step, "steps": steps, "epoch": extra["taken"] / num_problems, "lr": lr,
+                     "left_min": mean_s * (steps - step) / 60}
+            optim.log_step(run, line, place | metrics)
             warn(metrics, extra, args)
             if test and (last or step in epoch_ends):
                 method = "after" if last else f"after epoch {epoch_ends[step]}"
                 measure_test(policy, test, args, extra["rows"], method)
             if evaluating or stopping or step % args.save_every == 0:
-                optim.save_checkpoint(run.dir, step, params, config, model_dir, optimizer, extra,
+                optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
                                       args.keep, best_step)
             if evaluating:
                 optim.draw_curves(run.dir, CURVES)
             if stopping and not last:
-                return optim.say(f"stopped; go on with: {optim.resume_command()}")
+                return say(f"stopped; go on with: {optim.resume_command()}")
     write_results(run, extra["rows"])
-    optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
-              f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
+    say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev problems: "
+        f"{run.dir / 'checkpoints' / 'best'} (step {best_step})")
 
 
 if __name__ == "__main__":

@@ -578,9 +578,9 @@ def test_grpo_trains_all_weights_where_they_fit():
 def test_grpo_prompts_that_fill_the_context_are_left_out():
     long = {"id": "long", "problem": "What is " + "1 + " * 600 + "1?", "answer": "601"}
     short = {"id": "short", "problem": "What is 1 + 1?", "answer": "2"}
-    tokenizer = model.load_tokenizer(ROOT / "data/tiny")
     config = model.load_config(ROOT / "data/tiny")
-    assert grpo.drop_long_prompts([long, short], tokenizer, config, _args(), None) == [short]
+    policy = grpo.Policy(None, config, model.load_tokenizer(ROOT / "data/tiny"), None)
+    assert grpo.drop_long_prompts([long, short], policy, _args()) == [short]
 
 
 def test_grpo_a_problem_twice_in_a_step_draws_its_own_noise_each_time():
