@@ -349,46 +349,6 @@ def chosen_flags(args, config):
     return defaults | {name: value for name, value in vars(args).items() if value is not None}
 
 
-def load_setup(args):
-    """The Setup that the flags of add_eval_flags name."""
-    append_lines(args.results, [])  # what could not be kept need not be measured
-    device = find_device(args.device)
-    dtype = compute_dtype(args.dtype, device)
-    path = resolve_model(args.model)
-    config = load_config(path)
-    flags = chosen_flags(args, config)
-    problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
-    num_shots = flags.get("shots", PRESETS[flags["prompt"]].shots)
-    shots = load_shots(args.shots_from or flags["data"], num_shots, args.data_seed, problems)
-    options = {"system": load_system_prompt(path)} | {name: flags[name] for name in (
-        "prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
-        "max_batch")} | {"shots": shots}
-    settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
-                "split": args.split, "data_seed": args.data_seed, "device": device.type,
-                "dtype": str(dtype).removeprefix("torch.")}
-    params = sampling_params(load_params(path, device, dtype), config)
-    return Setup(params, config, load_tokenizer(path), problems, options, settings,
-                 args.records and Path(args.records), args.grade)
-
-
-def start_processes(setup, device, processes=None, replies=1):
-    """Fork into `processes`, which share the weights; None: as many as cores and memory allow.
-
-    Called once, when everything is loaded. Only process 0 prints from here on.
-    replies: how many may stand behind one another in a context.
-    """
-    config = setup.config
-    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    context = max(map(len, prompt_tokens(setup))) + replies * setup.options["max_new_tokens"]
-    # float32, and as much again: weights are read, then packed; a cache is copied when it grows
-    gib_each = 8 * setup.options["max_batch"] * (context * pair + config.vocab_size) / 2**30
-    gib_shared = 8 * sum(tensor.shape.numel() for tensor in setup.params.values()) / 2**30
-    processes = processes or default_processes(device, 0.25 + gib_each, gib_shared)
-    rank, _, _ = init_distributed(device, processes)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
 def form_of(options):
     """What decides a prompt beside its preset and problem."""
     return {name: options[name] for name in ("system", "shots", "think_tag")}
@@ -412,6 +372,49 @@ def settings_of(setup, **changes):
 
 def print_settings(settings):
     print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()), flush=True)
+
+
+def start_processes(setup, device, processes, replies):
+    """Fork into `processes`, which share the weights; None: as many as cores and memory allow.
+    Only process 0 prints from here on."""
+    config = setup.config
+    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    context = max(map(len, prompt_tokens(setup))) + replies * setup.options["max_new_tokens"]
+    # float32, and as much again: weights are read, then packed; a cache is copied when it grows
+    gib_each = 8 * setup.options["max_batch"] * (context * pair + config.vocab_size) / 2**30
+    gib_shared = 8 * sum(tensor.shape.numel() for tensor in setup.params.values()) / 2**30
+    processes = processes or default_processes(device, 0.25 + gib_each, gib_shared)
+    rank, _, _ = init_distributed(device, processes)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def load_setup(args, replies=1):
+    """The Setup that the flags of add_eval_flags name, in every one of --processes.
+
+    replies: how many may stand behind one another in a context.
+    """
+    append_lines(args.results, [])  # what could not be kept need not be measured
+    device = find_device(args.device)
+    dtype = compute_dtype(args.dtype, device)
+    path = resolve_model(args.model)
+    config = load_config(path)
+    flags = chosen_flags(args, config)
+    problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
+    num_shots = flags.get("shots", PRESETS[flags["prompt"]].shots)
+    shots = load_shots(args.shots_from or flags["data"], num_shots, args.data_seed, problems)
+    options = {"system": load_system_prompt(path)} | {name: flags[name] for name in (
+        "prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
+        "max_batch")} | {"shots": shots}
+    settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
+                "split": args.split, "data_seed": args.data_seed, "device": device.type,
+                "dtype": str(dtype).removeprefix("torch.")}
+    params = sampling_params(load_params(path, device, dtype), config)
+    setup = Setup(params, config, load_tokenizer(path), problems, options, settings,
+                  args.records and Path(args.records), args.grade)
+    start_processes(setup, args.device, args.processes, replies)
+    print_settings(settings_of(setup))
+    return setup
 
 
 def collect_records(setup, name="records", **changes):
@@ -561,6 +564,19 @@ def against(scores, baseline):
     """How many points over the baseline, problem by problem, as text."""
     change, low, high = paired_bootstrap(baseline, scores)
     return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def print_table(results):
+    """Print [(label, row, score of each problem), ...], and what each gains over the first."""
+    levels = list(results[0][1]["levels"])
+    lines = []
+    for label, row, scores in results:
+        by_level = [percent(row["levels"][level][0]) for level in levels]
+        lines.append([label, rated(row), against(scores, results[0][2]), *by_level,
+                      f"{row.get('samples', 1):.1f}", round(row["tokens_mean"]),
+                      f"{row['seconds']:.1f}"])
+    print(markdown(["method", "accuracy, % [95 %]", "points over the first",
+                    *(f"level {level}" for level in levels), "samples", "tokens", "seconds"], lines))
 
 
 SUMMARY = """\
@@ -723,8 +739,6 @@ def main(args):
     if args.report:
         return report(args)
     setup = load_setup(args)
-    start_processes(setup, args.device, args.processes)
-    print_settings(settings_of(setup, num_samples=args.num_samples))
     records, settings = collect_records(setup, num_samples=args.num_samples)
     method = "greedy" if args.temperature == 0 else "sampled"
     row = summarize(records, method=method, **settings)
