@@ -41,10 +41,12 @@ def power_of_two(n):
 
 
 def float_scores(q, k):
-    """q k^T in float32, whatever the inputs are: [N, M, head_dim], [N, S, head_dim] -> [N, M, S]."""
+    """q k^T / sqrt(head_dim) in float32: [N, M, head_dim], [N, S, head_dim] -> [N, M, S]."""
+    scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, k.mT, out_dtype=torch.float32)
-    return torch.bmm(q.float(), k.float().mT)
+        return torch.bmm(q, k.mT, out_dtype=torch.float32) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.bmm(q.to(wide) * scale, k.to(wide).mT)
 
 
 def plain_attention(q, k, v, seen):
@@ -53,7 +55,7 @@ def plain_attention(q, k, v, seen):
     K, S = k.shape[1:3]
     q = q.reshape(B * K, -1, head_dim)  # the query heads of one key head stand together
     k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
-    scores = float_scores(q * head_dim**-0.5, k)  # [B * K, H / K * T, S]
+    scores = float_scores(q, k)  # [B * K, H / K * T, S]
     scores.view(B, -1, T, S).masked_fill_(~seen.expand(B, T, S)[:, None], -torch.inf)
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(B, H, T, head_dim)
 
@@ -216,21 +218,26 @@ def prefill_attention(store, rows, begin):
 
 class Layout(NamedTuple):
     """Where the running rows hold their keys and values, and which rows share a prompt."""
-    slots: torch.Tensor  # [2 * K * B] int64: in the flattened store, where the next key and value of each row go
-    own_bias: torch.Tensor  # [K * B, 1, S] float32, added to scores: 0 for slots that hold a token of the row, or -inf
-    prompt_bias: torch.Tensor | None  # [K * N, 1, P] float32, the same of the shared prompts
-    members: torch.Tensor  # [N, g] the rows of each prompt, padded with row 0
-    places: torch.Tensor  # [B] where in members, flattened, a row stands; empty when members is 0, 1, ..., B - 1
+    slots: torch.Tensor  # [2 * K * B] int64: where in the flattened store the next key, value goes
+    lengths: torch.Tensor  # [B] int64: slots that each row holds
+    prompt_bias: torch.Tensor  # [K * N, 1, P] float32, added to scores: -inf where a prompt has ended
+    members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
+    places: torch.Tensor  # [B] int64: where in members, flattened, a row stands; empty: members is
+    #                       0, 1, ..., B - 1 and nothing need be gathered
 
 
-def decode_attention(own, shared, layout):
-    """One new token for each row: q [B, H, 1, head_dim]. Its key and value are written into `own` first.
+def decode_attention(own, shared, layout, S):
+    """One new token for each row: q [B, H, 1, head_dim]. Its key and value go into `own` first.
 
-    own, shared: stores as for prefill_attention, of the rows and of their prompts (None: the rows hold those, too).
-    Rows of one prompt ask it together, as one product; both parts of a row's scores share one softmax.
+    own, shared: stores as for prefill_attention, of the rows and of their prompts (None: rows hold
+    those, too). S: own slots to attend to. The rows of a prompt ask it together, in one product; both
+    parts of a row's scores share one softmax.
     """
-    K, B, S = own[0].shape[1], own[0].shape[2], layout.own_bias.shape[2]
-    N, g = layout.members.shape
+    K, B = own[0].shape[1:3]
+    N, g = layout.members.shape if shared else (0, 0)
+    unseen = torch.arange(S, device=layout.lengths.device) > layout.lengths[:, None]  # a token sees itself
+    own_bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -torch.inf)
+    own_bias = own_bias.repeat(K, 1)[:, None]  # [K * B, 1, S]
 
     def gather(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
         if len(layout.places):
@@ -247,8 +254,8 @@ def decode_attention(own, shared, layout):
         kv = torch.stack((k.transpose(0, 1), v.transpose(0, 1)))  # [2, K, B, 1, head_dim]
         own[layer].view(-1, head_dim).index_copy_(0, layout.slots, kv.view(-1, head_dim))
         keys, values = own[layer].flatten(1, 2)[:, :, :S]  # [K * B, S, head_dim] each
-        q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim) * head_dim**-0.5
-        scores = float_scores(q, keys).add_(layout.own_bias)  # [K * B, R, S]
+        q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
+        scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
         if shared is None:
             out = torch.bmm(scores.softmax(-1).to(q.dtype), values)
         else:

@@ -444,7 +444,7 @@ def parse_yarn(raw, max_position_embeddings):
         raise ValueError(f"rope_scaling type {kind!r} is not supported; Qwen-2.5 documents 'yarn'")
     known = ("type", "rope_type", "rope_theta", *Yarn._fields)
     if unknown := sorted(raw.keys() - set(known)):
-        raise ValueError(f"rope_scaling has {', '.join(unknown)}; expected {', '.join(known)}")
+        raise ValueError(f"rope_scaling has {', '.join(unknown)}; expected only {', '.join(known)}")
     given = {name: raw[name] for name in Yarn._fields if raw.get(name) is not None}
     given.setdefault("original_max_position_embeddings", max_position_embeddings)
     given.setdefault("attention_factor", 1.0)

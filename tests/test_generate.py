@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import model
 from generate import (
     generate,
     inverse_cdf,
@@ -91,76 +92,6 @@ def test_generate_says_the_same_in_any_company():
     alone = [generate(params, config, [prompt], seeds=[i], **ask)[0] for i, prompt in enumerate(_PROMPTS)]
     assert _tokens(alone) == whole
     assert _tokens(generate(params, config, _PROMPTS, seed=1, **ask)) != whole
-
-
-def test_generate_says_the_same_from_several_processes():
-    """With two threads the prompts are dealt out to two processes: same tokens; a fork that dies or fails is an error,
-    one whose parent is gone ends, and none stays behind."""
-    import multiprocessing
-
-    import generate as generate_module
-
-    params, config = _sampler()
-    prompts, threads, said = [[i + 1, 7, i] for i in range(40)], torch.get_num_threads(), []
-    parent, step = os.getpid(), generate_module.decode_step
-
-    def die_in_the_fork(*args):
-        return step(*args) if os.getpid() == parent else os.kill(os.getpid(), signal.SIGKILL)
-
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            with mock.patch.object(generate_module, "generate_in_processes",
-                                   wraps=generate_module.generate_in_processes) as dealt:
-                said.append(_tokens(generate(params, config, prompts, num_samples=2, max_new_tokens=9, stop_tokens=(3,),
-                                             stats=(stats := {}))))
-            assert dealt.called == (n == 2 and sys.platform == "linux")
-            assert torch.get_num_threads() == n and stats["decode_s"] > 0
-        assert said[0] == said[1]
-        with mock.patch.object(generate_module, "decode_step", side_effect=RuntimeError("planted")):
-            with raises(RuntimeError, "planted"):
-                generate(params, config, prompts, max_new_tokens=9)
-        if sys.platform == "linux":
-            with mock.patch.object(generate_module, "decode_step", die_in_the_fork):
-                with raises(RuntimeError, "-9", "memory"):
-                    generate(params, config, prompts, max_new_tokens=9)
-        assert torch.get_num_threads() == 2 and not multiprocessing.active_children()
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_generate_forks_end_with_their_parent():
-    """A fork ends when its parent is killed: at work, or waiting to hand over answers, more than a pipe holds."""
-    import select
-
-    if sys.platform != "linux":
-        raise unittest.SkipTest("forks are for Linux")
-    script = """if True:
-        import os, sys, time, generate
-        parent = os.getpid()
-        def stand_in(*args, **kwargs):
-            if os.getpid() == parent:
-                time.sleep(1)  # the fork is at it by then
-                print("ready", flush=True)
-            if os.getpid() == parent or sys.argv[1] == "at work":
-                time.sleep(600)
-            return ["x" * 2**20]
-        generate.generate = stand_in
-        generate.generate_in_processes({}, None, [[1], [1]], [[1], [1]], [0, 1], 2, {})
-    """
-    for what in ("at work", "handing over"):
-        process = subprocess.Popen([sys.executable, "-c", script, what], cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-        try:
-            assert process.stdout.readline() == "ready\n"
-            process.kill()
-            process.wait()
-            ended, _, _ = select.select([process.stdout], [], [], 5)  # at its end, once the fork has left it, too
-            assert ended and process.stdout.read() == "", f"{what}, the fork outlived its parent by five seconds"
-        finally:
-            process.stdout.close()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_generate_cache_grows_past_its_blocks():
@@ -275,18 +206,39 @@ def test_generate_thinking_minimum_takes_the_tag_back():
     assert (scored - torch.tensor(answer.logprobs)).abs().max() < 1e-4
 
 
-def test_generate_runs_on_adapters_and_copies():
-    """An adapter counts; a packed copy says what the checkpoint says, and stays as it was when the checkpoint moves on."""
+def test_generate_runs_on_adapters_and_packed_weights():
+    """An adapter counts; packed weights say what the checkpoint says, and are packed once only."""
     params, config = _sampler()
-    lora = {name: tensor + 0.3 if "lora_B" in name else tensor for name, tensor in init_lora(config, 2, 0).items()}
+    lora = init_lora(config, 2, 0)
+    lora = {name: tensor + 0.3 if "lora_B" in name else tensor for name, tensor in lora.items()}
     ask = {"max_new_tokens": 12, "temperature": 0.9}
-    plain, adapted = (_tokens(generate(p, config, _PROMPTS, **ask)) for p in (params, params | lora))
+    plain = _tokens(generate(params, config, _PROMPTS, **ask))
+    adapted = _tokens(generate(params | lora, config, _PROMPTS, **ask))
     assert plain != adapted
     assert _tokens(generate(merge_lora(params | lora), config, _PROMPTS, **ask)) == adapted
     packed = sampling_params(params | lora, config)
-    for tensor in params.values():
-        tensor.zero_()
     assert _tokens(generate(packed, config, _PROMPTS, **ask)) == adapted
+    again = sampling_params(packed, config)
+    assert again.keys() == packed.keys() and all(again[n] is packed[n] for n in packed if packed[n].is_mkldnn)
+
+
+def test_generate_layer_is_the_models_own():
+    """Who edits `model.block` has edited the sampler, too: its log-probabilities stay the scorer's."""
+    params, config = _sampler()
+    block = model.block
+
+    def edited(params, config, layer, x, *rest):
+        return block(params, config, layer, x, *rest) * 1.1 + 0.01 * layer
+
+    plain = _tokens(generate(params, config, _PROMPTS, max_new_tokens=20))
+    with mock.patch.object(model, "block", edited):
+        answers = generate(params, config, _PROMPTS, num_samples=2, max_new_tokens=20)
+        for prompt, row in zip(_PROMPTS, answers):
+            for answer in row:
+                scored = token_logprobs(params, config, torch.tensor([prompt + answer.tokens]))
+                drawn = torch.tensor(answer.logprobs)
+                assert (scored[0, len(prompt) - 1:] - drawn).abs().max() < 1e-4
+        assert _tokens(answers) != plain
 
 
 def test_generate_in_bfloat16_stays_near_the_scorer():
