@@ -24,6 +24,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from operator import gt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,51 +32,32 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import model
+import optim
 from data import load_problems
 from data.files import read_rows
-from data.prompts import PRESETS, encode_prompt, prompt_hash, render_prompt
+from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
 from generate import add_sampling_flags, completion_text, generate, sampling_params
-from model import (
-    end_tokens,
-    is_tiny,
-    load_config,
-    load_params,
-    load_system_prompt,
-    load_tokenizer,
-    resolve_model,
-)
-from optim import (
-    HelpFormatter,
-    add_device_flags,
-    at_least,
-    compute_dtype,
-    default_processes,
-    find_device,
-    gather_objects,
-    init_distributed,
-    rank_and_world,
-)
+from optim import at_least, gather_objects, rank_and_world, say
 from verify import canonical, equivalent, extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
 SAMPLING_TEMPERATURE = 0.7  # one for all methods that sample, so that they compare; chosen on dev
 ROUND_S = 60  # seconds of work between two writes to a file of records
-# What a flag left out means: for a tiny model, and for any other.
+# What a flag left out means, for a tiny model and for any other.
 TINY = {"data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "max_batch": 256}
 OTHERS = {"data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "max_batch": 64}
 
 
-def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"]):
+def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=PRESETS):
     """The flags that eval.py, infer_scale.py and refine.py share."""
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
-    add("--data", help=f"problem set or .jsonl file (default: {TINY['data']} for a tiny model, "
-        f"else {OTHERS['data']})")
+    add("--data", help="problem set or .jsonl file")
     add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
     add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
     add("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
-    add("--prompt", choices=PRESETS,
-        help=f"default: {tiny_prompt} for a tiny model, else {OTHERS['prompt']}")
+    add("--prompt", choices=prompts, help="how a problem is put")
     add("--shots", type=at_least(0),
         help="solved examples in front of a chat prompt (default: the prompt's own number)")
     add("--shots-from", help="problem set whose train split has the examples (default: --data)")
@@ -86,12 +68,14 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"]):
     add("--seed", type=int, default=0, help="of the sampling")
     add("--results", default="results.jsonl", help="every measured row is appended to this file")
     add("--records", help="directory or .jsonl file that keeps the record of each problem")
-    add_device_flags(parser)
+    optim.add_device_flags(parser)
     parser.set_defaults(max_batch=None, tiny_prompt=tiny_prompt)
+    parser.epilog = (f"defaults for a tiny model: {TINY | {'prompt': tiny_prompt}}\n"
+                     f"and for any other: {OTHERS}")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     add_eval_flags(p)
     p.add_argument("--num-samples", type=at_least(1), default=1,
                    help="completions per problem; several need a --temperature")
@@ -109,8 +93,8 @@ Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def wilson(correct, n):
-    """(low, high): the 95 % interval of a rate, every p within 1.96 of its own standard errors of
-    correct / n. Wilson 1927."""
+    """(low, high): the 95 % interval of a rate, Wilson 1927. It holds every p within 1.96 of its
+    own standard errors of correct / n."""
     if n <= 0:
         return 0.0, 1.0
     rate = correct / n
@@ -134,20 +118,20 @@ def interval(scores):
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
-    """(mean, low, high) of b - a over problems, with its 95 % interval; problems are resampled."""
+    """(mean, low, high) of b - a with its 95 % interval, resampling problems."""
     change = np.asarray(b, float) - np.asarray(a, float)
     rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(draws // 100):
-        drawn = rng.integers(0, len(change), (100, len(change)))
-        means.append(change[drawn].mean(1))
+    means = [change[rng.integers(0, len(change), (100, len(change)))].mean(1)
+             for _ in range(draws // 100)]
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(change.mean()), float(low), float(high)
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p of the hypothesis that a problem which just one of two runs got right is
-    as likely to be either's. only_a, only_b: how many each got alone. McNemar 1947."""
+    """Exact two-sided p that what one run alone got right is as likely to be either's (1947).
+
+    only_a, only_b: how many problems each got alone.
+    """
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -159,8 +143,7 @@ def pass_at_k(num_samples, num_correct, k):
     Raises ValueError unless 1 <= k <= num_samples.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@{k} of {num_samples} samples: k is not from 1 to {num_samples}; "
-                         "raise --num-samples")
+        raise ValueError(f"pass@{k} of {num_samples} samples: k has to be from 1 to their number")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -171,18 +154,16 @@ def pool_answers(answers):
     [0, None, 0, 1]
     """
     leaders = []  # the first answer of each class
-    classes = {}  # canonical form -> class
+    classes = {None: None}  # canonical form -> class
     votes = []
     for answer in answers:
-        if answer is None:
-            votes.append(None)
-            continue
-        key = canonical(answer)
+        key = None if answer is None else canonical(answer)
         if key not in classes:
-            same = (equivalent(answer, leader, timeout_s=0.5) for leader in leaders)
-            classes[key] = next((i for i, found in enumerate(same) if found), len(leaders))
-        if classes[key] == len(leaders):
-            leaders.append(answer)
+            same = (i for i, leader in enumerate(leaders)
+                    if equivalent(answer, leader, timeout_s=0.5))
+            classes[key] = next(same, len(leaders))
+            if classes[key] == len(leaders):
+                leaders.append(answer)
         votes.append(classes[key])
     return votes
 
@@ -191,21 +172,19 @@ def maj_at_k(votes, right, k):
     """Mean success of a majority vote over all subsets of k samples; ties are broken by lot.
 
     votes: the class of each sample, or None; right: the classes that are right. Exact: counts the
-    subsets class by class, by how many votes lead, how many classes have them, and how many of
-    those classes are right.
+    subsets, class by class, by the votes of the leaders, their number, and the right ones of them.
     """
     counts = Counter(v for v in votes if v is not None)
-    subsets = {(k, 0, 0, 0): 1}  # (samples still to draw, votes that lead, leaders, right ones): ways
+    subsets = {(k, 0, 0, 0): 1}  # (samples still to draw, votes, leaders, right ones): ways
     for vote, count in counts.items():
         longer = Counter()
-        for (left, lead, leaders, good), ways in subsets.items():
+        for (left, most, leaders, good), ways in subsets.items():
             for drawn in range(min(left, count) + 1):
-                if drawn > lead:
+                after = (left - drawn, most, leaders, good)
+                if drawn > most:
                     after = (left - drawn, drawn, 1, vote in right)
-                elif drawn and drawn == lead:
-                    after = (left - drawn, lead, leaders + 1, good + (vote in right))
-                else:
-                    after = (left - drawn, lead, leaders, good)
+                elif drawn == most > 0:
+                    after = (left - drawn, most, leaders + 1, good + (vote in right))
                 longer[after] += ways * math.comb(count, drawn)
         subsets = longer
     silent = len(votes) - counts.total()
@@ -236,14 +215,11 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
     Each problem has noise of its own: its record depends neither on the other problems nor on the
     batch nor on the number of processes.
     """
-    if num_samples > 1 and temperature == 0:
-        raise ValueError(f"{num_samples} samples at temperature 0 would all be the same; give a "
-                         "--temperature, or ask for one sample")
     started = time.perf_counter()
     rank, world = rank_and_world()
     mine = problems[rank::world]
     form = {"system": system, "shots": shots, "think_tag": think_tag}
-    ends = end_tokens(tokenizer, config)
+    ends = model.end_tokens(tokenizer, config)
     stop = PRESETS[prompt].stop
     answers = generate(
         params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
@@ -255,13 +231,11 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
     pairs = [(text, mine[i // num_samples]["answer"]) for i, text in enumerate(texts)]
     samples = list(map(make_sample, completions, texts, verify_many(pairs, strict=True),
                        verify_many(pairs, strict=False)))
-    seconds = round((time.perf_counter() - started) / max(1, len(problems)), 4)
-    records = []
-    for i, problem in enumerate(mine):
-        records.append({
-            "id": problem["id"], "level": problem.get("level"), "subject": problem.get("subject"),
-            "prompt": render_prompt(prompt, problem, **form), "reference": problem["answer"],
-            "samples": samples[i * num_samples:(i + 1) * num_samples], "seconds": seconds})
+    seconds = round((time.perf_counter() - started) / len(problems), 4)
+    records = [{"id": p["id"], "level": p.get("level"), "subject": p.get("subject"),
+                "prompt": render_prompt(prompt, p, **form), "reference": p["answer"],
+                "samples": samples[i * num_samples:(i + 1) * num_samples], "seconds": seconds}
+               for i, p in enumerate(mine)]
     shares = gather_objects(records)
     return [shares[i % world][i // world] for i in range(len(problems))]
 
@@ -292,7 +266,7 @@ def list_changes(old, new):
 
 
 def append_lines(path, objects):
-    """Append the objects to a .jsonl file, made with its directory at need. On process 0 only."""
+    """Append the objects to a .jsonl file, made at need. On process 0 only."""
     if rank_and_world()[0] == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -324,28 +298,9 @@ def weights_hash(model_dir):
     return digest.hexdigest()[:8]
 
 
-def load_shots(source, count, seed, problems):
-    """`count` solved problems to show first; fewer are the first of more.
-
-    Raises ValueError when one has no solution, or is among `problems`, which will be asked.
-    """
-    if not count:
-        return []
-    shots = load_problems(source, "train", count, seed)
-    asked = {p["problem"] for p in problems}
-    for shot in shots:
-        if not shot.get("solution"):
-            raise ValueError(f"{source}: {shot['id']} has no solution to show; name a set that has "
-                             "with --shots-from")
-        if shot["problem"] in asked:
-            raise ValueError(f"{source}: example {shot['id']} is one of the problems asked; name "
-                             "another set with --shots-from")
-    return shots
-
-
 def chosen_flags(args, config):
     """The flags by name, with what stands for those left out under this model."""
-    defaults = TINY | {"prompt": args.tiny_prompt} if is_tiny(config) else OTHERS
+    defaults = TINY | {"prompt": args.tiny_prompt} if model.is_tiny(config) else OTHERS
     return defaults | {name: value for name, value in vars(args).items() if value is not None}
 
 
@@ -370,50 +325,43 @@ def settings_of(setup, **changes):
         "shots": len(options["shots"]), "prompt_hash": hashed}
 
 
-def print_settings(settings):
-    print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()), flush=True)
-
-
-def start_processes(setup, device, processes, replies):
-    """Fork into `processes`, which share the weights; None: as many as cores and memory allow.
-    Only process 0 prints from here on."""
-    config = setup.config
-    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    context = max(map(len, prompt_tokens(setup))) + replies * setup.options["max_new_tokens"]
-    # float32, and as much again: weights are read, then packed; a cache is copied when it grows
-    gib_each = 8 * setup.options["max_batch"] * (context * pair + config.vocab_size) / 2**30
-    gib_shared = 8 * sum(tensor.shape.numel() for tensor in setup.params.values()) / 2**30
-    processes = processes or default_processes(device, 0.25 + gib_each, gib_shared)
-    rank, _, _ = init_distributed(device, processes)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
 def load_setup(args, replies=1):
-    """The Setup that the flags of add_eval_flags name, in every one of --processes.
+    """The Setup that the flags of add_eval_flags name, in each of --processes.
 
     replies: how many may stand behind one another in a context.
     """
+    if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
+        raise ValueError(f"{args.num_samples} samples at temperature 0 would all be the same; give "
+                         "a --temperature, or ask for one sample")
     append_lines(args.results, [])  # what could not be kept need not be measured
-    device = find_device(args.device)
-    dtype = compute_dtype(args.dtype, device)
-    path = resolve_model(args.model)
-    config = load_config(path)
+    device = optim.find_device(args.device)
+    dtype = optim.compute_dtype(args.dtype, device)
+    path = model.resolve_model(args.model)
+    config = model.load_config(path)
+    tokenizer = model.load_tokenizer(path)
     flags = chosen_flags(args, config)
     problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
     num_shots = flags.get("shots", PRESETS[flags["prompt"]].shots)
     shots = load_shots(args.shots_from or flags["data"], num_shots, args.data_seed, problems)
-    options = {"system": load_system_prompt(path)} | {name: flags[name] for name in (
-        "prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
-        "max_batch")} | {"shots": shots}
+    names = ("prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
+             "max_batch")
+    options = {"system": model.load_system_prompt(path), "shots": shots}
+    options |= {name: flags[name] for name in names}
     settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
                 "split": args.split, "data_seed": args.data_seed, "device": device.type,
                 "dtype": str(dtype).removeprefix("torch.")}
-    params = sampling_params(load_params(path, device, dtype), config)
-    setup = Setup(params, config, load_tokenizer(path), problems, options, settings,
+    params = sampling_params(model.load_params(path, device, dtype), config)
+    setup = Setup(params, config, tokenizer, problems, options, settings,
                   args.records and Path(args.records), args.grade)
-    start_processes(setup, args.device, args.processes, replies)
-    print_settings(settings_of(setup))
+
+    # float32, and as much again: weights are read, then packed; a cache is copied when it grows
+    context = max(map(len, prompt_tokens(setup))) + replies * options["max_new_tokens"]
+    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    gib_each = 0.25 + options["max_batch"] * (context * pair + config.vocab_size) / 2**27
+    gib_shared = sum(tensor.shape.numel() for tensor in params.values()) / 2**27
+    optim.init_distributed(args.device, args.processes or optim.default_processes(
+        args.device, gib_each, gib_shared))
+    say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
     return setup
 
 
@@ -529,19 +477,15 @@ def summarize(records, **settings):
     return row
 
 
-def commit():
-    """The commit of this code, marked when it was changed since; None outside a repository."""
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"],
-                           capture_output=True, text=True)
-    return found.stdout.strip() or None
-
-
 def append_row(path, row):
     """Add a row to the results, with the command, the code and the library that made it."""
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT,
+                         capture_output=True, text=True)  # empty without git
     append_lines(path, [row | {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "processes": rank_and_world()[1], "time": time.strftime("%F %T")}])
+        "commit": git.stdout.strip() or None, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
+        "time": time.strftime("%F %T")}])
 
 
 def percent(rate, low=None, high=None):
@@ -575,8 +519,8 @@ def print_table(results):
         lines.append([label, rated(row), against(scores, results[0][2]), *by_level,
                       f"{row.get('samples', 1):.1f}", round(row["tokens_mean"]),
                       f"{row['seconds']:.1f}"])
-    print(markdown(["method", "accuracy, % [95 %]", "points over the first",
-                    *(f"level {level}" for level in levels), "samples", "tokens", "seconds"], lines))
+    say(markdown(["method", "accuracy, % [95 %]", "points over the first",
+                  *(f"level {level}" for level in levels), "samples", "tokens", "seconds"], lines))
 
 
 SUMMARY = """\
@@ -588,18 +532,19 @@ truncated {truncated} % | no answer {no_answer} % | undecided {undecided} | {sec
 
 
 def print_row(row):
+    """Print what summarize counted."""
     shown = {name: percent(*row[name]) for name in ("strict", "lenient")}
     shown |= {name: percent(row[name]) for name in ("truncated", "no_answer")}
-    print(SUMMARY.format(**row | shown, rated=rated(row)))
+    say(SUMMARY.format(**row | shown, rated=rated(row)))
     for name in ("levels", "subjects"):
-        if len(row[name]) > 1:
-            groups = [f"{group}: {percent(*rates)} of {n} in {length:.0f} tokens"
-                      for group, (*rates, n, length) in row[name].items()]
-            print(f"  {name}: {', '.join(groups)}")
+        groups = [f"{group}: {percent(*rates)} of {n} in {length:.0f} tokens"
+                  for group, (*rates, n, length) in row[name].items()]
+        if len(groups) > 1:
+            say(f"  {name}: {', '.join(groups)}")
     for name in ("pass_at", "maj_at"):
-        if name in row:
-            rates = [f"{k}: {percent(*found)}" for k, found in row[name].items()]
-            print(f"  {name.removesuffix('_at')}@k: {', '.join(rates)}")
+        rates = [f"{k}: {percent(*found)}" for k, found in row.get(name, {}).items()]
+        if rates:
+            say(f"  {name.removesuffix('_at')}@k: {', '.join(rates)}")
 
 
 # ---------------------------------------------------------------------- two runs compared
@@ -607,24 +552,25 @@ def print_row(row):
 
 def compare(path_a, path_b, grade=None):
     """Prints what changed from one file of records to the other, over the problems in both."""
-    runs = [read_records(path) for path in (path_a, path_b)]
-    shared = [i for i in runs[0] if i in runs[1]]
+    runs = {path: read_records(path) for path in (path_a, path_b)}
+    shared = [i for i in runs[path_a] if i in runs[path_b]]
     if not shared:
         raise ValueError(f"{path_a} and {path_b} have no problem in common")
-    settings = [records[shared[0]]["settings"] for records in runs]
-    scores = []
-    for path, records, of_run in zip((path_a, path_b), runs, settings):
-        counted = grade or PRESETS[of_run["prompt"]].grade
-        scores.append(scores_of([records[i] for i in shared], counted))
-        print(f"{path}: {percent(*interval(scores[-1]))} % of {len(shared)} shared problems "
-              f"(of {len(records)})")
-    print(f"settings that differ: {list_changes(*settings) or 'none'}")
-    print(f"difference in points: {against(scores[1], scores[0])} (95 %, paired bootstrap)")
-    if {*scores[0], *scores[1]} <= {0, 1}:
-        gained = sum(b > a for a, b in zip(*scores))
-        lost = sum(b < a for a, b in zip(*scores))
-        print(f"{gained} problems gained, {lost} lost; "
-              f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
+    settings = [records[shared[0]]["settings"] for records in runs.values()]
+    results = []
+    for (path, records), of_run in zip(runs.items(), settings):
+        mine = [records[i] for i in shared]
+        row = summarize(mine, grade=grade, prompt=of_run["prompt"])
+        results.append((f"{path} ({len(mine)} of {len(records)})", row,
+                        scores_of(mine, row["grade"])))
+    print_table(results)
+    (_, _, a), (_, _, b) = results
+    say(f"settings that differ: {list_changes(*settings) or 'none'}")
+    if {*a, *b} <= {0, 1}:
+        gained = sum(map(gt, b, a))
+        lost = sum(map(gt, a, b))
+        say(f"{gained} problems gained, {lost} lost; "
+            f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
 
 
 # ---------------------------------------------------------------------- the report
@@ -667,30 +613,21 @@ def plot_report(rows, path):
     figure.savefig(path, bbox_inches="tight")
 
 
-def trained_checkpoint(model):
-    """The best checkpoint that grpo.py left for this model, which is trained now if need be."""
-    run_dir = Path("runs", "grpo" if model == "tiny" else f"grpo-{Path(model).name}")
-    best = run_dir / "checkpoints" / "best"
-    if not best.is_dir():
-        run_script("grpo.py", f"--model={model}", f"--run-dir={run_dir}")
-    return str(best)
-
-
 def report(args):
     """One row per method, as Markdown and a plot; rows that the results lack are measured."""
-    config = load_config(resolve_model(args.model))
+    config = model.load_config(model.resolve_model(args.model))
     data = chosen_flags(args, config)["data"]
-    plain, cot = ("plain", "cot") if is_tiny(config) else ("direct", "boxed")
+    plain, cot = ("plain", "cot") if model.is_tiny(config) else ("direct", "boxed")
     usual = vars(parse_args([]))
     own = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
            "report", "trained", "out")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
              if name not in own and value != usual[name]]
-    num_problems = len(load_problems(data, args.split, args.limit or None, args.data_seed))
-    same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed,
-            "shots": 0, "n": num_problems}
     base = args.model
-    trained = args.trained or trained_checkpoint(base)
+    run_dir = Path("runs", "grpo" if base == "tiny" else f"grpo-{Path(base).name}")
+    trained = args.trained or str(run_dir / "checkpoints" / "best")
+    if not args.trained and not Path(trained).is_dir():
+        run_script("grpo.py", f"--model={base}", f"--run-dir={run_dir}")
     plan = [  # label, model, prompt, script, the method of its row
         ("base", base, plain, "eval.py", "greedy"),
         ("+ chain of thought", base, cot, "eval.py", "greedy"),
@@ -703,15 +640,17 @@ def report(args):
         # is GRPO more than sharpening? see pass@10
         ("base, sampled", base, plain, "eval.py", "sampled"),
         ("+ GRPO, sampled", trained, plain, "eval.py", "sampled")]
+    num_problems = len(load_problems(data, args.split, args.limit or None, args.data_seed))
     rows = []
-    for label, model, prompt, script, method in plan:
+    for label, path, prompt, script, method in plan:
         temperature = 0.0 if method == "greedy" else SAMPLING_TEMPERATURE
-        wanted = same | {"weights": weights_hash(resolve_model(model)), "method": method,
-                         "prompt": prompt, "grade": args.grade or PRESETS[prompt].grade,
-                         "temperature": temperature}
+        wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
+                  "n": num_problems, "weights": weights_hash(model.resolve_model(path)),
+                  "prompt": prompt, "grade": args.grade or PRESETS[prompt].grade,
+                  "method": method, "temperature": temperature, "seed": args.seed}
         if not find_row(args.results, **wanted):
             sampled = ["--num-samples=10"] if method == "sampled" else []
-            run_script(script, f"--model={model}", f"--prompt={prompt}",
+            run_script(script, f"--model={path}", f"--prompt={prompt}",
                        f"--temperature={temperature}", *sampled, *flags)
         rows.append((label, find_row(args.results, **wanted)))
     lines = [[label, rated(row), percent(*row["pass_at"]["10"]) if "pass_at" in row else "",

@@ -21,30 +21,11 @@ import statistics
 import sys
 from collections import Counter
 
-from eval import (
-    SAMPLING_TEMPERATURE,
-    add_eval_flags,
-    append_row,
-    collect_records,
-    cost_row,
-    interval,
-    load_setup,
-    load_shots,
-    maj_at_k,
-    markdown,
-    paired_bootstrap,
-    pass_at_k,
-    percent,
-    pool_answers,
-    print_table,
-    prompt_tokens,
-    rates_by,
-    scores_of,
-    summarize,
-    votes_of,
-)
+import eval
+from data.prompts import load_shots
+from eval import interval, maj_at_k, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
 from model import is_tiny
-from optim import HelpFormatter, at_least, between, rank_and_world
+from optim import HelpFormatter, above, at_least, between, rank_and_world, say
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -53,7 +34,7 @@ OTHER_BUDGETS = (64, 256, 512)
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_eval_flags(p, temperature=SAMPLING_TEMPERATURE, tiny_prompt="cot")
+    eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot")
     add = p.add_argument
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     add("--num-samples", type=at_least(1), default=20, help="size of the pool of each problem")
@@ -61,7 +42,7 @@ def parse_args(argv=None):
         help="numbers of votes (default: those of 5, 10, 20 that the pool allows)")
     add("--exemplars", type=at_least(1), nargs="+", default=(1, 2, 4, 8),
         help="numbers of solved problems shown")
-    add("--temperatures", type=at_least(0.0), nargs="+", default=(0.4, 0.7, 1.0, 1.3))
+    add("--temperatures", type=above(0.0), nargs="+", default=(0.4, 0.7, 1.0, 1.3))
     add("--budgets", type=at_least(1), nargs="+", help="tokens of thought allowed (default: "
         f"{TINY_BUDGETS} for a tiny model, else {OTHER_BUDGETS})")
     add("--confidence", type=between(0.5, 1.0), default=0.95,
@@ -92,7 +73,7 @@ def count_votes(votes, weights=None):
 
 def majority_vote(answers, weights=None):
     """The answer with most votes, as first spelled; of equals the first; None when nobody votes."""
-    votes = pool_answers(answers)
+    votes = eval.pool_answers(answers)
     totals = count_votes(votes, weights)
     return answers[votes.index(max(totals, key=totals.get))] if totals else None
 
@@ -162,22 +143,22 @@ def adaptive(votes, right, confidence, orders=20, seed=0):
 
 
 def compare_prompts(setup, exemplars, shots_from=None, seed=0):
-    """Greedy answers: at once, after zero-shot chain of thought, and after solved problems."""
+    """Rows of greedy answers: at once, after zero-shot chain of thought, after solved problems."""
     results = []
     at_once = "plain" if is_tiny(setup.config) else "direct"  # "only" is no word of the tiny model
     for prompt, k in [(at_once, 0), ("cot", 0), *(("cot", k) for k in exemplars)]:
         shots = load_shots(shots_from or setup.settings["data"], k, seed, setup.problems)
         changes = {"prompt": prompt, "shots": shots, "temperature": 0.0}
-        method = f"{prompt} after {k} solved" if k else prompt
-        longest = max(map(len, prompt_tokens(setup, **changes)))
+        label = f"{prompt} after {k} solved" if k else prompt
+        longest = max(map(len, eval.prompt_tokens(setup, **changes)))
         if longest + setup.options["max_new_tokens"] > setup.config.max_context:
-            print(f"{method} is left out: with {longest} tokens it leaves no room for an answer in "
-                  f"the context of {setup.config.max_context}")
+            say(f"{label} is left out: {longest} tokens leave no room for an answer in the context "
+                f"of {setup.config.max_context}")
             continue
-        records, settings = collect_records(setup, f"{prompt}-{k}", **changes)
-        row = summarize(records, method="greedy", **settings)
-        results.append((method, row, scores_of(records, row["grade"])))
-    print_table(results)
+        records, settings = eval.collect_records(setup, f"{prompt}-{k}", **changes)
+        row = eval.summarize(records, method="greedy", **settings)
+        results.append((label, row, scores_of(records, row["grade"])))
+    eval.print_table(results)
     return [row for _, row, _ in results]
 
 
@@ -219,21 +200,20 @@ def self_consistency(records, settings, ks, confidence):
     """Rows of one sample, of votes (plain, weighted, adaptive), of the best of k, and of pass@k."""
     grade = settings["grade"]
     results = []
+    notes = []
     for method, scores, drawn in vote_methods(records, grade, ks, confidence):
-        row = cost_row(records, scores, drawn, method=method, **settings)
-        if method.startswith("adaptive"):
-            by_level = rates_by("level", records, scores, drawn)
-            row["samples_by_level"] = {level: mean for level, (*_, mean) in by_level.items()}
+        row = eval.cost_row(records, scores, drawn, method=method, **settings)
         results.append((method, row, scores))
-    print_table(results)
-    rows = [row for _, row, _ in results]
-    for row in rows:
-        if "samples_by_level" in row:
+        if method.startswith("adaptive"):
+            by_level = eval.rates_by("level", records, scores, drawn)
+            row["samples_by_level"] = {level: mean for level, (*_, mean) in by_level.items()}
             levels = [f"{level}: {mean:.1f}" for level, mean in row["samples_by_level"].items()]
-            print(f"{row['method']}: {row['samples']:.1f} of {settings['num_samples']} samples; "
-                  f"by level {', '.join(levels) or '-'}")
-    print("\n" + abstentions([votes_of(r, grade) for r in records]))
-    return rows
+            notes.append(f"{method}: {row['samples']:.1f} samples of {settings['num_samples']}; "
+                         f"by level {', '.join(levels) or '-'}\n")
+    eval.print_table(results)
+    say("".join(notes))
+    say(abstentions([votes_of(r, grade) for r in records]))
+    return [row for _, row, _ in results]
 
 
 def abstentions(pairs):
@@ -247,8 +227,8 @@ def abstentions(pairs):
                   if max(count_votes(votes).values(), default=0) >= max(1, share * len(votes))]
         lines.append([f"{share:g}", percent(len(scores) / len(pairs)),
                       percent(*interval(scores)) if scores else "-"])
-    return markdown(["leader's share of the votes", "coverage, %",
-                     "accuracy where it answers, % [95 %]"], lines)
+    return eval.markdown(["leader's share of the votes", "coverage, %",
+                          "accuracy where it answers, % [95 %]"], lines)
 
 
 # ---------------------------------------------------------------------- temperature
@@ -265,26 +245,20 @@ def sweep_temperature(pools, ks, plot=None):
         pairs = [votes_of(r, settings["grade"]) for r in records]
         distinct = statistics.fmean(len(set(votes) - {None}) for votes, _ in pairs)
         silent = statistics.fmean(vote is None for votes, _ in pairs for vote in votes)
-        print(f"temperature {temperature:g}: {distinct:.1f} distinct answers of "
-              f"{settings['num_samples']}, no answer {percent(silent)} %")
+        say(f"temperature {temperature:g}: {distinct:.1f} distinct answers of "
+            f"{settings['num_samples']}, no answer {percent(silent)} %")
         for k in scores:
             scores[k][temperature] = [maj_at_k(*pair, k) for pair in pairs]
-            row = cost_row(records, scores[k][temperature], [k] * len(records),
-                           method=f"majority of {k}" if k > 1 else "one sample",
-                           distinct=distinct, no_answer=silent, **settings)
+            row = eval.cost_row(records, scores[k][temperature], [k] * len(records),
+                                method=f"majority of {k}" if k > 1 else "one sample",
+                                distinct=distinct, no_answer=silent, **settings)
             results.append((f"{row['method']} at {temperature:g}", row, scores[k][temperature]))
-    print()
-    print_table(results)
+    eval.print_table(results)
     for k, mine in scores.items():
-        print(f"votes {k}: {sweet_spot(mine)}")
+        say(f"votes {k}: {sweet_spot(mine)}")
     if plot:
         plot_heat(scores, plot)
     return [row for _, row, _ in results]
-
-
-def best_setting(scores, part):
-    """The setting with the best mean over a part (slice) of the problems."""
-    return max(scores, key=lambda setting: statistics.fmean(scores[setting][part]))
 
 
 def sweet_spot(scores):
@@ -293,27 +267,29 @@ def sweet_spot(scores):
     It is chosen on one half of the problems and measured on the other, both ways: measured where
     it was chosen, it would flatter itself.
     """
-    best = best_setting(scores, slice(None))
+    def best_on(part):
+        return max(scores, key=lambda setting: statistics.fmean(scores[setting][part]))
+
+    best = best_on(slice(None))
     even, odd = slice(0, None, 2), slice(1, None, 2)
-    fair = scores[best_setting(scores, even)][odd] + scores[best_setting(scores, odd)][even]
+    fair = scores[best_on(even)][odd] + scores[best_on(odd)][even]
     equals = [f"{t:g}" for t in scores if paired_bootstrap(scores[t], scores[best])[1] <= 0]
-    return (f"best {best:g} with {percent(*interval(scores[best]))} %; "
-            f"{percent(*interval(fair))} % when chosen on other problems; "
-            f"not told apart from it: {', '.join(equals)}")
+    return (f"best {best:g} with {percent(*interval(scores[best]))} %, {percent(*interval(fair))} "
+            f"when chosen on other problems; not told apart from it: {', '.join(equals)}")
 
 
 def plot_heat(scores, path):
-    """Writes a PNG of mean scores: {number of votes: {temperature: score of each problem}}."""
+    """Draws mean scores as a PNG: {number of votes: {temperature: score of each problem}}."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        return say(f"{path} is not drawn: pip install matplotlib")
     temperatures = list(scores[1])
     heat = [[statistics.fmean(column[t]) for column in scores.values()] for t in temperatures]
     figure = Figure((2 + len(scores), 1.5 + 0.5 * len(heat)), dpi=150)
     axes = figure.subplots()
     axes.imshow(heat, aspect="auto", cmap="YlGn")
-    axes.set(xlabel="votes", ylabel="temperature", xticks=range(len(scores)), xticklabels=scores,
+    axes.set(xlabel="votes", ylabel="temperature", xticks=range(len(scores)), xticklabels=list(scores),
              yticks=range(len(heat)), yticklabels=temperatures)
     for i, row in enumerate(heat):
         for j, value in enumerate(row):
@@ -326,26 +302,28 @@ def plot_heat(scores, path):
 
 def sweep_budget(setup, budgets=None):
     """Rows of greedy answers of any length of thought, and closed after so many tokens."""
-    budgets = sorted(set(budgets or (TINY_BUDGETS if is_tiny(setup.config) else OTHER_BUDGETS)))
+    usual = TINY_BUDGETS if is_tiny(setup.config) else OTHER_BUDGETS
+    budgets = sorted(set(budgets or usual))
     results = []
     texts = {}
     for budget in [0, *budgets]:
-        records, settings = collect_records(setup, f"budget-{budget}", temperature=0.0,
-                                            think_budget=budget)
+        records, settings = eval.collect_records(setup, f"budget-{budget}", temperature=0.0,
+                                                 think_budget=budget)
         method = f"thought of {f'at most {budget} tokens' if budget else 'any length'}"
         texts[budget] = [r["samples"][0]["text"] for r in records]
         cut = statistics.fmean(a != b for a, b in zip(texts[budget], texts[0]))
-        row = summarize(records, method=method, cut=cut, **settings)
+        row = eval.summarize(records, method=method, cut=cut, **settings)
         results.append((f"{method} ({percent(cut)} % cut)", row,
                         scores_of(records, settings["grade"])))
-    print_table(results)
+    eval.print_table(results)
     for level in results[0][1]["levels"]:
         members = [i for i, p in enumerate(setup.problems) if str(p.get("level")) == level]
         free, *closed = ([scores[i] for i in members] for _, _, scores in results)
         enough = [b for b, mine in zip(budgets, closed) if paired_bootstrap(mine, free)[1] <= 0]
-        print(f"level {level}: " + (f"{enough[0]} tokens of thought are not told apart from any "
-                                    "length" if enough else "every budget tried costs accuracy"))
-    print()
+        verdict = "every budget tried costs accuracy"
+        if enough:
+            verdict = f"{enough[0]} tokens of thought are not told apart from any length"
+        say(f"level {level}: {verdict}")
     return [row for _, row, _ in results]
 
 
@@ -354,28 +332,25 @@ def sweep_budget(setup, budgets=None):
 
 def main(args):
     ks = choose_votes(args.votes, args.num_samples)
-    setup = load_setup(args)
+    setup = eval.load_setup(args)
 
     @functools.cache
     def pool(temperature):
-        return collect_records(setup, f"temperature-{temperature:g}", temperature=temperature,
+        return eval.collect_records(setup, f"temperature-{temperature:g}", temperature=temperature,
                                num_samples=args.num_samples)
 
-    for experiment in EXPERIMENTS:
-        rows = []
-        if experiment not in args.experiments:
-            continue
-        if experiment == "prompts":
+    for name in args.experiments:
+        if name == "prompts":
             rows = compare_prompts(setup, args.exemplars, args.shots_from, args.data_seed)
-        elif experiment == "consistency":
+        elif name == "consistency":
             rows = self_consistency(*pool(args.temperature), ks, args.confidence)
-        elif experiment == "temperature":
+        elif name == "temperature":
             plot = args.plot if rank_and_world()[0] == 0 else None
             rows = sweep_temperature({t: pool(t) for t in args.temperatures}, ks, plot)
         else:
             rows = sweep_budget(setup, args.budgets)
         for row in rows:
-            append_row(args.results, row)
+            eval.append_row(args.results, row)
 
 
 if __name__ == "__main__":

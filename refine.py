@@ -14,7 +14,6 @@ and should be compared with self-consistency of equal cost: Huang et al. 2023, a
 """
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -26,37 +25,23 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+import eval
 from data.prompts import AGAIN, AGAIN_LONG, ALL_RIGHT, CHECK, CHECK_LONG, PRESETS
-from eval import (
-    SAMPLING_TEMPERATURE,
-    add_eval_flags,
-    against,
-    append_lines,
-    append_row,
-    collect_records,
-    cost_row,
-    load_setup,
-    maj_at_k,
-    markdown,
-    percent,
-    print_table,
-    prompt_tokens,
-    score_row,
-    settings_of,
-    votes_of,
-)
+from eval import maj_at_k, percent, votes_of
 from generate import completion_text, generate
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from optim import HelpFormatter, at_least, gather_objects, rank_and_world
+from optim import HelpFormatter, at_least, gather_objects, rank_and_world, say
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
+CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
 SCORES = ("answer-mean", "answer-total", "mean", "total", "format", "none")
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_eval_flags(p, temperature=SAMPLING_TEMPERATURE, tiny_prompt="cot")
+    eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot", CHATS)
     add = p.add_argument
     add("--rounds", type=at_least(1), default=3, help="K: times an answer is checked and revised")
     add("--score", choices=SCORES, default="mean",  # the best gate on the development split
@@ -88,13 +73,13 @@ def token_span(tokenizer, tokens, begin, end):
 def response_logprobs(params, config, prompts, responses, max_batch=64):
     """Log-probabilities, at temperature 1, of the tokens of each response behind its prompt."""
     device = params["model.embed_tokens.weight"].device
+    pairs = list(zip(prompts, responses))
     found = []
-    for begin in range(0, len(prompts), max_batch):
-        pairs = list(zip(prompts, responses))[begin:begin + max_batch]
-        width = max(len(prompt) + len(response) for prompt, response in pairs)
-        rows = [(prompt + response + [0] * width)[:width] for prompt, response in pairs]
-        logprobs = token_logprobs(params, config, torch.tensor(rows, device=device))  # [B, T - 1]
-        for (prompt, response), line in zip(pairs, logprobs.tolist()):
+    for begin in range(0, len(pairs), max_batch):
+        part = pairs[begin:begin + max_batch]
+        rows = [torch.tensor(prompt + response, device=device) for prompt, response in part]
+        logprobs = token_logprobs(params, config, pad_sequence(rows, batch_first=True))
+        for (prompt, response), line in zip(part, logprobs.tolist()):
             first = len(prompt) - 1
             found.append(line[first:first + len(response)])
     return found
@@ -142,9 +127,10 @@ def next_turn(tokenizer, reply, ends, prompt):
 
 def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt,
            approval="", strict=True, seeds=None, think_tag="think", max_batch=64, **sampling):
-    """Answer, then `rounds` times: critique, revise, keep the better. Returns [N][rounds + 1]
-    Rounds, the draft first. Every process calls this with the same prompts and gets all of them.
+    """Answer, then `rounds` times: critique, revise, keep the better.
 
+    Returns [N][rounds + 1] Rounds, the draft first. Every process calls this with the same prompts,
+    works on its share of them and gets all.
     prompts: token ids of N chat prompts, each ending where the model is to answer.
     accept_fn(problem, round, old, new) -> bool decides between two Attempts.
     A problem is settled, and costs nothing more, when its revision has the same answer or its
@@ -155,50 +141,44 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
     seeds = seeds or range(len(prompts))
 
     def ask(contexts, turn):
-        """{problem: Completion} for {problem: context}"""
+        """{problem: (tokens, text)} of a reply to each of {problem: context}."""
         replies = generate(params, config, list(contexts.values()), stop_tokens=ends,
                            seeds=[seeds[i] + (turn << 32) for i in contexts], max_batch=max_batch,
                            think_tag=think_tag, tokenizer=tokenizer, **sampling)
-        return {i: reply for i, [reply] in zip(contexts, replies)}
+        return {i: (reply.tokens, completion_text(tokenizer, reply, ends))
+                for i, [reply] in zip(contexts, replies)}
 
     def attempts(replies):
         """The replies, scored behind the bare question, so that old and new ones compare."""
-        found = {}
-        tokens = [reply.tokens for reply in replies.values()]
-        scored = response_logprobs(params, config, [prompts[i] for i in replies], tokens, max_batch)
-        for (i, reply), logprobs in zip(replies.items(), scored):
-            text = completion_text(tokenizer, reply, ends)
-            scores = score_response(tokenizer, reply.tokens, logprobs, text, think_tag)
-            found[i] = Attempt(reply.tokens, text, extract_answer(text, strict), scores)
-        return found
+        scored = response_logprobs(params, config, [prompts[i] for i in replies],
+                                   [tokens for tokens, _ in replies.values()], max_batch)
+        return {i: Attempt(tokens, text, extract_answer(text, strict),
+                           score_response(tokenizer, tokens, logprobs, text, think_tag))
+                for (i, (tokens, text)), logprobs in zip(replies.items(), scored)}
 
     rank, world = rank_and_world()
-    drafts = attempts(ask({i: prompts[i] for i in range(len(prompts))[rank::world]}, 0))
+    drafts = attempts(ask({i: prompts[i] for i in range(rank, len(prompts), world)}, 0))
     history = {i: [Round(draft, len(draft.tokens))] for i, draft in drafts.items()}
     for number in range(1, rounds + 1):
-        contexts = {
-            i: prompts[i] + next_turn(tokenizer, states[-1].attempt.tokens, ends, critique_prompt)
-            for i, states in history.items() if not states[-1].settled}
+        contexts = {i: prompts[i] + next_turn(tokenizer, r.attempt.tokens, ends, critique_prompt)
+                    for i, (*_, r) in history.items() if not r.settled}
         critiques = ask(contexts, 2 * number - 1)
-        said = {i: completion_text(tokenizer, reply, ends) for i, reply in critiques.items()}
-        doubted = {
-            i: contexts[i] + next_turn(tokenizer, critiques[i].tokens, ends, revise_prompt)
-            for i in contexts if not approval or approval not in said[i]}
+        doubted = {i: contexts[i] + next_turn(tokenizer, tokens, ends, revise_prompt)
+                   for i, (tokens, text) in critiques.items()
+                   if not approval or approval not in text}
         revisions = attempts(ask(doubted, 2 * number))
-        for i, states in history.items():
-            old = states[-1].attempt
-            spent = states[-1].spent
-            if i in critiques:
-                spent += len(critiques[i].tokens)
-            if i not in revisions:
-                states.append(Round(old, spent, said.get(i), settled=True))
-                continue
-            new = revisions[i]
-            accepted = accept_fn(i, number, old, new)
-            same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
-            states.append(Round(new if accepted else old, spent + len(new.tokens), said[i], new,
-                                accepted, settled=same))
-    merged = {i: states for share in gather_objects(history) for i, states in share.items()}
+        for i, (*_, last) in history.items():
+            old = last.attempt
+            said, critique = critiques.get(i, ([], None))
+            after = Round(old, last.spent + len(said), critique, settled=True)
+            if i in revisions:
+                new = revisions[i]
+                accepted = accept_fn(i, number, old, new)
+                same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
+                after = Round(new if accepted else old, after.spent + len(new.tokens), critique,
+                              new, accepted, same)
+            history[i].append(after)
+    merged = {i: found for share in gather_objects(history) for i, found in share.items()}
     return [merged[i] for i in range(len(prompts))]
 
 
@@ -208,7 +188,7 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
 def auroc(confidences, right):
     """Chance that a right answer has more confidence than a wrong one, ties half; None without both.
 
-    A right answer's rank is the number of answers below it, and half of those level with it.
+    From the right answers' ranks, from 0, which those that are level share.
     """
     order = sorted(confidences)
     ranks = [(bisect_left(order, c) + bisect_right(order, c) - 1) / 2 for c in confidences]
@@ -219,7 +199,7 @@ def auroc(confidences, right):
 
 
 def reliability(confidences, right, bins=5):
-    """Equal parts of the answers from least to most confident: [(mean confidence, share right, n)]."""
+    """Equal parts of the answers from least to most confident: (mean confidence, share right, n)."""
     pairs = sorted(zip(confidences, right))
     edges = [len(pairs) * b // bins for b in range(bins + 1)]
     parts = [pairs[begin:end] for begin, end in zip(edges, edges[1:]) if begin < end]
@@ -230,23 +210,23 @@ def reliability(confidences, right, bins=5):
 
 
 def equal_cost_results(setup, spent):
-    """[(label, row, scores)] of self-consistency that costs what refinement spent.
+    """(label, row, scores) of self-consistency that costs what refinement spent, for each round.
 
     spent: mean tokens per problem after 0, 1, ... rounds. A budget between k and k + 1 samples
     takes the one more on a part of the problems; its row is that mean.
     """
     pool = math.ceil(max(spent) / spent[0]) + 1
-    records, settings = collect_records(setup, "samples", num_samples=pool)
+    records, settings = eval.collect_records(setup, "samples", num_samples=pool)
     per_sample = statistics.fmean(s["tokens"] for r in records for s in r["samples"])
     votes = [votes_of(r, settings["grade"]) for r in records]
     results = []
     for k, budget in enumerate(spent[1:], 1):
         samples = min(max(1.0, budget / per_sample), pool - 1)
-        whole = int(samples)
-        part = samples - whole
-        scores = [(1 - part) * maj_at_k(*v, whole) + part * maj_at_k(*v, whole + 1) for v in votes]
+        part = samples % 1
+        fewer, more = ([maj_at_k(*v, int(samples) + extra) for v in votes] for extra in (0, 1))
+        scores = [(1 - part) * a + part * b for a, b in zip(fewer, more)]
         method = f"self-consistency at the tokens of K = {k}"
-        row = cost_row(records, scores, [samples] * len(records), method=method, **settings)
+        row = eval.cost_row(records, scores, [samples] * len(records), method=method, **settings)
         results.append((method, row, scores))
     return results
 
@@ -261,13 +241,12 @@ def verdicts(history, references, strict=True):
 
 def write_traces(path, problems, history, right):
     """A line per problem: every draft, critique and revision, to be read."""
-    lines = []
-    for problem, states, marks in zip(problems, history, right):
-        rounds = [{"stands": s.attempt.text, "right": mark, "spent": s.spent, "critique": s.critique,
-                   "revision": s.revision and s.revision.text, "accepted": s.accepted}
-                  for s, mark in zip(states, marks)]
-        lines.append({"id": problem["id"], "reference": problem["answer"], "rounds": rounds})
-    append_lines(path, lines)
+    eval.append_lines(path, [
+        {"id": problem["id"], "reference": problem["answer"], "rounds": [
+            {"stands": r.attempt.text, "right": mark, "spent": r.spent, "critique": r.critique,
+             "revision": r.revision and r.revision.text, "accepted": r.accepted}
+            for r, mark in zip(rounds, marks)]}
+        for problem, rounds, marks in zip(problems, history, right)])
 
 
 def print_rounds(history, right):
@@ -277,103 +256,91 @@ def print_rounds(history, right):
         before = [marks[k - 1] for marks in right]
         after = [marks[k] for marks in right]
         moves = Counter(zip(before, after))
-        spent = statistics.fmean(states[k].spent - states[k - 1].spent for states in history)
+        spent = statistics.fmean(rounds[k].spent - rounds[k - 1].spent for rounds in history)
         gain = statistics.fmean(after) - statistics.fmean(before)
-        line = [k, moves[True, True], moves[True, False], moves[False, True], moves[False, False],
-                against(after, before), f"{spent:.1f}",
-                f"{1e5 * gain / spent:+.1f}" if spent else "-"]
-        for was in (True, False):
-            said = [states[k].critique for states, b in zip(history, before) if b == was]
-            doubts = [ALL_RIGHT not in critique for critique in said if critique is not None]
-            line.append(f"{sum(doubts)} of {len(doubts)}")
-        lines.append(line)
-    print(markdown(["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong",
-                    "points gained [95 %]", "tokens per problem", "points per 1000 tokens",
-                    "right answers doubted", "wrong answers doubted"], lines))
+        doubts = {True: [], False: []}  # of right and of wrong answers
+        for rounds, was in zip(history, before):
+            if rounds[k].critique is not None:
+                doubts[was].append(ALL_RIGHT not in rounds[k].critique)
+        lines.append([k, moves[True, True], moves[True, False], moves[False, True],
+                      moves[False, False], eval.against(after, before), f"{spent:.1f}",
+                      f"{1e5 * gain / spent:+.1f}" if spent else "-",
+                      *(f"{sum(found)} of {len(found)}" for found in doubts.values())])
+    say(eval.markdown(["round", "right to right", "right to wrong", "wrong to right",
+                       "wrong to wrong", "points gained [95 %]", "tokens per problem",
+                       "points per 1000 tokens", "right answers doubted", "wrong answers doubted"],
+                      lines))
 
 
 def print_calibration(history, right):
     """Whether the draft's confidence tells right from wrong."""
-    drafts = [states[0].attempt for states in history]
+    drafts = [rounds[0].attempt for rounds in history]
     correct = [marks[0] for marks in right]
-    areas = []
-    for name in SCORES[:-1]:
-        area = auroc([draft.scores[name] for draft in drafts], correct)
-        areas.append(f"{name} {'-' if area is None else f'{area:.3f}'}")
-    print(f"AUROC of the draft's score: {', '.join(areas)}")
-    lines = []
-    for name in ("answer-total", "total"):
-        for chance, share, n in reliability([math.exp(d.scores[name]) for d in drafts], correct):
-            lines.append([name, f"{chance:.3f}", percent(share), n])
-    print(markdown(["score", "as a probability", "right, %", "answers"], lines))
+    areas = {name: auroc([d.scores[name] for d in drafts], correct) for name in SCORES[:-1]}
+    shown = [f"{name} {'-' if area is None else f'{area:.3f}'}" for name, area in areas.items()]
+    say(f"AUROC of the draft's score: {', '.join(shown)}")
+    lines = [[name, f"{chance:.3f}", percent(share), n] for name in ("answer-total", "total")
+             for chance, share, n in reliability([math.exp(d.scores[name]) for d in drafts], correct)]
+    say(eval.markdown(["score", "as a probability", "right, %", "answers"], lines))
 
 
 # ---------------------------------------------------------------------- main
 
 
 def main(args):
-    setup = load_setup(args, replies=3)
-    prompt = setup.options["prompt"]
-    if PRESETS[prompt].text is not None:
-        chats = ", ".join(name for name, preset in PRESETS.items() if preset.text is None)
-        raise ValueError(f"--prompt {prompt} is no chat, which has no next turn for a critique; "
-                         f"take one of {chats}")
+    setup = eval.load_setup(args, replies=3)
     check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
-    grade = setup.grade or PRESETS[prompt].grade
+    grade = setup.grade or PRESETS[setup.options["prompt"]].grade
+    strict = grade == "strict"
     loop = {"rounds": args.rounds, "critique_prompt": args.critique_prompt or check,
             "revise_prompt": args.revise_prompt or again, "approval": args.approval}
-    settings = settings_of(setup) | loop | {"score": args.score, "accept": args.accept,
-                                            "grade": grade}
+    settings = eval.settings_of(setup) | loop | {"score": args.score, "accept": args.accept,
+                                                 "grade": grade}
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
-    loop |= {"strict": grade == "strict",
-             "seeds": [zlib.crc32(p["id"].encode()) for p in setup.problems]}
+    seeds = [zlib.crc32(p["id"].encode()) for p in setup.problems]
+    references = [p["answer"] for p in setup.problems]  # not for the loop, and not for own_gate
 
     def run_with(gate):
-        return refine(setup.params, setup.config, setup.tokenizer, prompt_tokens(setup),
-                      accept_fn=gate, **loop)
+        return refine(setup.params, setup.config, setup.tokenizer, eval.prompt_tokens(setup),
+                      accept_fn=gate, seeds=seeds, strict=strict, **loop)
 
     def own_gate(i, k, old, new):
         always = args.accept == "always" or args.score == "none"
         return always or new.scores[args.score] > old.scores[args.score]
 
-    started = time.perf_counter()
-    history = run_with(own_gate)
-    seconds = time.perf_counter() - started
-
-    # from here on with the reference answers: what it came to, and what other gates make of it
-    references = [p["answer"] for p in setup.problems]
-    revised = [s.accepted for states in history for s in states if s.revision is not None]
-    rate = statistics.fmean(revised) if revised else 0.0
-
     def oracle_gate(i, k, old, new):
-        return not verify(old.text, references[i], grade == "strict")
+        return not verify(old.text, references[i], strict)
 
     def random_gate(i, k, old, new):
         return random.Random(f"{args.seed} {i} {k}").random() < rate
 
-    histories = {"": history, ", oracle gate (a bound)": run_with(oracle_gate),
-                 ", random gate (a bound)": run_with(random_gate)}
+    started = time.perf_counter()
+    history = run_with(own_gate)
+    seconds = time.perf_counter() - started
+    accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
+    rate = statistics.fmean(accepted) if accepted else 0.0
     results = []
-    for gate, found in histories.items():
-        right = verdicts(found, references, grade == "strict")
+    for gate, found in (("", history), (", oracle gate (a bound)", run_with(oracle_gate)),
+                        (", random gate (a bound)", run_with(random_gate))):
+        right = verdicts(found, references, strict)
         for k in range(1 if gate else 0, args.rounds + 1):  # all gates share the draft
-            spent = [states[k].spent for states in found]
-            share = sum(spent) / sum(states[-1].spent for states in history)
+            spent = [rounds[k].spent for rounds in found]
+            share = sum(spent) / sum(rounds[-1].spent for rounds in history)
             scores = [float(marks[k]) for marks in right]
             method = f"refine, K = {k}{gate}"
-            row = score_row(setup.problems, scores, spent, method=method, seconds=seconds * share,
-                            **settings)
+            row = eval.score_row(setup.problems, scores, spent, method=method,
+                                 seconds=seconds * share, **settings)
             results.append((method, row, scores))
     if args.temperature > 0:
         own = [row["tokens_mean"] for _, row, _ in results[:args.rounds + 1]]
         results += equal_cost_results(setup, own)
-    print_table(results)
-    right = verdicts(history, references, grade == "strict")
-    print(f"accepted: {percent(rate)} % of {len(revised)} revisions, and as many by the random gate\n")
+    eval.print_table(results)
+    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions, and as many by the random gate\n")
+    right = verdicts(history, references, strict)
     print_rounds(history, right)
     print_calibration(history, right)
     for _, row, _ in results:
-        append_row(args.results, row)
+        eval.append_row(args.results, row)
     if args.traces:
         write_traces(args.traces, setup.problems, history, right)
 
