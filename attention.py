@@ -1,17 +1,17 @@
-"""Every way of attending. `model.block` computes a layer; which keys a query sees is decided here.
+"""Every way of attending: `model.block` computes a layer, and an attend_fn decides who sees whom.
 
-An attend_fn(layer, q, k, v) -> out is called in each layer, with the queries, keys and values of that layer's tokens:
+An attend_fn(layer, q, k, v) -> out is called once in each layer:
 
     q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> out [B, H, T, head_dim]
 
-    causal_attention      every token sees those before it
-    packed_attention      one row holds many texts, and completions share their prompt: training and scoring
-    cached_attention      a rectangle of keys and values that `model.forward` fills
-    prefill_attention     prompts, a chunk at a time, into the sampler's cache
-    decode_attention      one new token for each running row; the rows of one prompt share its keys
+    causal_attention    every token sees those before it
+    packed_attention    a row of many texts, completions sharing their prompt: training, scoring
+    cached_attention    a rectangle of keys and values that `model.forward` fills
+    prefill_attention   prompts, a chunk at a time, into the sampler's cache
+    decode_attention    one new token for each running row, rows of a prompt sharing its keys
 
-Scores and their softmax are float32 on every path. Attention scores of the real Qwen-2.5 reach 13,000, where bfloat16
-counts in steps of 64: rounding them costs four times the error of all else together.
+Scores and their softmax are float32 on every path. Scores of the real Qwen-2.5 reach 13,000, where
+bfloat16 counts in steps of 64; rounding them costs more than all other rounding together.
 
 Grouped-query attention, arXiv:2305.13245; shared prompts, Hydragen, arXiv:2402.05099.
 """
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 
 
 def padded_length(n):
-    """The next of a few lengths: n, rounded up by at most 31 or a sixteenth.
+    """n rounded up, by at most 31 or a sixteenth, so that lengths are few.
 
-    oneDNN keeps a kernel for every shape it meets. With lengths of every size, a bfloat16 run on a CPU would grow with
-    each step.
+    oneDNN keeps a kernel for every shape it meets: with lengths of every size, the memory of a
+    bfloat16 run on a CPU would grow with each step.
     """
     step = 1 << max(5, (n - 1).bit_length() - 5)
     return -(-n // step) * step
@@ -72,12 +72,12 @@ def fused_attention(q, k, v, seen=None):
 
 
 def attention(q, k, v, seen=None):
-    """Softmax attention with grouped heads: q [B, H, T, head_dim], k and v [B, K, S, head_dim] -> like q.
+    """Softmax attention: q [B, H, T, head_dim], k and v [B, K, S, head_dim] -> like q.
 
     seen: bool [T, S] or [B, T, S], the keys that each query sees; None: causal, with T = S.
     """
     T, S = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and S <= 1024:  # where the fused kernel of a CPU takes three times as long
+    if q.device.type == "cpu" and S <= 1024:  # a CPU's fused kernel takes three times as long there
         seen = torch.ones(T, S, dtype=torch.bool).tril() if seen is None else seen
         return plain_attention(q, k, v, seen)
     return fused_attention(q, k, v, seen)
@@ -92,14 +92,14 @@ def causal_attention(layer, q, k, v):
 
 
 class Part(NamedTuple):
-    """Texts of a packed row that attend in one call: their lengths, and their prompts', are alike."""
+    """Texts of a packed row that attend in one call: their lengths, and prompts', are alike."""
     tokens: torch.Tensor  # [n, longest] int64: where in the row each token stands; T for padding
-    prompts: torch.Tensor | None  # [n] int64: for completions, which text of their prompts' part they see
+    prompts: torch.Tensor | None  # [n] int64, of completions: which prompt of their part
     seen: torch.Tensor | None  # bool [n, longest, longest prompt + longest]; None: causal
 
 
 def packed_positions(groups):
-    """[1, T] int64: where each token of a packed row stands in its own text. groups: as for packed_attention."""
+    """[1, T] int64: where each token of a packed row stands in its own text; groups as below."""
     spans = []
     for prompt, lengths in groups:
         spans.append(torch.arange(prompt))
@@ -107,9 +107,9 @@ def packed_positions(groups):
     return torch.cat(spans)[None]
 
 
-def packed_parts(groups, device):
-    """({(padded length of the prompt or 0, own padded length): Part}, prompts before their completions; T)."""
-    texts, begin = {}, 0  # texts: {key: [(begin, length, index of its prompt)]}
+def packed_parts(groups):
+    """{(padded length of the prompt or 0, own padded length): Part}, prompts first, on the CPU."""
+    texts, begin = {}, 0  # texts: {key: [(begin, length, index of its prompt), ...]}
     for prompt, lengths in groups:
         front, which = power_of_two(prompt), None
         if prompt:
@@ -120,43 +120,48 @@ def packed_parts(groups, device):
         for n in lengths:
             texts.setdefault((front, power_of_two(n)), []).append((begin, n, which))
             begin += n
-    T, parts = begin, {}
-    for key in sorted(texts):  # those with 0 in front, prompts among them, come first
+    parts = {}
+    for key in sorted(texts):
         begins, lengths, prompts = zip(*texts[key])
         steps = torch.arange(padded_length(max(lengths)))
         inside = steps < torch.tensor(lengths)[:, None]  # [n, longest]
-        tokens = torch.where(inside, torch.tensor(begins)[:, None] + steps, T)
-        seen = None
+        tokens = torch.where(inside, torch.tensor(begins)[:, None] + steps, begin)
+        parts[key] = Part(tokens, None, None)
         if key[0]:
-            prompts = torch.tensor(prompts)
-            of_prompt = (parts[0, key[0]].tokens.cpu() < T)[prompts]  # [n, longest prompt]
             n, own = tokens.shape
-            seen = torch.cat((of_prompt[:, None].expand(n, own, -1), inside.new_ones(n, own, own).tril()), -1)
-        parts[key] = Part(tokens.to(device), prompts.to(device) if key[0] else None, seen if seen is None
-                          else seen.to(device))
-    return parts, T
+            prompts = torch.tensor(prompts)
+            in_prompt = (parts[0, key[0]].tokens < begin)[prompts]  # [n, longest prompt]
+            causal = inside.new_ones(n, own, own).tril()
+            seen = torch.cat((in_prompt[:, None].expand(-1, own, -1), causal), -1)
+            parts[key] = Part(tokens, prompts, seen)
+    return parts
 
 
 def packed_attention(groups, device="cpu"):
-    """The attend_fn of one row [1, T] that holds groups: a prompt, then completions that each see it and themselves.
+    """The attend_fn of one row [1, T] of groups: a prompt, then completions that each see it.
 
-    groups: [(prompt length, [completion length, ...]), ...] in the order of the row. A prompt of no tokens makes its
-    completions texts of their own. The linear layers see every token once and no padding. Only here are texts padded, so
-    that those whose lengths, and prompts', round up to the same powers of two attend in one call.
+    groups: [(prompt length, [completion length, ...]), ...] in the order of the row. A prompt of no
+    tokens makes its completions texts of their own. The linear layers see every token once and no
+    padding. Only here are texts padded: those whose lengths, and prompts', round up to the same
+    powers of two attend in one call.
     """
-    parts, T = packed_parts(groups, device)
-    order = torch.cat([part.tokens.flatten() for part in parts.values()])  # [places], each token once, and padding
-    back = torch.empty(T + 1, dtype=torch.int64, device=device)
-    back[order] = torch.arange(len(order), device=device)
+    parts = packed_parts(groups)
+    T = sum(prompt + sum(lengths) for prompt, lengths in groups)
+    order = torch.cat([part.tokens.flatten() for part in parts.values()])  # [places], T for padding
+    back = torch.empty(T + 1, dtype=torch.int64)
+    back[order] = torch.arange(len(order))
+    order, back = order.to(device), back[:T].to(device)
+    for key, part in parts.items():
+        parts[key] = Part(*(x if x is None else x.to(device) for x in part))
 
-    def texts_of(x):  # [1, heads, T, head_dim] -> {key: [n, heads, longest, head_dim]}
-        x = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1)).index_select(0, order)  # [places, heads, head_dim]
+    def split(x):  # [1, heads, T, head_dim] -> {key: [n, heads, longest, head_dim]}
+        x = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1)).index_select(0, order)
         pieces = x.split([part.tokens.numel() for part in parts.values()])
         return {key: piece.unflatten(0, part.tokens.shape).transpose(1, 2)
                 for (key, part), piece in zip(parts.items(), pieces)}
 
     def attend_fn(layer, q, k, v):
-        q, k, v = texts_of(q), texts_of(k), texts_of(v)
+        q, k, v = split(q), split(k), split(v)
         outs = []
         for key, part in parts.items():
             keys, values = k[key], v[key]
@@ -165,7 +170,7 @@ def packed_attention(groups, device="cpu"):
                 values = torch.cat((v[0, key[0]].index_select(0, part.prompts), values), 2)
             out = attention(q[key], keys, values, part.seen)  # [n, H, longest, head_dim]
             outs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outs).index_select(0, back[:T]).transpose(0, 1)[None]  # [1, H, T, head_dim]
+        return torch.cat(outs).index_select(0, back).transpose(0, 1)[None]  # [1, H, T, head_dim]
 
     return attend_fn
 
@@ -181,10 +186,11 @@ class Cache(NamedTuple):
 
 
 def cached_attention(cache, positions):
-    """Write keys and values into `cache` at `positions` [B, T], and attend to all it holds up to each position."""
+    """Write keys and values into `cache` at `positions` [B, T]; each sees all up to its own."""
     B, T = positions.shape
     rows = torch.arange(B, device=positions.device)[:, None].expand(B, T)
-    seen = torch.arange(cache.k.shape[3], device=positions.device) <= positions[..., None]  # [B, T, S]
+    slots = torch.arange(cache.k.shape[3], device=positions.device)
+    seen = slots <= positions[..., None]  # [B, T, S]
 
     def attend_fn(layer, q, k, v):
         cache.k[layer][rows, :, positions] = k.transpose(1, 2).to(cache.k.dtype)
@@ -198,9 +204,10 @@ def cached_attention(cache, positions):
 
 
 def prefill_attention(store, rows, begin):
-    """Write tokens begin, begin + 1, ... of prompts into `rows` [n] of the store, seeing what it holds before them.
+    """Write the tokens from `begin` on of prompts into `rows` [n] of the store; they see all before.
 
-    store: for each layer [2, K, rows, slots, head_dim], keys and values. Padding behind the last slot is dropped.
+    store: keys and values, for each layer [2, K, rows, slots, head_dim]. Padding beyond the slots
+    is dropped.
     """
     def attend_fn(layer, q, k, v):
         kv = torch.stack((k.transpose(0, 1), v.transpose(0, 1)))  # [2, K, n, T, head_dim]
@@ -209,7 +216,7 @@ def prefill_attention(store, rows, begin):
         if begin == 0:
             return attention(q, k, v)
         before = store[layer][:, :, rows, :begin]
-        keys, values = torch.cat((before, kv), 3).transpose(1, 2)  # [n, K, begin + T, head_dim] each
+        keys, values = torch.cat((before, kv), 3).transpose(1, 2)  # [n, K, begin + T, head_dim]
         seen = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(begin)
         return attention(q, keys, values, seen)
 
@@ -220,7 +227,7 @@ class Layout(NamedTuple):
     """Where the running rows hold their keys and values, and which rows share a prompt."""
     slots: torch.Tensor  # [2 * K * B] int64: where in the flattened store the next key, value goes
     lengths: torch.Tensor  # [B] int64: slots that each row holds
-    prompt_bias: torch.Tensor  # [K * N, 1, P] float32, added to scores: -inf where a prompt has ended
+    prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
     places: torch.Tensor  # [B] int64: where in members, flattened, a row stands; empty: members is
     #                       0, 1, ..., B - 1 and nothing need be gathered
@@ -230,13 +237,14 @@ def decode_attention(own, shared, layout, S):
     """One new token for each row: q [B, H, 1, head_dim]. Its key and value go into `own` first.
 
     own, shared: stores as for prefill_attention, of the rows and of their prompts (None: rows hold
-    those, too). S: own slots to attend to. The rows of a prompt ask it together, in one product; both
-    parts of a row's scores share one softmax.
+    those, too). S: own slots to attend to. The rows of a prompt ask it together, in one product;
+    both parts of a row's scores share one softmax.
     """
     K, B = own[0].shape[1:3]
     N, g = layout.members.shape if shared else (0, 0)
-    unseen = torch.arange(S, device=layout.lengths.device) > layout.lengths[:, None]  # a token sees itself
-    own_bias = torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -torch.inf)
+    slots = torch.arange(S, device=layout.lengths.device)
+    unseen = slots > layout.lengths[:, None]  # [B, S]; the new token sees itself
+    own_bias = torch.zeros(unseen.shape, device=slots.device).masked_fill_(unseen, -torch.inf)
     own_bias = own_bias.repeat(K, 1)[:, None]  # [K * B, 1, S]
 
     def gather(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
@@ -260,9 +268,10 @@ def decode_attention(own, shared, layout, S):
             out = torch.bmm(scores.softmax(-1).to(q.dtype), values)
         else:
             P = layout.prompt_bias.shape[2]
-            prompt_keys, prompt_values = shared[layer].flatten(1, 2)[:, :, :P]  # [K * N, P, head_dim] each
-            prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)  # [K * N, g * R, P]
-            weights = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
+            prompt_keys, prompt_values = shared[layer].flatten(1, 2)[:, :, :P]  # [K * N, P, head_dim]
+            prompt_scores = float_scores(gather(q), prompt_keys)  # [K * N, g * R, P]
+            prompt_scores = scatter(prompt_scores.add_(layout.prompt_bias))  # [K * B, R, P]
+            weights = torch.cat((prompt_scores, scores), -1).softmax(-1).to(q.dtype)
             of_prompt, of_own = weights.split((P, S), -1)
             out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
         return out.view(K, B, -1, head_dim).transpose(0, 1).reshape(B, -1, 1, head_dim)

@@ -27,8 +27,8 @@ import torch
 from tokenizers import Tokenizer
 
 from attention import Layout, decode_attention, padded_length, prefill_attention
-from model import encode_chat, encode_text, end_tokens, hidden_states, lm_head, load_config
-from model import load_params, load_system_prompt, load_tokenizer, merged_weight, resolve_model
+from model import encode_chat, encode_text, end_tokens, head_weight, hidden_states, lm_head
+from model import load_config, load_params, load_system_prompt, load_tokenizer, merged_weight, resolve_model
 from optim import HelpFormatter, add_device_flags, at_least, between, compute_dtype, find_device
 
 
@@ -487,7 +487,7 @@ def decode_step(params, config, state, own, shared, seen, sampling):
     """
     attend_fn = decode_attention(own, shared, state.layout, seen)
     hidden = hidden_states(params, config, state.tokens[:, None], state.positions[:, None], attend_fn)
-    logits = lm_head(params, hidden)[:, 0]  # [B, V]
+    logits = lm_head(hidden, head_weight(params))[:, 0]  # [B, V]
     forced = state.forced if sampling.bounds_thinking else None
     tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), sampling.temperature,
                                      sampling.top_p, sampling.top_k, forced)

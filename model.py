@@ -1,16 +1,16 @@
 """Qwen-2.5 as plain functions over the dict of tensors that its safetensors files hold.
 
-The checkpoint is the model: `params` maps Hugging Face names to tensors, and `forward(params, config,
-tokens)` is a function of it. The reference model is another dict; a LoRA adapter is a small dict laid
-over the first, `params | lora`. The first half of this file is the model, the second its files.
+The checkpoint is the model: `params` maps Hugging Face names to tensors, and `forward(params,
+config, tokens)` is a function of it. The reference model is another dict; a LoRA adapter is a small
+dict laid over the first, `params | lora`. First comes the model, then its files.
 
     path = resolve_model("qwen2.5-1.5b")
     params, config = load_params(path), load_config(path)
-    logits = forward(params, config, tokens)         # [B, T] -> [B, T, V] float32
-    save_model("out", params, config, like=path)     # a directory that transformers loads as it is
+    logits = forward(params, config, tokens)      # [B, T] -> [B, T, V] float32
+    save_model("out", params, config, like=path)  # a directory that transformers loads as it is
 
-Qwen2.5 technical report, arXiv:2412.15115; RMSNorm, arXiv:1910.07467; rotary positions, arXiv:2104.09864;
-YaRN, arXiv:2309.00071; SwiGLU, arXiv:2002.05202; LoRA, arXiv:2106.09685.
+Qwen2.5, arXiv:2412.15115; RMSNorm, arXiv:1910.07467; rotary positions, arXiv:2104.09864; YaRN,
+arXiv:2309.00071; SwiGLU, arXiv:2002.05202; LoRA, arXiv:2106.09685.
 """
 
 import json
@@ -74,7 +74,7 @@ class Config(NamedTuple):
 
 
 def is_tiny(config):
-    """Whether this is the embedded model or its offspring, which know short generated problems only."""
+    """Whether this is the embedded model, or was trained from it: it knows generated problems only."""
     return config.hidden_size * config.num_hidden_layers < 4096
 
 
@@ -93,7 +93,8 @@ def linear(params, name, x):
     out = project(x, params[name + ".weight"], params.get(name + ".bias"))
     if (down := params.get(name + ".lora_A.weight")) is not None:
         # float32, and added: merged into bfloat16 weights, small updates would be lost
-        out = out + F.linear(F.linear(x.float(), down), params[name + ".lora_B.weight"]).to(out.dtype)
+        up = params[name + ".lora_B.weight"]
+        out = out + F.linear(F.linear(x.float(), down), up).to(out.dtype)
     return out
 
 
@@ -103,7 +104,7 @@ def rms_norm(x, weight, eps):
 
 
 def rope_frequencies(config, device="cpu"):
-    """Radians per position of each pair of dimensions: [head_dim / 2] float32; YaRN stretches some."""
+    """Radians per position of each pair of dimensions: [head_dim / 2]; YaRN stretches some."""
     half = config.head_dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=device) / half
     # the published order of operations: at position 100,000 one rounding shows in the logits
@@ -112,14 +113,14 @@ def rope_frequencies(config, device="cpu"):
     if yarn is None:
         return 1 / periods
 
-    def pair_of(turns):  # the pair with so many full turns in the trained context (YaRN, section 3.2)
+    def pair_of(turns):  # the pair that turns so often in the trained context (YaRN, section 3.2)
         period = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
         return half * math.log(period) / math.log(config.rope_theta)
 
     low = max(math.floor(pair_of(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_of(yarn.beta_slow)), config.head_dim - 1)
     ramp = (torch.arange(half, dtype=torch.float32, device=device) - low) / (high - low or 0.001)
-    keep = 1 - ramp.clamp(0, 1)  # 1: turns often, stays as it is; 0: less than one turn, interpolated
+    keep = 1 - ramp.clamp(0, 1)  # 1: turns often, is kept; 0: below one turn, interpolated
     return 1 / (yarn.factor * periods) * (1 - keep) + 1 / periods * keep
 
 
@@ -169,10 +170,11 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
     x = F.embedding(tokens, params["model.embed_tokens.weight"])  # [B, T, D]
     cos, sin = rope_table(config, positions, x.dtype)
     for layer in range(config.num_hidden_layers):
+        inputs = (params, config, layer, x, cos, sin, attend_fn)
         if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, params, config, layer, x, cos, sin, attend_fn, use_reentrant=False)
+            x = checkpoint(block, *inputs, use_reentrant=False)
         else:
-            x = block(params, config, layer, x, cos, sin, attend_fn)
+            x = block(*inputs)
     return rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
 
 
@@ -192,9 +194,10 @@ def head_weight(params):
     return params.get("lm_head.weight", params["model.embed_tokens.weight"])
 
 
-def lm_head(params, hidden):
-    """Logits in float32: [..., D] -> [..., V]; the product runs in the dtype of the weights."""
-    return project(hidden, head_weight(params)).float()
+def lm_head(hidden, weight, temperature=1.0):
+    """Logits: hidden [..., D], weight [V, D] -> [..., V] float32; the product has the inputs' dtype."""
+    logits = project(hidden, weight).float()
+    return logits if temperature == 1 else logits / temperature
 
 
 def init_cache(config, batch, slots, device="cpu", dtype=torch.float32):
@@ -208,64 +211,54 @@ def forward(params, config, tokens, positions=None, cache=None):
     """Logits of every position: tokens [B, T] -> [B, T, V] float32.
 
     positions: [B, T], absolute; default 0, 1, ..., or with a cache, on from what each row holds.
-    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what lies
-    behind a row's real end is never seen once `positions` says where the row really goes on.
+    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what
+    lies behind a row's real end is never seen once `positions` says where the row really goes on.
     Raises ValueError when the tokens outgrow the context or the cache.
     """
+    T = tokens.shape[1]
     if cache is None:
-        if tokens.shape[1] > config.max_context:
-            raise ValueError(f"{tokens.shape[1]} tokens do not fit the context of {config.max_context}")
-        return lm_head(params, hidden_states(params, config, tokens, positions))
+        if T > config.max_context:
+            raise ValueError(f"{T} tokens do not fit the context of {config.max_context}")
+        return lm_head(hidden_states(params, config, tokens, positions), head_weight(params))
     if positions is None:
-        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        positions = cache.lengths[:, None] + torch.arange(T, device=tokens.device)
     if (last := int(positions.max())) >= cache.k.shape[3]:
         raise ValueError(f"position {last} does not fit a cache of {cache.k.shape[3]} slots")
     attend_fn = attention.cached_attention(cache, positions)
     hidden = hidden_states(params, config, tokens, positions, attend_fn)
     cache.lengths.copy_(positions[:, -1] + 1)
-    return lm_head(params, hidden)
+    return lm_head(hidden, head_weight(params))
 
 
 # ------------------------------------------------------------ log-probabilities
 
 
-def vocabulary_logits(hidden, weight, temperature):
-    """hidden [n, D], weight [V, D] -> [n, V] float32, divided by the temperature."""
-    logits = project(hidden, weight).float()
-    return logits if temperature == 1 else logits / temperature
-
-
-def slices(n, size):
-    return [slice(begin, begin + size) for begin in range(0, n, size)]
-
-
 def head_slice(vocab_size, device):
-    """Positions whose logits are made at a time: 0.5 GiB of them on a GPU, what stays in the cache of
-    a CPU; at least 128."""
+    """Positions whose logits are made at a time: 0.5 GiB on a GPU, a CPU's cache; at least 128."""
     return max(128, (2**21 if device == "cpu" else 2**27) // vocab_size)
 
 
 class HeadLogprobs(torch.autograd.Function):
     """What `head_logprobs` returns, slice by slice; the backward pass makes the logits again.
 
-    Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32 logits
-    and their gradient would take 9.3 GiB. When all positions are one slice, its probabilities are kept
-    for the backward pass, which begins here, so that no peak is higher for it.
+    Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32
+    logits and their gradient would take 9.3 GiB. Where all positions are one slice, the backward
+    pass, which begins here, finds its probabilities kept; no peak is higher for it.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, slice_tokens, entropy_grad):
-        ctx.settings = temperature, slice_tokens, entropy_grad
         logprobs = torch.empty_like(targets, dtype=torch.float32)
         entropy = torch.empty_like(logprobs)
-        parts = slices(len(targets), slice_tokens)
-        for part in parts:
-            logp = vocabulary_logits(hidden[part], weight, temperature).log_softmax(-1)  # [n, V]
+        for begin in range(0, len(targets), slice_tokens):
+            part = slice(begin, begin + slice_tokens)
+            logp = lm_head(hidden[part], weight, temperature).log_softmax(-1)  # [n, V]
             logprobs[part] = logp.gather(1, targets[part, None])[:, 0]
             p = logp.exp()
             entropy[part] = -logp.mul_(p).sum(-1)
-        kept = [p] if len(parts) == 1 and not entropy_grad else []
-        ctx.save_for_backward(hidden, weight, targets, *kept)
+        kept = [p] if 0 < len(targets) <= slice_tokens else []
+        ctx.save_for_backward(hidden, weight, targets, entropy, *kept)
+        ctx.settings = temperature, slice_tokens, entropy_grad
         if not entropy_grad:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -273,22 +266,19 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_entropy):
         """For logits z: d log p(target) / dz = onehot(target) - p, and dH / dz = -p (log p + H)."""
-        hidden, weight, targets, *kept = ctx.saved_tensors
+        hidden, weight, targets, entropy, *kept = ctx.saved_tensors
         temperature, slice_tokens, entropy_grad = ctx.settings
-        grad = grad / temperature
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
-        for part in slices(len(targets), slice_tokens):
+        for begin in range(0, len(targets), slice_tokens):
+            part = slice(begin, begin + slice_tokens)
+            p = kept[0] if kept else lm_head(hidden[part], weight, temperature).softmax(-1)
+            of_logprobs = grad[part, None] / temperature
+            grad_logits = p * -of_logprobs  # [n, V]
             if entropy_grad:
-                logp = vocabulary_logits(hidden[part], weight, temperature).log_softmax(-1)
-                p = logp.exp()
-                logp -= (p * logp).sum(-1, keepdim=True)  # log p + H
-                of_entropy = grad_entropy[part, None] / temperature * logp
-                grad_logits = p * -(grad[part, None] + of_entropy)  # [n, V]
-            else:
-                p = kept[0] if kept else vocabulary_logits(hidden[part], weight, temperature).softmax(-1)
-                grad_logits = p * -grad[part, None]
-            grad_logits.scatter_add_(1, targets[part, None], grad[part, None])
+                of_entropy = torch.special.xlogy(p, p).addcmul_(p, entropy[part, None])
+                grad_logits -= of_entropy * (grad_entropy[part, None] / temperature)
+            grad_logits.scatter_add_(1, targets[part, None], of_logprobs)
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
@@ -302,8 +292,8 @@ def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens
                   entropy_grad=False):
     """log p(targets) and the entropy of the distribution, in nats: [N, D], [N] -> [N], [N] float32.
 
-    The logits are divided by `temperature`, and made for `slice_tokens` positions at a time (default:
-    head_slice). The entropy carries a gradient only where `entropy_grad` asks for it.
+    The logits are divided by `temperature`, and made for `slice_tokens` positions at a time
+    (default: head_slice). The entropy carries a gradient only where `entropy_grad` asks for it.
     """
     n = len(targets)
     extra = padded_length(n) - n
@@ -318,10 +308,10 @@ def head_logprobs(params, config, hidden, targets, temperature=1.0, slice_tokens
 def token_logprobs(params, config, tokens, temperature=1.0, checkpointing=False):
     """Log-probability of every token but the first, given those before it, differentiable.
 
-    tokens: [B, T] -> [B, T - 1] float32. Padding stands at the right of a row, where causal attention
-    keeps it from mattering.
+    tokens: [B, T] -> [B, T - 1] float32. Padding stands at the right of a row, where causal
+    attention keeps it from mattering.
     """
-    hidden = hidden_states(params, config, tokens, checkpointing=checkpointing)[:, :-1]  # [B, T-1, D]
+    hidden = hidden_states(params, config, tokens, checkpointing=checkpointing)[:, :-1]
     targets = tokens[:, 1:].flatten()
     logprobs, _ = head_logprobs(params, config, hidden.flatten(0, 1), targets, temperature)
     return logprobs.view(hidden.shape[:2])
@@ -334,7 +324,7 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 
 
 def init_lora(config, rank, seed, device="cpu"):
-    """An adapter for every linear layer, float32: {NAME.lora_A.weight: [rank, in], ...B: [out, rank]}.
+    """A float32 adapter for every linear layer: NAME.lora_A.weight [rank, in], lora_B [out, rank].
 
     B starts at zero, so that `params | lora` starts as `params`. The paper's alpha / rank is 1.
     """
@@ -353,13 +343,13 @@ def init_lora(config, rank, seed, device="cpu"):
 
 
 def merged_weight(params, name):
-    """W + B A, computed in float32, when `params` holds an adapter for this weight; else W as it is."""
+    """W + B A, computed in float32, where `params` has an adapter for this weight; else W itself."""
     weight = params[name]
-    stem = name.removesuffix(".weight")
-    if stem + ".lora_A.weight" not in params:
+    down = params.get(name.removesuffix("weight") + "lora_A.weight")
+    if down is None:
         return weight
-    down, up = (params[f"{stem}.lora_{half}.weight"].float() for half in "AB")
-    return (weight.float() + up @ down).to(weight.dtype)
+    up = params[name.removesuffix("weight") + "lora_B.weight"]
+    return (weight.float() + up.float() @ down.float()).to(weight.dtype)
 
 
 def merge_lora(params):
@@ -379,8 +369,8 @@ HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
 
-    Hub models are taken from models/NAME beside this file where they are there, else downloaded through
-    huggingface_hub; config_only: without their weights.
+    Hub models are taken from models/NAME beside this file where they are there, else downloaded
+    through huggingface_hub; config_only: without their weights.
     Raises FileNotFoundError, saying how to place the files by hand, where there is neither.
     """
     if name == "tiny":
@@ -428,28 +418,28 @@ def check_numbers(record):
     """Raises ValueError for a field of a Config or a Yarn that is not of its type, or not positive."""
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
-        if kind in (int, float) and not (type(value) in (int, kind) and 0 < value < math.inf):
-            whole = "positive integer" if kind is int else "positive number"
-            raise ValueError(f"{name} is {value!r}, expected a {whole}")
+        fits = type(value) in (int, kind)
+        if kind in (int, float) and not (fits and 0 < value < math.inf):
+            whole = " integer" if kind is int else " number"
+            raise ValueError(f"{name} is {value!r}, expected a positive{whole}")
         if kind is bool and type(value) is not bool:
             raise ValueError(f"{name} is {value!r}, expected true or false")
 
 
 def parse_yarn(raw, max_position_embeddings):
-    """`rope_scaling` of a config.json as a Yarn; None for plain positions; ValueError for another."""
+    """`rope_scaling` of a config.json as a Yarn; None for plain positions. Raises ValueError."""
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
         raise ValueError(f"rope_scaling type {kind!r} is not supported; Qwen-2.5 documents 'yarn'")
-    known = ("type", "rope_type", "rope_theta", *Yarn._fields)
-    if unknown := sorted(raw.keys() - set(known)):
-        raise ValueError(f"rope_scaling has {', '.join(unknown)}; expected only {', '.join(known)}")
-    given = {name: raw[name] for name in Yarn._fields if raw.get(name) is not None}
-    given.setdefault("original_max_position_embeddings", max_position_embeddings)
-    given.setdefault("attention_factor", 1.0)
-    yarn = Yarn(**{"factor": None} | given)
-    check_numbers(yarn)
+    if unknown := sorted(raw.keys() - {"type", "rope_type", "rope_theta", *Yarn._fields}):
+        raise ValueError(f"rope_scaling has {', '.join(unknown)}; expected only "
+                         f"{', '.join(Yarn._fields)}")
+    given = {"factor": None, "original_max_position_embeddings": max_position_embeddings}
+    given |= {"attention_factor": 1.0}
+    given |= {name: raw[name] for name in Yarn._fields if raw.get(name) is not None}
+    check_numbers(yarn := Yarn(**given))
     if yarn.factor < 1:
         raise ValueError(f"rope_scaling factor is {yarn.factor}, expected 1 or more")
     if raw.get("attention_factor") is None:
@@ -458,14 +448,14 @@ def parse_yarn(raw, max_position_embeddings):
 
 
 def parse_config(raw):
-    """The Config of config.json's object. Raises ValueError unless this file computes it exactly."""
+    """The Config of config.json's object. Raises ValueError unless it is computed here exactly."""
     if raw.get("model_type") != "qwen2":
         raise ValueError(f"model_type is {raw.get('model_type')!r}, expected 'qwen2'")
     for name, only in (("hidden_act", "silu"), ("use_sliding_window", False),
                        ("quantization_config", None)):
         if (raw.get(name) or only) != only:
-            raise ValueError(f"{name} is {raw[name]!r}, expected {only!r}: what Qwen-2.5 does not use "
-                             "is not implemented")
+            raise ValueError(f"{name} is {raw[name]!r}, expected {only!r}: what Qwen-2.5 does not "
+                             "use is not implemented")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the latter: transformers 5
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling is {rope!r}, expected an object")
@@ -479,8 +469,8 @@ def parse_config(raw):
     check_numbers(config)
     heads, head_dim = config.num_attention_heads, raw.get("head_dim") or config.head_dim
     if config.hidden_size != head_dim * heads or head_dim % 2:
-        raise ValueError(f"hidden_size {config.hidden_size} is not {heads} heads of an even head_dim; "
-                         f"head_dim is {head_dim}")
+        raise ValueError(f"hidden_size {config.hidden_size} is not {heads} heads of an even "
+                         f"head_dim; head_dim is {head_dim}")
     if heads % config.num_key_value_heads:
         raise ValueError(f"{heads} heads are no multiple of {config.num_key_value_heads} key/value "
                          "heads")
@@ -488,7 +478,7 @@ def parse_config(raw):
 
 
 def load_config(model_dir):
-    """The Config of a model directory. Raises FileNotFoundError or ValueError, naming file and field."""
+    """The Config of a model directory. Raises FileNotFoundError or ValueError."""
     ends = set()
     for name in ("generation_config.json", "config.json"):
         path = Path(model_dir) / name
@@ -508,11 +498,13 @@ def load_config(model_dir):
 def config_json(config):
     """The inverse of load_config: what transformers reads, as a dict."""
     raw = config._asdict()
-    eos, yarn = list(raw.pop("eos_token_id")), raw.pop("rope_scaling")
+    yarn = raw.pop("rope_scaling")
     if yarn:
         raw["rope_scaling"] = {"type": "yarn", "rope_type": "yarn", **yarn._asdict()}
-    return raw | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-                  "use_sliding_window": False, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    eos = list(config.eos_token_id)
+    raw["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+    return raw | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+                  "hidden_act": "silu", "use_sliding_window": False}
 
 
 # ------------------------------------------------------------ weights
@@ -529,7 +521,8 @@ def param_shapes(config):
         "self_attn.v_proj.weight": (KV, D), "self_attn.v_proj.bias": (KV,),
         "self_attn.o_proj.weight": (D, D),
         "post_attention_layernorm.weight": (D,),
-        "mlp.gate_proj.weight": (I, D), "mlp.up_proj.weight": (I, D), "mlp.down_proj.weight": (D, I)}
+        "mlp.gate_proj.weight": (I, D), "mlp.up_proj.weight": (I, D),
+        "mlp.down_proj.weight": (D, I)}
     shapes = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
@@ -540,20 +533,18 @@ def param_shapes(config):
 
 
 def init_params(config, seed, device="cpu", dtype=torch.float32):
-    """Random weights: normal(0, initializer_range), smaller by 1 / sqrt(2 L) in the two projections of
-    a layer that write to the residual stream, as in GPT-2."""
+    """Random weights: normal(0, initializer_range), smaller by 1 / sqrt(2 L) in the two projections
+    of a layer that write to the residual stream, as in GPT-2."""
     generator = torch.Generator().manual_seed(seed)
     params = {}
     for name, shape in param_shapes(config).items():
-        if name.endswith("norm.weight"):
-            tensor = torch.ones(shape)
-        elif name.endswith("bias"):
-            tensor = torch.zeros(shape)
-        else:
-            std = config.initializer_range
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * config.num_hidden_layers)
+        std = config.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * config.num_hidden_layers)
+        if len(shape) == 2:
             tensor = torch.randn(shape, generator=generator) * std
+        else:
+            tensor = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         params[name] = tensor.to(device, dtype)
     return params
 
@@ -574,20 +565,20 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
 
     Files are memory-mapped and read tensor by tensor: never a second copy of the weights. On a CPU,
-    tensors that are of `dtype` already stay views of the mapping, which is private: writing into them
-    leaves the file as it is.
+    tensors that are of `dtype` already stay views of the mapping, which is private: writing into
+    them leaves the file as it is.
     Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
     """
     model_dir = Path(model_dir)
     config = load_config(model_dir)
     shapes = param_shapes(config)
-    known = {"lm_head.weight": shapes["model.embed_tokens.weight"]} | shapes  # stored though it is tied
+    known = {"lm_head.weight": shapes["model.embed_tokens.weight"]} | shapes  # a tied head, stored
     params, wrong = {}, []
     seen = set()
     for path in weight_files(model_dir):
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a model directory holds model.safetensors, "
-                                    "or an index and its shards")
+            raise FileNotFoundError(f"{path}: no such file; a model directory holds "
+                                    "model.safetensors, or an index and its shards")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for key in file.keys():
@@ -597,8 +588,8 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
                     if key in known and shape == known[key] and kind in ("F32", "BF16", "F16"):
                         params[key] = file.get_tensor(key).to(dtype)
                     elif key in known:
-                        wrong.append(f"{key} is {kind} {list(shape)}, expected {list(known[key])} of "
-                                     "F32, BF16 or F16")
+                        wrong.append(f"{key} is {kind} {list(shape)}, expected {list(known[key])} "
+                                     "of F32, BF16 or F16")
                     elif not key.endswith("rotary_emb.inv_freq"):  # a table that old exports hold
                         wrong.append(f"extra {key} {list(shape)}")
         except SafetensorError as error:
@@ -606,7 +597,8 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
     wrong += [f"missing {key} {list(shapes[key])}" for key in shapes if key not in seen]
     if config.tie_word_embeddings and not wrong and "lm_head.weight" in params:
         if not torch.equal(params["lm_head.weight"], params["model.embed_tokens.weight"]):
-            wrong = ["lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings is true"]
+            wrong = ["lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings "
+                     "is true"]
     if wrong:
         raise ValueError(f"{model_dir}: the tensors do not fit its config.json: {'; '.join(wrong)}")
     return {key: params[key] for key in shapes}
@@ -615,14 +607,15 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
 def save_model(out_dir, params, config, like):
     """Write a directory that transformers, and every script here, loads as it is.
 
-    like: the directory whose tokenizer, chat template and generation settings to copy. An adapter in
-    `params` is merged. The directory appears whole; a model of the same name is put aside until then.
+    like: the directory whose tokenizer, chat template and generation settings to copy. An adapter
+    in `params` is merged. The directory appears whole, and only then replaces one of its name.
     Raises ValueError when `out_dir` holds something that is not a model.
     """
     out_dir = Path(out_dir).resolve()
     empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
     if not empty and not (out_dir / "config.json").is_file():
-        raise ValueError(f"{out_dir} exists and is not a model directory; name another, or remove it")
+        raise ValueError(f"{out_dir} exists and is not a model directory; name another, or remove "
+                         "it")
     staging, old = (out_dir.with_name(out_dir.name + end) for end in (".writing", ".replaced"))
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -665,7 +658,7 @@ def load_tokenizer(model_dir):
 
 
 def end_tokens(tokenizer, config):
-    """The ids that end a completion: the config's, and ChatML's own, which base models do not list."""
+    """The ids that end a completion: the config's, and ChatML's, which base models do not list."""
     chat = {tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")}
     return chat - {None} | set(config.eos_token_id)
 
@@ -673,9 +666,10 @@ def end_tokens(tokenizer, config):
 def load_system_prompt(model_dir):
     """The system turn that a model's chat template adds when there is none; None when it adds none.
 
-    Found by rendering the template, in Jinja's sandbox, around an empty question. Raises ValueError.
+    Found by rendering the template, in Jinja's sandbox, around an empty question.
+    Raises ValueError when it does not render.
     """
-    path = Path(model_dir) / "chat_template.jinja"  # transformers 5; before, in tokenizer_config.json
+    path = Path(model_dir) / "chat_template.jinja"  # where transformers 5 keeps it
     if path.is_file():
         template = path.read_text(encoding="utf-8")
     else:
@@ -684,8 +678,8 @@ def load_system_prompt(model_dir):
     if not isinstance(template, str):
         return None
     try:
-        chat = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        text = chat.render(messages=[{"role": "user", "content": ""}])
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        text = sandbox.from_string(template).render(messages=[{"role": "user", "content": ""}])
     except TemplateError as error:
         raise ValueError(f"{path}: the chat template does not render ({error})") from None
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
@@ -704,12 +698,14 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
 
     system: the turn put in front when the messages bring none; None for none.
     """
-    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in with_system(messages, system)]
-    return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+    text = ""
+    for message in with_system(messages, system):
+        text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+    return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
 def encode_text(tokenizer, text):
-    """The ids of a text in which the names of control tokens, such as <|im_end|>, are plain text."""
+    """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
     ids, begin = [], 0
     for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
         ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids

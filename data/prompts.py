@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 from data import load_problems
-from model import render_chat
+from model import encode_chat, encode_text, render_chat
 from verify import format_reward
 
 # ---------------------------------------------------------------------- the form of a response
@@ -33,6 +33,14 @@ def split_response(text, think_tag=None):
     if not block:
         return None, text
     return block[2], text[:block.start()] + text[block.end():]
+
+
+def thought_of(text):
+    """The thought of a model output: its block or, without one, all of it, its boxes opened."""
+    thought, rest = split_response(text)
+    if thought is None:
+        return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", rest).strip()
+    return "\n".join(line.rstrip() for line in thought.strip().split("\n"))
 
 
 def in_form(text, think_tag="think"):
@@ -204,9 +212,12 @@ def render_prompt(preset, problem, *, system=None, shots=(), think_tag="think"):
 
 
 def encode_prompt(tokenizer, preset, problem, *, system=None, shots=(), think_tag="think"):
-    """The token ids of render_prompt's text."""
-    text = render_prompt(preset, problem, system=system, shots=shots, think_tag=think_tag)
-    return tokenizer.encode(text, add_special_tokens=False).ids  # TODO: model.encode_chat
+    """The token ids of render_prompt's text, in which no problem can make a control token."""
+    preset = PRESETS[preset]
+    if preset.text is not None:
+        return encode_text(tokenizer, preset.text + user_turn(preset, problem))
+    messages = chat_messages(preset, problem, system, shots, think_tag)
+    return encode_chat(tokenizer, messages, system=None)
 
 
 def prompt_hash(preset, **asked):

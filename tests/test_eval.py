@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
-from data import prompts
 from data.prompts import PRESETS, load_shots, prompt_hash, render_prompt
 from model import save_model
 from tests.common import (
@@ -184,13 +183,6 @@ def test_eval_prompts_to_the_letter():
     hashes += [prompt_hash("plain", system="S"), prompt_hash("cot", shots=[shot])]
     assert len(set(hashes)) == len(hashes), hashes
     assert prompt_hash("few-shot-cot") == prompt_hash("cot")
-
-
-def test_eval_corpus_says_what_the_prompts_ask():
-    """The embedded model knows these words from the corpus that it was trained on, and no others."""
-    assert prompts.COT == "{problem}\nLet's think step by step."
-    assert (prompts.CHECK, prompts.AGAIN) == ("Check each step.", "Solve it again.")
-    assert prompts.ALL_RIGHT == "Every step is right."
 
 
 def test_eval_examples_are_never_problems_asked():
