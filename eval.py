@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import zlib
 from collections import Counter
 from operator import gt
 from pathlib import Path
+from statistics import NormalDist, fmean, median
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +89,7 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------- statistics
 
-Z = statistics.NormalDist().inv_cdf(0.975)
+Z = NormalDist().inv_cdf(0.975)
 
 
 def wilson(correct, n):
@@ -111,8 +111,8 @@ def interval(scores):
     exactly wilson() when every score is 0 or 1. A problem's mean over N samples is one observation.
     """
     n = len(scores)
-    rate = statistics.fmean(scores)
-    variance = statistics.fmean((s - rate) ** 2 for s in scores)
+    rate = fmean(scores)
+    variance = fmean((s - rate) ** 2 for s in scores)
     effective = n * rate * (1 - rate) / variance if variance > 1e-12 else n
     return rate, *wilson(rate * effective, effective)
 
@@ -199,7 +199,7 @@ ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that eac
 
 
 def make_sample(completion, text, strict, lenient):
-    """What a record keeps of a completion. strict, lenient: whether it is right; None: undecided."""
+    """What a record keeps of a completion. strict, lenient: is it right? None: undecided."""
     return {"text": text, "answer": extract_answer(text, strict=True),
             "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
             "tokens": len(completion.tokens), "finish": completion.finish,
@@ -384,12 +384,14 @@ def collect_records(setup, name="records", **changes):
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
     size = world * max(1, 2 * options["max_batch"] // options.get("num_samples", 1))
-    with tqdm(total=len(setup.problems), initial=len(done), unit="problem", disable=rank > 0) as bar:
+    count = len(setup.problems)
+    with tqdm(total=count, initial=count - len(todo), unit="problem", disable=rank > 0) as bar:
         while todo:
             records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size], **options)
-            done |= {record["id"]: record | {"settings": settings} for record in records}
+            records = [record | {"settings": settings} for record in records]
             if path:
-                append_lines(path, [done[record["id"]] for record in records])
+                append_lines(path, records)
+            done |= {record["id"]: record for record in records}
             bar.update(len(records))
             todo = todo[size:]
             if sum(record["seconds"] for record in records) < ROUND_S:
@@ -404,7 +406,7 @@ def collect_records(setup, name="records", **changes):
 
 def scores_of(records, grade):
     """Each problem's share of right samples; what could not be decided counts as wrong."""
-    return [statistics.fmean(s[grade] is True for s in r["samples"]) for r in records]
+    return [fmean(s[grade] is True for s in r["samples"]) for r in records]
 
 
 def votes_of(record, grade="strict"):
@@ -423,7 +425,7 @@ def rates_by(field, records, scores, tokens):
     rates = {}
     for group in sorted(groups):
         members, lengths = zip(*groups[group])
-        rates[str(group)] = [*interval(members), len(members), statistics.fmean(lengths)]
+        rates[str(group)] = [*interval(members), len(members), fmean(lengths)]
     return rates
 
 
@@ -437,16 +439,16 @@ def score_row(records, scores, tokens, **settings):
         "n": len(records), "accuracy": accuracy, "low": low, "high": high,
         "levels": rates_by("level", records, scores, tokens),
         "subjects": rates_by("subject", records, scores, tokens),
-        "tokens_mean": statistics.fmean(tokens), "tokens_median": statistics.median(tokens),
+        "tokens_mean": fmean(tokens), "tokens_median": median(tokens),
         "tokens_p95": float(np.quantile(tokens, 0.95)),
         "tokens_per_correct": sum(tokens) / sum(scores) if any(scores) else None}
 
 
 def cost_row(records, scores, drawn, **settings):
-    """score_row of a method that draws so many samples of each problem's pool, a list of numbers."""
-    tokens = [n * statistics.fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
+    """score_row of a method that draws so many samples (a number each) of the problems' pools."""
+    tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
     seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
-    return score_row(records, scores, tokens, samples=statistics.fmean(drawn), seconds=seconds,
+    return score_row(records, scores, tokens, samples=fmean(drawn), seconds=seconds,
                      **settings)
 
 
@@ -461,8 +463,8 @@ def summarize(records, **settings):
         "grade": grade,
         "strict": interval(scores_of(records, "strict")),
         "lenient": interval(scores_of(records, "lenient")),
-        "truncated": statistics.fmean(s["finish"] != "stop" for s in samples),
-        "no_answer": statistics.fmean(s[ANSWER[grade]] is None for s in samples),
+        "truncated": fmean(s["finish"] != "stop" for s in samples),
+        "no_answer": fmean(s[ANSWER[grade]] is None for s in samples),
         "undecided": sum(s[grade] is None for s in samples),
         "seconds": seconds,
         "tokens_per_s": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}
@@ -547,9 +549,6 @@ def print_row(row):
             say(f"  {name.removesuffix('_at')}@k: {', '.join(rates)}")
 
 
-# ---------------------------------------------------------------------- two runs compared
-
-
 def compare(path_a, path_b, grade=None):
     """Prints what changed from one file of records to the other, over the problems in both."""
     runs = {path: read_records(path) for path in (path_a, path_b)}
@@ -571,9 +570,6 @@ def compare(path_a, path_b, grade=None):
         lost = sum(map(gt, a, b))
         say(f"{gained} problems gained, {lost} lost; "
             f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
-
-
-# ---------------------------------------------------------------------- the report
 
 
 def find_row(path, **wanted):
@@ -667,9 +663,6 @@ def report(args):
         plot_report(rows, out / "report.png")
     except ImportError:
         print("report.png needs matplotlib: pip install matplotlib")
-
-
-# ---------------------------------------------------------------------- main
 
 
 def main(args):

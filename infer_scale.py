@@ -17,9 +17,9 @@ import argparse
 import functools
 import math
 import random
-import statistics
 import sys
 from collections import Counter
+from statistics import fmean
 
 import eval
 from data.prompts import load_shots
@@ -82,7 +82,7 @@ def vote_once(votes, right, weights=None):
     """Success of one vote: 1, 0, or the share of right classes among those that tie."""
     totals = count_votes(votes, weights)
     leaders = [vote in right for vote in totals if totals[vote] == max(totals.values())]
-    return statistics.fmean(leaders) if leaders else 0.0
+    return fmean(leaders) if leaders else 0.0
 
 
 def weighted_maj_at_k(votes, right, weights, k, draws=100, seed=0):
@@ -95,7 +95,7 @@ def weighted_maj_at_k(votes, right, weights, k, draws=100, seed=0):
         chosen = rng.sample(range(len(votes)), k)
         success.append(
             vote_once([votes[i] for i in chosen], right, [weights[i] for i in chosen]))
-    return statistics.fmean(success)
+    return fmean(success)
 
 
 def best_of_k(confidences, right, k):
@@ -136,10 +136,10 @@ def adaptive(votes, right, confidence, orders=20, seed=0):
         order = rng.sample(votes, len(votes))
         used = samples_until_decided(order, confidence)
         found.append((vote_once(order[:used], right), used))
-    return tuple(map(statistics.fmean, zip(*found)))
+    return tuple(map(fmean, zip(*found)))
 
 
-# ---------------------------------------------------------------------- chain of thought
+# ---------------------------------------------------------------------- experiments
 
 
 def compare_prompts(setup, exemplars, shots_from=None, seed=0):
@@ -160,9 +160,6 @@ def compare_prompts(setup, exemplars, shots_from=None, seed=0):
         results.append((label, row, scores_of(records, row["grade"])))
     eval.print_table(results)
     return [row for _, row, _ in results]
-
-
-# ---------------------------------------------------------------------- self-consistency
 
 
 def confidence_of(sample, vote):
@@ -231,9 +228,6 @@ def abstentions(pairs):
                           "accuracy where it answers, % [95 %]"], lines)
 
 
-# ---------------------------------------------------------------------- temperature
-
-
 def sweep_temperature(pools, ks, plot=None):
     """Rows of votes at each temperature, and which temperature is best.
 
@@ -243,8 +237,8 @@ def sweep_temperature(pools, ks, plot=None):
     scores = {k: {} for k in sorted({1, *ks})}  # {votes: {temperature: score of each problem}}
     for temperature, (records, settings) in sorted(pools.items()):
         pairs = [votes_of(r, settings["grade"]) for r in records]
-        distinct = statistics.fmean(len(set(votes) - {None}) for votes, _ in pairs)
-        silent = statistics.fmean(vote is None for votes, _ in pairs for vote in votes)
+        distinct = fmean(len(set(votes) - {None}) for votes, _ in pairs)
+        silent = fmean(vote is None for votes, _ in pairs for vote in votes)
         say(f"temperature {temperature:g}: {distinct:.1f} distinct answers of "
             f"{settings['num_samples']}, no answer {percent(silent)} %")
         for k in scores:
@@ -268,7 +262,7 @@ def sweet_spot(scores):
     it was chosen, it would flatter itself.
     """
     def best_on(part):
-        return max(scores, key=lambda setting: statistics.fmean(scores[setting][part]))
+        return max(scores, key=lambda setting: fmean(scores[setting][part]))
 
     best = best_on(slice(None))
     even, odd = slice(0, None, 2), slice(1, None, 2)
@@ -285,19 +279,16 @@ def plot_heat(scores, path):
     except ImportError:
         return say(f"{path} is not drawn: pip install matplotlib")
     temperatures = list(scores[1])
-    heat = [[statistics.fmean(column[t]) for column in scores.values()] for t in temperatures]
+    heat = [[fmean(column[t]) for column in scores.values()] for t in temperatures]
     figure = Figure((2 + len(scores), 1.5 + 0.5 * len(heat)), dpi=150)
     axes = figure.subplots()
     axes.imshow(heat, aspect="auto", cmap="YlGn")
-    axes.set(xlabel="votes", ylabel="temperature", xticks=range(len(scores)), xticklabels=list(scores),
-             yticks=range(len(heat)), yticklabels=temperatures)
+    axes.set(xlabel="votes", xticks=range(len(scores)), xticklabels=list(scores),
+             ylabel="temperature", yticks=range(len(heat)), yticklabels=temperatures)
     for i, row in enumerate(heat):
         for j, value in enumerate(row):
             axes.text(j, i, percent(value), ha="center", va="center")
     figure.savefig(path, bbox_inches="tight")
-
-
-# ---------------------------------------------------------------------- thinking budget
 
 
 def sweep_budget(setup, budgets=None):
@@ -311,7 +302,7 @@ def sweep_budget(setup, budgets=None):
                                                  think_budget=budget)
         method = f"thought of {f'at most {budget} tokens' if budget else 'any length'}"
         texts[budget] = [r["samples"][0]["text"] for r in records]
-        cut = statistics.fmean(a != b for a, b in zip(texts[budget], texts[0]))
+        cut = fmean(a != b for a, b in zip(texts[budget], texts[0]))
         row = eval.summarize(records, method=method, cut=cut, **settings)
         results.append((f"{method} ({percent(cut)} % cut)", row,
                         scores_of(records, settings["grade"])))
@@ -325,9 +316,6 @@ def sweep_budget(setup, budgets=None):
             verdict = f"{enough[0]} tokens of thought are not told apart from any length"
         say(f"level {level}: {verdict}")
     return [row for _, row, _ in results]
-
-
-# ---------------------------------------------------------------------- main
 
 
 def main(args):

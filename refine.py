@@ -16,12 +16,12 @@ and should be compared with self-consistency of equal cost: Huang et al. 2023, a
 import argparse
 import math
 import random
-import statistics
 import sys
 import time
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -91,9 +91,9 @@ def score_response(tokenizer, tokens, logprobs, text, think_tag):
     if span := box_span(text):
         first, last = token_span(tokenizer, tokens, *span)
         answer = logprobs[first:last]
-    return {"answer-mean": statistics.fmean(answer) if answer else -math.inf,
+    return {"answer-mean": fmean(answer) if answer else -math.inf,
             "answer-total": sum(answer) if answer else -math.inf,
-            "mean": statistics.fmean(logprobs), "total": sum(logprobs),
+            "mean": fmean(logprobs), "total": sum(logprobs),
             "format": format_reward(text, think_tag)}
 
 
@@ -186,10 +186,8 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
 
 
 def auroc(confidences, right):
-    """Chance that a right answer has more confidence than a wrong one, ties half; None without both.
-
-    From the right answers' ranks, from 0, which those that are level share.
-    """
+    """Chance that a right answer has more confidence than a wrong one, ties half, from their ranks;
+    None unless there are both."""
     order = sorted(confidences)
     ranks = [(bisect_left(order, c) + bisect_right(order, c) - 1) / 2 for c in confidences]
     positive = sum(right)
@@ -199,11 +197,11 @@ def auroc(confidences, right):
 
 
 def reliability(confidences, right, bins=5):
-    """Equal parts of the answers from least to most confident: (mean confidence, share right, n)."""
+    """(mean confidence, share right, number) of equal parts of the answers, least sure first."""
     pairs = sorted(zip(confidences, right))
     edges = [len(pairs) * b // bins for b in range(bins + 1)]
     parts = [pairs[begin:end] for begin, end in zip(edges, edges[1:]) if begin < end]
-    return [(*map(statistics.fmean, zip(*part)), len(part)) for part in parts]
+    return [(*map(fmean, zip(*part)), len(part)) for part in parts]
 
 
 # ---------------------------------------------------------------------- what it came to
@@ -217,7 +215,7 @@ def equal_cost_results(setup, spent):
     """
     pool = math.ceil(max(spent) / spent[0]) + 1
     records, settings = eval.collect_records(setup, "samples", num_samples=pool)
-    per_sample = statistics.fmean(s["tokens"] for r in records for s in r["samples"])
+    per_sample = fmean(s["tokens"] for r in records for s in r["samples"])
     votes = [votes_of(r, settings["grade"]) for r in records]
     results = []
     for k, budget in enumerate(spent[1:], 1):
@@ -250,14 +248,14 @@ def write_traces(path, problems, history, right):
 
 
 def print_rounds(history, right):
-    """What each round did: the four-way table, what it cost and gained, what the critic was worth."""
+    """What each round did: the four-way table, cost and gain, and what the critic was worth."""
     lines = []
     for k in range(1, len(history[0])):
         before = [marks[k - 1] for marks in right]
         after = [marks[k] for marks in right]
         moves = Counter(zip(before, after))
-        spent = statistics.fmean(rounds[k].spent - rounds[k - 1].spent for rounds in history)
-        gain = statistics.fmean(after) - statistics.fmean(before)
+        spent = fmean(rounds[k].spent - rounds[k - 1].spent for rounds in history)
+        gain = fmean(after) - fmean(before)
         doubts = {True: [], False: []}  # of right and of wrong answers
         for rounds, was in zip(history, before):
             if rounds[k].critique is not None:
@@ -279,12 +277,11 @@ def print_calibration(history, right):
     areas = {name: auroc([d.scores[name] for d in drafts], correct) for name in SCORES[:-1]}
     shown = [f"{name} {'-' if area is None else f'{area:.3f}'}" for name, area in areas.items()]
     say(f"AUROC of the draft's score: {', '.join(shown)}")
-    lines = [[name, f"{chance:.3f}", percent(share), n] for name in ("answer-total", "total")
-             for chance, share, n in reliability([math.exp(d.scores[name]) for d in drafts], correct)]
+    lines = []
+    for name in ("answer-total", "total"):
+        for chance, share, n in reliability([math.exp(d.scores[name]) for d in drafts], correct):
+            lines.append([name, f"{chance:.3f}", percent(share), n])
     say(eval.markdown(["score", "as a probability", "right, %", "answers"], lines))
-
-
-# ---------------------------------------------------------------------- main
 
 
 def main(args):
@@ -318,7 +315,7 @@ def main(args):
     history = run_with(own_gate)
     seconds = time.perf_counter() - started
     accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
-    rate = statistics.fmean(accepted) if accepted else 0.0
+    rate = fmean(accepted) if accepted else 0.0
     results = []
     for gate, found in (("", history), (", oracle gate (a bound)", run_with(oracle_gate)),
                         (", random gate (a bound)", run_with(random_gate))):
@@ -335,7 +332,7 @@ def main(args):
         own = [row["tokens_mean"] for _, row, _ in results[:args.rounds + 1]]
         results += equal_cost_results(setup, own)
     eval.print_table(results)
-    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions, and as many by the random gate\n")
+    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many\n")
     right = verdicts(history, references, strict)
     print_rounds(history, right)
     print_calibration(history, right)

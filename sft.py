@@ -19,6 +19,8 @@ import math
 import random
 import sys
 import time
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,11 +110,12 @@ def split_conversation(row, prompt, system, think_tag):
 
 
 def answer_span(text, think_tag="think"):
-    """(begin, end) of a reply's last box behind the thinking block, its braces included; (0, 0)
-    without one."""
+    """(begin, end) of a reply's last box behind the thinking block; (0, 0) without one."""
     after = max(0, text.rfind(f"</{think_tag}>"))
     span = box_span(text[after:])
-    return (after + span[0] - len("\\boxed{"), after + span[1] + 1) if span else (0, 0)
+    if span is None:
+        return 0, 0
+    return text.rindex("\\", 0, after + span[0]), after + span[1] + 1  # from \\boxed to its brace
 
 
 def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, think_tag="think"):
@@ -125,24 +128,30 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
     for text, said in split_conversation(row, prompt, system, think_tag):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         tokens += encoded.ids
-        if not said:
+        if said:
+            first, last = answer_span(text, think_tag)
+            inside = [begin < last and end > first for begin, end in encoded.offsets]
+            parts += [PARTS.index("answer" if yes else "thought") for yes in inside]
+            tokens.append(end_token)
+            parts.append(PARTS.index("end"))
+        else:
             parts += [CONTEXT] * len(encoded.ids)
-            continue
-        first, last = answer_span(text, think_tag)
-        for begin, end in encoded.offsets:
-            inside = begin < last and end > first
-            parts.append(PARTS.index("answer" if inside else "thought"))
-        tokens.append(end_token)
-        parts.append(PARTS.index("end"))
     return Example(tokens, parts)
 
 
-def is_conversation(messages):
-    """Whether these are messages with a role and a content, one of them the assistant's."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        return False
-    texts = all(isinstance(m.get(key), str) for m in messages for key in ("role", "content"))
-    return texts and any(m["role"] == "assistant" for m in messages)
+def check_row(row, where):
+    """Raises ValueError unless a row has problem and response, or a conversation with a reply."""
+    if "messages" not in row:
+        if not all(isinstance(row.get(key), str) for key in ("problem", "response")):
+            raise ValueError(f"{where}: expected text in problem and response, or messages; found "
+                             f"{', '.join(row) or 'nothing'}")
+        return
+    messages = row["messages"] if isinstance(row["messages"], list) else [None]
+    texts = [m.get(key) for m in messages if isinstance(m, dict) for key in ("role", "content")]
+    whole = len(texts) == 2 * len(messages) and all(isinstance(text, str) for text in texts)
+    if not whole or "assistant" not in texts[::2]:
+        raise ValueError(f"{where}: messages are {row['messages']!r:.60}, expected a list of "
+                         '{"role", "content"}, one of the assistant\'s among them')
 
 
 def read_examples(path, tokenizer, end_token, max_tokens, **how):
@@ -151,38 +160,24 @@ def read_examples(path, tokenizer, end_token, max_tokens, **how):
     Raises ValueError naming the file, the line and the field.
     """
     examples = []
-    too_long = 0
     for number, row in read_rows(path):
-        if "messages" in row and not is_conversation(row["messages"]):
-            raise ValueError(f"{path}, line {number}: messages are {row['messages']!r:.60}, "
-                             'expected a list of {"role", "content"}, one of the assistant\'s')
-        if "messages" not in row:
-            for key in ("problem", "response"):
-                if not isinstance(row.get(key), str):
-                    raise ValueError(f"{path}, line {number}: expected text in problem and "
-                                     f"response, or messages; found {', '.join(row) or 'nothing'}")
-        example = encode_example(row, tokenizer, end_token, **how)
-        if len(example.tokens) > max_tokens:
-            too_long += 1
-        else:
-            examples.append(example)
-    if not examples:
+        check_row(row, f"{path}, line {number}")
+        examples.append(encode_example(row, tokenizer, end_token, **how))
+    fitting = [example for example in examples if len(example.tokens) <= max_tokens]
+    too_long = len(examples) - len(fitting)
+    if not fitting:
         raise ValueError(f"{path}: no example of at most --max-tokens {max_tokens}; {too_long} are "
                          "longer")
-    return examples, too_long
+    return fitting, too_long
 
 
 def show_example(example, tokenizer):
     """The text with what is learned in brackets, for a person to check."""
     shown = ""
-    last = CONTEXT
-    for token, part in zip(example.tokens, example.parts):
-        if part != last:
-            shown += "" if last == CONTEXT else "]"
-            shown += "" if part == CONTEXT else f"[{PARTS[part]}: "
-        shown += tokenizer.decode([token], skip_special_tokens=False)
-        last = part
-    return shown + ("" if last == CONTEXT else "]")
+    for part, run in groupby(zip(example.parts, example.tokens), key=itemgetter(0)):
+        text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        shown += text if part == CONTEXT else f"[{PARTS[part]}: {text}]"
+    return shown
 
 
 # ---------------------------------------------------------------------- loss
@@ -201,8 +196,13 @@ def pack(examples, micro_tokens):
     return rows
 
 
-def row_loss(params, config, row, answer_weight, checkpointing=False):
-    """(weighted sum of -log p over what a packed row learns, [n] unweighted terms, [n] parts).
+def part_weights(answer_weight):
+    """[3]: how much a token of each of PARTS counts."""
+    return torch.tensor([answer_weight if part == "answer" else 1.0 for part in PARTS])
+
+
+def row_loss(params, config, row, weights, checkpointing=False):
+    """(weighted sum of -log p over what a packed row learns, [2, 3]: its sum and count by part).
 
     Neighbours in a row are of like length, so that attention, which runs on groups of 16 padded
     texts, wastes little.
@@ -215,14 +215,9 @@ def row_loss(params, config, row, answer_weight, checkpointing=False):
     learned = (parts != CONTEXT).nonzero()[:, 0]  # [n]; the token before is of the same example
     logprobs, _ = model.head_logprobs(params, config, hidden[learned - 1], tokens[learned])  # [n]
     parts = parts[learned]
-    weights = torch.where(parts == PARTS.index("answer"), answer_weight, 1.0)
-    return -(weights * logprobs).sum(), -logprobs.detach(), parts
-
-
-def total_weight(examples, answer_weight):
-    """What the weighted sum over these examples is divided by."""
-    parts = [part for e in examples for part in e.parts if part != CONTEXT]
-    return len(parts) + (answer_weight - 1) * parts.count(PARTS.index("answer"))
+    terms = torch.stack([-logprobs.detach(), torch.ones_like(logprobs)])  # [2, n]
+    sums = torch.zeros(2, len(PARTS), device=device).index_add(1, parts, terms)
+    return -(weights.to(device)[parts] * logprobs).sum(), sums.cpu()
 
 
 def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpointing=False,
@@ -232,21 +227,19 @@ def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpoint
     backward: also add the gradient of this process's share to `.grad`.
     """
     rank, world = rank_and_world()
-    total = total_weight(examples, answer_weight)
-    loss = 0.0
-    sums = torch.zeros(len(PARTS), dtype=torch.float64)
-    counts = torch.zeros(len(PARTS))
+    weights = part_weights(answer_weight)
+    learned = torch.tensor([p for e in examples for p in e.parts if p != CONTEXT])
+    total = weights[learned].sum().item()
+    sums = torch.zeros(2, len(PARTS))
     for row in pack(examples[rank::world], micro_tokens):
         with torch.set_grad_enabled(backward):
-            weighted, terms, parts = row_loss(params, config, row, answer_weight, checkpointing)
+            loss, of_row = row_loss(params, config, row, weights, checkpointing)
         if backward:
-            (weighted / total).backward()
-        loss += weighted.item() / total
-        sums.index_add_(0, parts.cpu(), terms.double().cpu())
-        counts += parts.cpu().bincount(minlength=len(PARTS))
-    loss, *flat = optim.all_sum([loss, *sums.tolist(), *counts.tolist()])
-    means = [s / n if n else math.nan for s, n in zip(flat[:len(PARTS)], flat[len(PARTS):])]
-    return loss, dict(zip(PARTS, means))
+            (loss / total).backward()
+        sums += of_row
+    sums = torch.tensor(optim.all_sum(sums.flatten().tolist())).view(2, len(PARTS))
+    means = sums[0] / sums[1]  # nan where a part has no token
+    return (weights * sums[0]).sum().item() / total, dict(zip(PARTS, means.tolist()))
 
 
 # ---------------------------------------------------------------------- the run
