@@ -440,8 +440,7 @@ def score_row(records, scores, tokens, **settings):
         "levels": rates_by("level", records, scores, tokens),
         "subjects": rates_by("subject", records, scores, tokens),
         "tokens_mean": fmean(tokens), "tokens_median": median(tokens),
-        "tokens_p95": float(np.quantile(tokens, 0.95)),
-        "tokens_per_correct": sum(tokens) / sum(scores) if any(scores) else None}
+        "tokens_p95": float(np.quantile(tokens, 0.95))}
 
 
 def cost_row(records, scores, drawn, **settings):

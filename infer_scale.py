@@ -121,9 +121,11 @@ def samples_until_decided(votes, confidence=None):
     counts = Counter()
     for used, vote in enumerate(votes, 1):
         counts[vote] += vote is not None
-        first, second = sorted([0, 0, *counts.values()])[:-3:-1]
-        left = len(votes) - used
-        if leads(first, second) >= confidence if confidence else first > second + left:
+        *_, second, first = sorted([0, 0, *counts.values()])
+        decided = first > second + len(votes) - used
+        if confidence is not None:
+            decided = leads(first, second) >= confidence
+        if decided:
             break
     return used
 
@@ -168,10 +170,12 @@ def confidence_of(sample, vote):
     return {"total": total, "mean": total / sample["tokens"]}
 
 
-def vote_methods(records, grade, ks, confidence):
-    """Yields (method, score of each problem, samples drawn of each problem), from one pool."""
+def vote_methods(records, pairs, grade, ks, confidence):
+    """Yields (method, score of each problem, samples drawn of each problem), from one pool.
+
+    pairs: (votes, right) of each problem. The total log-probability favours short samples.
+    """
     n = len(records)
-    pairs = [votes_of(r, grade) for r in records]
     correct = [[s[grade] is True for s in r["samples"]] for r in records]
     sure = [list(map(confidence_of, r["samples"], votes)) for r, (votes, _) in zip(records, pairs)]
     yield "one sample", scores_of(records, grade), [1] * n
@@ -181,7 +185,7 @@ def vote_methods(records, grade, ks, confidence):
         scores = [weighted_maj_at_k(*pair, [math.exp(c["mean"]) for c in mine], k)
                   for pair, mine in zip(pairs, sure)]
         yield f"majority of {k}, weighted", scores, [k] * n
-    for name in ("mean", "total"):  # the total favours short samples, the mean does not
+    for name in ("mean", "total"):
         for k in ks:
             scores = [best_of_k([c[name] for c in mine], r, k) for mine, r in zip(sure, correct)]
             yield f"best of {k} by {name} log-probability", scores, [k] * n
@@ -195,10 +199,11 @@ def vote_methods(records, grade, ks, confidence):
 
 def self_consistency(records, settings, ks, confidence):
     """Rows of one sample, of votes (plain, weighted, adaptive), of the best of k, and of pass@k."""
-    grade = settings["grade"]
+    pairs = [votes_of(r, settings["grade"]) for r in records]
     results = []
     notes = []
-    for method, scores, drawn in vote_methods(records, grade, ks, confidence):
+    for method, scores, drawn in vote_methods(records, pairs, settings["grade"], ks,
+                                               confidence):
         row = eval.cost_row(records, scores, drawn, method=method, **settings)
         results.append((method, row, scores))
         if method.startswith("adaptive"):
@@ -209,7 +214,7 @@ def self_consistency(records, settings, ks, confidence):
                          f"by level {', '.join(levels) or '-'}\n")
     eval.print_table(results)
     say("".join(notes))
-    say(abstentions([votes_of(r, grade) for r in records]))
+    say(abstentions(pairs))
     return [row for _, row, _ in results]
 
 
@@ -325,7 +330,7 @@ def main(args):
     @functools.cache
     def pool(temperature):
         return eval.collect_records(setup, f"temperature-{temperature:g}", temperature=temperature,
-                               num_samples=args.num_samples)
+                                    num_samples=args.num_samples)
 
     for name in args.experiments:
         if name == "prompts":

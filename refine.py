@@ -14,6 +14,7 @@ and should be compared with self-consistency of equal cost: Huang et al. 2023, a
 """
 
 import argparse
+import json
 import math
 import random
 import sys
@@ -231,7 +232,8 @@ def equal_cost_results(setup, spent):
 
 def verdicts(history, references, strict=True):
     """Whether the answer that stands after each round is right: [N][rounds + 1]; undecided: no."""
-    pairs = [(s.attempt.text, ref) for states, ref in zip(history, references) for s in states]
+    pairs = [(r.attempt.text, answer) for rounds, answer in zip(history, references)
+             for r in rounds]
     flat = [verdict is True for verdict in verify_many(pairs, strict=strict)]
     width = len(history[0])
     return [flat[i:i + width] for i in range(0, len(flat), width)]
@@ -239,12 +241,13 @@ def verdicts(history, references, strict=True):
 
 def write_traces(path, problems, history, right):
     """A line per problem: every draft, critique and revision, to be read."""
-    eval.append_lines(path, [
-        {"id": problem["id"], "reference": problem["answer"], "rounds": [
-            {"stands": r.attempt.text, "right": mark, "spent": r.spent, "critique": r.critique,
-             "revision": r.revision and r.revision.text, "accepted": r.accepted}
-            for r, mark in zip(rounds, marks)]}
-        for problem, rounds, marks in zip(problems, history, right)])
+    with open(path, "w", encoding="utf-8") as file:
+        for problem, rounds, marks in zip(problems, history, right):
+            lines = [{"stands": r.attempt.text, "right": mark, "spent": r.spent,
+                      "critique": r.critique, "revision": r.revision and r.revision.text,
+                      "accepted": r.accepted} for r, mark in zip(rounds, marks)]
+            trace = {"id": problem["id"], "reference": problem["answer"], "rounds": lines}
+            file.write(json.dumps(trace) + "\n")
 
 
 def print_rounds(history, right):
@@ -295,7 +298,6 @@ def main(args):
                                                  "grade": grade}
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
     seeds = [zlib.crc32(p["id"].encode()) for p in setup.problems]
-    references = [p["answer"] for p in setup.problems]  # not for the loop, and not for own_gate
 
     def run_with(gate):
         return refine(setup.params, setup.config, setup.tokenizer, eval.prompt_tokens(setup),
@@ -305,17 +307,21 @@ def main(args):
         always = args.accept == "always" or args.score == "none"
         return always or new.scores[args.score] > old.scores[args.score]
 
+    started = time.perf_counter()
+    history = run_with(own_gate)
+    seconds = time.perf_counter() - started
+
+    # from here on with the reference answers: what it came to, and what other gates make of it
+    references = [p["answer"] for p in setup.problems]
+    accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
+    rate = fmean(accepted) if accepted else 0.0
+
     def oracle_gate(i, k, old, new):
         return not verify(old.text, references[i], strict)
 
     def random_gate(i, k, old, new):
         return random.Random(f"{args.seed} {i} {k}").random() < rate
 
-    started = time.perf_counter()
-    history = run_with(own_gate)
-    seconds = time.perf_counter() - started
-    accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
-    rate = fmean(accepted) if accepted else 0.0
     results = []
     for gate, found in (("", history), (", oracle gate (a bound)", run_with(oracle_gate)),
                         (", random gate (a bound)", run_with(random_gate))):
@@ -338,7 +344,7 @@ def main(args):
     print_calibration(history, right)
     for _, row, _ in results:
         eval.append_row(args.results, row)
-    if args.traces:
+    if args.traces and rank_and_world()[0] == 0:
         write_traces(args.traces, setup.problems, history, right)
 
 
