@@ -5,8 +5,8 @@
     python bench.py step --load mixed --size 30m             # a step of grpo.py, random weights
     python bench.py plan --model qwen2.5-1.5b --gpus 1:24    # the memory that grpo.py would need
 
-`step` and `plan` take the flags of grpo.py, too; `plan` reads config.json alone. Processes are dealt
-the rows of a load, and start each measurement together.
+`step` and `plan` take the flags of grpo.py, too; `plan` reads config.json alone. The rows of a load
+are dealt out to --processes, which start each measurement together.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def machine_ceiling(like, repeat=5, size=2048):
 
 
 def step_floor_s(config, like, rows, context, ceiling):
-    """Seconds of a decode step at the roofline: weights and keys read once, products at their best."""
+    """Seconds of a decode step at the roofline: weights and keys are read once, and multiplied."""
     shapes = model.param_shapes(config)
     matrices = sum(math.prod(shape) for name, shape in shapes.items() if "proj" in name)
     matrices += config.vocab_size * config.hidden_size
@@ -119,7 +119,8 @@ def step_floor_s(config, like, rows, context, ceiling):
     cached = 2 * config.num_hidden_layers * width * rows * context
     attended = 4 * config.num_hidden_layers * config.hidden_size * rows * context
     read = rank_and_world()[1] * matrices + cached  # each process reads the weights
-    return max(read * like.element_size() / ceiling[0], (2 * matrices * rows + attended) / ceiling[1])
+    flops = 2 * matrices * rows + attended
+    return max(read * like.element_size() / ceiling[0], flops / ceiling[1])
 
 
 def time_sampling(params, config, args, prompts, limits, max_batch, **settings):
@@ -144,7 +145,7 @@ def time_sampling(params, config, args, prompts, limits, max_batch, **settings):
 
 
 def bench_sample(args):
-    """Time the sampling engine on random tokens: beside the machine's ceiling, medians of each load."""
+    """Time the sampling engine on random tokens, beside what the machine could do at most."""
     path = model.resolve_model(args.model)
     config, device = model.load_config(path), optim.find_device(args.device)
     params = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
@@ -165,8 +166,9 @@ def bench_sample(args):
         step_s = stats["decode_s"] / completion
         floor_s = step_floor_s(config, like, rows, prompt + completion / 2, ceiling)
         say(f"{load}, batch {rows:3d} | {stats['tok_s']:8.1f} sampled tok/s, prefill included | "
-            f"prefill {rows * prompt / stats['prefill_s']:8.1f} tok/s | decode {rows / step_s:8.1f} "
-            f"tok/s, {step_s * 1e3:6.2f} ms a step, {floor_s / step_s:4.0%} of the roofline | "
+            f"prefill {rows * prompt / stats['prefill_s']:8.1f} tok/s | decode "
+            f"{rows / step_s:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step, "
+            f"{floor_s / step_s:4.0%} of the roofline | "
             f"peak memory {optim.peak_memory_gib(device):.2f} GiB")
 
     if "fixed" in args.load:
@@ -191,7 +193,7 @@ def bench_sample(args):
 
 
 def odd(group):
-    """A reward that costs nothing and is never the same for all of a group: the share of odd ids."""
+    """A reward that costs nothing and is never the same for a whole group: the share of odd ids."""
     rewards = [sum(token % 2 for token in c.tokens) / len(c.tokens) for c in group.completions]
     return group._replace(rewards=rewards)
 
@@ -275,7 +277,7 @@ def bench_step(args, counted=3):
 
 
 def bench_plan(args):
-    """The memory that a run of grpo.py would need on each device, part by part. Downloads no weights."""
+    """The memory that a run of grpo.py would need on each device, part by part."""
     config = model.load_config(model.resolve_model(args.model, config_only=True))
     grpo.fill_defaults(args, config)
     device, world = optim.find_device(args.device).type, args.processes or 1

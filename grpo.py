@@ -25,13 +25,11 @@ import argparse
 import functools
 import itertools
 import math
-import random
 import re
 import sys
 import time
 import zlib
 from collections import Counter
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -40,12 +38,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 import optim
-from data import load_problems
+from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
 from eval import interval, markdown, percent
 from generate import cache_slots, completion_text, generate, sampling_params
-from optim import above, all_sum, at_least, gather_objects, init_optimizer, optimizer_step
-from optim import rank_and_world, say
+from optim import all_sum, at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import format_reward, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
@@ -84,7 +81,7 @@ def add_flags(parser):
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1),
         help=f"tokens of the longest completion {default_of('max_new_tokens')}")
-    add("--temperature", type=above(0.0), default=1.0,
+    add("--temperature", type=optim.above(0.0), default=1.0,
         help="of sampling, and of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--sampler-dtype", choices=("float32", "bfloat16"),
@@ -102,7 +99,7 @@ def add_flags(parser):
         help="whose standard deviation divides the advantages")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
-    add("--clip-hard", type=above(1.0),
+    add("--clip-hard", type=optim.above(1.0),
         help="bound of the ratio where the advantage is negative, too (INTELLECT-2: 4)")
     add("--beta", type=at_least(0.0), default=0.0,
         help="factor of the KL divergence from the start; 0: no reference is held")
@@ -116,8 +113,8 @@ def add_flags(parser):
         help="leave completions that reached --max-new-tokens out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help=f"batches of rollouts {default_of('steps')}")
-    add("--epochs", type=above(0.0), help="instead of --steps: passes over the training problems, "
-        "without those that --refill asks")
+    add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the training "
+        "problems, without those that --refill asks")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank on every linear "
         f"layer; 0: all weights (default 0 where memory allows, else {LORA_RANK})")
@@ -133,12 +130,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
-
-
-def split_number(word):
-    """"gsm8k=2" -> ("gsm8k", 2.0); without a number behind it, 1.0."""
-    found = re.fullmatch(r"(.+)=(\d*\.?\d+)", word)
-    return (found[1], float(found[2])) if found else (word, 1.0)
 
 
 # ------------------------------------------------------------ rewards
@@ -363,22 +354,6 @@ class Policy(NamedTuple):
     config: model.Config
     tokenizer: Any  # tokenizers.Tokenizer
     system: str | None  # the model's own system turn
-
-
-def problem_order(sets, proportions, seed, curriculum=False):
-    """Endless (place, problem): sets drawn by proportion, each in permutations by (seed, epoch)."""
-    taken = [0] * len(sets)
-    orders = [None] * len(sets)
-    for place in itertools.count():
-        i = random.Random(f"{seed} {place}").choices(range(len(sets)), proportions)[0]
-        epoch, index = divmod(taken[i], len(sets[i]))
-        if index == 0:
-            rng = random.Random(f"{seed} {i} {epoch}")
-            orders[i] = rng.sample(sets[i], len(sets[i]))
-            if curriculum:  # by level, blurred by one
-                orders[i].sort(key=lambda problem: problem.get("level", 3) + rng.random())
-        taken[i] += 1
-        yield place, orders[i][index]
 
 
 def encode_problem(policy, problem, args, preset=None):
@@ -671,8 +646,8 @@ def log_evaluation(policy, dev, groups, args, run, step, reward_fn):
 def warn(metrics, extra, args):
     """Count the updates that were skipped running in `extra`; ValueError for the third."""
     if metrics["truncated"] > 0.5:
-        say("more than half of the completions were cut off at --max-new-tokens "
-            f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
+        optim.say("more than half of the completions were cut off at --max-new-tokens "
+                  f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
     extra["failures"] = extra["failures"] + metrics["skipped"] if metrics["skipped"] else 0
     if extra["failures"] >= 3:
         raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, "
@@ -769,31 +744,13 @@ def settle_flags(args, config):
     trained = f"an adapter of rank {lora_rank}" if lora_rank else "all weights"
     way_out = " (--lora-rank 0: all weights)" if lora_rank and len(ranks) > 1 else ""
     memory = optim.plan_line(plan, optim.memory_there(device, args.processes), world)
-    say(f"training {trained}{way_out}: about {memory}")
-
-
-def load_mixture(words, limit):
-    """["gsm8k=2", "mine.jsonl"] -> ([problems of each set's train split], [proportions])."""
-    names, proportions = zip(*map(split_number, words))
-    if 0 in proportions:
-        raise ValueError(f"--data {' '.join(words)}: a proportion is not a positive number")
-    return [load_problems(name, "train", limit) for name in names], proportions
+    optim.say(f"training {trained}{way_out}: about {memory}")
 
 
 def drop_long_prompts(problems, policy, args):
     """The problems whose prompt leaves room for --max-new-tokens in the context."""
     room = policy.config.max_context - args.max_new_tokens
     return [p for p in problems if len(encode_problem(policy, p, args)) <= room]
-
-
-def load_held_out(args):
-    """(dev, test): never trained on. Of a file trained on, what its train split leaves is both."""
-    dev = load_problems(args.eval_data, "dev", args.eval_limit)
-    if not args.test_limit:
-        return dev, []
-    trained_on = [Path(split_number(word)[0]).resolve() for word in args.data if ".jsonl" in word]
-    split = "dev" if Path(args.eval_data).resolve() in trained_on else "test"
-    return dev, load_problems(args.eval_data, split, args.test_limit)
 
 
 def load_base(model_dir, args):
@@ -828,7 +785,7 @@ def main(args):
     if not all(sets):
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
                          f"the context of {config.max_context}")
-    dev, test = load_held_out(args)
+    dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
     num_problems = sum(map(len, sets))
     epoch = num_problems / args.prompts  # in steps
     steps = args.steps or math.ceil(args.epochs * epoch)
@@ -848,9 +805,9 @@ def main(args):
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, extra["taken"], None)
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
-    say(f"{num_problems} training problems ({sum(map(len, all_sets)) - num_problems} are too long), "
-        f"{len(dev)} held out for choosing and {len(test)} for the result; {num_trained:,} weights "
-        f"to train on {world} x {device}")
+    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
+              f"for the result; {sum(map(len, all_sets)) - num_problems} are too long for the "
+              f"context; {num_trained:,} weights to train on {world} x {device}")
     if not checkpoint:
         log_evaluation(policy, dev[:8], [], args, run, 0, reward_fn)
     if test and not extra["rows"]:
@@ -900,10 +857,10 @@ def main(args):
             if evaluating:
                 optim.draw_curves(run.dir, CURVES)
             if stopping and not last:
-                return say(f"stopped; go on with: {optim.resume_command()}")
+                return optim.say(f"stopped; go on with: {optim.resume_command()}")
     write_results(run, extra["rows"])
-    say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev problems: "
-        f"{run.dir / 'checkpoints' / 'best'} (step {best_step})")
+    optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
+              f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
 
 
 if __name__ == "__main__":

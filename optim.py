@@ -1,20 +1,18 @@
 """Trains a dict of tensors on one process or many: AdamW, checkpoints that resume exactly, the log.
 
-    processes = args.processes or default_processes(args.device, gib_each=2.0)
-    rank, world, device = init_distributed(args.device, processes)      # or torchrun's
+    rank, world, device = init_distributed(args.device, args.processes or default_processes(...))
     run, checkpoint = start_run(args)                                   # what --resume goes on from
     params, optimizer = init_optimizer(load_params(model_dir), device, dtype)
     done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
     with stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             loss_fn(params).backward()                                  # once per micro-batch
-            lr = learning_rate(step, steps, args.lr, args.warmup)
-            stats = optimizer_step(optimizer, lr)
+            stats = optimizer_step(optimizer, learning_rate(step, steps, args.lr, args.warmup))
             log_step(run, "step {step} | loss {loss:.3f} nat", {"step": step, ...} | stats)
             if stop_requested() or step % args.save_every == 0:
                 save_checkpoint(run.dir, step, params, config, model_dir, optimizer, extra={})
 
-Parameters are views into one flat buffer. Gradients are summed in a second one and reduce-scattered;
+Parameters are views into one flat buffer. Gradients are summed in a second and reduce-scattered;
 each process holds the float32 master and the Adam moments of its shard; the updated buffer is
 all-gathered in place (ZeRO, arXiv:1910.02054). One process runs the same code as a world of one.
 """
@@ -103,8 +101,8 @@ def add_device_flags(parser):
     add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--processes", type=at_least(1), help="fork into this many processes of one thread each, on "
-        "a CPU under Linux (default: one per core, at most 8 and as many as memory holds)")
+    add("--processes", type=at_least(1), help="fork into so many of one thread each, on a CPU "
+        "under Linux (default: one per core, at most 8 and as many as memory holds)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
@@ -113,27 +111,23 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=above(0.0), default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
-    add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
-        help="of AdamW")
+    add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="of the matrices")
     add("--clip", type=at_least(0.0), default=1.0, help="largest norm of the gradient; 0: any")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="every random choice follows from it")
-    add("--offload", action="store_true",
-        help="keep masters and Adam moments in host memory (GPU only)")
+    add("--offload", action="store_true", help="masters and Adam moments in host memory (GPU only)")
     add("--run-dir", default=run_dir, help="where the run lives")
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
-    add("--wandb", metavar="PROJECT",
-        help="also log to this project of Weights & Biases (pip install wandb)")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of "
                        "--run-dir, with the run's own flags; from the start when there is none yet")
-    again.add_argument("--overwrite", action="store_true",
-                       help="delete the run that --run-dir holds, and start again")
+    again.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir first")
 
 
 def parse_train_args(parser, argv=None):
-    """parser.parse_args(argv); with --resume, the flags that the run was started with are defaults."""
+    """parser.parse_args(argv); with --resume, the run's own flags are the defaults."""
     args = parser.parse_args(argv)
     saved = Path(args.run_dir, "flags.json")
     if args.resume and saved.is_file():
@@ -170,10 +164,10 @@ def find_device(name):
 
 
 def default_processes(device, gib_each, gib_shared=0.0):
-    """What --processes means when it is left out.
+    """What --processes means when it is left out: a usable core each, at most 8, as memory allows.
 
-    Under Linux on a CPU one per usable core, at most 8 and at most what memory holds; elsewhere, and
-    under torchrun, 1. gib_each: what a process takes beside the gib_shared that all of them read.
+    1 where this process cannot fork, or torchrun has started it. gib_each: what a process takes
+    beside the gib_shared that all of them read.
     """
     if sys.platform != "linux" or "WORLD_SIZE" in os.environ or find_device(device).type != "cpu":
         return 1
@@ -182,11 +176,11 @@ def default_processes(device, gib_each, gib_shared=0.0):
 
 
 def init_distributed(device="auto", processes=1):
-    """(rank, world, device), the process group set up: torchrun's, or `processes` forks of this one.
+    """(rank, world, device), the process group set up: torchrun's, or forks of this process.
 
-    device: as for find_device. processes: without torchrun, become so many, on a CPU under Linux;
-    callers pass `args.processes or default_processes(...)`. What was loaded before, such as frozen
-    weights, they share. A process that fails says why and leaves at once; the others follow.
+    device: as for find_device. processes: how many to become without torchrun, on a CPU under
+    Linux. What was loaded before, such as frozen weights, they share. A process that fails says
+    why and leaves at once; the others follow.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -207,7 +201,7 @@ def init_distributed(device="auto", processes=1):
 
 
 def fork_into(count):
-    """Become `count` processes of one thread each, in the environment that torchrun would give them.
+    """Become `count` processes of one thread each, in the environment that torchrun gives.
 
     Returns the ids of the forks, ranks 1, 2, ..., to rank 0. They end with it, whatever ends it.
     """
@@ -239,7 +233,7 @@ def end_with_parent(parent):
 def leave_at_once(forks, kind, error, trace):
     """The excepthook of one process among many, without the clean-up that could wait for ever.
 
-    Those that only lost a peer wait until the launcher ends them: the first error is the one to read.
+    Those that only lost a peer wait to be ended: the first error is the one to read.
     """
     text = "".join(traceback.format_exception(kind, error, trace))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -275,7 +269,7 @@ def all_sum(values):
 
 
 def gather_objects(value):
-    """What every process passed, in the order of their ranks, known to all. Waits for all of them."""
+    """What every process passed, in the order of their ranks, known to every process."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -309,12 +303,11 @@ def peak_memory_gib(device):
     """The most that this process has held: resident on a CPU, allocated tensors on a GPU. GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return math.nan
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class Load(NamedTuple):
@@ -338,40 +331,38 @@ def plan_memory(config, load, dtype, device="cpu", world=1):
     of each process, beside its GPU. Completions are taken to be as long as they may be.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
-    H, head_dim = config.num_attention_heads, config.head_dim
-    Q, KV = H * head_dim, config.num_key_value_heads * head_dim
-    rank, tokens, L = load.lora_rank, load.row_tokens, config.num_hidden_layers
-    on_gpu, size, tied = device == "cuda", dtype.itemsize, config.tie_word_embeddings
+    Q = config.num_attention_heads * config.head_dim
+    KV = config.num_key_value_heads * config.head_dim
+    L, size, tokens = config.num_hidden_layers, dtype.itemsize, load.row_tokens
+    on_gpu, tied, rank = device == "cuda", config.tie_word_embeddings, load.lora_rank
     shapes = param_shapes(config)
     weights = sum(map(math.prod, shapes.values()))
     trained = weights
     if rank:
         trained = rank * sum(sum(shape) for name, shape in shapes.items() if "proj.weight" in name)
-    has_masters = not rank and (dtype != torch.float32 or load.offload)
-    throughout = {"weights": size * weights, "adapter": 4 * trained * bool(rank),
-                  "gradients": 4 * trained, "reference": size * weights * load.reference}
-    state = {"float32 masters": 4 * trained * has_masters / world,
-             "Adam's moments": 8 * trained / world}
-    host = {"weights in float32, while they are loaded": 4 * weights * (not rank) * on_gpu}
-    (host if load.offload and on_gpu else throughout).update(state)
+    has_masters = not rank and (size < 4 or load.offload)  # what is float32 is its own master
+    throughout = {
+        "weights": size * weights, "adapter": 4 * trained * bool(rank), "gradients": 4 * trained,
+        "reference": size * weights * (load.reference and not rank)}
+    host = {"weights in float32, while they are loaded": 4 * weights * (on_gpu and not rank)}
+    state = host if load.offload and on_gpu else throughout
+    state["masters and Adam's moments"] = (8 + 4 * has_masters) * trained / world
 
     # bytes that autograd keeps of a token and layer, in the order of model.block
-    inputs = 4 * (5 * D + Q + width) if rank else size * (2 * D + Q + width)  # adapters read float32
+    inputs = 4 * (5 * D + Q + width) if rank else size * (2 * D + Q + width)  # adapters: float32
     seen = load.prompt + load.completion
-    copied = 2 * seen / load.completion  # keys and values of prompts, for a token of a completion
+    copied = 2 * seen / load.completion  # keys and values of the prompt, a completion's share
+    attention = size * (Q + (2 + copied) * KV + config.num_attention_heads * seen)
     if on_gpu:  # a fused kernel keeps what it is given and what it returns, and no scores
         attention = size * ((3 + copied) * Q + 2 * KV)
-    else:
-        attention = size * (Q + (2 + copied) * KV + H * seen)
     layer = 2 * size * D + inputs + attention + 3 * size * width
-    kept = {"layer inputs": size * D} if load.checkpointing else {"activations": layer}
-    head = (8 + size) * V * min(tokens, head_slice(V, device))
-    head += (4 + size) * V * D * (not rank)
-    one_layer = tokens * (2 * size * width + layer * load.checkpointing)
-    update = {name: tokens * L * n for name, n in kept.items()} | {
-        "gradient of the embedding": size * V * D * (tied and not rank),
-        "the head, or one layer, backward": max(head, one_layer)}
+    kept, again = (size * D, layer) if load.checkpointing else (layer, 0)
+    head = (8 + size) * V * min(tokens, head_slice(V, device)) + (4 + size) * V * D * (not rank)
     in_layers = weights - V * D * (2 - tied)
+    update = {
+        "activations": tokens * L * kept,
+        "gradient of the embedding": size * V * D * (tied and not rank),
+        "the head, or one layer, backward": max(head, tokens * (2 * size * width + again))}
     rollouts = {
         "the sampler's weights": size * (in_layers * bool(rank) if on_gpu else in_layers + V * D),
         "key/value cache": 2 * size * L * KV * load.cache_slots,
@@ -404,10 +395,7 @@ def plan_line(plan, there, world=1):
 
 
 class Optimizer(NamedTuple):
-    """All parameters as n elements with their padding, n / world of them this process's shard.
-
-    Written in place.
-    """
+    """All parameters as n elements with their padding, n / world of them here. Written in place."""
     spans: dict[str, tuple[int, int]]  # name -> begin and end in the flat buffers
     num_decayed: int  # matrices come first, so that weight decay is for a prefix
     params: torch.Tensor  # [n] in the dtype of the computation
@@ -502,7 +490,7 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
         for begin in range(0, shard, SLICE):
             piece = slice(begin, begin + SLICE)
             at_home = [t[piece] for t in (optimizer.master, optimizer.m, optimizer.v)]
-            p, m, v = (t.to(grads.device, non_blocking=True) for t in at_home)  # copies if offloaded
+            p, m, v = (t.to(grads.device, non_blocking=True) for t in at_home)  # themselves, mostly
             g = grads[piece].mul_(scale)
             p[:max(0, optimizer.num_decayed - first - begin)].mul_(1 - lr * weight_decay)
             m.lerp_(g, 1 - betas[0])
@@ -593,12 +581,12 @@ def shard_name(rank, world):
 def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None):
     """Write run_dir/checkpoints/step_000100: a model directory, and the trainer's state beside it.
 
-    params, config, like: for save_model; `params | lora` saves a merged model, and the adapter apart
-    in the state. extra: counters, best score, ..., as JSON; load_checkpoint hands them back.
-    best_step: the step of the best checkpoint so far, perhaps this one, which `checkpoints/best` then
-    points to. All but it and the last `keep` are deleted, after the new one has appeared, whole or
-    not at all. Every process calls this, on a file system that all of them see. Returns the path.
-    Raises ValueError when it cannot be written.
+    params, config, like: for save_model; `params | lora` saves a merged model, and the adapter in
+    the state. extra: counters, best score, ..., as JSON; load_checkpoint hands them back.
+    best_step: that of the best checkpoint, perhaps this one, to which `checkpoints/best` points.
+    The new one appears whole or not at all; then all but the best and the last `keep` are deleted.
+    Every process calls this, on a file system that all of them see. Returns the path. Raises
+    ValueError when it cannot be written.
     """
     rank, world = rank_and_world()
     home = Path(run_dir, "checkpoints")
@@ -669,8 +657,8 @@ def find_damage(path, part=0, parts=1):
 def load_checkpoint(path, optimizer):
     """Fill `optimizer`, and so the parameters, with what save_checkpoint wrote, bit for bit.
 
-    On any number of processes. Returns {"step", "best_step", "extra", ...}. Raises ValueError naming
-    the file when the checkpoint is damaged, and when it is of other parameters.
+    On any number of processes. Returns {"step", "best_step", "extra", ...}. Raises ValueError,
+    naming the file, when the checkpoint is damaged, and when it is of other parameters.
     """
     path = Path(path)
     rank, world = rank_and_world()
@@ -684,8 +672,7 @@ def load_checkpoint(path, optimizer):
     differing = set(spans.items()) ^ set(optimizer.spans.items())
     if differing:
         raise ValueError(f"{path}: holds the state of other parameters than are to be trained "
-                         f"({min(differing)[0]}, ...); resume with the model and the LoRA rank that "
-                         "the run was started with")
+                         f"({min(differing)[0]}, ...); resume with the run's model and LoRA rank")
     first = rank * len(optimizer.master)
     for index in range(trainer["world"]):
         begin = index * trainer["shard"]
@@ -722,31 +709,34 @@ class Run(NamedTuple):
 def start_run(args, free_flags=()):
     """Open the directory of a run: (Run, the checkpoint to go on from or None).
 
-    Without --resume the directory must be empty, or --overwrite given. With it, the logs are cut back
-    to the checkpoint, so that no step stands in them twice. free_flags: flags of the script, beside
-    FREE_FLAGS, that may change on --resume; ValueError for another that differs from flags.json, as
-    the run would not go on as it began. Process 0 writes, the others wait.
+    Without --resume the directory must be empty, or --overwrite given. With it, the logs are cut
+    back to the checkpoint, so that no step stands in them twice. free_flags: flags of the script,
+    beside FREE_FLAGS, that may change on --resume; ValueError for another that differs from those
+    in flags.json, as the run would not go on as it began. Process 0 writes, the others wait.
     """
     rank, _ = rank_and_world()
     run_dir = Path(args.run_dir)
+    saved = run_dir / "flags.json"
     checkpoint = None
     if rank == 0:
         check_run_dir(args)
         if args.overwrite:
-            clear_run_dir(run_dir)
+            for path in list_checkpoints(run_dir):
+                remove_whole(path)
+            for name in ("checkpoints/best", "curves.png", "results.md", "wandb_id"):
+                (run_dir / name).unlink(missing_ok=True)
         checkpoint = latest_checkpoint(run_dir)
         flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
         flags = json.loads(json.dumps(flags, default=str))  # as they will be read back
         if args.resume:
             print("resuming from", checkpoint or f"the start: {run_dir} holds no checkpoint")
-            if (run_dir / "flags.json").is_file():
-                saved = read_json(run_dir / "flags.json")
-                compare_flags(flags, saved, checkpoint, FREE_FLAGS.union(free_flags))
-        with disk_errors(run_dir / "flags.json"):
+        if args.resume and saved.is_file():
+            compare_flags(flags, read_json(saved), checkpoint, FREE_FLAGS.union(free_flags))
+        with disk_errors(saved):
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_log(run_dir / name, int(checkpoint.name[5:]) if checkpoint else -1)
-            write_whole(run_dir / "flags.json", json.dumps(flags, indent=1) + "\n")
+            write_whole(saved, json.dumps(flags, indent=1) + "\n")
         print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
     checkpoint = gather_objects(checkpoint)[0]
     return Run(run_dir, rank, start_wandb(args) if args.wandb and rank == 0 else None), checkpoint
@@ -764,21 +754,14 @@ def check_run_dir(args):
                          "--run-dir takes another directory")
 
 
-def clear_run_dir(run_dir):
-    """Delete what a run has written, and nothing else."""
-    for path in list_checkpoints(run_dir):
-        remove_whole(path)
-    for name in ("checkpoints/best", "curves.png", "results.md", "wandb_id"):
-        (run_dir / name).unlink(missing_ok=True)
-
-
 def compare_flags(flags, saved, checkpoint, free):
     """Say which flags differ from the saved ones; ValueError for one that is not free to."""
     for name in flags.keys() & saved.keys():
         flag, now, before = f"--{name.replace('_', '-')}", flags[name], saved[name]
         if now != before and checkpoint and name not in free:
-            raise ValueError(f"{flag} is {now}, and the run was started with {before}; leave it out, "
-                             f"or start a new run with --model {checkpoint} and another --run-dir")
+            raise ValueError(f"{flag} is {now}, and the run was started with {before}; leave it "
+                             f"out, or start a new run with --model {checkpoint} and another "
+                             "--run-dir")
         if now != before:
             print(f"{flag} is now {now}; it was {before}")
 
@@ -789,7 +772,7 @@ def start_wandb(args):
     try:
         import wandb
     except ImportError:
-        raise ValueError("--wandb needs a package that is not installed: pip install wandb") from None
+        raise ValueError("--wandb needs a package: pip install wandb") from None
     known = run_dir / "wandb_id"
     run = wandb.init(project=args.wandb, name=run_dir.name, dir=run_dir, config=vars(args),
                      resume="allow", id=known.read_text() if known.is_file() else None)
@@ -818,9 +801,9 @@ def append_record(path, record):
 def log_step(run, line, metrics):
     """Print `line`, a format string over `metrics`, and append `metrics` to metrics.jsonl.
 
-    metrics: {"step": int, name: number, ...}; what is not finite becomes null in the file. Log a step
-    before saving its checkpoint: a run killed in between then repeats the step instead of missing its
-    record. Process 0 only.
+    metrics: {"step": int, name: number, ...}; what is not finite becomes null in the file. Log a
+    step before saving its checkpoint: a run killed in between then repeats the step, and its record
+    is not missing. Process 0 only.
     """
     if run.rank == 0:
         print(line.format(**metrics), flush=True)
@@ -865,9 +848,9 @@ def draw_curves(run_dir, names=()):
 def stop_signals():
     """Inside, Ctrl-C and SIGTERM only ask to stop: yields a function that says whether to.
 
-    It is called at the end of a step, and all processes get the same answer. A second signal quits at
-    once. torchrun passes the first on and kills after 30 s; `torchrun --shutdown-timeout 600` leaves
-    a longer step the time to end.
+    It is called at the end of a step, and all processes get the same answer. A second signal quits
+    at once. torchrun passes the first on and kills after 30 s; `torchrun --shutdown-timeout 600`
+    leaves a longer step the time to end.
     """
     received = []
 
