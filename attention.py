@@ -247,26 +247,26 @@ def cached_attention(cache, positions):
 def prefill_attention(store, rows, begin):
     """Write the tokens from `begin` on of prompts into `rows` [n] of the store; they see all before.
 
-    store: keys and values, for each layer [2, K, rows, slots, head_dim]. Padding beyond the slots
+    store: for each layer [keys, values], each [K, rows, slots, head_dim]. Padding beyond the slots
     is dropped.
     """
     def attend_fn(layer, q, k, v):
-        kv = torch.stack((k.transpose(0, 1), v.transpose(0, 1)))  # [2, K, n, T, head_dim]
-        end = min(begin + k.shape[2], store[layer].shape[3])
-        store[layer][:, :, rows, begin:end] = kv[..., :end - begin, :]
-        if begin == 0:
-            return attention(q, k, v)
-        before = store[layer][:, :, rows, :begin]
-        keys, values = torch.cat((before, kv), 3).transpose(1, 2)  # [n, K, begin + T, head_dim]
-        seen = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(begin)
-        return attention(q, keys, values, seen)
+        T = q.shape[2]
+        seen = []
+        for held, new in zip(store[layer], (k, v)):
+            end = min(begin + T, held.shape[2])
+            held[:, rows, begin:end] = new.transpose(0, 1)[:, :, :end - begin].to(held.dtype)
+            before = held[:, rows, :begin].transpose(0, 1).to(new.dtype)  # [n, K, begin, head_dim]
+            seen.append(torch.cat((before, new), 2) if begin else new)
+        mask = torch.ones(T, begin + T, dtype=torch.bool, device=q.device).tril(begin)
+        return attention(q, *seen, mask if begin else None)
 
     return attend_fn
 
 
 class Layout(NamedTuple):
     """Where the running rows hold their keys and values, and which rows share a prompt."""
-    slots: torch.Tensor  # [2 * K * B] int64: where in the flattened store the next key, value goes
+    slots: torch.Tensor  # [K * B] int64: where in the flattened store the next key and value go
     lengths: torch.Tensor  # [B] int64: slots that each row holds
     prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
@@ -281,7 +281,7 @@ def decode_attention(own, shared, layout):
     those, too). The rows of a prompt ask it together, in one product; both parts of a row's scores
     share one softmax.
     """
-    K, B, S = own[0].shape[1:4]
+    K, B, S = own[0][0].shape[:3]
     N, g = layout.members.shape if shared else (0, 0)
     slots = torch.arange(S, device=layout.lengths.device)
     unseen = slots > layout.lengths[:, None]  # [B, S]; the new token sees itself
@@ -300,15 +300,16 @@ def decode_attention(own, shared, layout):
 
     def attend_fn(layer, q, k, v):
         head_dim = q.shape[-1]
-        kv = torch.stack((k.transpose(0, 1), v.transpose(0, 1)))  # [2, K, B, 1, head_dim]
-        own[layer].view(-1, head_dim).index_copy_(0, layout.slots, kv.view(-1, head_dim))
-        keys, values = own[layer].flatten(1, 2)  # [K * B, S, head_dim] each
+        keys, values = (held.flatten(0, 1) for held in own[layer])  # [K * B, S, head_dim] each
+        for held, new in ((keys, k), (values, v)):
+            new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
+            held.view(-1, head_dim).index_copy_(0, layout.slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
         scores = float_scores(q, keys, own_bias)  # [K * B, R, S]
         if shared is None:
             out = torch.bmm(scores.softmax(-1).to(q.dtype), values)
         else:
-            prompt_keys, prompt_values = shared[layer].flatten(1, 2)  # [K * N, P, head_dim] each
+            prompt_keys, prompt_values = (held.flatten(0, 1) for held in shared[layer])
             prompt_scores = float_scores(gather(q), prompt_keys, layout.prompt_bias)
             both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
             of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)

@@ -301,12 +301,20 @@ def finish_reason(row, sampling):
 
 
 def new_store(config, rows, slots, like):
-    """Keys and values, zeros: for each layer [2, K, rows, slots, head_dim], like the tensor `like`.
+    """Keys and values, zeros: for each layer [keys, values] of [K, rows, slots, head_dim] each.
 
     With the heads outside, rows of one prompt that stand side by side are one product with its keys.
+    Of the tensor `like`; but a CPU has no bfloat16 product with float32 results, and keeps the keys
+    in float32 instead of turning them at every step.
     """
-    shape = (2, config.num_key_value_heads, rows, slots, config.head_dim)
-    return [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+    shape = (config.num_key_value_heads, rows, slots, config.head_dim)
+    key_dtype = like.dtype if like.is_cuda else torch.float32
+    return [[like.new_zeros(shape, dtype=key_dtype), like.new_zeros(shape)]
+            for _ in range(config.num_hidden_layers)]
+
+
+def store_gib(store):
+    return sum(tensor.nbytes for layer in store for tensor in layer) / 2**30
 
 
 @dataclass
@@ -344,10 +352,11 @@ class Batch:
 
 def resize_store(store, rows, slots, kept):
     """Make it `rows` rows of `slots` slots, in place, the rows `kept` first. Layer by layer."""
-    for layer, old in enumerate(store):
-        both = min(slots, old.shape[3])
-        store[layer] = old.new_zeros(*old.shape[:2], rows, slots, old.shape[4])
-        store[layer][:, :, :len(kept), :both] = old[:, :, kept, :both]
+    for layer in store:
+        for i, old in enumerate(layer):
+            both = min(slots, old.shape[2])
+            layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
+            layer[i][:, :len(kept), :both] = old[:, kept, :both]
 
 
 def cache_slots(rows, group, prompt, completion, on_cpu):
@@ -377,7 +386,7 @@ def schedule(batch, waiting, max_batch, budget):
 def fit(batch, store, rows, length, kept):
     """Give a store so many rows, for rows of this length, unless it fits. Returns whether rows moved."""
     needed = rows, batch.padded_slots(length)
-    held = store[0].shape[2:4]
+    held = store[0][0].shape[1:3]
     if all(0.75 * have < need <= have for need, have in zip(needed, held)):
         return False
     batch.graphs.clear()
@@ -402,7 +411,7 @@ def allocate(batch, entering):
     kept = list(batch.prompts.values())
     if fit(batch, batch.shared, batch.padded_rows(len(prompts)), longest, kept):
         batch.prompts = {prompt: at for at, prompt in enumerate(batch.prompts)}
-    free = sorted(set(range(batch.shared[0].shape[2])) - set(batch.prompts.values()))
+    free = sorted(set(range(batch.shared[0][0].shape[1])) - set(batch.prompts.values()))
     fresh = list(zip((prompt for prompt in prompts if prompt not in batch.prompts), free))
     batch.prompts.update(fresh)
     return fresh
@@ -426,8 +435,8 @@ class State(NamedTuple):
 
 def batch_layout(batch):
     """The Layout of a batch; places without a row hold zeros, and what they draw is thrown away."""
-    _, K, B, slots, _ = batch.own[0].shape
-    N, P = batch.shared[0].shape[2:4] if batch.shared else (0, 0)
+    K, B, slots, _ = batch.own[0][0].shape
+    N, P = batch.shared[0][0].shape[1:3] if batch.shared else (0, 0)
     lengths = torch.tensor([row.length if row else 0 for row in batch.places])
     groups = [[] for _ in range(N)]  # the places of each prompt's rows
     for place, row in enumerate(batch.places):
@@ -446,9 +455,9 @@ def batch_layout(batch):
         for at, group in enumerate(groups):
             for j, i in enumerate(group):
                 places[i] = at * g + j
-    next_slots = (torch.arange(2 * K * B).view(-1, B) * slots + lengths).flatten()
+    next_slots = (torch.arange(K * B).view(-1, B) * slots + lengths).flatten()
     columns = (next_slots, lengths, prompt_bias, members, places)
-    return Layout(*(torch.as_tensor(column).to(batch.own[0].device) for column in columns))
+    return Layout(*(torch.as_tensor(column).to(batch.own[0][0].device) for column in columns))
 
 
 def batch_state(batch, states):
@@ -457,7 +466,7 @@ def batch_state(batch, states):
     columns = [[row.tokens[-1] if row.tokens else row.first for row in rows],
                [row.shared + row.length for row in rows], [row.key for row in rows],
                [row.draws for row in rows], [-1] * len(rows)]
-    device = batch.own[0].device
+    device = batch.own[0][0].device
     now = State(*(torch.tensor(column, device=device) for column in columns), batch_layout(batch))
     state = states.setdefault(tuple(tensor.shape for tensor in now.tensors()), now)
     for tensor, value in zip(state.tensors(), now.tensors()):
@@ -469,7 +478,7 @@ def prefill(params, config, store, rows, prompts, chunk):
     """Write the keys and values of `prompts` into `rows` of the store, about `chunk` tokens at a time."""
     todo = sorted(((prompt, row) for prompt, row in zip(prompts, rows) if prompt),
                   key=lambda pair: -len(pair[0]))
-    device = store[0].device
+    device = store[0][0].device
     while todo:
         longest = len(todo[0][0])
         width = min(padded_length(longest), chunk)
@@ -522,11 +531,11 @@ def captured(step_fn, state, graphs, shape):
 def decode(params, config, batch, state, sampling, stride, step_fn):
     """At most `stride` steps for all rows: [(tokens [B], logprobs [B]), ...]."""
     running = batch.running
-    room = batch.own[0].shape[3] - max(row.length for row in running)
+    room = batch.own[0][0].shape[2] - max(row.length for row in running)
     if sampling.bounds_thinking:
         next_tokens = [row.queue[0] if row and row.queue else -1 for row in batch.places]
         state.forced.copy_(torch.tensor(next_tokens))
-    shape = (batch.own[0].shape, *(tensor.shape for tensor in state.tensors()))
+    shape = (batch.own[0][0].shape, *(tensor.shape for tensor in state.tensors()))
 
     def run_step():
         return step_fn(params, config, state, batch.own, batch.shared, sampling)
@@ -650,8 +659,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     waiting = new_rows(config, prompts, limits, seed, seeds, shares, sampling)
     shared = new_store(config, 0, 0, embedding) if shares else None
     batch = Batch([], new_store(config, 0, 0, embedding), shared, {}, embedding.device.type == "cpu")
-    slot_gib = sum(layer.nbytes for layer in new_store(config, 1, 1, embedding)) / 2**30
-    budget = cache_gib / slot_gib
+    budget = cache_gib / store_gib(new_store(config, 1, 1, embedding))  # in slots
     # steps between two looks at what was drawn; on a CPU, looking for stop tokens is free
     stride = 1 if on_token or sampling.reads_text else 8
     states = {}
@@ -663,8 +671,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         state = batch_state(batch, states)
         decoding = time.perf_counter()
         stats["prefill_s"] += decoding - begin
-        held = sum(tensor.nbytes for tensor in [*batch.own, *(batch.shared or [])])
-        stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
+        stats["cache_gib"] = max(stats["cache_gib"], store_gib(batch.own + (batch.shared or [])))
         changed = False
         while not changed:
             drawn = decode(params, config, batch, state, sampling, stride, step_fn)
@@ -672,7 +679,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             reopened = harvest(batch, drawn, sampling, results, on_token)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
             enough = max(1, len(batch.places) // (16 if waiting else 4))
-            full = max((row.length for row in batch.running), default=0) == batch.own[0].shape[3]
+            full = max((row.length for row in batch.running), default=0) == batch.own[0][0].shape[2]
             changed = reopened or full or batch.places.count(None) >= enough
         stats["decode_s"] += time.perf_counter() - decoding
     return results
