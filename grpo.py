@@ -676,6 +676,14 @@ def write_results(run, rows):
         print(text, flush=True)
 
 
+def measure_before(policy, problems, args, run, rows):
+    """What the model answers before training, and when it is asked to think step by step."""
+    measure_test(policy, problems, args, rows, "before")
+    if args.prompt != "cot":
+        measure_test(policy, problems, args, rows, "before, asked to think step by step", "cot")
+    write_results(run, rows)
+
+
 # ------------------------------------------------------------ the run
 
 
@@ -748,9 +756,26 @@ def settle_flags(args, config):
 
 
 def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    """The problems whose prompt leaves room for --max-new-tokens in the context.
+
+    Raises ValueError when none does.
+    """
     room = policy.config.max_context - args.max_new_tokens
-    return [p for p in problems if len(encode_problem(policy, p, args)) <= room]
+    kept = [p for p in problems if len(encode_problem(policy, p, args)) <= room]
+    if not kept:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
+                         f"the context of {policy.config.max_context}")
+    if len(kept) < len(problems):
+        optim.say(f"{len(problems) - len(kept)} problems are too long for the context: left out")
+    return kept
+
+
+def count_steps(args, num_problems):
+    """(steps of the run, {last step of an epoch: epoch}), the end of the run not among these."""
+    epoch = num_problems / args.prompts  # in steps
+    epochs = args.epochs or 0
+    ends = {math.ceil(n * epoch): n for n in range(1, math.ceil(epochs))}
+    return args.steps or math.ceil(epochs * epoch), ends
 
 
 def load_base(model_dir, args):
@@ -780,16 +805,11 @@ def main(args):
     optim.check_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
-    all_sets, proportions = load_mixture(args.data, args.train_limit)
-    sets = [drop_long_prompts(problems, policy, args) for problems in all_sets]
-    if not all(sets):
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
-                         f"the context of {config.max_context}")
+    sets, proportions = load_mixture(args.data, args.train_limit)
+    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
     dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
     num_problems = sum(map(len, sets))
-    epoch = num_problems / args.prompts  # in steps
-    steps = args.steps or math.ceil(args.epochs * epoch)
-    epoch_ends = {math.ceil(n * epoch): n for n in range(1, math.ceil(args.epochs or 0))}
+    steps, epoch_ends = count_steps(args, num_problems)
 
     base = load_base(path, args)  # before this process forks: frozen weights are shared
     _, world, device = optim.init_distributed(args.device, args.processes)
@@ -804,18 +824,12 @@ def main(args):
     best_step, extra = state["best_step"], state["extra"]
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, extra["taken"], None)
-    num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
-              f"for the result; {sum(map(len, all_sets)) - num_problems} are too long for the "
-              f"context; {num_trained:,} weights to train on {world} x {device}")
+              f"for the result, on {world} x {device}")
     if not checkpoint:
         log_evaluation(policy, dev[:8], [], args, run, 0, reward_fn)
     if test and not extra["rows"]:
-        measure_test(policy, test, args, extra["rows"], "before")
-        if args.prompt != "cot":
-            asked = "before, asked to think step by step"
-            measure_test(policy, test, args, extra["rows"], asked, "cot")
-        write_results(run, extra["rows"])
+        measure_before(policy, test, args, run, extra["rows"])
 
     began = time.perf_counter()
     with optim.stop_signals() as stop_requested:
