@@ -9,6 +9,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
+from data import load_problems
 from model import encode_chat, encode_text, render_chat
 from verify import format_reward
 
@@ -223,3 +224,20 @@ def prompt_hash(preset, **asked):
     """Eight characters that change with anything in the prompt but the problem itself."""
     text = render_prompt(preset, {"problem": "{problem}"}, **asked)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def load_shots(source, count, seed, problems):
+    """`count` solved problems of a set's train split to show first; fewer are the first of more.
+
+    Raises ValueError when one has no solution, or is among `problems`, which will be asked.
+    """
+    shots = load_problems(source, "train", count, seed) if count else []
+    asked = {p["problem"] for p in problems}
+    for shot in shots:
+        if not shot.get("solution"):
+            raise ValueError(f"{source}: {shot['id']} has no solution to show; name a set that has "
+                             "with --shots-from")
+        if shot["problem"] in asked:
+            raise ValueError(f"{source}: example {shot['id']} is one of the problems asked; name "
+                             "another set with --shots-from")
+    return shots
