@@ -664,6 +664,17 @@ def report(args):
         print("report.png needs matplotlib: pip install matplotlib")
 
 
+def run_main(main, parse_args):
+    """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        if rank_and_world()[0] > 0:
+            time.sleep(2)  # if process 0 fails for the same reason, this one is over before
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(args):
     if args.compare:
         return compare(*args.compare, args.grade)
@@ -678,8 +689,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

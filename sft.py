@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import math
 import random
-import sys
 import time
 from itertools import groupby
 from operator import itemgetter
@@ -31,7 +30,7 @@ import optim
 from data import load_problems
 from data.files import read_rows
 from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate
+from eval import evaluate, run_main
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -403,8 +402,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)
