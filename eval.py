@@ -562,8 +562,8 @@ def compare(path_a, path_b, grade=None):
         results.append((f"{path} ({len(mine)} of {len(records)})", row,
                         scores_of(mine, row["grade"])))
     print_table(results)
-    (_, _, a), (_, _, b) = results
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
+    a, b = (scores for _, _, scores in results)
     if {*a, *b} <= {0, 1}:
         gained = sum(map(gt, b, a))
         lost = sum(map(gt, a, b))
@@ -597,13 +597,12 @@ def plot_report(rows, path):
     from matplotlib.figure import Figure  # no pyplot: nothing global, and no display needed
     figure = Figure((14, 4.5), dpi=150)
     cost, levels = figure.subplots(1, 2)
-    for i, (label, row) in enumerate(rows):
-        draw_rates(cost, [row["tokens_mean"]], [(row["accuracy"], row["low"], row["high"])], label)
-        shift = 0.06 * (i - len(rows) / 2)
-        x = [int(level) + shift for level in row["levels"]]
-        draw_rates(levels, x, list(row["levels"].values()), label)
     cost.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
     levels.set(xlabel="level", ylim=(0, 1))
+    for i, (label, row) in enumerate(rows):
+        draw_rates(cost, [row["tokens_mean"]], [(row["accuracy"], row["low"], row["high"])], label)
+        x = [int(level) + 0.06 * (i - len(rows) / 2) for level in row["levels"]]
+        draw_rates(levels, x, list(row["levels"].values()), label)
     cost.legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")
 
