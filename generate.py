@@ -301,13 +301,20 @@ def finish_reason(row, sampling):
 
 
 def new_store(config, rows, slots, like):
-    """Keys and values, zeros: for each layer [2, K, rows, slots, head_dim], like the tensor `like`.
+    """Keys and values, zeros: for each layer [keys, values] of [K, rows, slots, head_dim] each.
 
     With the heads outside, rows of one prompt that stand side by side are one product with its keys.
-    On a CPU a slot takes no memory before it is written.
+    Of the tensor `like`; but a CPU has no bfloat16 product with float32 results, and keeps the keys
+    in float32 instead of turning them at every step.
     """
-    shape = (2, config.num_key_value_heads, rows, slots, config.head_dim)
-    return [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+    shape = (config.num_key_value_heads, rows, slots, config.head_dim)
+    key_dtype = like.dtype if like.is_cuda else torch.float32
+    return [[like.new_zeros(shape, dtype=key_dtype), like.new_zeros(shape)]
+            for _ in range(config.num_hidden_layers)]
+
+
+def store_gib(store):
+    return sum(tensor.nbytes for layer in store for tensor in layer) / 2**30
 
 
 @dataclass
@@ -327,35 +334,36 @@ class Batch:
     def padded_rows(self, n):
         return n if self.on_cpu else 1 << max(0, n - 1).bit_length()
 
-    def padded_slots(self, length, store):
-        """Slots to attend to for rows of this length, with room for one more token at least."""
-        padded = padded_length(length + 1) if self.on_cpu else -(-(length + 1) // 256) * 256
-        return min(padded, store[0].shape[3])
+    def padded_slots(self, length):
+        """Slots for rows of this length, with room to go on."""
+        block = 32 if self.on_cpu else 256
+        return -(-(length + 1 + length // 16) // block) * block
 
     def slots_needed(self, rows):
         """Slots that `rows` and their prompts take."""
         longest = max(row.length for row in rows)
-        needed = self.padded_rows(len(rows)) * self.padded_slots(longest, self.own)
+        needed = self.padded_rows(len(rows)) * self.padded_slots(longest)
         if self.shared:
             longest = max(row.shared for row in rows)
             prompts = self.padded_rows(len({row.prompt for row in rows}))
-            needed += prompts * self.padded_slots(longest, self.shared)
+            needed += prompts * self.padded_slots(longest)
         return needed
 
 
-def resize_store(batch, store, rows, kept, length):
-    """Make it `rows` rows, in place: the rows `kept` first, `length` slots of each. Layer by layer."""
-    batch.graphs.clear()
-    for layer, old in enumerate(store):
-        store[layer] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
-        store[layer][:, :, :len(kept), :length] = old[:, :, kept, :length]
+def resize_store(store, rows, slots, kept):
+    """Make it `rows` rows of `slots` slots, in place, the rows `kept` first. Layer by layer."""
+    for layer in store:
+        for i, old in enumerate(layer):
+            both = min(slots, old.shape[2])
+            layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
+            layer[i][:, :len(kept), :both] = old[:, kept, :both]
 
 
 def cache_slots(rows, group, prompt, completion, on_cpu):
     """Slots of the cache at most, for `rows` rows of `group` to a prompt: what a plan of memory needs."""
     batch = Batch([], None, None, {}, on_cpu)
-    prompts = batch.padded_rows(-(-rows // group))
-    return batch.padded_rows(rows) * (completion + 1) + prompts * prompt
+    own = batch.padded_rows(rows) * batch.padded_slots(completion)
+    return own + batch.padded_rows(-(-rows // group)) * batch.padded_slots(prompt)
 
 
 def schedule(batch, waiting, max_batch, budget):
@@ -375,34 +383,39 @@ def schedule(batch, waiting, max_batch, budget):
     return entering
 
 
-def misfit(needed, held):
-    return needed > held or needed <= 0.75 * held
+def fit(batch, store, rows, length, kept):
+    """Give a store so many rows, for rows of this length, unless it fits. Returns whether rows moved."""
+    needed = rows, batch.padded_slots(length)
+    held = store[0][0].shape[1:3]
+    if all(0.75 * have < need <= have for need, have in zip(needed, held)):
+        return False
+    batch.graphs.clear()
+    resize_store(store, *needed, kept)
+    return True
 
 
 def allocate(batch, entering):
     """Give the entering rows places, and their prompts rows of the store: [(prompt, row), ...] to fill."""
-    running = batch.running
-    rows = batch.padded_rows(len(running) + len(entering))
-    if misfit(rows, len(batch.places)):
-        kept = [place for place, row in enumerate(batch.places) if row]
-        longest = max((row.length for row in running), default=0)
-        resize_store(batch, batch.own, rows, kept, longest)
-        batch.places = running + [None] * (rows - len(running))
+    rows = batch.running + entering
+    places = batch.padded_rows(len(rows))
+    kept = [place for place, row in enumerate(batch.places) if row]
+    if fit(batch, batch.own, places, max(row.length for row in rows), kept):
+        batch.places = batch.running + [None] * (places - len(kept))
     for row in entering:
         batch.places[batch.places.index(None)] = row
     if not batch.shared:
         return [(row.prompt, batch.places.index(row)) for row in entering]
-    prompts = list(dict.fromkeys(row.prompt for row in running + entering))
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
     batch.prompts = {prompt: at for prompt, at in batch.prompts.items() if prompt in prompts}
-    rows = batch.padded_rows(len(prompts))
-    if misfit(rows, batch.shared[0].shape[2]):
-        longest = max(row.shared for row in running + entering)
-        resize_store(batch, batch.shared, rows, list(batch.prompts.values()), longest)
+    longest = max(row.shared for row in rows)
+    kept = list(batch.prompts.values())
+    if fit(batch, batch.shared, batch.padded_rows(len(prompts)), longest, kept):
         batch.prompts = {prompt: at for at, prompt in enumerate(batch.prompts)}
-    free = sorted(set(range(batch.shared[0].shape[2])) - set(batch.prompts.values()))
+    free = sorted(set(range(batch.shared[0][0].shape[1])) - set(batch.prompts.values()))
     fresh = list(zip((prompt for prompt in prompts if prompt not in batch.prompts), free))
     batch.prompts.update(fresh)
     return fresh
+
 
 # ------------------------------------------------------------ prefill and decode
 
@@ -422,16 +435,15 @@ class State(NamedTuple):
 
 def batch_layout(batch):
     """The Layout of a batch; places without a row hold zeros, and what they draw is thrown away."""
-    _, K, B, slots, _ = batch.own[0].shape
-    N = batch.shared[0].shape[2] if batch.shared else 0
+    K, B, slots, _ = batch.own[0][0].shape
+    N, P = batch.shared[0][0].shape[1:3] if batch.shared else (0, 0)
     lengths = torch.tensor([row.length if row else 0 for row in batch.places])
     groups = [[] for _ in range(N)]  # the places of each prompt's rows
     for place, row in enumerate(batch.places):
         if row and N:
             groups[batch.prompts[row.prompt]].append(place)
     held = torch.tensor([max((batch.places[i].shared for i in group), default=0) for group in groups])
-    seen = batch.padded_slots(int(held.max()), batch.shared) if N else 0
-    unseen = torch.arange(seen) >= held[:, None]  # [N, P]
+    unseen = torch.arange(P) >= held[:, None]  # [N, P]
     prompt_bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
 
     if N and B % N == 0 and all(i // (B // N) == at for at, group in enumerate(groups) for i in group):
@@ -443,9 +455,9 @@ def batch_layout(batch):
         for at, group in enumerate(groups):
             for j, i in enumerate(group):
                 places[i] = at * g + j
-    next_slots = (torch.arange(2 * K * B).view(-1, B) * slots + lengths).flatten()
+    next_slots = (torch.arange(K * B).view(-1, B) * slots + lengths).flatten()
     columns = (next_slots, lengths, prompt_bias, members, places)
-    return Layout(*(torch.as_tensor(column).to(batch.own[0].device) for column in columns))
+    return Layout(*(torch.as_tensor(column).to(batch.own[0][0].device) for column in columns))
 
 
 def batch_state(batch, states):
@@ -454,7 +466,7 @@ def batch_state(batch, states):
     columns = [[row.tokens[-1] if row.tokens else row.first for row in rows],
                [row.shared + row.length for row in rows], [row.key for row in rows],
                [row.draws for row in rows], [-1] * len(rows)]
-    device = batch.own[0].device
+    device = batch.own[0][0].device
     now = State(*(torch.tensor(column, device=device) for column in columns), batch_layout(batch))
     state = states.setdefault(tuple(tensor.shape for tensor in now.tensors()), now)
     for tensor, value in zip(state.tensors(), now.tensors()):
@@ -466,7 +478,7 @@ def prefill(params, config, store, rows, prompts, chunk):
     """Write the keys and values of `prompts` into `rows` of the store, about `chunk` tokens at a time."""
     todo = sorted(((prompt, row) for prompt, row in zip(prompts, rows) if prompt),
                   key=lambda pair: -len(pair[0]))
-    device = store[0].device
+    device = store[0][0].device
     while todo:
         longest = len(todo[0][0])
         width = min(padded_length(longest), chunk)
@@ -480,12 +492,9 @@ def prefill(params, config, store, rows, prompts, chunk):
             hidden_states(params, config, part, positions, prefill_attention(store, at, begin))
 
 
-def decode_step(params, config, state, own, shared, seen, sampling):
-    """Feed each row's last token, draw the next: tokens [B], logprobs [B]. Writes `state` and `own`.
-
-    seen: how many of its own slots a row attends to.
-    """
-    attend_fn = decode_attention(own, shared, state.layout, seen)
+def decode_step(params, config, state, own, shared, sampling):
+    """Feed each row's last token, draw the next: tokens [B], logprobs [B]. Writes `state` and `own`."""
+    attend_fn = decode_attention(own, shared, state.layout)
     hidden = hidden_states(params, config, state.tokens[:, None], state.positions[:, None], attend_fn)
     logits = lm_head(hidden, head_weight(params))[:, 0]  # [B, V]
     forced = state.forced if sampling.bounds_thinking else None
@@ -522,18 +531,17 @@ def captured(step_fn, state, graphs, shape):
 def decode(params, config, batch, state, sampling, stride, step_fn):
     """At most `stride` steps for all rows: [(tokens [B], logprobs [B]), ...]."""
     running = batch.running
-    longest = max(row.length for row in running)
-    seen = batch.padded_slots(longest, batch.own)
+    room = batch.own[0][0].shape[2] - max(row.length for row in running)
     if sampling.bounds_thinking:
         next_tokens = [row.queue[0] if row and row.queue else -1 for row in batch.places]
         state.forced.copy_(torch.tensor(next_tokens))
-    shape = (seen, *(tensor.shape for tensor in state.tensors()))
+    shape = (batch.own[0][0].shape, *(tensor.shape for tensor in state.tensors()))
 
     def run_step():
-        return step_fn(params, config, state, batch.own, batch.shared, seen, sampling)
+        return step_fn(params, config, state, batch.own, batch.shared, sampling)
 
     drawn = []
-    for _ in range(min(stride, seen - longest, *(row.limit - len(row.tokens) for row in running))):
+    for _ in range(min(stride, room, *(row.limit - len(row.tokens) for row in running))):
         drawn.append(captured(run_step, state, batch.graphs, shape))
         if batch.on_cpu and not sampling.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
             break
@@ -603,14 +611,6 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
     return waiting
 
 
-def new_batch(config, waiting, like):
-    """A Batch without rows, whose stores have slots for the longest of those that wait."""
-    slots = max(row.private + row.limit for row in waiting) + 1
-    prompt_slots = max(row.shared for row in waiting)
-    shared = new_store(config, 0, prompt_slots, like) if prompt_slots else None
-    return Batch([], new_store(config, 0, slots, like), shared, {}, like.device.type == "cpu")
-
-
 @torch.inference_mode()
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0,
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
@@ -657,9 +657,9 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         step_fn = torch.compile(decode_step, backend=compile_backend)
     shares = share_prompts and num_samples > 1
     waiting = new_rows(config, prompts, limits, seed, seeds, shares, sampling)
-    batch = new_batch(config, waiting, embedding)
-    slot_gib = sum(layer.nbytes for layer in new_store(config, 1, 1, embedding)) / 2**30
-    budget = cache_gib / slot_gib
+    shared = new_store(config, 0, 0, embedding) if shares else None
+    batch = Batch([], new_store(config, 0, 0, embedding), shared, {}, embedding.device.type == "cpu")
+    budget = cache_gib / store_gib(new_store(config, 1, 1, embedding))  # in slots
     # steps between two looks at what was drawn; on a CPU, looking for stop tokens is free
     stride = 1 if on_token or sampling.reads_text else 8
     states = {}
@@ -671,16 +671,16 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         state = batch_state(batch, states)
         decoding = time.perf_counter()
         stats["prefill_s"] += decoding - begin
+        stats["cache_gib"] = max(stats["cache_gib"], store_gib(batch.own + (batch.shared or [])))
         changed = False
-        while not changed and (batch.slots_needed(batch.running) <= budget or len(batch.running) == 1):
-            held_gib = batch.slots_needed(batch.running) * slot_gib
-            stats["cache_gib"] = max(stats["cache_gib"], held_gib)
+        while not changed:
             drawn = decode(params, config, batch, state, sampling, stride, step_fn)
             stats["steps"] += len(drawn)
             reopened = harvest(batch, drawn, sampling, results, on_token)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
             enough = max(1, len(batch.places) // (16 if waiting else 4))
-            changed = reopened or batch.places.count(None) >= enough
+            full = max((row.length for row in batch.running), default=0) == batch.own[0][0].shape[2]
+            changed = reopened or full or batch.places.count(None) >= enough
         stats["decode_s"] += time.perf_counter() - decoding
     return results
 

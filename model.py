@@ -125,17 +125,16 @@ def rope_frequencies(config, device="cpu"):
 
 
 def rope_table(config, positions, dtype):
-    """cos and sin at `positions` [B, T], each [B, 1, T, head_dim] in `dtype`."""
+    """cos and sin of the angles at `positions` [B, T], as `rotate` needs them: [B, 1, T, head_dim]."""
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
-    angles = torch.cat((angles, angles), -1)[:, None]  # [B, 1, T, head_dim]
+    angles = torch.cat((-angles, angles), -1)[:, None]  # the two dimensions of a pair
     scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by their angles."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def block(params, config, layer, x, cos, sin, attend_fn):

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data import gsm8k, math500
-from data.families import check_request, split_of  # noqa: F401 (split_of: for users of the package)
+from data.families import SIZES, split_of  # noqa: F401 (split_of: for users of the package)
 from data.files import choose, hold_out, read_rows
 
 FAMILIES = ("arithmetic", "words", "knights", "algebra", "debugging", "science")
@@ -75,7 +75,10 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
     limit: a random subset drawn with `seed`; a family makes as many as it is asked for, if it can.
     Raises ValueError or FileNotFoundError that name the file, the line and the field.
     """
-    check_request(split, limit)
+    if split not in SIZES:
+        raise ValueError(f"split {split!r} is not one of {', '.join(SIZES)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: expected at least 1, or none for all problems")
     asked = str(name_or_path)
     name, first, last = re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", asked, re.DOTALL).groups()
     if "," in name and not Path(name).is_file():

@@ -9,11 +9,10 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-
-from tqdm import tqdm
 
 from data.families import split_of
 
@@ -35,10 +34,7 @@ def download(url, path, timeout_s=30):
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=timeout_s) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := reply.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
+            shutil.copyfileobj(reply, file)
             if size and file.tell() != size:
                 raise OSError(f"{file.tell()} of {size} bytes came")
         os.replace(part, path)

@@ -101,15 +101,16 @@ def propagate(worlds, known, words, names):
 
 
 def prove(statements, names):
-    """The lines of a proof with suppositions one deep, or None when it takes more than that."""
+    """The lines of a proof with suppositions one deep, or None when it takes more than that.
+
+    The statements must have a solution: without a supposition there is no contradiction.
+    """
     words = words_of(statements)
     people = len(statements)
     worlds = all_worlds(people)
     lines = []
     while True:
-        more, contradiction, worlds = propagate(worlds, settled(worlds, people), words, names)
-        if contradiction:
-            return None
+        more, _, worlds = propagate(worlds, settled(worlds, people), words, names)
         lines += more
         known = settled(worlds, people)
         if len(known) == people:

@@ -164,14 +164,8 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
     (r"\\text\w*\{([^{}]{0,40})\}", r" \1 "),
     (r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"((\1)/(\2))"),
     (r"\\[dt]?frac(\d)(\d)", r"(\1/\2)"),
-    (r"(?<=[\w)])\*\*(?=[\w(])", "^"),
-    (r"\*\*", " "),
-    (r"\^\{(\d{1,3})\}", r"^\1"),
-    (r"\\?%", "%"),
-    (r"\\times|\\cdot|[×·⋅]", "*"),
-    (r"\\div|÷", "/"),
-    (r"[−–—]", "-"),
-    (r"\\approx|[≈≅]|~=", "≈"),
+    (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*", " "), (r"\^\{(\d{1,3})\}", r"^\1"), (r"\\?%", "%"),
+    (r"\\times|\\cdot|[×·⋅]", "*"), (r"\\div|÷", "/"), (r"[−–—]", "-"), (r"\\approx|[≈≅]|~=", "≈"),
     (r"\\(?:implies|Rightarrow|rightarrow|to)\b|=>|->|⇒|→|⟹", " so "),
     (r"\ba\b(?=\s+[A-Za-z]{2})", "an"),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),
@@ -381,8 +375,3 @@ def check_text(text):
         if step.verdict == "wrong" and right.get(left_of(step), 0) > count else step
         for step, count in found
     ]
-
-
-def first_wrong_step(text):
-    """The first step that is wrong, or None."""
-    return next((step for step in check_text(text) if step.verdict == "wrong"), None)

@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import model
 from data import FAMILIES, family_of, load_problems, split_of, teachers
-from data.families import SPLITS
+from data.families import SIZES
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
+from eval import markdown
 from generate import completion_text, generate
 from optim import HelpFormatter, above, at_least, between, write_whole
 from verify import extract_answer, verify_many
@@ -47,11 +48,11 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument
     add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
-    add("--split", default="train", choices=SPLITS)
+    add("--split", default="train", choices=SIZES, help="of each set")
     add("--limit", type=at_least(1),
         help="problems of each set (default: all, and 2000 of a generated family)")
-    add("--out", default="runs/traces/traces.jsonl")
-    add("--seed", type=int, default=0)
+    add("--out", default="runs/traces/traces.jsonl", help="what sft.py reads")
+    add("--seed", type=int, default=0, help="every random choice follows from it")
     add("--self-test", type=at_least(1), metavar="N",
         help="only try the step checkers, on N problems a family")
     add = p.add_argument_group("teacher").add_argument
@@ -61,8 +62,8 @@ def parse_args(argv=None):
         help="an OpenAI-compatible endpoint, .../v1; the key is read from OPENAI_API_KEY")
     add("--teacher-model", help="the model's name at the endpoint")
     add("--samples", type=at_least(1), default=1, help="traces for each problem")
-    add("--temperature", type=at_least(0.0), default=0.7)
-    add("--max-new-tokens", type=at_least(1), default=2048)
+    add("--temperature", type=at_least(0.0), default=0.7, help="of a model or an endpoint")
+    add("--max-new-tokens", type=at_least(1), default=2048, help="of a trace")
     add("--instruction", default=teachers.INSTRUCTION,
         help="what is added to a problem for a model or an endpoint (default: %(default)r)")
     add("--error-rate", type=share, default=0.0,
@@ -70,8 +71,8 @@ def parse_args(argv=None):
     add("--concurrency", type=at_least(1), default=8, help="requests at a time")
     add("--requests-per-minute", type=at_least(0.0), default=0.0,
         help="0: as fast as the endpoint answers")
-    add("--retries", type=at_least(0), default=6)
-    add("--timeout-s", type=above(0.0), default=300.0)
+    add("--retries", type=at_least(0), default=6, help="of a request that fails")
+    add("--timeout-s", type=above(0.0), default=300.0, help="of a request")
     add("--backoff-s", type=at_least(0.0), default=1.0,
         help="wait before the first retry; it doubles each time")
     add("--max-batch", type=at_least(1), default=64, help="rows that a local model decodes at once")
@@ -95,7 +96,7 @@ def parse_args(argv=None):
         help="no (family, level) has more than this many times the median one; 0: off")
     add("--self-correction", type=share, default=0.0,
         help="share of the family traces that get a slip and its repair")
-    add("--think-tag", default="think", choices=THINK_TAGS)
+    add("--think-tag", default="think", choices=THINK_TAGS, help="of the thinking block")
     args = p.parse_args(argv)
     if bool(args.teacher_url) != bool(args.teacher_model):
         p.error("--teacher-url and --teacher-model belong together")
@@ -404,30 +405,28 @@ def add_slip(record, problem, rate, seed, think_tag):
 
 def data_card(title, records, dropped, num_raw, facts):
     """Markdown: how the file was made, what was dropped and why, what remains."""
-    lines = [f"# {title}", "", "Made by", "",
-             f"    python -m data.traces {' '.join(sys.argv[1:])}", "", "## Dropped", "",
-             "| stage | traces | reasons | an example |", "| --- | --- | --- | --- |"]
+    stages = []
     for stage, drops in dropped.items():
         counts = Counter(fault.split(":")[0] for _, fault in drops).most_common()
         reasons = "; ".join(f"{reason} {n}" for reason, n in counts)
         example = f"`{drops[0][0]}`: {drops[0][1]}"[:240] if drops else ""
         example = example.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {stage} | {len(drops)} | {reasons} | {example} |")
-    lines += ["", f"{len(records)} of {num_raw} raw traces remain.", "", "## Facts", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
+        stages.append([stage, len(drops), reasons, example])
     lengths = sorted(len(record["thought"]) for record in records)
-    lines.append(f"- characters in a thought: least {lengths[0]}, "
-                 f"median {lengths[len(lengths) // 2]}, most {lengths[-1]}")
+    facts = facts | {"characters in a thought": f"least {lengths[0]}, median "
+                     f"{lengths[len(lengths) // 2]}, most {lengths[-1]}"}
     cells = Counter((r.get("subject") or "-", r.get("level") or "-") for r in records)
     levels = sorted({level for _, level in cells}, key=str)
-    lines += ["", "## What remains, by level", "", f"| subject | {' | '.join(map(str, levels))} |",
-              "| --- |" + " --- |" * len(levels)]
-    for subject in sorted({subject for subject, _ in cells}):
-        row = " | ".join(str(cells[subject, level]) for level in levels)
-        lines.append(f"| {subject} | {row} |")
-    lines += ["", "## One of them", "", "```", records[0]["problem"], "", records[0]["response"],
-              "```"]
-    return "\n".join(lines) + "\n"
+    rows = [[subject, *(cells[subject, level] for level in levels)]
+            for subject in sorted({subject for subject, _ in cells})]
+    return "\n".join([
+        f"# {title}\n\nMade by\n\n    python -m data.traces {' '.join(sys.argv[1:])}\n",
+        "## Dropped\n", markdown(["stage", "traces", "reasons", "an example"], stages),
+        f"{len(records)} of {num_raw} raw traces remain.\n",
+        "## Facts\n", *(f"- {name}: {value}" for name, value in facts.items()),
+        "\n## What remains, by level\n", markdown(["subject", *levels], rows),
+        f"## One of them\n\n```\n{records[0]['problem']}\n\n{records[0]['response']}\n```\n",
+    ])
 
 
 def self_test(count):

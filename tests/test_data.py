@@ -23,7 +23,7 @@ import sympy
 from data import FAMILIES, files, gsm8k, judge, load_problems, programs, split_of, teachers, traces
 from data.families import OFFSETS, REPAIRS, conclude
 from data.prompts import PRESETS, encode_prompt, render_prompt, respond
-from data.steps import check_text, first_wrong_step
+from data.steps import check_text
 from data.tiny import corpus
 from model import init_params, load_config, load_tokenizer, resolve_model, save_model
 from tests.common import raises, run, skip_unless
@@ -380,7 +380,8 @@ def test_data_programs_run_nothing_and_stay_small():
     for body in (
         "import os", "return open('x')", "return n.real", "return __import__('os')",
         "return (lambda: 1)()", "return f(n)", "return [x for x in n]", "exec('1')",
-        "return n ** n", "return f'{n}'", "global n", "x[0] = 1", "return 1.5", "with n: pass", "return n[::]",
+        "return n ** n", "return f'{n}'", "global n", "x[0] = 1", "return 1.5", "with n: pass",
+        "return n[::]",
         "return " + "(" * 300 + "1" + ")" * 300, "return " + "-" * 3000 + "1", "return max(*n)",
         "return max([n], key=abs)", "@abs\n def g(): pass\n return 1",
     ):
@@ -403,6 +404,10 @@ def test_data_programs_run_nothing_and_stay_small():
 
 
 # ---- steps of free text
+
+
+def first_wrong_step(text):
+    return next((step for step in check_text(text) if step.verdict == "wrong"), None)
 
 
 def test_data_steps_by_hand():

@@ -32,7 +32,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = p.add_argument
     share = between(0.0, 1.0)
-    add("--documents", type=at_least(1), default=160000)
+    add("--documents", type=at_least(1), default=160000, help="conversations in the corpus")
     add("--levels", type=at_least(0.0), nargs=5, default=[3, 2, 2, 2, 2],
         help="how often problems of each level come")
     add("--think-share", type=share, default=0.3,
@@ -45,8 +45,8 @@ def parse_args(argv=None):
         help="chance that a careless author does one more operation on the same line")
     add("--check-share", type=share, default=0.1,
         help="share of the documents in which the author is asked to check")
-    add("--seed", type=int, default=0)
-    add("--out", default="runs/tiny/corpus.jsonl")
+    add("--seed", type=int, default=0, help="every random choice follows from it")
+    add("--out", default="runs/tiny/corpus.jsonl", help="where the corpus goes")
     add("--tokenizer", action="store_true",
         help="only make tokenizer.json beside this file, and stop")
     return p.parse_args(argv)
