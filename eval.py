@@ -231,7 +231,7 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
     pairs = [(text, mine[i // num_samples]["answer"]) for i, text in enumerate(texts)]
     samples = list(map(make_sample, completions, texts, verify_many(pairs, strict=True),
                        verify_many(pairs, strict=False)))
-    seconds = round((time.perf_counter() - started) / len(problems), 4)
+    seconds = round((time.perf_counter() - started) / max(1, len(problems)), 4)
     records = [{"id": p["id"], "level": p.get("level"), "subject": p.get("subject"),
                 "prompt": render_prompt(prompt, p, **form), "reference": p["answer"],
                 "samples": samples[i * num_samples:(i + 1) * num_samples], "seconds": seconds}
