@@ -231,7 +231,7 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
     pairs = [(text, mine[i // num_samples]["answer"]) for i, text in enumerate(texts)]
     samples = list(map(make_sample, completions, texts, verify_many(pairs, strict=True),
                        verify_many(pairs, strict=False)))
-    seconds = round((time.perf_counter() - started) / len(problems), 4)
+    seconds = round((time.perf_counter() - started) / max(1, len(problems)), 4)
     records = [{"id": p["id"], "level": p.get("level"), "subject": p.get("subject"),
                 "prompt": render_prompt(prompt, p, **form), "reference": p["answer"],
                 "samples": samples[i * num_samples:(i + 1) * num_samples], "seconds": seconds}
@@ -562,8 +562,8 @@ def compare(path_a, path_b, grade=None):
         results.append((f"{path} ({len(mine)} of {len(records)})", row,
                         scores_of(mine, row["grade"])))
     print_table(results)
-    (_, _, a), (_, _, b) = results
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
+    a, b = (scores for _, _, scores in results)
     if {*a, *b} <= {0, 1}:
         gained = sum(map(gt, b, a))
         lost = sum(map(gt, a, b))
@@ -597,13 +597,12 @@ def plot_report(rows, path):
     from matplotlib.figure import Figure  # no pyplot: nothing global, and no display needed
     figure = Figure((14, 4.5), dpi=150)
     cost, levels = figure.subplots(1, 2)
-    for i, (label, row) in enumerate(rows):
-        draw_rates(cost, [row["tokens_mean"]], [(row["accuracy"], row["low"], row["high"])], label)
-        shift = 0.06 * (i - len(rows) / 2)
-        x = [int(level) + shift for level in row["levels"]]
-        draw_rates(levels, x, list(row["levels"].values()), label)
     cost.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
     levels.set(xlabel="level", ylim=(0, 1))
+    for i, (label, row) in enumerate(rows):
+        draw_rates(cost, [row["tokens_mean"]], [(row["accuracy"], row["low"], row["high"])], label)
+        x = [int(level) + 0.06 * (i - len(rows) / 2) for level in row["levels"]]
+        draw_rates(levels, x, list(row["levels"].values()), label)
     cost.legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")
 
@@ -664,6 +663,17 @@ def report(args):
         print("report.png needs matplotlib: pip install matplotlib")
 
 
+def run_main(main, parse_args):
+    """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        if rank_and_world()[0] > 0:
+            time.sleep(2)  # if process 0 fails for the same reason, this one is over before
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(args):
     if args.compare:
         return compare(*args.compare, args.grade)
@@ -678,8 +688,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

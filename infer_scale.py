@@ -17,7 +17,6 @@ import argparse
 import functools
 import math
 import random
-import sys
 from collections import Counter
 from statistics import fmean
 
@@ -347,8 +346,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"infer_scale.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    eval.run_main(main, parse_args)

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
 import zlib
 from bisect import bisect_left, bisect_right
@@ -349,8 +348,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"refine.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    eval.run_main(main, parse_args)

@@ -17,11 +17,11 @@ import argparse
 import hashlib
 import math
 import random
-import sys
 import time
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ import optim
 from data import load_problems
 from data.files import read_rows
 from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate
+from eval import evaluate, run_main
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -313,12 +313,16 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
         answers = [record["samples"][0] for record in records]
-        right = sum(answer["strict"] is True for answer in answers)
-        formed = sum(in_form(answer["text"], args.think_tag) for answer in answers)
-        metrics |= {"val_accuracy": right / len(answers), "val_format": formed / len(answers)}
-        samples = [{"kind": "held_out", "problem": p["problem"], "answer": p["answer"],
-                    "prompt": r["prompt"], "completions": [a | {"right": a["strict"]}]}
-                   for p, r, a in list(zip(problems, records, answers))[:8]]
+        right = [float(answer["strict"] is True) for answer in answers]
+        formed = [float(in_form(answer["text"], args.think_tag)) for answer in answers]
+        metrics |= {"val_accuracy": fmean(right), "val_format": fmean(formed)}
+        for i in range(min(8, len(problems))):
+            completion = {"text": answers[i]["text"], "right": answers[i]["strict"],
+                          "rewards": {"accuracy": right[i], "format": formed[i]},
+                          "finish": answers[i]["finish"]}
+            samples.append({"kind": "held_out", "problem": problems[i]["problem"],
+                            "answer": problems[i]["answer"], "prompt": records[i]["prompt"],
+                            "completions": [completion]})
     return metrics, samples
 
 
@@ -403,8 +407,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

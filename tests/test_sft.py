@@ -167,7 +167,7 @@ def test_sft_run_resumes_exactly_and_continues_in_grpo():
         error = run(*again, other, ok=False)
         assert str(other) in error and str(data) in error, error
         data.write_text(data.read_text().replace("5+5", "6+4"))  # the same name, other examples
-        error = run(*again, data, ok=False)
+        error = run(*again, data, "--processes", 2, ok=False)
         assert "has changed" in error and "sha256" in error, error
         command = out.rpartition("next: python ")[2].split()  # what it says works as it stands
         out = run(*command, "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--steps", 1,
