@@ -124,7 +124,7 @@ def parse_args(argv=None):
     ask.add_argument("--benchmark", choices=("fixed", "mixed"), help="time steps on random weights and words")
     ask.add_argument("--size", choices=BENCHMARK_SIZES, default="tiny", help="of the random weights (default tiny)")
     add_train_flags(p, lr=None, run_dir="runs/grpo")
-    train.add_argument("--lr", type=float, help="peak learning rate (default: tiny 5e-4, else 1e-6, with LoRA 3e-5)")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: tiny 5e-4, else 1e-6, with LoRA 3e-5)")
     args = parse_train_args(p, argv)
     for name, value in (TINY if args.model == "tiny" else OTHERS).items():
         if getattr(args, name) is None and not (name == "steps" and args.epochs):

@@ -79,28 +79,53 @@ def between(low, high):
     return bounded(type(low), lambda value: low <= value <= high, f"{low} to {high}")
 
 
-def add_train_flags(parser, lr, run_dir):
-    """The flags that sft.py and grpo.py share. lr, run_dir: the script's defaults."""
-    add = parser.add_argument_group("training").add_argument
-    add("--lr", type=float, default=lr, help="peak learning rate (default %(default)g)")
-    add("--warmup", type=int, default=10, help="steps of linear warm-up (default %(default)s)")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="of AdamW (default 0.9 0.999)")
-    add("--weight-decay", type=float, default=0.0, help="of the matrices (default %(default)s)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient; 0: any (default %(default)s)")
-    add("--seed", type=int, default=0, help="every random choice follows from it (default %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default %(default)s: a GPU when there is one)")
-    add("--processes", type=int, default=1, help="without torchrun, fork into so many of one thread each, on a CPU "
-        "under Linux: one per core can be faster than threads (default %(default)s)")
+below_one = bounded(float, lambda value: 0 <= value < 1, "0 or more and less than 1")
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a docstring, and shows the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or default is False or "default" in action.help:
+            return action.help
+        return action.help + " (default %(default)s)"
+
+
+def add_device_flags(parser):
+    """The flags of every script that samples or trains: --device, --dtype, --processes."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of the computation; masters are float32 (default %(default)s: bfloat16 on a GPU, float32 on a CPU)")
-    add("--offload", action="store_true", help="keep masters and Adam moments in host memory (GPU only)")
-    add("--run-dir", default=run_dir, help="where the run lives (default %(default)s)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint of --run-dir, with the run's own flags "
-        "as defaults; from the start when there is none yet")
-    add("--overwrite", action="store_true", help="delete the run that --run-dir holds, and start again")
-    add("--save-every", type=int, default=25, help="steps between checkpoints (default %(default)s)")
-    add("--keep", type=int, default=2, help="checkpoints kept, beside the best (default %(default)s)")
-    add("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases (pip install wandb)")
+        help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
+    add("--processes", type=at_least(1), help="fork into this many processes of one thread each, on "
+        "a CPU under Linux (default: one per core, at most 8 and as many as memory holds)")
+
+
+def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
+    """The flags that sft.py and grpo.py share. lr, run_dir: defaults; lr_help says what None is."""
+    add_device_flags(parser)
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=above(0.0), default=lr, help=lr_help)
+    add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
+    add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
+        help="of AdamW")
+    add("--weight-decay", type=at_least(0.0), default=0.0, help="of the matrices")
+    add("--clip", type=at_least(0.0), default=1.0, help="largest norm of the gradient; 0: any")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="every random choice follows from it")
+    add("--offload", action="store_true",
+        help="keep masters and Adam moments in host memory (GPU only)")
+    add("--run-dir", default=run_dir, help="where the run lives")
+    add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
+    add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
+    add("--wandb", metavar="PROJECT",
+        help="also log to this project of Weights & Biases (pip install wandb)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true",
+                       help="go on from the newest checkpoint of --run-dir, with the run's own "
+                       "flags as defaults; from the start when there is none yet")
+    again.add_argument("--overwrite", action="store_true",
+                       help="delete the run that --run-dir holds, and start again")
 
 
 def parse_train_args(parser, argv=None):
@@ -114,21 +139,7 @@ def parse_train_args(parser, argv=None):
 
 
 def check_train_flags(args):
-    """Raises ValueError for the first flag of add_train_flags that is out of range, saying what was expected."""
-    for flag, fits, expected in (
-            ("lr", lambda x: 0 < x < math.inf, "a positive number, such as 1e-6"),
-            ("warmup", lambda x: x >= 0, "0 steps or more"),
-            ("betas", lambda x: all(0 <= beta < 1 for beta in x), "two numbers from 0 to below 1"),
-            ("weight-decay", lambda x: 0 <= x < math.inf, "0 or more"),
-            ("clip", lambda x: 0 <= x < math.inf, "a positive norm, or 0 for no clipping"),
-            ("seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2**63 - 1"),
-            ("processes", lambda x: x >= 1, "1 or more"),
-            ("save-every", lambda x: x >= 1, "1 step or more"),
-            ("keep", lambda x: x >= 1, "1 checkpoint or more")):
-        if not fits(value := getattr(args, flag.replace("-", "_"))):
-            raise ValueError(f"--{flag} {value} is out of range; expected {expected}")
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite deletes it; give one of them")
+    """Nothing is left to check; goes once nobody calls it."""
 
 
 # ------------------------------------------------------------------------------------ many processes
@@ -137,28 +148,64 @@ def check_train_flags(args):
 FORKS = []  # ids of the processes that this one has forked, ranks 1, 2, ...
 
 
-def init_distributed(device="auto", processes=1):
-    """(rank, world, device) from torchrun's environment, the process group set up; (0, 1, device) without one.
+def find_device(name):
+    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; torchrun's processes take a GPU each.
 
-    device: "auto", "cpu", "cuda" or "cuda:N"; torchrun's processes take a GPU each (NCCL), or the CPU (gloo). Raises
-    ValueError when it is not there. A process that fails says why and leaves at once; torchrun ends the others.
-    processes: without torchrun, fork into so many here. What has been read so far, they share.
+    Raises ValueError when there is no such device.
     """
-    rank, world, local = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpus = torch.cuda.device_count()
-    name = ("cuda" if gpus else "cpu") if device == "auto" else str(device)
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
+    if name == "cpu":
+        return torch.device("cpu")
+    index = torch.device(name).index or 0
+    if rank_and_world()[1] > 1:
+        index = int(os.environ.get("LOCAL_RANK", 0))
+    if index >= gpus:
+        raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
+                         "pass --device cpu")
+    return torch.device("cuda", index)
+
+
+def memory_there(device, processes=1):
+    """GiB of a GPU, or of this machine for each of so many processes; inf where it is not known."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return gib / int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+
+
+def default_processes(device, gib_each, gib_shared=0.0):
+    """What --processes means when it is left out.
+
+    Under Linux on a CPU a process per usable core, at most 8, and at most what memory holds; else,
+    and under torchrun, 1. gib_each: what a process takes beside the gib_shared that all of them use.
+    """
+    if sys.platform != "linux" or "WORLD_SIZE" in os.environ or find_device(device).type != "cpu":
+        return 1
+    fitting = int((memory_there("cpu") - gib_shared) / gib_each)
+    return max(1, min(len(os.sched_getaffinity(0)), 8, fitting))
+
+
+def init_distributed(device="auto", processes=1):
+    """(rank, world, device), the process group set up: torchrun's, or `processes` forks of this one.
+
+    processes: without torchrun, become so many here, on a CPU under Linux; None: 1. Callers pass
+    `args.processes or default_processes(...)`. What was loaded before, frozen weights, they share.
+    device: as for find_device. A process that fails says why and leaves at once, and so ends all.
+    """
+    rank, world = rank_and_world()
+    device = find_device(device)
     if device.type == "cuda":
-        index = local if world > 1 else device.index or 0
-        if index >= gpus:
-            raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or pass --device cpu")
-        torch.cuda.set_device(device := torch.device("cuda", index))
-    if processes > 1 and world == 1:
+        torch.cuda.set_device(device)
+    if (processes or 1) > 1 and world == 1:
         if device.type != "cpu" or sys.platform != "linux":
-            raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere torchrun starts many "
-                             "processes, and --processes 1 is one")
+            raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere "
+                             "torchrun starts many processes, and --processes 1 is one")
         rank, world = fork_into(processes), processes
     if world > 1:
         dist.init_process_group("gloo") if device.type == "cpu" else dist.init_process_group("nccl", device_id=device)
@@ -219,7 +266,8 @@ def leave_at_once(kind, error, trace):
 
 
 def rank_and_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, number of processes): of torchrun or of --processes, known from the start; else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def all_sum(values):

@@ -1,0 +1,214 @@
+"""Prompts, and the form of a response: every text that stands between a problem and a model.
+
+    render_prompt("boxed", problem)                  the string that the model is given
+    encode_prompt(tokenizer, "boxed", problem)       its token ids
+    respond("6 * 7 = 42", "42")                      "<think>\n6 * 7 = 42\n</think>\n\\boxed{42}"
+"""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+from model import render_chat
+from verify import format_reward
+
+# ---------------------------------------------------------------------- the form of a response
+
+THINK_TAGS = ("think", "thought")
+
+
+def respond(thought, answer, think_tag="think"):
+    """A response in the form that is taught: the thought in its block, then the answer in a box."""
+    return f"<{think_tag}>\n{thought}\n</{think_tag}>\n\\boxed{{{answer}}}"
+
+
+def split_response(text, think_tag=None):
+    """(thought, rest) of a response. The thought is None, and the rest all of it, without a block.
+
+    think_tag: None accepts any of THINK_TAGS.
+    """
+    tags = "|".join(THINK_TAGS) if think_tag is None else re.escape(think_tag)
+    block = re.search(rf"<({tags})>(.*?)</\1>", text, re.DOTALL)
+    if not block:
+        return None, text
+    return block[2], text[:block.start()] + text[block.end():]
+
+
+def in_form(text, think_tag="think"):
+    """Whether a response is one thinking block, then one box, and nothing else.
+
+    Stricter than format_reward, which accepts a box without a thought as well.
+    """
+    return text.startswith(f"<{think_tag}>") and format_reward(text, think_tag) == 1
+
+
+# ---------------------------------------------------------------------- checking and trying again
+
+# The tiny model knows these phrases from its corpus (data/tiny/corpus.py) ...
+CHECK = "Check each step."
+AGAIN = "Solve it again."
+ALL_RIGHT = "Every step is right."
+# ... and other models are asked at greater length.
+CHECK_LONG = (
+    f'Check your solution step by step. If every step is right, write "{ALL_RIGHT}" '
+    "Otherwise name the first step that is wrong and say why."
+)
+AGAIN_LONG = r"Solve the problem again, with this in mind. Put your final answer within \boxed{}."
+
+# ---------------------------------------------------------------------- presets
+
+
+class Preset(NamedTuple):
+    """How a problem becomes a prompt, and which grade counts under that protocol."""
+
+    user: str = "{problem}"  # the user's turn; the last block of the prompt where `text` is given
+    system: str | None = None  # the system turn, {tag} is the think tag; None: the model's own
+    shots: int = 0  # how many solved problems are shown as earlier turns
+    text: str | None = None  # worked examples in front: the prompt is plain text, not a chat
+    stop: tuple = ()  # strings that end a completion
+    grade: str = "strict"  # "strict" or "lenient"
+
+
+STEP_BY_STEP = "\nLet's think step by step."
+COT = "{problem}" + STEP_BY_STEP
+BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+R1 = (
+    "Think about the problem first, then answer. Write your thoughts between <{tag}> and </{tag}>, "
+    r"and after them the final answer within \boxed{}, like this: "
+    r"<{tag}> thoughts </{tag}> \boxed{answer}."
+)
+# A "~" at the end of a line joins it to the next.
+# The first four of the eight worked examples of Wei et al. 2022, arXiv:2201.11903.
+GSM8K_4 = """\
+Question: There are 15 trees in the grove. Grove workers will plant trees in the grove today. ~
+After they are done, there will be 21 trees. How many trees did the grove workers plant today?
+Answer: There are 15 trees originally. Then there were 21 trees after some more were planted. So ~
+there must have been 21 - 15 = 6. The answer is 6.
+
+Question: If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in the ~
+parking lot?
+Answer: There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer is 5.
+
+Question: Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they ~
+have left in total?
+Answer: Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = 74. ~
+After eating 35, they had 74 - 35 = 39. The answer is 39.
+
+Question: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How ~
+many lollipops did Jason give to Denny?
+Answer: Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave ~
+Denny 20 - 12 = 8. The answer is 8.
+
+""".replace("~\n", "")
+# The four worked examples of Lewkowycz et al. 2022, arXiv:2206.14858, appendix D.2.
+MINERVA_4 = r"""Problem:
+Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.}
+
+Solution:
+The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, ~
+and $5 - x \ge 0$, so $x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which ~
+gives $x<5$. Therefore, the domain of the expression is $\boxed{[2,5)}$.
+Final Answer: The final answer is $[2,5)$. I hope it is correct.
+
+Problem:
+If $\det \mathbf{A} = 2$ and $\det \mathbf{B} = 12,$ then find $\det (\mathbf{A} \mathbf{B}).$
+
+Solution:
+We have that $\det (\mathbf{A} \mathbf{B}) = (\det \mathbf{A})(\det \mathbf{B}) = (2)(12) = ~
+\boxed{24}.$
+Final Answer: The final answer is $24$. I hope it is correct.
+
+Problem:
+Terrell usually lifts two 20-pound weights 12 times. If he uses two 15-pound weights instead, how ~
+many times must Terrell lift them in order to lift the same total weight?
+
+Solution:
+If Terrell lifts two 20-pound weights 12 times, he lifts a total of $2\cdot 12\cdot20=480$ pounds ~
+of weight.  If he lifts two 15-pound weights instead for $n$ times, he will lift a total of ~
+$2\cdot15\cdot n=30n$ pounds of weight.  Equating this to 480 pounds, we can solve for $n$:
+\begin{align*}
+30n&=480\\
+\Rightarrow\qquad n&=480/30=\boxed{16}
+\end{align*}
+Final Answer: The final answer is $16$. I hope it is correct.
+
+Problem:
+If the system of equations
+
+\begin{align*}
+6x-4y&=a,\\
+6y-9x &=b.
+\end{align*}has a solution $(x, y)$ where $x$ and $y$ are both nonzero,
+find $\frac{a}{b},$ assuming $b$ is nonzero.
+
+Solution:
+If we multiply the first equation by $-\frac{3}{2}$, we obtain
+
+$$6y-9x=-\frac{3}{2}a.$$Since we also know that $6y-9x=b$, we have
+
+$$-\frac{3}{2}a=b\Rightarrow\frac{a}{b}=\boxed{-\frac{2}{3}}.$$
+Final Answer: The final answer is $-\frac{2}{3}$. I hope it is correct.
+
+""".replace("~\n", "")
+
+PRESETS = {
+    "plain": Preset(),
+    "direct": Preset(user="{problem}\nAnswer with \\boxed{} only."),
+    "cot": Preset(user=COT),
+    "few-shot-cot": Preset(user=COT, shots=4),
+    "r1": Preset(system=R1),
+    "boxed": Preset(system=BOXED),  # the published protocol of the instruct models, no examples
+    "qwen-base-gsm8k": Preset(
+        user="Question: {problem}\nAnswer:", text=GSM8K_4, stop=("Question:",), grade="lenient"
+    ),
+    "minerva-math": Preset(
+        user="Problem:\n{problem}\n\nSolution:", text=MINERVA_4, stop=("Problem:",), grade="lenient"
+    ),
+}
+
+# ---------------------------------------------------------------------- from problem to prompt
+
+
+def user_turn(preset, problem):
+    return preset.user.replace("{problem}", problem["problem"])
+
+
+def chat_messages(preset, problem, system, shots, think_tag):
+    """The turns of a chat preset up to the question: [{"role", "content"}, ...]."""
+    messages = []
+    if preset.system is not None:
+        system = preset.system.replace("{tag}", think_tag)
+    if system is not None:
+        messages.append({"role": "system", "content": system})
+    for shot in shots:
+        thought = re.sub(r"<<.*?>>", "", shot["solution"])  # GSM8K's calculator annotations
+        reply = respond(thought, shot["answer"], think_tag)
+        messages.append({"role": "user", "content": user_turn(preset, shot)})
+        messages.append({"role": "assistant", "content": reply})
+    messages.append({"role": "user", "content": user_turn(preset, problem)})
+    return messages
+
+
+def render_prompt(preset, problem, *, system=None, shots=(), think_tag="think"):
+    """The text that a model is given for a problem.
+
+    preset: a name of PRESETS. system: the system turn where the preset has none of its own (None:
+    no such turn). shots: solved problems, dicts with "problem", "solution" and "answer", which
+    stand before the question as earlier turns.
+    """
+    preset = PRESETS[preset]
+    if preset.text is not None:
+        return preset.text + user_turn(preset, problem)
+    return render_chat(chat_messages(preset, problem, system, shots, think_tag), system=None)
+
+
+def encode_prompt(tokenizer, preset, problem, *, system=None, shots=(), think_tag="think"):
+    """The token ids of render_prompt's text."""
+    text = render_prompt(preset, problem, system=system, shots=shots, think_tag=think_tag)
+    return tokenizer.encode(text, add_special_tokens=False).ids  # TODO: model.encode_chat
+
+
+def prompt_hash(preset, **asked):
+    """Eight characters that change with anything in the prompt but the problem itself."""
+    text = render_prompt(preset, {"problem": "{problem}"}, **asked)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

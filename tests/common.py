@@ -1,0 +1,200 @@
+"""What several test files share: assertions, our scripts run as a user runs them, tiny models."""
+
+import contextlib
+import importlib
+import io
+import math
+import os
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# ---- assertions
+
+
+@contextlib.contextmanager
+def raises(kind, *words):
+    """The block must raise `kind`, with a message of one line that holds all of `words`."""
+    try:
+        yield
+    except kind as error:
+        text = str(error)
+        assert "\n" not in text and all(word in text for word in words), (words, text)
+    else:
+        raise AssertionError(f"expected a {kind.__name__} that says {words}, nothing was raised")
+
+
+def skip_unless(found, variable, what):
+    """Skips the test if `what` was not found. It fails if `variable` is set, for it should name it.
+
+    CI sets the variables whose files it has, so that a test cannot be skipped there unnoticed.
+    """
+    if not found:
+        message = f"{what}: not found; set {variable} to where it is"
+        assert variable not in os.environ, f"{message}, now {os.environ[variable]}"
+        raise unittest.SkipTest(message)
+
+
+def gradients(params, loss_fn):
+    """Runs loss_fn(leaves), which ends in backward(), on fresh leaves: {name: gradient}."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in params.items()}
+    loss_fn(leaves)
+    return {name: tensor.grad for name, tensor in leaves.items()}
+
+
+def assert_same_gradients(a, b, tolerance=1e-9):
+    for name in a:
+        gap = (a[name] - b[name]).abs().max()
+        assert gap <= tolerance, (name, gap)
+
+
+# ---- our scripts
+
+# A run of grpo.py that takes seconds.
+GRPO_RUN = ["grpo.py", "--model", "tiny", "--prompts", 4, "--group", 4, "--max-new-tokens", 40,
+            "--steps", 4, "--eval-limit", 4, "--test-limit", 4, "--train-limit", 40,
+            "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4]
+
+
+def run(*words, ok=True, env=None):
+    """`python *words` in a process of its own: its stdout or, with ok=False, its one-line error."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    if ok:
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    assert done.returncode == 2 and "Traceback" not in done.stderr, (done.returncode, done.stderr)
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def in_process(script, *words):
+    """The script's main() in this process, where tests can patch it: what it printed."""
+    module = importlib.import_module(script)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        module.main(module.parse_args(list(map(str, words))))
+    return out.getvalue()
+
+
+def error_of(script, *words):
+    """The message with which the script refuses these flags."""
+    try:
+        in_process(script, *words)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    raise AssertionError(f"{script} accepted {words}")
+
+
+def weights_of(run_dir, step):
+    path = Path(run_dir) / "checkpoints" / f"step_{step:06d}" / "model.safetensors"
+    return path.read_bytes()
+
+
+# ---- tiny models
+
+
+def formula_model(tied=True, yarn=False):
+    """A model whose weights follow from a formula, so that another library can be given the same:
+    (params, config)."""
+    scaling = model.parse_yarn({"type": "yarn", "factor": 4.0}, 16) if yarn else None
+    config = model.Config(96, 64, 80, 3, 4, 2, max_position_embeddings=16 if yarn else 64,
+                          rope_theta=10000.0, tie_word_embeddings=tied, rope_scaling=scaling,
+                          eos_token_id=(95,))
+    params = {}
+    for i, (name, shape) in enumerate(model.param_shapes(config).items()):
+        squares = torch.arange(math.prod(shape), dtype=torch.float64).square()
+        wave = (squares * 0.7 + i).sin().view(shape)
+        if name.endswith("norm.weight"):
+            params[name] = (1 + 0.2 * wave).float()
+        elif name.endswith("bias"):
+            params[name] = (0.5 * wave).float()
+        else:
+            params[name] = (0.25 * wave).float()
+    return params, config
+
+
+FORMULA_TOKENS = (torch.arange(40) ** 2 * 7 % 96)[None]  # [1, 40]
+
+
+def double_model(vocab=64, **changes):
+    """A random model in float64, with grouped heads: (params, config)."""
+    config = model.Config(vocab, 32, 48, 2, 4, 2, max_position_embeddings=256,
+                          initializer_range=0.15, eos_token_id=(1,))
+    config = config._replace(**changes)
+    return model.init_params(config, seed=0, dtype=torch.float64), config
+
+
+def bytes_tokenizer():
+    """Single bytes and ChatML's three special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return tokenizer
+
+
+def small_model(seed=0):
+    """A random model over bytes: (params, config, tokenizer)."""
+    config = model.Config(259, 32, 48, 2, 4, 2, max_position_embeddings=2048, eos_token_id=(258,))
+    return model.init_params(config, seed), config, bytes_tokenizer()
+
+
+# ---- scripted models
+
+
+def sum_problems(n):
+    return [{"id": f"sum/{i}", "problem": f"{i}+1", "answer": str(i + 1), "level": i % 5 + 1,
+             "subject": "sums"} for i in range(n)]
+
+
+def scripted(reply_fn, calls=None):
+    """A stand-in for generate() that says reply_fn(prompt text, prompt seed, sample) over bytes.
+
+    A reply that does not fit in max_new_tokens is cut off. The list `calls` is given the number of
+    prompts of each call.
+    """
+    from generate import Completion
+
+    tokenizer = bytes_tokenizer()
+
+    def complete(reply, limit):
+        tokens = tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False).ids
+        finish = "stop" if len(tokens) <= limit else "length"
+        tokens = tokens[:limit]
+        return Completion(tokens, [-0.25] * len(tokens), finish)
+
+    def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100, **_):
+        if calls is not None:
+            calls.append(len(prompts))
+        rows = []
+        for i, prompt in enumerate(prompts):
+            text = tokenizer.decode(prompt, skip_special_tokens=False)
+            seed = seeds[i] if seeds else i
+            rows.append([complete(reply_fn(text, seed, sample), max_new_tokens)
+                         for sample in range(num_samples)])
+        return rows
+
+    return generate
+
+
+def scripted_run(problems, ask):
+    """eval.py's Run over these problems with a small model, for generate() to be patched."""
+    from eval import Run
+
+    params, config, tokenizer = small_model()
+    defaults = {"prompt": "cot", "system": None, "shots": [], "think_tag": "think",
+                "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0, "max_new_tokens": 100,
+                "max_batch": 64}
+    settings = {"model": "scripted", "data": "sums", "split": "test"}
+    return Run(params, config, tokenizer, problems, defaults | ask, settings)

@@ -1,0 +1,104 @@
+"""Tests of attention.py."""
+
+import math
+import random
+from collections import Counter
+
+import torch
+
+import attention
+import model
+from tests.common import FORMULA_TOKENS, formula_model
+
+
+def test_model_attention_is_causal_and_positions_shift():
+    """A later token never moves an earlier logit; without YaRN's scale, only distances between positions count."""
+    params, config = formula_model()
+    other = FORMULA_TOKENS.clone()
+    other[0, 25] = (other[0, 25] + 1) % 96
+    a, b = (model.forward(params, config, t) for t in (FORMULA_TOKENS, other))
+    assert torch.equal(a[:, :25], b[:, :25]) and (a[:, 25:] - b[:, 25:]).abs().max() > 1e-2
+    shifted = model.forward(params, config, FORMULA_TOKENS, positions=torch.arange(40)[None] + 1000)
+    assert (shifted - a).abs().max() < 1e-3
+    spread = model.forward(params, config, FORMULA_TOKENS, positions=torch.arange(40)[None] * 2)
+    assert (spread - a).abs().max() > 1e-2
+
+
+def test_attention_equals_its_definition_both_ways():
+    """The CPU's way and the GPU's, values and gradients, in float64 and head by head."""
+    generator = torch.Generator().manual_seed(4)
+    for T, S, given in ((40, 40, 0), (300, 300, 0), (5, 40, 2), (5, 1100, 2), (5, 40, 3)):
+        q, k, v = (torch.randn(2, heads, rows, 8, generator=generator)
+                   for heads, rows in ((4, T), (2, S), (2, S)))
+        seen = torch.ones(T, S, dtype=torch.bool).tril(S - T)
+        if given == 3:  # [B, T, S]
+            seen = torch.stack((seen, seen & (torch.arange(S) % 3 != 1)))
+        wide = [x.double().requires_grad_() for x in (q, k, v)]
+        heads = [wide[1].repeat_interleave(2, 1), wide[2].repeat_interleave(2, 1)]
+        scores = wide[0] @ heads[0].mT / math.sqrt(8)
+        want = scores.masked_fill(~seen.expand(2, T, S)[:, None], -math.inf).softmax(-1) @ heads[1]
+        grad = torch.randn(want.shape, generator=generator)
+        want_grads = torch.autograd.grad((want * grad).sum(), wide)
+        for way in (attention.plain_attention, attention.fused_attention, attention.attention):
+            mask = seen if given or way is attention.plain_attention else None
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            got = way(*inputs, mask)
+            assert got.shape == q.shape and (got - want).abs().max() < 1e-5, (T, S, way)
+            grads = torch.autograd.grad((got * grad).sum(), inputs)
+            for ours, theirs in zip(grads, want_grads):
+                assert (ours - theirs).abs().max() < 1e-4, (T, S, way)
+
+
+def test_attention_scores_are_float32():
+    """Scores of the real Qwen-2.5 reach 13,000, where bfloat16 counts in steps of 64.
+
+    A large offset common to all keys leaves the softmax as it is; rounded scores lost it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 16, generator=generator).bfloat16() for _ in "qkv")
+    q[..., 0], k[..., 0] = 128, k[..., 0] + 64  # exact in bfloat16, and so is their product
+    exact = attention.plain_attention(q.double(), k.double(), v.double(), torch.ones(64, 64).bool().tril())
+    for way in (attention.attention, attention.causal_attention):
+        got = way(q, k, v) if way is attention.attention else way(0, q, k, v)
+        assert (got.double() - exact).abs().max() < 0.02
+    store = [torch.zeros(2, 2, 1, 64, 16, dtype=torch.bfloat16)]
+    store[0][0, :, 0], store[0][1, :, 0] = k[0], v[0]
+    layout = attention.Layout(torch.tensor([63, 127, 191, 255]), torch.tensor([63]), torch.empty(0),
+                              torch.empty(0, 0), torch.empty(0))
+    decode = attention.decode_attention(store, None, layout, 64)
+    got = decode(0, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
+    assert (got.double() - exact[:, :, -1:]).abs().max() < 0.02
+
+
+class _RowCounts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the number of rows of every matrix product, and of each of a batch of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if fn in (aten.mm.default, aten.addmm.default, aten.bmm.default):
+            for tensor in [x for x in args if x.dim() > 1][-2:]:
+                self.counts.update(tensor.shape[-2:])
+        return fn(*args, **(kwargs or {}))
+
+
+def test_model_packed_rows_have_few_shapes():
+    """Texts of any lengths make products of few shapes: for each new one oneDNN keeps a kernel, and memory grows."""
+    assert [attention.padded_length(n) for n in (0, 1, 32, 33, 511, 513, 1000, 1025, 16000)] == \
+        [0, 32, 32, 64, 512, 544, 1024, 1088, 16384]
+    assert all(n <= attention.padded_length(n) <= max(n + 31, n * 17 / 16 + 1) for n in range(5000))
+    params, config = formula_model()
+    params, rng = {k: v.requires_grad_() for k, v in params.items()}, random.Random(0)
+    with _RowCounts() as rows:
+        for _ in range(5):
+            groups = [(rng.randint(0, 70), [rng.randint(1, 90) for _ in range(3)]) for _ in range(2)]
+            total = sum(prompt + sum(lengths) for prompt, lengths in groups)
+            tokens = torch.randint(0, config.vocab_size, (total,))
+            hidden = model.packed_hidden_states(params, config, tokens, groups)
+            logprobs, _ = model.head_logprobs(params, config, hidden[1:], tokens[1:])
+            logprobs.sum().backward()
+    sizes = set(config) | {config.head_dim, config.num_key_value_heads * config.head_dim}
+    assert {n for n in rows.counts if n not in sizes and n % 32} == set(), rows.counts
