@@ -84,6 +84,7 @@ REMARK = re.compile(  # "this answer is correct" is none
     r"(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
     r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
 )  # fmt: skip
+CHANGE = r"(?:in|de)crease|more\b|less\b|gain|loss|profit|off\b"
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 LETTER_IN_PROSE = re.compile(
     r"\b(?:[Oo]ption|[Cc]hoice|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?([A-J])\b"
@@ -208,7 +209,9 @@ def number_in_prose(text, first):
             run = " ".join(words[begin : at + 1])
             if at + 1 < len(words) and re.match("per ?cent|pct", words[at + 1]):
                 run += r"\%"
-            found = re.split(r"=|≈", run.strip("*_\"',.;:!?"))[-1].strip() or found
+            bare = run.strip("*_\"',.;:?")
+            bare = bare[:-1] if bare == run and bare[-1] == "!" else bare
+            found = re.split(r"=|≈", bare)[-1].strip() or found
         at += 1
     if found and found.count("(") != found.count(")"):
         found = found.strip("()")
@@ -246,7 +249,7 @@ def after_phrase(rest):
     if verdict := VERDICT.match(sentence):
         return verdict[0]
     if number := re.match(r"[-−+\\$€£(]*[\d.]", sentence) and number_in_prose(sentence, first=True):
-        hedge = re.search(rf"{re.escape(number)}\W*(?:or|and)\W+[\d$\\]", sentence)
+        hedge = re.search(rf"{re.escape(number)}\W*(?:(?:or|and)\W+[\d$\\]|{CHANGE})", sentence)
         return sentence if hedge else number
     return last_value(sentence) or sentence or None
 
@@ -329,6 +332,7 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"\s*\.\.\.+", r"\\ldots "),
+    (r"\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime", lambda match: "'" * match[0].count("prime")),
     (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),  # escapes that JSON has eaten
     (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|in|pm)\b)", r"\\"),
     (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})|\{{\s*\^\s*{CIRCLE}\s*\}}", r"\\degree "),
@@ -386,6 +390,7 @@ RELATIONS = {
     **dict.fromkeys(["ne", "neq"], "!="), **dict.fromkeys("approx simeq cong doteq".split(), "~"),
     "rightarrow": "to",
 }  # fmt: skip
+BIG = ("sum", "prod", "int", "iint", "oint", "lim")
 COMMANDS = {
     **{name: name for name in (
         "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom choose "
@@ -404,7 +409,7 @@ COMMANDS = {
     **dict.fromkeys(["Rightarrow", "implies"], "so"),
     **dict.fromkeys("text textbf textit textrm textnormal mbox hbox emph textsf texttt".split(), "text"),
     **dict.fromkeys(["mathrm", "operatorname", "mathsf"], "roman"),
-    **dict.fromkeys("sum prod int iint oint lim".split(), "big"),
+    **dict.fromkeys(BIG, "big"),
     **dict.fromkeys("odot otimes oplus ominus circ bullet star bmod".split(), "op"),
 }  # fmt: skip
 FUNCTIONS = {
@@ -530,9 +535,9 @@ def read_letters(run, mode, space, before, alone):
     listed = low in SMALL_WORDS or low in NUMERALS or low in UNITS and len(run) > 2
     if mode or listed or run in ("II", "III", "IV", "VI") or len(run) > 2 and run.istitle():
         return token("word", low)
-    alphabetic = "".join(sorted(run)) == run  # abcd is a product
-    vowel = alone and len(run) > 2 and re.search("[aeiouAEIOU]", run)
-    if run.isupper() and len(run) > 3 or not alphabetic and (len(run) > 3 or vowel):
+    product = low in "abcdefghijklmnopqrstuvwxyz" and not run.isupper()  # abcd, xyz
+    vowel = (alone or space and after_number) and len(run) > 2 and re.search("[aeiou]", low)
+    if not product and (len(run) > 3 or vowel):
         return token("word", low)
     return [t for letter in run for t in read_letters(letter, None, False, END, False)]
 
@@ -571,6 +576,8 @@ def tokenize(text, mode=None, outer=END):
                 raise Unreadable("text without its group")
             content = match[2] or text[match.end() : end - 1]
             inner = tokenize(content, COMMANDS[lexeme], before)
+            if len(inner) == 1 and inner[0].kind == "word" and re.match(r"\s*(?:\\left\s*)?\(", text[end:]):
+                inner = [Token("sym", content.strip(), content)] if not mode and before.kind != "number" else inner
             if inner:
                 found += [inner[0]._replace(space=True), *inner[1:]]
             at = end
@@ -626,6 +633,7 @@ POWER = {  # what stands between two operands binds them so tightly
     "minus": 6, "+": 7, "-": 7, "pm": 7, "mp": 7, "*": 8, "/": 8, "op": 8, "word": 8, "currency": 8,
 }  # fmt: skip
 SEPARATORS = ("newline", ";", "or", ",", "and")
+CLOSING = ("end of text", "end", "}", "set}", ")", "]", "rangle")
 BRACKETS = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
 OPERANDS = {*BRACKETS, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar name big".split()}
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
@@ -728,8 +736,7 @@ def quantity(value, words):
     """A value with its unit or counted noun; Unreadable if the words are no such thing."""
     names = words.split()
     if names and names[0].replace(".", "") in ("am", "pm"):
-        clock = value if value[0] == "time" else ("time", value, number(0), "", "")
-        return (*clock[:4], names[0][0])
+        return (*(value[:-1] if value[0] == "time" else ("time", value)), names[0][0])
     for name in [name for name in names if name in SCALES]:
         value = chain("mul", value, number(SCALES[name]))
         names.remove(name)
@@ -852,6 +859,8 @@ class Parser:
         if kind == "/" and self.kind == "word":
             return quantity(left, "/ " + self.unit())
         right = self.expression(power + 1)
+        while kind == "/" and right[0] in ("sym", "mul") and self.kind == "sym" and not self.tokens[self.at].space:
+            right = chain("mul", right, self.expression(FACTOR))  # t/RC
         if kind == "+":
             return chain("add", left, right)
         if kind == "-" and left[0] not in ("reals", "number set"):
@@ -865,30 +874,39 @@ class Parser:
         return ("minus" if kind == "-" else kind, left, right)
 
     def join_clauses(self, left, power):
-        kinds = set()
-        while token := self.accept(*SEPARATORS, "so"):
-            kinds.add(token.kind)
-        if self.kind in ("end of text", "end", "}", "set}", ")", "]"):
-            return left
-        right = self.expression(power + 1)
-        if "so" in kinds:  # of a chain of implications the last counts
+        if self.accept("so"):  # of a chain of implications the last counts
+            right = self.expression(CLAUSE)
             return right if left[0] == right[0] == "rel" else ("call", "implies", left, right)
-        items = [*(left[2:] if left[0] == "list" and self.same_level(left, power) else [left]), right]
-        kind = "or" if "or" in kinds or left[:2] == ("list", "or") else ","
-        return listed(kind, items) if power > 1 or True else None
-
-    def same_level(self, left, power):
-        return power > LOWEST or not any(item[0] == "rel" for item in left[2:])
+        items = [left]
+        kinds = set()
+        while self.power() == power and self.kind != "so":
+            while separator := self.accept(*SEPARATORS):
+                kinds.add(separator.kind)
+            if self.kind in CLOSING:
+                break
+            items.append(self.expression(power + 1))
+        return listed("or" if "or" in kinds else ",", items) if len(items) > 1 else left
 
     def colon(self, left):
         """A ratio, a time or a label."""
         name = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
         if name and self.kind not in ("sym", "set{"):
             return ("rel", ("=",), (left, self.expression(CLAUSE)))
-        right = self.expression(POWER[":"] + 1)
-        if right[0] == "time":  # 7:30 p.m.
-            return ("time", left, right[1], "", right[4])
-        return ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), right)
+        parts = [left]
+        texts = []
+        self.at -= 1
+        while self.accept(":"):
+            parts.append(self.expression(POWER[":"] + 1))
+            texts.append(self.tokens[self.at - 1].text)
+        half = ""
+        if parts[-1][0] == "time":  # 7:30 p.m.
+            half = parts[-1][-1]
+            parts[-1] = parts[-1][1]
+        if all(map(is_integer, parts)) and (half or all(re.fullmatch("[0-5][0-9]", text) for text in texts)):
+            clock = [int(part[1]) for part in parts]
+            if half or clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
+                return ("time", *parts, half)
+        return ("ratio", *parts)
 
     def juxtapose(self, left):
         if left[0] == "num" and self.kind == "number":
@@ -995,21 +1013,14 @@ class Parser:
         raise Unreadable("too many postfix operators")
 
     def raised(self, value):
-        primes = 0
-        begin = self.at
-        grouped = self.accept("{")
-        while self.accept("prime"):
-            primes += 1
-        if primes:
-            if grouped:
-                self.take("}")
-            return ("sym", value[1] + "'" * primes) if value[0] == "sym" else value
-        self.at = begin
-        power = self.script()
+        power = self.script(single=value[0] == "sym")
         return value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
 
-    def script(self):
-        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2)."""
+    def script(self, single=False):
+        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2). single: v^2_0 is v_0^2."""
+        if single and self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
+            token = self.take()
+            return ("num", *token.value) if token.kind == "number" else ("sym", token.value)
         negative = self.accept("-")
         self.accept("+")
         value = self.group() if self.kind == "{" else self.deeper(self.atom)
@@ -1127,7 +1138,7 @@ class Parser:
         literal = all(exact(a) is not None and a[0] != "add" for a in arguments)
         if name == "C" and len(arguments) == 2:
             return ("fn", "binomial", *arguments)
-        if name.rstrip("'") in ("f", "g", "h") or named or literal:
+        if name.rstrip("'") in ("f", "g", "h") or named or literal or len(name) > 2 and name.isalpha() and name not in GREEK:
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -1153,6 +1164,10 @@ class Parser:
             name = "a" + name
             power = None
         value = ("fn", name, *values)
+        if name in ("tanh", "coth"):  # 1 - tanh 100 shows in the sizes of its exponentials
+            square = ("fn", "exp", chain("mul", number(2), values[0]))
+            tanh = chain("add", square, MINUS_ONE), chain("add", square, ONE)
+            value = divide(*(tanh if name == "tanh" else tanh[::-1]))
         return ("pow", value, power) if power else value
 
     def arguments(self):
@@ -1178,7 +1193,7 @@ class Parser:
         above = None
         while script := self.accept("^", "_"):
             if script.kind == "^":
-                above = self.script()
+                above = self.script(single=True)
             else:
                 below = self.argument_or_clause()
         body = self.expression(TERM)
@@ -1190,13 +1205,17 @@ class Parser:
         elif name.endswith("int") and body[0] == "mul":
             at = [i for i, part in enumerate(body[1:-1], 1) if part == ("sym", "d")]
             variable = body[at[-1] + 1] if at else None
-        if variable and variable[0] == "sym":
+        if variable and variable[0] in ("sym", "const"):
             total = written_out(name, variable, below, above, body)
             if total:
                 return total
             bound = ("sym", f"#{len([n for n in symbols(body) if n[0] == '#'])}")
             body = rebuild(body, lambda n: bound if n == variable else n)
-        return ("call", name, below or ("empty",), above or ("empty",), body)
+        factors = list(body[1:]) if body[0] == "mul" and name != "prod" else [body]
+        inner = [factor for factor in factors if has(factor, "sym") and any(n[0] == "#" or n == "d" for n in symbols(factor))]
+        outer = [factor for factor in factors if factor not in (*inner, ONE)]
+        total = ("call", name, below or ("empty",), above or ("empty",), ("mul", ONE, *inner) if outer else body)
+        return ("mul", *outer, total) if outer else total
 
     def argument_or_clause(self):
         return self.argument()
@@ -1447,7 +1466,6 @@ OPS = {
     "pow": (exact_power, power), "root": (exact_root, root),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
-    "ratio": (lambda a, b: a / b, lambda m, a, b: a / b),
     **{name: own(name) for name in (
         "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp"
     ).split()},
@@ -2000,6 +2018,8 @@ def is_name(node):
     tag = node[0]
     if tag == "mul":
         first, rest = node[1], node[2:]
+        if any(child[0] == "call" and child[1] in BIG for child in node[1:]):
+            return True
         marked = first == ("sym", "d") or first[0] == "sym" and "'" in first[1]
         if marked or first[0] == "pow" and first[2] == MINUS_ONE:  # dy, f'(x), f^{-1}(x)
             return all(child[0] == "sym" or child[0] == "pow" and is_name(child[1]) for child in rest)
@@ -2156,47 +2176,33 @@ def partial_sum(a, b):
     return chain("add", a, b)
 
 
-def as_time(node):
-    """(hour, minute, second or None, half of the day or "") of a time of day, or None."""
-    if node[0] == "time":
-        values = [exact(part) for part in node[1:3]]
-        return None if None in values else (*map(int, values), None, node[4])
-    if node[0] != "ratio" or not 3 <= len(node) <= 4 or not all(map(is_integer, node[1:])):
-        return None
-    values = [int(part[1]) for part in node[1:]]
-    if values[0] > 24 or not all(0 <= value < 60 for value in values[1:]):
-        return None
-    return (*values, None, "")[:3] + ("",)
+def same_time(a, b):
+    """Two times of the day, as far as both are given; one of them may look like a ratio."""
+    halves = [node[-1] if node[0] == "time" else "" for node in (a, b)]
+    (hour, *rest), (other, *others) = [
+        [exact(part) for part in node[1 : len(node) - (node[0] == "time")]] for node in (a, b)
+    ]
+    if None in (hour, other) or any(x != y for x, y in zip(rest, others)) or not rest and any(others):
+        return False
+    if not others and any(rest):
+        return False
+    if all(halves) or not any(halves):
+        return hour == other and halves[0] == halves[1]
+    if halves[1]:
+        hour, other, halves = other, hour, halves[::-1]
+    return other in (hour, hour % 12 + 12 * (halves[0] == "p"))
 
 
-def same_ratio(a, b, text_a="", text_b=""):
-    """Ratios by proportion, with their zeros in the same places; times of the day exactly."""
-    times = as_time(a), as_time(b)
-    if any(time and (node[0] == "time" or is_clock(node)) for time, node in zip(times, (a, b))):
-        if None in times:
-            return False
-        (h, m, s, half), (hour, minute, second, other) = times
-        if half and other or not half and not other:
-            same_hour = h == hour and half == other
-        else:
-            (h, half), (hour, other) = ((h, half), (hour, other)) if half else ((hour, other), (h, half))
-            same_hour = hour == h or hour == h % 12 + 12 * (half == "p")
-        return same_hour and m == minute and (s == second or None in (s, second))
+def same_ratio(a, b):
+    """Ratios by proportion, with their zeros in the same places; 3:4 is 3/4."""
     if a[0] != b[0]:
-        return same_value(a, b) if len(a if a[0] == "ratio" else b) == 3 else False
+        ratio, other = (a, b) if a[0] == "ratio" else (b, a)
+        return len(ratio) == 3 and same_value(divide(*ratio[1:]), other)
     zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
     if zeros[0] != zeros[1] or all(zeros[0]):
         return a == b
-    pivot = zeros[0].index(False) + 1
-    return all(
-        same_value(("mul", x, b[pivot]), ("mul", y, a[pivot])) for x, y in zip(a[1:], b[1:])
-    )
-
-
-def is_clock(node):
-    """Whether a:b must be a time: 0:05, 12:00, 10:15, but not 7:30, which may be a ratio."""
-    hour, minute = (int(part[1]) for part in node[1:3])
-    return len(node) == 3 and minute in (0, *range(10, 60)) and math.gcd(hour, minute) > 1
+    at = zeros[0].index(False) + 1
+    return all(same_value(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:]))
 
 
 def same_quantity(a, b):
@@ -2264,7 +2270,9 @@ def same_plain(a, b):
         return a[1] == b[1] and same(a[2], b[2])
     if "quantity" in tags:
         return same_quantity(a, b)
-    if tags & {"ratio", "time"}:
+    if "time" in tags:
+        return tags <= {"time", "ratio"} and same_time(a, b)
+    if "ratio" in tags:
         return same_ratio(a, b)
     if tags == {"tuple", "interval"}:
         return False
@@ -2305,7 +2313,7 @@ SECOND_READINGS = [(re.compile(pattern), by) for pattern, by in [
     (r"\+-", "+ -"),  # is 2+-3 two numbers or -1?
 ]]  # fmt: skip
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    r"(?<=\d)(?:\s|\\[ ,;])*((?:[mshgLNJWVAK]|[kcm]m|kg)(?:\^\{?-?\d\}?)?(?:(?:\s*[/*]\s*|\s*\\cdot\s*)"
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:[mshgLNJWVAK]|\\Omega|[kcm]m|kg)(?:\^\{?-?\d\}?)?(?:(?:\s*[/*]\s*|\s*\\cdot\s*)"
     r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?)*)$"
 )
 
@@ -2329,7 +2337,7 @@ def readings(text, is_answer):
         letter = option[1].lower()
         return [("option", letter, tree) for tree in readings(option[2].strip(), is_answer)]
     texts = [text, *(pattern.sub(by, text) for pattern, by in SECOND_READINGS if pattern.search(text))]
-    if is_answer and (unit := TRAILING_UNIT.search(text)):
+    if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
     trees = []
     for tree in map(read, texts):
@@ -2415,6 +2423,8 @@ def format_reward(text, think_tag="think"):
     A prompt that ends in "<think>" is part of `text`.
     """
     tail = re.sub(rf"(?:\s|{CONTROL.pattern})+$", "", text.strip())
+    if CONTROL.search(tail):
+        return 0.0
     opening = f"<{think_tag}>"
     closing = f"</{think_tag}>"
     if opening in tail or closing in tail:
