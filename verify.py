@@ -4,18 +4,18 @@ r"""Grades text: is the answer in a model's output the same as the reference ans
     python verify.py --file results.jsonl --explain             # a file; with `expected`, a table
 
 Text from a model is hostile, and nothing here evaluates it. An answer is cut out of the output,
-split into tokens and parsed into a small tree of tuples, its normal form; two trees are then
-compared by kind: words as words, sets of reals by where they hold, everything else by value.
-Values are exact where they can be: a Fraction, or for rational functions an element of a large
-prime field at a random point. The rest is sampled at complex and real points, first in doubles,
-then with as many digits as the sizes on the way call for. Length, depth, digits, precision and
-steps are bounded by counters, not clocks, so a verdict does not depend on the machine.
+split into tokens and parsed into a small tree of tuples; two trees are then compared by kind:
+words as words, sets of reals by where they hold, everything else by value. Values are exact where
+they can be: fractions, or for rational functions elements of a large prime field at a random
+point. Other values are sampled at complex and real points, first in doubles and then with as many
+digits as the sizes met on the way call for. Length, depth, digits and steps are bounded by
+counters, not by clocks, so a verdict depends neither on the machine nor on what else runs there.
 
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma are one
-answer. Bare lists and sets are unordered, tuples and bracketed lists of three are ordered. `x = 5`
+answer. Bare lists and sets are unordered; tuples and bracketed lists of three are ordered. `x = 5`
 is 5 and `y = f(x)` is f(x); other equations are equal up to a factor. Labels count. 28 % is 28
-and 0.28. A unit or a counted noun is ignored beside a bare number; where both sides have words,
-the words must agree. A decimal equals an exact value from 8 significant digits on.
+and 0.28. A unit or counted noun is ignored beside a bare number; where both sides have words, the
+words must agree. A decimal equals an exact value from 8 significant digits on.
 """
 
 import argparse
@@ -44,8 +44,8 @@ MAX_TERMS = 2_000  # of a sum or product that is written out
 MAX_BITS = 30_000  # of a numerator or denominator that is written out
 MAX_PRECISION = 12_000  # bits of a number that is sampled
 DECIMAL_DIGITS = 8  # significant digits from which on a decimal stands for an exact value
-STEPS_PER_SECOND = 100_000  # operations at double precision that a slow core manages
-TIMEOUT_S = 2.0  # for one comparison, as so many steps
+STEPS_PER_SECOND = 100_000  # operations on doubles that a slow core manages
+TIMEOUT_S = 2.0  # for one comparison, counted in such steps
 
 
 def parse_args(argv=None):
@@ -80,19 +80,20 @@ ANSWER_PHRASE = re.compile(
     r"####|^A:|^#+ *(?:Final )?Answer *\n|\b(?:answers?|correct (?:option|choice))\b[*_]*\s*"
     r"(?:is(?!n)|are|was|would be|=|:|(?=\$|\\\(|\\\[))[*_]*\s*:?", re.I | re.M,
 )  # fmt: skip
-REMARK = re.compile(  # "this answer is correct" is none
+REMARK = re.compile(  # "this answer is correct" gives none
     r"(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
     r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
 )  # fmt: skip
-CHANGE = r"(?:in|de)crease|more\b|less\b|gain|loss|profit|off\b"
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
+HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*")  # 5! is none
 LETTER_IN_PROSE = re.compile(
     r"\b(?:[Oo]ption|[Cc]hoice|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?([A-J])\b"
 )
 LAST_LETTER = re.compile(r"(?:^|\n)[\s*$(]*([A-J])[\s*$).]*$")
 PLACEHOLDER = re.compile(
-    r"(?:\s|[?.…_$]|\\[lc]?dots|\\square|\\text\s*\{[\s?._]*\}|(?:\\text\s*\{)?(?:your |final |the )?"
-    r"answer(?: here)?\}?)*", re.I,
+    r"(?:\s|[?.…_$]|\\[lc]?dots|\\square|\\text\s*\{[\s?._]*\}"
+    r"|(?:\\text\s*\{)?(?:your |final |the )?answer(?: here)?\}?)*", re.I,
 )  # fmt: skip
 STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
 WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
@@ -120,13 +121,12 @@ def box_span(text):
     r"""(begin, end) of the content of the last `\boxed{}`; None if there is none or it is open.
 
     >>> box_span(r"\boxed{1} or \boxed{23}")
-    (20, 22)
+    (17, 19)
     """
     last = deque(BOX.finditer(text), maxlen=1)
-    if not last or text[last[0].end() : last[0].end() + 1] != "{":
-        return None
-    end = group_end(text, last[0].end())
-    return end and (last[0].end() + 1, end - 1)
+    begin = last[0].end() if last else len(text)
+    end = group_end(text, begin) if text[begin : begin + 1] == "{" else None
+    return end and (begin + 1, end - 1)
 
 
 def after_thinking(text):
@@ -167,13 +167,13 @@ def is_prose(text):
     return not set(ENGLISH.findall(WRAPPER.sub("", text))) <= NOT_ENGLISH
 
 
-def formula_at(text, at, search=True):
-    """(the next formula, where it ends), or None. `5$ to Jack and 7$` has no formula."""
-    while match := (MATH.search if search else MATH.match)(text, at):
+def formula_at(text, at, find=MATH.search):
+    """(the next formula, where it ends), or None. "5$ to Jack and 7$" has no formula."""
+    while match := find(text, at):
         content = match[match.lastindex]
-        if match[0][0] != "$" or not is_prose(content) or not re.search(r"\s", content.strip()):
+        if match[0][0] != "$" or " " not in content.strip() or not is_prose(content):
             return content, match.end()
-        if not search:
+        if find == MATH.match:
             return None
         at = match.start() + 1
     return None
@@ -188,31 +188,32 @@ def is_formula(text):
 
 def is_math_word(word):
     letters = re.findall("[a-zA-Z]+", re.sub(r"\\[a-zA-Z]+", "", word))
-    if word in ("a", "A", "I", "-", "–", "—", "&", "*") or not re.search(r"[\w+*/^=√π<>]", word):
+    if word in ("a", "A", "I", "-", "–", "—", "&", "*"):
         return False
-    return all(len(run) == 1 or run in NOT_ENGLISH - {"or", "and", "in"} for run in letters)
+    short = all(len(run) == 1 or run in NOT_ENGLISH - {"or", "and", "in"} for run in letters)
+    return short and re.search(r"[\w+*/^=√π<>]", word)
 
 
 def number_in_prose(text, first):
     """The first or last run of mathematical words that has a digit, whole: 3x, 2^{10}, 5 + 4."""
     words = text.split()
+    ends = [word[-1] in ",.;:!?" for word in words]  # a run ends with its sentence
     found = None
     at = 0
     while at < len(words) and not (first and found):
         bare = words[at].strip("*_\"'()[],.;:!?")
-        if re.search(r"\d", bare) and (NUMBER_WITH_UNIT.fullmatch(bare) or is_math_word(bare)):
-            begin = at
-            while begin and is_math_word(words[begin - 1]) and words[begin - 1][-1] not in ",.;:!?":
-                begin -= 1
-            while at + 1 < len(words) and words[at][-1] not in ",.;:!?" and is_math_word(words[at + 1]):
-                at += 1
-            run = " ".join(words[begin : at + 1])
-            if at + 1 < len(words) and re.match("per ?cent|pct", words[at + 1]):
-                run += r"\%"
-            bare = run.strip("*_\"',.;:?")
-            bare = bare[:-1] if bare == run and bare[-1] == "!" else bare
-            found = re.split(r"=|≈", bare)[-1].strip() or found
+        begin = at
         at += 1
+        if not re.search(r"\d", bare) or not (NUMBER_WITH_UNIT.fullmatch(bare) or is_math_word(bare)):
+            continue
+        while begin and is_math_word(words[begin - 1]) and not ends[begin - 1]:
+            begin -= 1
+        while at < len(words) and not ends[at - 1] and is_math_word(words[at]):
+            at += 1
+        run = " ".join(words[begin:at]).strip("*_\"',.;:?")
+        run = run.rstrip("!") if words[at - 1][-1] == "!" else run
+        percent = at < len(words) and re.match("per ?cent|pct", words[at])
+        found = re.split("=|≈", run)[-1].strip() + r"\%" * bool(percent) or found
     if found and found.count("(") != found.count(")"):
         found = found.strip("()")
     return found
@@ -232,14 +233,13 @@ def after_phrase(rest):
     rest = rest.lstrip(" \t\n*_:=")
     found = []
     at = 0
-    while formula := formula_at(rest, at, search=False):
+    while formula := formula_at(rest, at, MATH.match):
         found.append(formula[0])
         end = formula[1]
         at = BETWEEN_FORMULAS.match(rest, end).end()
     if found:
         return ", ".join(found) + (r"\%" if PERCENT.match(rest, end) else "")
-    ends = r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*"  # 5! is no end
-    sentence = re.split(ends, rest, maxsplit=1)[0].strip()
+    sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
     if REMARK.match(sentence):
@@ -248,9 +248,9 @@ def after_phrase(rest):
         return last_value(rest[len(sentence) :]) or sentence
     if verdict := VERDICT.match(sentence):
         return verdict[0]
-    if number := re.match(r"[-−+\\$€£(]*[\d.]", sentence) and number_in_prose(sentence, first=True):
-        hedge = re.search(rf"{re.escape(number)}\W*(?:(?:or|and)\W+[\d$\\]|{CHANGE})", sentence)
-        return sentence if hedge else number
+    number = number_in_prose(sentence, first=True)
+    if number and sentence.startswith(number):
+        return sentence if HEDGE.match(sentence[len(number) :]) else number
     return last_value(sentence) or sentence or None
 
 
@@ -285,8 +285,7 @@ def extract_answer(text, strict=False):
             return found
     if is_formula(tail):
         return tail.strip()
-    letters = LETTER_IN_PROSE.findall(tail) or LAST_LETTER.findall(tail)
-    if letters:
+    if letters := LETTER_IN_PROSE.findall(tail) or LAST_LETTER.findall(tail):
         return letters[-1]
     bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
     return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
@@ -307,7 +306,6 @@ class Token(NamedTuple):
 
 
 END = Token("end of text")
-VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 SYMBOL_NAMES = dict(zip(
     "≤≥⩽⩾≦≧≠≈≅∞∪∩∈∉∅±∓∖°º˚√∛⌊⌋⌈⌉⟨⟩∠△…∧∨⇒≡∣αβγδεζηθλμνξπρστφχψωΔΓΘΛΣΦΨΩϕϵ∑∏∫→",
     "le ge le ge le ge ne approx approx infty cup cap in notin emptyset pm mp setminus degree "
@@ -323,7 +321,7 @@ UNICODE = str.maketrans({
     **{char: rf"\{name} " for char, name in SYMBOL_NAMES.items()},
     **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
     **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
-       for char in VULGAR},
+       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
 })  # fmt: skip
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
@@ -331,26 +329,27 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
-    (r"\s*\.\.\.+", r"\\ldots "),
-    (r"\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime", lambda match: "'" * match[0].count("prime")),
-    (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),  # escapes that JSON has eaten
-    (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|in|pm)\b)", r"\\"),
+    (r"\s*\.\.\.+", r"\\ldots "), (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),
+    (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|pm)\b)", r"\\"),
     (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})|\{{\s*\^\s*{CIRCLE}\s*\}}", r"\\degree "),
+    (r"\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime", lambda match: "'" * match[0].count("prime")),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
-    (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}|\\(?:rm|bf|it)\s+", r"\\mathrm{\1}"),
+    (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"(?<!\\)\$\s+\$(?=.)|\\\)\s+\\\(", r"\\quad "),  # formulas side by side
     (r"\{\s*\\?\$\s*\}|\\(?:text|mbox)\s*\{\s*\\?\$\s*\}|\\(?:math|text)dollar(?![a-z])", r"\\$"),
-    (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"), (r"\bper cent\b", "percent"),  # the borders of formulas
-    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "),
+    (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"),
+    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|mathrm|mbox|q?quad|pmod))", ", "),
+    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "), (r"\bper cent\b", "percent"),
     (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
     (r"(\\mathbb\s*\{?R\}?|\\R)\s*[\^_]\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+)", r"(0,\\infty)"),
     (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
-    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"),  # 7 p.m.
-    (r"^(?:[\s=:*]|\\approx|\\therefore)+", ""),
+    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"), (r"^(?:[\s=:*]|\\approx)+", ""),
+    (r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$", ""),
 ]]  # fmt: skip
-TRAILING = re.compile(r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$")
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
 NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d*)".format
@@ -362,8 +361,9 @@ DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
 LAYOUT = (
     "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
     r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat|widehat"
-    "|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num"
-    "|blacksquare|square|Box|qed|therefore|ensuremath"
+    "|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
+    "|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|quad|qquad|angle|measuredangle"
+    "|sphericalangle|triangle|overrightarrow"
 )
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
@@ -371,56 +371,46 @@ LEXEME = re.compile(
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
     r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
-    r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?|\\(?P<domain>[RZNQ])(?![a-zA-Z])"
+    r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
     r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)",
     re.S,
 )  # fmt: skip
 WORD_IN_TEXT = re.compile(r"[a-zA-Z]+(?:['.\-][a-zA-Z]+)*")  # sq.ft, don't
 
-SYMBOLS = {
+BIG = ("sum", "prod", "int", "iint", "oint", "lim")
+KINDS = {  # of symbols and commands, each with its spellings
     **{char: char for char in "+-*/^_!%()[]{}|,;:&"}, "'": "prime", "**": "^", "\\%": "%",
     "\\{": "set{", "\\}": "set}", "\\|": "|", "\\&": "and", "\\\\": "newline", "+-": "pm",
     "+/-": "pm", "\\$": "currency",
-}  # fmt: skip
-RELATIONS = {
-    **{name: name for name in ("=", "<", ">", "<=", ">=", "!=", "in", "notin", "to")},
-    **dict.fromkeys(["==", "equiv"], "="), **dict.fromkeys(["le", "leq", "leqslant", "leqq"], "<="),
-    **dict.fromkeys(["ge", "geq", "geqslant", "geqq", "=>"], ">="), "lt": "<", "gt": ">",
-    **dict.fromkeys(["ne", "neq"], "!="), **dict.fromkeys("approx simeq cong doteq".split(), "~"),
-    "rightarrow": "to",
-}  # fmt: skip
-BIG = ("sum", "prod", "int", "iint", "oint", "lim")
-COMMANDS = {
     **{name: name for name in (
-        "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom choose "
-        "prime pmod over quad"
+        "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom pmod"
     ).split()},
-    **dict.fromkeys(["cdot", "times", "ast"], "*"), "div": "/", "bigcup": "cup",
-    **dict.fromkeys(["setminus", "backslash"], "minus"), "colon": ":", "qquad": "quad",
-    **dict.fromkeys("lvert rvert vert lVert rVert Vert".split(), "|"), "lbrace": "set{",
-    "rbrace": "set}", "lbrack": "[", "rbrack": "]", "cr": "newline", "percent": "%",
-    **dict.fromkeys("dfrac tfrac cfrac sfrac nicefrac".split(), "frac"),
-    **dict.fromkeys(["dbinom", "tbinom"], "binom"), "infty": "inf",
-    **dict.fromkeys(["emptyset", "varnothing"], "empty"), "surd": "sqrt",
-    **dict.fromkeys(["degree", "textdegree"], "deg"), **dict.fromkeys(["land", "wedge"], "and"),
-    **dict.fromkeys("angle measuredangle sphericalangle triangle overrightarrow".split(), "name"),
-    **dict.fromkeys(["overline", "bar"], "bar"), **dict.fromkeys(["lor", "vee"], "or"),
-    **dict.fromkeys(["Rightarrow", "implies"], "so"),
-    **dict.fromkeys("text textbf textit textrm textnormal mbox hbox emph textsf texttt".split(), "text"),
-    **dict.fromkeys(["mathrm", "operatorname", "mathsf"], "roman"),
-    **dict.fromkeys(BIG, "big"),
-    **dict.fromkeys("odot otimes oplus ominus circ bullet star bmod".split(), "op"),
+    **{name: kind for kind, names in {
+        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash", ":": "colon",
+        "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace", "[": "lbrack",
+        "]": "rbrack", "newline": "cr", "%": "percent", "frac": "dfrac tfrac cfrac sfrac nicefrac",
+        "binom": "dbinom tbinom", "inf": "infty", "empty": "emptyset varnothing", "sqrt": "surd",
+        "deg": "degree textdegree", "and": "land wedge", "or": "lor vee", "bar": "overline bar",
+        "so": "Rightarrow implies", "big": " ".join(BIG), "roman": "mathrm operatorname mathsf",
+        "text": "text textbf textit textrm textnormal mbox hbox emph textsf texttt",
+        "op": "odot otimes oplus ominus circ bullet star bmod",
+    }.items() for name in names.split()},
 }  # fmt: skip
+RELATIONS = {name: relation for relation, names in {
+    "=": "= == equiv", "<": "< lt", ">": "> gt", "<=": "<= le leq leqslant leqq", "in": "in",
+    ">=": ">= => ge geq geqslant geqq", "!=": "!= ne neq", "~": "approx simeq cong doteq",
+    "notin": "notin", "to": "to rightarrow",
+}.items() for name in names.split()}  # fmt: skip
 FUNCTIONS = {
     **{name: name for name in (
-        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp Abs "
-        "floor factorial gcd lcm cis"
+        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp abs "
+        "floor factorial gcd lcm cis min max"
     ).split()},
     **{"arc" + name: "a" + name for name in "sin cos tan cot sec csc".split()}, "arsinh": "asinh",
-    "arcosh": "acosh", "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "abs": "Abs",
-    "ceil": "ceiling", "min": "Min", "max": "Max", "conj": "conjugate", "Re": "re", "Im": "im",
-    "tg": "tan", "ctg": "cot", "arctg": "atan",
+    "arcosh": "acosh", "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "Abs": "abs",
+    "ceil": "ceiling", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot",
+    "arctg": "atan",
 }  # fmt: skip
 GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
@@ -428,11 +418,17 @@ GREEK = set(
     "ell hbar".split()
 )
 KNOWN = {  # commands, by the kind and value of their token
+    **{name: (kind, name) for name, kind in KINDS.items()},
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("rel", relation) for name, relation in RELATIONS.items()},
-    **{name: (kind, name) for name, kind in COMMANDS.items()}, "pi": ("const", "pi"),
+    **{name: ("rel", relation) for name, relation in RELATIONS.items()}, "pi": ("const", "pi"),
     "imath": ("const", "i"), **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "partial": ("sym", "d"),
+    "partial": ("sym", "d"), **{name: ("set", name) for name in "RZNQ"},
+}  # fmt: skip
+NAMES = {  # runs of letters that are mathematics without a backslash
+    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
+    **{name: ("sym", name) for name in GREEK}, "pi": ("const", "pi"), "in": ("rel", "in"),
+    **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)), "union": ("cup", None),
+    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")}, "binomial": ("binom", None),
 }  # fmt: skip
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -449,12 +445,12 @@ UNITS = {name: line.split()[0] for line in (  # every spelling by the first of i
     "inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg milligram|lb lbs "
     "pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter milliliters|h hr "
     "hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day days|week weeks|month "
-    "months|yr year years|mph|kph|hz Hz|degree degrees deg °|F|C|K kelvin|J joule joules|kJ kj|N "
+    "months|yr year years|mph|kph|hz Hz|degree degrees deg|F|C|K kelvin|J joule joules|kJ kj|N "
     "newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa pa|mol|gal gallon gallons|rad "
     "radian radians|pt pts point points|dollar dollars usd|cent cents|eur euro euros|gbp|inr|rpm|^2 "
     "square sq squared|^3 cubic cu cubed|/ per"
 ).split("|") for name in line.split()}  # fmt: skip
-IGNORED = set("units unit of the a an in total each approximately about th st nd rd".split())
+IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot even "
     "odd prime composite increase increases increased increasing decrease decreases decreased "
@@ -464,9 +460,9 @@ STATEMENT = set(  # words that say something of what stands before them, and are
     "slower older younger larger smaller bigger positive negative true false rise fall growth decline "
     "drop profit deficit surplus discount off ahead behind forward forwards backward backwards debit "
     "credit rational irrational converges diverges real imaginary if when where only except without "
-    "reduced reduction raised won without equal equals exceeds at between or from".split()
+    "reduced reduction raised won equal equals exceeds at between or from".split()
 )
-SMALL_WORDS = set("yes no not odd even true false none all the red dne if for any is are of to we us usd old per".split())
+WORDS = set("yes no not odd even true false none all the red dne if for any is are of to we us usd old per".split())
 
 
 def read_number(text, at, inside):
@@ -477,15 +473,14 @@ def read_number(text, at, inside):
     whole, point, decimals = re.sub(r"[^\d.]", "", literal).partition(".")
     unit = Fraction(1, 10 ** len(decimals))
     value = int(whole + decimals or "0") * unit
-    period = PERIOD.match(text, end) if point else None
-    dots = DOTS.match(text, end) if decimals else None
+    period = point and PERIOD.match(text, end)
+    dots = decimals and DOTS.match(text, end)
     if dots:
         period = re.search(r"(\d+?)\1\1+$", decimals)  # 0.333... is 1/3
     if period:
-        end = (dots or period).end()
-    if period:
         digits = period[period.lastindex]
-        return value + unit * Fraction(int(digits), 10 ** len(digits) - 1), Fraction(0), end
+        value += unit * Fraction(int(digits), 10 ** len(digits) - 1)
+        return value, Fraction(0), (dots or period).end()
     unit = unit if decimals else Fraction(0)
     if exponent := EXPONENT.match(text, end):
         scale = Fraction(10) ** int(exponent[1])
@@ -496,51 +491,40 @@ def read_number(text, at, inside):
 def read_letters(run, mode, space, before, alone):
     """Tokens of a run of letters: functions, products of variables, words. before: a token."""
     low = run.lower()
-    after_number = before.kind in ("number", "word", "deg")
-
-    def token(kind, value=None):
-        return [Token(kind, value, run, space)]
-
+    counted = before.kind in ("number", "word", "deg")
+    kind, value = None, low
     if low in ("and", "or"):
-        return token(low)
-    if low in ("percent", "pct"):
-        return token("%")
-    if low == "to" and before.kind == "number":
-        return token(":")
-    if len(run) == 1:
-        unit = before.kind == "deg" and run in "CF" or mode == "roman" and after_number and run not in "ei"
-        if unit or mode == "text" and run != "i":
-            return token("word", run if run in UNITS else low)
-        return token("const" if run in "ie" else "sym", run)
-    if after_number and (low in UNITS or low in ("th", "st", "nd", "rd")):
-        return token("word", low)
-    if mode == "text" and run in FUNCTIONS and alone and low not in ("min", "max", "log"):
-        return token("fn", FUNCTIONS[run])
-    if mode != "text":
-        if low in ("inf", "infinity", "oo"):
-            return token("inf")
-        if low == "pi":
-            return token("const", "pi")
-        if low in ("in", "union"):
-            return token("rel" if low == "in" else "cup", low)
-        if low in ("sqrt", "cbrt", "binom", "binomial", "frac"):
-            return token(low.removesuffix("ial"))
-        if run in FUNCTIONS or run in GREEK:
-            return token("fn", FUNCTIONS[run]) if run in FUNCTIONS else token("sym", run)
-        names = "sqrt|sin|cos|tan|cot|log|ln|pi|theta"
-        mixed = re.fullmatch(rf"([a-zA-Z]?)({names})([a-zA-Z]?)", run)
-        if mixed and mode is None:  # xsin, lnx
-            parts = [name for name in mixed.groups() if name]
-            return [t for name in parts for t in read_letters(name, mode, False, END, False)]
-    listed = low in SMALL_WORDS or low in NUMERALS or low in UNITS and len(run) > 2
-    if mode or listed or run in ("II", "III", "IV", "VI") or len(run) > 2 and run.istitle():
-        return token("word", low)
-    product = low in "abcdefghijklmnopqrstuvwxyz" and not run.isupper()  # abcd, xyz
-    vowel = (alone or space and after_number) and len(run) > 2 and re.search("[aeiou]", low)
-    if not product and (len(run) > 3 or vowel):
-        return token("word", low)
-    return [t for letter in run for t in read_letters(letter, None, False, END, False)]
-
+        kind = low
+    elif low in ("percent", "pct"):
+        kind = "%"
+    elif low == "to" and before.kind == "number":
+        kind = ":"
+    elif len(run) == 1:
+        unit = before.kind == "deg" and run in "CF" or mode == "roman" and counted and run not in "ei"
+        word = unit or mode == "text" and run != "i"
+        kind = "word" if word else "const" if run in "ie" else "sym"
+        value = run if run in UNITS or not word else low
+    elif counted and (low in UNITS or low in ("th", "st", "nd", "rd")):
+        kind = "word"
+    elif run in NAMES and (mode != "text" or alone and low not in ("min", "max", "log", "in")):
+        kind, value = NAMES[run]
+    elif low in ("pi", "infinity") and mode != "text":
+        kind, value = NAMES[low]
+    elif mode or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
+        kind = "word"
+    elif mixed := re.fullmatch(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)", run):
+        parts = [name for name in mixed.groups() if name]  # xsin, lnx
+    elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
+        kind = "word"
+    else:
+        product_ = low in "abcdefghijklmnopqrstuvwxyz" and not run.isupper()  # abcd, xyz
+        syllable = (alone or space and counted) and len(run) > 2 and re.search("[aeiou]", low)
+        if not product_ and (len(run) > 3 or syllable):
+            kind = "word"
+        parts = run
+    if kind:
+        return [Token(kind, value, run, space)]
+    return [token for part in parts for token in read_letters(part, None, False, END, False)]
 
 
 def tokenize(text, mode=None, outer=END):
@@ -555,89 +539,79 @@ def tokenize(text, mode=None, outer=END):
         lexeme = match[kind]
         start = at
         at = match.end()
-        count = len(found)
         before = found[-1] if found else outer
+        if before.kind in ("*", "/") and found[-2:-1] and found[-2].kind == "word":
+            before = found[-2]
+        if kind == "space":
+            space = True
+            continue
         if kind == "literal":
-            found.append(Token("number", (Fraction(int(lexeme, 0)), Fraction(0)), lexeme, space))
-        elif kind == "digits":
-            found.append(Token("number", None, lexeme, space))
+            tokens = [Token("number", (Fraction(int(lexeme, 0)), Fraction(0)), lexeme)]
         elif kind == "number":
             value, unit, at = read_number(text, start, brackets > 0)
-            found.append(Token("number", (value, unit), text[start:at], space))
+            tokens = [Token("number", (value, unit), text[start:at])]
         elif kind == "letters":
-            if mode:
-                lexeme = WORD_IN_TEXT.match(text, start)[0]
-                at = start + len(lexeme)
-            found += read_letters(lexeme, mode, space, before, lexeme == text.strip())
-        elif kind == "command" and COMMANDS.get(lexeme) in ("text", "roman"):
-            match = re.compile(r"\s*(?:(\{)|([a-zA-Z]))").match(text, at)
-            end = group_end(text, match.end() - 1) if match and match[1] else match and match.end()
-            if not end:
-                raise Unreadable("text without its group")
-            content = match[2] or text[match.end() : end - 1]
-            inner = tokenize(content, COMMANDS[lexeme], before)
-            if len(inner) == 1 and inner[0].kind == "word" and re.match(r"\s*(?:\\left\s*)?\(", text[end:]):
-                inner = [Token("sym", content.strip(), content)] if not mode and before.kind != "number" else inner
-            if inner:
-                found += [inner[0]._replace(space=True), *inner[1:]]
-            at = end
-        elif kind == "command":
-            lexeme = lexeme if lexeme != "Delta" else match[0]
-            found.append(Token(*KNOWN.get(lexeme, ("sym", lexeme.lstrip("\\"))), lexeme, space))
-        elif kind == "symbol":
-            if lexeme in RELATIONS:
-                found.append(Token("rel", RELATIONS[lexeme], lexeme, space))
-            elif (kind := SYMBOLS.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)) is not None:
-                brackets += (kind in ("(", "[", "set{")) - (kind in (")", "]", "set}"))
-                found.append(Token("and" if kind == "&" and mode else kind, None, lexeme, space))
-            elif not (mode and lexeme in ".\"`?"):
+            lexeme = WORD_IN_TEXT.match(text, start)[0] if mode else lexeme
+            at = start + len(lexeme)
+            tokens = read_letters(lexeme, mode, space, before, lexeme == text.strip())
+        elif kind == "command" and KINDS.get(lexeme) in ("text", "roman"):
+            content, at = text_argument(text, at)
+            tokens = tokenize(content, KINDS[lexeme], before)
+            if KINDS[lexeme] == "roman" and before.kind != "number" and text[at:].lstrip()[:1] == "(":
+                tokens = [Token("sym", content.strip(), content)]  # \operatorname{rank}(A)
+            space = True
+        elif kind in ("command", "symbol"):
+            known = KNOWN.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
+            if not known and kind == "symbol":
+                if mode and lexeme in ".\"`?":
+                    continue
                 raise Unreadable(f"unknown character {lexeme!r}")
-        elif kind != "space":  # begin, end, set
-            found.append(Token("set" if kind == "domain" else kind, lexeme, lexeme, space))
-        space = kind == "space" or (space and len(found) == count)
+            kind, value = known or ("sym", lexeme)
+            brackets += (kind in ("(", "[", "set{")) - (kind in (")", "]", "set}"))
+            tokens = [Token("and" if kind == "&" and mode else kind, value, lexeme)]
+        else:  # digits, begin, end, set
+            tokens = [Token("number" if kind == "digits" else kind, lexeme, lexeme)]
+        if tokens:
+            found += [tokens[0]._replace(space=space), *tokens[1:]]
+            space = False
     return found
 
 
-def separate(tokens):
-    """The tokens with each \\quad a comma where it parts two things, and dropped elsewhere."""
-    found = []
-    for token, after in zip(tokens, [*tokens[1:], END]):
-        if token.kind == "quad":
-            before = found[-1].kind if found else "end of text"
-            closing = (*SEPARATORS, "quad", "end of text", "word", "pmod", "rel", ")", "}", "set}", "&")
-            if before in (*SEPARATORS, "end of text", "(", "{", "rel", "&") or after.kind in closing:
-                continue
-            token = Token(",", None, ",")
-        found.append(token)
-    return found
+def text_argument(text, at):
+    """(the argument of a \\text that ends at `at`, where that argument ends)."""
+    match = re.compile(r"\s*(?:(\{)|([a-zA-Z]))").match(text, at)
+    end = match and (group_end(text, match.end() - 1) if match[1] else match.end())
+    if not end:
+        raise Unreadable("text without its argument")
+    return match[2] or text[match.end() : end - 1], end
+
+
 # ---- parser
 #
 # A tree is a nested tuple (tag, ...):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
-#               ("inf",) ("add", a, ...) ("mul", a, ...) ("pow", a, b) ("root", n, a)
-#               ("fn", name, a, ...) ("call", name, a, ...) ("pm"|"mp", a, b) ("pct", a)
-#               ("based", value, base) ("mod", a, m) ("ratio", a, b, ...)
-#               ("time", hour, minute, second or "", "a" or "p" or "") ("quantity", a, units, nouns)
+#               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
+#               ("pm"|"mp", a, b) ("quantity", a, units, nouns) ("based", value, base)
+#               ("mod", a, m) ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
 #               ("matrix", row, ...), a row being a tuple
 #   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
-#               ("reals",) ("empty",) ("number set", letter) ("builder", what, condition)
+#               ("reals",) ("empty",)
 #   statements  ("rel", operators, sides)
-#   words       ("words", words) ("named", kind, what) ("option", letter, value or None)
-#               ("raw", string) for what cannot be parsed
+#   words       ("words", words) ("option", letter, value); ("raw", string) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-LOWEST, CLAUSE, SIDE, TERM, FACTOR = 1, 4, 5, 8, 9
-POWER = {  # what stands between two operands binds them so tightly
+CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9
+POWER = {  # how tightly what stands between two operands binds them
     "newline": 1, ";": 1, "or": 2, ",": 3, "and": 3, "so": 3, "rel": 4, ":": 5, "cup": 6, "cap": 6,
     "minus": 6, "+": 7, "-": 7, "pm": 7, "mp": 7, "*": 8, "/": 8, "op": 8, "word": 8, "currency": 8,
 }  # fmt: skip
 SEPARATORS = ("newline", ";", "or", ",", "and")
-CLOSING = ("end of text", "end", "}", "set}", ")", "]", "rangle")
-BRACKETS = {"(": (")", "]"), "[": ("]", ")"), "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
-OPERANDS = {*BRACKETS, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar name big".split()}
+CLOSING = {  # what closes each bracket
+    "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
+}  # fmt: skip
+OPERANDS = {*CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split()}
 TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
-INVERTIBLE = TRIGONOMETRIC | {"sinh", "cosh", "tanh"}
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result solution "
     "solutions we get have choice option approximately about roughly exactly that it be of all point "
@@ -648,7 +622,7 @@ TEXT_VALUES = {
                     "empty set|none".split("|"), ("empty",)),
     **dict.fromkeys("all real numbers|all reals|real numbers|reals|all real x".split("|"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
-    **dict.fromkeys(("all integers", "integers"), ("number set", "Z")), "infinity": ("inf",),
+    **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
 }  # fmt: skip
 
 
@@ -660,18 +634,28 @@ ONE, MINUS_ONE = number(1), number(-1)
 
 
 def children(node):
-    return (child for child in node if isinstance(child, tuple) and child)
+    return [child for child in node if isinstance(child, tuple)]
 
 
 def rebuild(node, fn):
     """The tree with `fn` applied to every node, leaves first."""
-    if not node or not isinstance(node[0], str):  # a row, or a tuple of words
-        return tuple(rebuild(child, fn) if isinstance(child, tuple) else child for child in node)
-    return fn(tuple(rebuild(child, fn) if isinstance(child, tuple) else child for child in node))
+    node = tuple(rebuild(child, fn) if isinstance(child, tuple) else child for child in node)
+    return fn(node) if node and isinstance(node[0], str) else node
+
+
+def replaced(node, old, new):
+    return rebuild(node, lambda part: new if part == old else part)
 
 
 def has(node, *tags):
-    return node[node[0] == "fn"] in tags or any(has(child, *tags) for child in children(node))
+    return bool(node) and (node[0] in tags or any(has(child, *tags) for child in children(node)))
+
+
+@lru_cache(maxsize=1024)
+def symbols(node):
+    """The names of a tree's variables."""
+    names = frozenset(node[1:2] if node and node[0] in ("sym", "call") else ())
+    return names.union(*map(symbols, children(node)))
 
 
 def chain(tag, a, b):
@@ -683,6 +667,10 @@ def negate(a):
     return ("num", -a[1], a[2]) if a[0] == "num" else chain("mul", MINUS_ONE, a)
 
 
+def minus(a, b):
+    return chain("add", a, negate(b))
+
+
 def divide(a, b):
     return chain("mul", a, ("pow", b, MINUS_ONE))
 
@@ -691,23 +679,20 @@ def is_integer(node):
     return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
 
 
-@lru_cache(maxsize=1024)
-def symbols(node):
-    """The names of a tree's variables."""
-    names = frozenset(node[1:2] if node[0] in ("sym", "call") else ())
-    return names.union(*(symbols(child) for child in children(node)))
-
-
 def infinite(node):
     """1 for infinity, -1 for minus infinity, 0 for anything else."""
-    return -infinite(node[2]) if node[:2] == ("mul", MINUS_ONE) else int(node == ("inf",))
+    return int(node == ("inf",)) - (node == negate(("inf",)))
+
+
+def items_of(node):
+    return list(node[2:]) if node[0] == "list" else [node]
 
 
 def listed(kind, items):
     """A list; a list in it is spliced in unless it has statements: p=5, q=2; p=7, q=2."""
     flat = []
     for item in items:
-        splice = item[0] == "list" and not any(part[0] == "rel" for part in item[2:])
+        splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
         flat += item[2:] if splice else [item]
         kind = "or" if splice and item[1] == "or" else kind
     return ("list", kind, *flat)
@@ -717,16 +702,13 @@ def numeral(words):
     """The tree of "minus twenty-five thousand", or None."""
     total = 0
     tail = 0
-    names = words.split()
-    negative = names[0] in ("minus", "negative")
-    for name in names[negative:]:
-        if name == "hundred" and tail:
-            tail *= 100
-        elif name in SCALES and tail:
-            total += tail * SCALES[name]
-            tail = 0
-        elif name in NUMERALS and tail % 100 == 0:
+    first, *rest = words.split()
+    negative = first in ("minus", "negative")
+    for name in rest if negative else [first, *rest]:
+        if name in NUMERALS and tail % 100 == 0:
             tail += NUMERALS[name]
+        elif name in SCALES and tail:
+            total, tail = (total, tail * 100) if name == "hundred" else (total + tail * SCALES[name], 0)
         else:
             return None
     return number(-total - tail if negative else total + tail)
@@ -737,32 +719,36 @@ def quantity(value, words):
     names = words.split()
     if names and names[0].replace(".", "") in ("am", "pm"):
         return (*(value[:-1] if value[0] == "time" else ("time", value)), names[0][0])
-    for name in [name for name in names if name in SCALES]:
-        value = chain("mul", value, number(SCALES[name]))
-        names.remove(name)
     units = [UNITS[name] for name in names if name in UNITS]
-    nouns = [re.sub("e?s?$", "", name) for name in names if name not in UNITS.keys() | IGNORED]
+    nouns = [name for name in names if name not in UNITS and name not in IGNORED | SCALES.keys()]
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
+    for name in SCALES.keys() & set(names):
+        value = chain("mul", value, number(SCALES[name]))
+    nouns = [re.sub("e?s?$", "", name) for name in nouns]
     if value[0] == "quantity":
-        units += value[2]
-        nouns += value[3]
+        units += value[2].split()
+        nouns += value[3].split()
         value = value[1]
     if not units and not nouns:
         return value
-    return ("quantity", value, tuple(sorted(units)), tuple(sorted(set(nouns))))
+    return ("quantity", value, " ".join(sorted(units)), " ".join(sorted(nouns)))
 
 
 def unit_text(node):
     """The words of a unit written as a term, such as \\frac{\\text{km}}{\\text{h}}, or None."""
     if node[0] == "words":
         return node[1]
-    if node[0] == "pow" and (inner := unit_text(node[1])):
-        return f"/ {inner}" if node[2] == MINUS_ONE else f"{inner} ^{show(node[2])}"
-    if node[0] == "mul":
-        parts = [unit_text(child) for child in node[1:]]
-        return None if None in parts else " ".join(parts)
-    return None
+    parts = [unit_text(child) for child in node[1:3]] if node[0] in ("mul", "pow") else []
+    if not parts or None in parts[: 1 + (node[0] == "mul")]:
+        return None
+    return " ".join(parts) if node[0] == "mul" else f"{exponent_text(node[2])} {parts[0]}"
+
+
+def exponent_text(power):
+    """How a unit's exponent is written among its words: m^2 is `m ^2`, h^{-1} is `/ h`."""
+    text = show(power)
+    return f"^{text}".replace("^-1", "/").replace("^-", "/ ^")
 
 
 class Parser:
@@ -785,195 +771,176 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def take(self, *kinds):
-        token = self.tokens[self.at]
-        if kinds and token.kind not in kinds:
-            expected = " or ".join(kinds)
-            raise Unreadable(f"found {token.text or token.kind!r} where {expected} was expected")
-        self.at += 1
+        token = self.accept(*kinds) if kinds else self.accept(self.kind)
+        if token is None:
+            found = self.tokens[self.at].text or self.kind
+            raise Unreadable(f"found {found!r} where {' or '.join(kinds)} was expected")
         return token
 
-    def inside(self, context, method, *arguments):
-        """The result of `method`, in another context."""
+    def deeper(self, method, *arguments, context=None):
+        """The result of `method`, one level deeper, and perhaps in another context."""
+        if self.depth == MAX_DEPTH:
+            raise Unreadable("nested too deeply")
         outer = self.context
-        self.context = context
+        self.depth += 1
+        self.context = context or outer
         result = method(*arguments)
+        self.depth -= 1
         self.context = outer
         return result
 
-    def expression(self, level=LOWEST):
+    def expression(self, level=1):
         """An operand, and all operators and operands that bind at least as tightly as `level`."""
-        if self.depth == MAX_DEPTH:
-            raise Unreadable("nested too deeply")
-        self.depth += 1
-        left = self.operand()
+        left = self.deeper(self.operand)
         while (power := self.power()) >= level:
-            left = self.join(left, power)
-        self.depth -= 1
+            left = self.deeper(self.join, left, power)
         return left
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
         while self.context == "aligned" and self.accept("&"):
             pass
-        token = self.tokens[self.at]
-        if token.kind == ":" and self.context == "set":
-            return 0
         if self.starts_operand():
-            new = token.space and token.kind == "sym" and self.is_named(self.at)
-            return POWER[","] if new else TERM
-        return POWER.get(token.kind, 0)
-
-    def is_named(self, at):
-        """Whether another equation begins here, as in x = 1 y = 2."""
-        after = self.tokens[at + 1 :]
-        after = after[2 if after[0].kind == "_" and len(after) > 2 else 0 :]
-        before = any(token.kind == "rel" for token in self.tokens[:at])
-        return before and after[0][:2] == ("rel", "=") and self.tokens[at - 1].kind not in ("*", "/")
+            return POWER[","] if self.starts_equation() else TERM
+        return 0 if self.kind == ":" and self.context == "set" else POWER.get(self.kind, 0)
 
     def starts_operand(self):
         return self.kind in OPERANDS or self.kind == "|" and self.context in ("open", "aligned")
+
+    def starts_equation(self):
+        """Whether another equation begins here, as in x = 1 y = 2."""
+        token, *after = self.tokens[self.at : self.at + 4]
+        after = after[2 if after[0].kind == "_" else 0 :]
+        relations = [before.kind for before in self.tokens[: self.at]].count("rel")
+        return token.kind == "sym" and token.space and relations and after[:1] and after[0].value == "="
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
         if power < CLAUSE:
-            return self.join_clauses(left, power)
-        if kind == "word" or kind == "currency":
+            return self.clauses(left, power)
+        if kind in ("word", "currency"):
             return quantity(left, self.unit())
         if self.starts_operand():
-            return self.juxtapose(left)
+            return self.juxtaposed(left)
         token = self.take()
-        if kind == "rel":
-            while self.context == "aligned" and self.accept("&"):
-                pass
-            right = self.expression(SIDE)
-            if self.accept("pmod"):
-                right = ("mod", right, self.argument())
-            operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
-            relation = token.value
-            if relation == "=" and right[0] == "mul" and right[2:] == (("sym", "..."),):
-                relation, right = "~", right[1]  # 3/7 = 0.428...
-            return ("rel", (*operators, relation), (*sides, right))
         if kind == ":":
-            return self.colon(left)
+            return self.ratio(left)
         if kind == "/" and self.kind == "word":
             return quantity(left, "/ " + self.unit())
+        if kind == "rel":
+            return self.relation(left, token.value)
         right = self.expression(power + 1)
-        while kind == "/" and right[0] in ("sym", "mul") and self.kind == "sym" and not self.tokens[self.at].space:
-            right = chain("mul", right, self.expression(FACTOR))  # t/RC
         if kind == "+":
             return chain("add", left, right)
-        if kind == "-" and left[0] not in ("reals", "number set"):
-            return chain("add", left, negate(right))
+        if kind == "-" and left[0] != "reals":
+            return minus(left, right)
         if kind == "*":
             return chain("mul", left, right)
         if kind == "/":
+            while self.kind == "sym" and right[0] in ("sym", "mul") and not self.tokens[self.at].space:
+                right = chain("mul", right, self.expression(FACTOR))  # t/RC
             return divide(left, right)
-        if kind == "op":
-            return ("call", token.value, left, right)
-        return ("minus" if kind == "-" else kind, left, right)
+        return ("call", token.value, left, right) if kind == "op" else ("minus" if kind == "-" else kind, left, right)
 
-    def join_clauses(self, left, power):
+    def clauses(self, left, power):
         if self.accept("so"):  # of a chain of implications the last counts
             right = self.expression(CLAUSE)
             return right if left[0] == right[0] == "rel" else ("call", "implies", left, right)
         items = [left]
-        kinds = set()
+        kind = ","
         while self.power() == power and self.kind != "so":
             while separator := self.accept(*SEPARATORS):
-                kinds.add(separator.kind)
-            if self.kind in CLOSING:
+                kind = "or" if separator.kind == "or" else kind
+            if self.kind not in OPERANDS | {"word", "+", "-", "pm", "mp", "|", "currency"}:
                 break
             items.append(self.expression(power + 1))
-        return listed("or" if "or" in kinds else ",", items) if len(items) > 1 else left
+        return listed(kind, items) if len(items) > 1 else left
 
-    def colon(self, left):
-        """A ratio, a time or a label."""
+    def relation(self, left, operator):
+        while self.accept("&"):
+            pass
+        right = self.expression(SIDE)
+        if self.accept("pmod"):
+            right = ("mod", right, self.argument())
+        if right[0] == "mul" and right[2:] == (("sym", "..."),):  # 3/7 = 0.428...
+            operator, right = "~", right[1]
+        operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
+        return ("rel", (*operators, operator), (*sides, right))
+
+    def ratio(self, left):
+        """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
         name = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
         if name and self.kind not in ("sym", "set{"):
             return ("rel", ("=",), (left, self.expression(CLAUSE)))
-        parts = [left]
-        texts = []
-        self.at -= 1
+        parts = [left, self.expression(SIDE + 1)]
+        texts = [self.tokens[self.at - 1].text]
         while self.accept(":"):
-            parts.append(self.expression(POWER[":"] + 1))
+            parts.append(self.expression(SIDE + 1))
             texts.append(self.tokens[self.at - 1].text)
-        half = ""
         if parts[-1][0] == "time":  # 7:30 p.m.
-            half = parts[-1][-1]
-            parts[-1] = parts[-1][1]
-        if all(map(is_integer, parts)) and (half or all(re.fullmatch("[0-5][0-9]", text) for text in texts)):
+            return ("time", *parts[:-1], *parts[-1][1:])
+        if all(map(is_integer, parts)) and all(re.fullmatch("[0-5][0-9]", text) for text in texts):
             clock = [int(part[1]) for part in parts]
-            if half or clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
-                return ("time", *parts, half)
+            if clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
+                return ("time", *parts, "")
         return ("ratio", *parts)
 
-    def juxtapose(self, left):
-        if left[0] == "num" and self.kind == "number":
-            raise Unreadable("two numbers side by side")
-        if left[0] == "quantity":
-            if self.kind != "number":
-                raise Unreadable("an expression goes on after its unit")
+    def juxtaposed(self, left):
+        if left[0] == "quantity" and self.kind == "number":
             return listed(",", [left, self.expression(TERM)])  # 3 hours 20 minutes
+        if left[0] == "quantity" and left[3] or left[0] == "num" and self.kind == "number":
+            raise Unreadable("two things side by side")
         right = self.expression(FACTOR)
         words = unit_text(right)
         return quantity(left, words) if words else chain("mul", left, right)
 
     def unit(self):
-        """Words, or a unit such as `cm^2`, `m / s` or `miles per hour`."""
+        """The words of a unit such as `cm^2`, `m / s` or `miles per hour`."""
         words = []
         while True:
             after = self.tokens[self.at + 1].kind
-            if self.kind in ("word", "currency"):
-                words.append("dollar" if self.kind == "currency" else self.tokens[self.at].value)
-                self.at += 1
+            if self.accept("currency"):
+                words.append("dollar")
+            elif self.kind == "word" or words and words[-1] == "/" and self.kind == "sym":
+                words.append(self.take().value)
             elif self.kind in ("/", "*") and after in ("word", "sym"):
                 words += ["/"] if self.take().kind == "/" else []
-                if self.kind == "sym":
-                    words.append(self.take().value)
             elif words and self.accept("^"):
-                words.append("^" + show(self.script()))
-                if words[-1].startswith("^-"):
-                    words[-1:] = ["/"] + (["^" + words[-1][2:]] if words[-1] != "^-1" else [])
+                words.append(exponent_text(self.script()))
             else:
                 return " ".join(words)
 
     # operands
 
     def operand(self):
-        sign = self.accept("+", "-", "pm", "mp")
-        if sign and sign.kind in ("pm", "mp"):
+        if sign := self.accept("pm", "mp"):
             return (sign.kind, number(0), self.expression(TERM))
-        if sign:
+        if sign := self.accept("+", "-"):
             value = self.expression(TERM)
             return negate(value) if sign.kind == "-" else value
         if self.kind == "word":
             return self.words()
         if self.accept("currency"):
-            value = self.expression(FACTOR)
-            return quantity(value, "dollar " + self.unit())
+            return quantity(self.expression(FACTOR), "dollar " + self.unit())
         value = self.postfix(self.atom())
-        fraction = self.at + (self.kind == "{")
-        if is_integer(value) and self.tokens[self.at - 1].kind == "number":
-            return self.mixed(value, fraction)
-        return value
+        mixed = is_integer(value) and self.tokens[self.at - 1].kind == "number"
+        return self.mixed(value) if mixed else value
 
-    def mixed(self, value, fraction):
+    def mixed(self, value):
         """A mixed number such as 1\\frac45 or 2 1/3, or the value itself."""
         begin = self.at
-        if self.tokens[fraction].kind == "frac":
-            part = self.postfix(self.atom())
-            inner = part[1] if part[0] == "pct" else part
-            plain = inner[0] == "mul" and len(inner) == 3 and inner[2][0] == "pow"
-            plain = plain and is_integer(inner[1]) and is_integer(inner[2][1])
-            share = exact(inner) if plain else None
-            if share is not None and 0 < share < 1:
-                return number(value[1] + share) if inner is part else ("pct", number(value[1] + share))
-        elif self.kind == "number" and self.tokens[self.at].space:
-            top, slash, bottom = self.tokens[self.at : self.at + 3]
-            if slash.kind == "/" and bottom.kind == "number" and 0 < top.value[0] < bottom.value[0]:
-                self.at += 3
-                return self.postfix(number(value[1] + top.value[0] / bottom.value[0]))
+        share = None
+        if "frac" in (self.kind, self.tokens[self.at + 1].kind) and self.kind in ("frac", "{"):
+            part = self.atom()
+            plain = part[0] == "mul" and len(part) == 3 and part[2][0] == "pow"
+            share = exact(part) if plain and is_integer(part[1]) and is_integer(part[2][1]) else None
+        elif self.kind == "number" and self.tokens[self.at].space and self.tokens[self.at + 1].kind == "/":
+            top, _, bottom = self.tokens[self.at : self.at + 3]
+            share = top.value[0] / bottom.value[0] if bottom.kind == "number" and bottom.value[0] else None
+            self.at += 3
+        if share is not None and 0 < share < 1:
+            return self.postfix(number(value[1] + share))
         self.at = begin
         return value
 
@@ -988,7 +955,7 @@ class Parser:
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
-            return self.expression(FACTOR if self.kind not in ("-", "+") else TERM)
+            return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
         text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
         return TEXT_VALUES.get(text) or numeral(text) or ("words", text)
@@ -996,63 +963,39 @@ class Parser:
     def postfix(self, value):
         for _ in range(10):
             if self.accept("!"):
-                value = ("fn", "factorial", value)
+                value = ("factorial", value)
             elif self.accept("%"):
                 value = ("pct", value)
             elif self.accept("deg"):
-                value = ("quantity", value, ("degree",), ())
-            elif self.accept("prime"):
-                value = (*value[:-1], value[-1] + "'") if value[0] == "sym" else value
+                value = ("quantity", value, "degree", "")
             elif self.accept("^"):
-                value = self.raised(value)
-            elif self.kind == "_" and value[0] == "pow" and value[1][0] == "sym":
-                self.take()  # v^2_0
-                value = ("pow", ("sym", f"{value[1][1]}_{self.subscript()}"), value[2])
+                power = self.script(single=value[0] == "sym")
+                value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
+                if value[0] == "pow" and value[1][0] == "sym" and self.accept("_"):  # v^2_0
+                    value = ("pow", ("sym", f"{value[1][1]}_{self.subscript()}"), value[2])
             else:
                 return value
         raise Unreadable("too many postfix operators")
 
-    def raised(self, value):
-        power = self.script(single=value[0] == "sym")
-        return value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
-
     def script(self, single=False):
-        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2). single: v^2_0 is v_0^2."""
+        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2). single: not 2_0 in v^2_0."""
         if single and self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
             token = self.take()
             return ("num", *token.value) if token.kind == "number" else ("sym", token.value)
-        negative = self.accept("-")
-        self.accept("+")
-        value = self.group() if self.kind == "{" else self.deeper(self.atom)
+        sign = self.accept("-", "+")
+        value = self.deeper(self.atom)
         if self.accept("^"):
             value = ("pow", value, self.deeper(self.script))
-        return negate(value) if negative else value
-
-    def deeper(self, method):
-        if self.depth == MAX_DEPTH:
-            raise Unreadable("nested too deeply")
-        self.depth += 1
-        value = method()
-        self.depth -= 1
-        return value
+        return negate(value) if sign and sign.kind == "-" else value
 
     def argument(self):
         """What \\frac takes: a group, or one token; of a number its first digit."""
         token = self.tokens[self.at]
         if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
             rest = token.text[1:]
-            self.tokens[self.at] = Token("number", (Fraction(int(rest)), Fraction(0)), rest)
-            return number(int(token.text[0]))
-        return self.group() if token.kind == "{" else self.deeper(self.atom)
-
-    def group(self):
-        self.take("{")
-        value = self.inside("open", self.expression)
-        if infix := self.accept("choose", "over"):
-            below = self.inside("open", self.expression)
-            value = divide(value, below) if infix.kind == "over" else ("fn", "binomial", value, below)
-        self.take("}")
-        return value
+            self.tokens[self.at] = Token("number", (Fraction(rest), Fraction(0)), rest)
+            return number(token.text[0])
+        return self.deeper(self.atom)
 
     def subscript(self):
         """The text of a subscript, as part of a name or as a base."""
@@ -1064,46 +1007,44 @@ class Parser:
         self.take("}")
         return "".join(token.text for token in self.tokens[begin : self.at - 1])
 
+    def closed(self, *closers, level=1, context="open"):
+        """What stands up to a closing token, which is taken too."""
+        value = self.deeper(self.expression, level, context=context)
+        self.take(*closers)
+        return value
+
     def atom(self):
         token = self.take()
         kind = token.kind
-        if kind in BRACKETS:
-            return self.inside("open", self.bracket, kind)
+        if kind in CLOSING:
+            return self.bracket(kind)
+        if kind in ("number", "sym", "fn", "big"):
+            return getattr(self, {"sym": "name", "fn": "function"}.get(kind, kind))(token)
         if kind == "{":
-            self.at -= 1
-            return self.group()
-        if kind in ("number", "sym", "fn", "big", "word"):
-            method = {"number": self.number, "sym": self.name, "fn": self.function, "big": self.big}
-            return method[kind](token) if kind in method else ("words", token.value)
-        if kind == "const":
-            return ("const", token.value)
-        if kind in ("inf", "empty"):
-            return (kind,)
+            return self.closed("}")
+        if kind in ("const", "inf", "empty"):
+            return ("const", token.value) if kind == "const" else (kind,)
+        if kind == "word":
+            return ("words", token.value)
         if kind == "set":
-            return ("reals",) if token.value == "R" else ("number set", token.value)
+            return ("reals",) if token.value == "R" else ("words", token.value)
         if kind == "frac":
             return divide(self.argument(), self.argument())
         if kind == "binom":
             pair = self.deeper(self.atom)[1:] if self.kind == "(" else (self.argument(), self.argument())
-            return ("fn", "binomial", *pair)
+            return ("binomial", *pair)
         if kind in ("sqrt", "cbrt"):
             degree = number(2 if kind == "sqrt" else 3)
-            if self.accept("["):
-                degree = self.inside("open", self.expression)
-                self.take("]")
-            return ("root", degree, self.group() if self.kind == "{" else self.deeper(self.atom))
+            degree = self.closed("]") if self.accept("[") else degree
+            return ("root", degree, self.deeper(self.atom))
         if kind == "bar":
             value = self.argument()
-            line = value[0] == "mul" and all(symbols(part) and part[1].isupper() for part in value[1:])
-            return ("named", "line", value) if line else ("fn", "conjugate", value)
-        if kind == "name":  # \angle ABC
-            return ("named", token.value, self.expression(TERM))
+            line = all(name.isupper() for name in symbols(value)) and value[0] == "mul"
+            return value if line else ("conjugate", value)
         if kind == "set{":
-            return self.inside("set", self.braces)
+            return self.braces()
         if kind == "|":
-            value = self.inside("abs", self.expression, CLAUSE)
-            self.take("|")
-            return ("fn", "Abs", value)
+            return ("abs", self.closed("|", level=CLAUSE, context="abs"))
         if kind == "begin":
             return self.environment(token.value)
         raise Unreadable(f"found {token.text or kind!r} where a value was expected")
@@ -1116,29 +1057,34 @@ class Parser:
         base = self.subscript().lower().removeprefix("base").strip("() ")
         base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
         try:
-            return ("based", int(token.text, base if base > 1 else 37), base)
+            return ("based", str(int(token.text, base if base > 1 else 37)), base)
         except ValueError:
             raise Unreadable("a number with a subscript that is no base") from None
 
     def name(self, token):
         """A variable, or the call of a function: f(x), P(3), P(n) = ..."""
-        name = token.value
         first = self.at == 1 or self.tokens[self.at - 2].kind in SEPARATORS
-        if name in ("Delta", "nabla", "\\Delta") and self.kind == "sym":
+        name = token.value
+        if name in ("Delta", "nabla") and self.kind == "sym":
             name += " " + self.take().value  # \Delta x is one name
         while self.accept("prime"):
             name += "'"
         if self.accept("_"):
             name += "_" + self.subscript()
+        function = name.rstrip("'") in ("f", "g", "h") or len(name) > 2 and name.isalpha() and name not in GREEK
+        if function and [token.text for token in self.tokens[self.at : self.at + 6]] == [*"^{-1}("]:
+            self.at += 5
+            name += "^-1"
         if self.kind != "(":
             return ("sym", name)
         begin = self.at
-        arguments = self.arguments()
-        named = first and self.kind == "rel" and all(a[0] == "sym" and a[1] != name for a in arguments)
-        literal = all(exact(a) is not None and a[0] != "add" for a in arguments)
+        self.take()
+        arguments = items_of(self.closed(")"))
         if name == "C" and len(arguments) == 2:
-            return ("fn", "binomial", *arguments)
-        if name.rstrip("'") in ("f", "g", "h") or named or literal or len(name) > 2 and name.isalpha() and name not in GREEK:
+            return ("binomial", *arguments)
+        variables = all(part[0] == "sym" and part[1] != name for part in arguments)
+        literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
+        if function or literal or first and variables and self.kind == "rel":
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -1146,37 +1092,32 @@ class Parser:
     def function(self, token):
         name = token.value
         power = None
-        base = None
+        base = number(10) if name == "log10" else None
         while script := self.accept("^", "_"):
             if script.kind == "^":
                 power = self.script()
             else:
                 base = self.argument()
-        values = self.arguments() if self.kind in ("(", "{", "[") else (self.deeper(self.juxtaposed),)
+        closer = {"(": ")", "{": "}", "[": "]"}.get(self.kind)
+        if self.accept("(", "{", "["):
+            values = items_of(self.closed(closer))
+        else:
+            values = [self.deeper(self.bare_argument)]
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
-            values = tuple(rebuild(value, radians) for value in values)
-        if name == "Log" and base:
+            values = [rebuild(value, radians) for value in values]
+        if base:
             name = "log"
-        if name == "log10":
-            name, base = "log", number(10)
-        values = (*values, base) if base else values
-        if name in INVERTIBLE and power == MINUS_ONE:
-            name = "a" + name
-            power = None
-        value = ("fn", name, *values)
+            values.append(base)
+        if name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"} and power == MINUS_ONE:
+            return ("a" + name, *values)
+        value = (name, *values)
         if name in ("tanh", "coth"):  # 1 - tanh 100 shows in the sizes of its exponentials
-            square = ("fn", "exp", chain("mul", number(2), values[0]))
-            tanh = chain("add", square, MINUS_ONE), chain("add", square, ONE)
-            value = divide(*(tanh if name == "tanh" else tanh[::-1]))
+            square = ("exp", chain("mul", number(2), values[0]))
+            sides = minus(square, ONE), chain("add", square, ONE)
+            value = divide(*(sides if name == "tanh" else sides[::-1]))
         return ("pow", value, power) if power else value
 
-    def arguments(self):
-        close = {"(": ")", "{": "}", "[": "]"}[self.take().kind]
-        value = self.inside("open", self.expression)
-        self.take(close)
-        return tuple(items_of(value))
-
-    def juxtaposed(self):
+    def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
         sign = self.accept("-", "+")
         value = self.operand()
@@ -1189,57 +1130,41 @@ class Parser:
     def big(self, token):
         """A sum, product, integral or limit: written out if it is finite, else a call."""
         name = token.value
-        below = None
-        above = None
+        below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
                 above = self.script(single=True)
             else:
-                below = self.argument_or_clause()
+                below = self.argument()
         body = self.expression(TERM)
         variable = None
-        if name in ("sum", "prod") and below and below[0] == "rel" and below[1] == ("=",):
-            variable, below = below[2]
-        elif name == "lim" and below and below[0] == "rel":
-            variable, below = below[2][0], ("list", below[1][0], below[2][1])
-        elif name.endswith("int") and body[0] == "mul":
-            at = [i for i, part in enumerate(body[1:-1], 1) if part == ("sym", "d")]
-            variable = body[at[-1] + 1] if at else None
-        if variable and variable[0] in ("sym", "const"):
-            total = written_out(name, variable, below, above, body)
-            if total:
-                return total
-            bound = ("sym", f"#{len([n for n in symbols(body) if n[0] == '#'])}")
-            body = rebuild(body, lambda n: bound if n == variable else n)
-        factors = list(body[1:]) if body[0] == "mul" and name != "prod" else [body]
-        inner = [factor for factor in factors if has(factor, "sym") and any(n[0] == "#" or n == "d" for n in symbols(factor))]
-        outer = [factor for factor in factors if factor not in (*inner, ONE)]
-        total = ("call", name, below or ("empty",), above or ("empty",), ("mul", ONE, *inner) if outer else body)
-        return ("mul", *outer, total) if outer else total
-
-    def argument_or_clause(self):
-        return self.argument()
+        if below[0] == "rel":
+            variable, below = below[2][:2]
+        elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
+            variable = body[body.index(("sym", "d")) + 1]
+        if name in ("sum", "prod") and variable and (terms := written_out(body, variable, below, above)):
+            return ("add" if name == "sum" else "mul", *terms)
+        bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
+        return ("call", name, below, above, replaced(body, variable, bound))
 
     # brackets
 
     def bracket(self, opening):
-        content = self.expression()
-        closing = self.take(*BRACKETS[opening]).kind
+        content = self.deeper(self.expression, context="open")
+        closing = self.take(*CLOSING[opening]).kind
         items = items_of(content)
         if opening in ("lfloor", "lceil"):
-            return ("fn", "floor" if opening == "lfloor" else "ceiling", content)
-        if len(items) == 1:
+            return ("floor" if opening == "lfloor" else "ceiling", content)
+        if len(items) == 1 or content[1] == "or":
             if opening + closing not in ("()", "[]"):
                 raise Unreadable("one item in unlike brackets")
-            return content
-        if content[1] == "or":
             return content
         ends = len(items) == 2 and (infinite(items[0]) < 0 or infinite(items[1]) > 0)
         if opening == "langle" or opening + closing == "()" and not ends:
             return ("tuple", *items)
         rows = [item[1:3] if item[3:] == ("[", "]") else item[1:] for item in items]
         nested = all(item[0] == "array" or item[3:] == ("[", "]") for item in items)
-        if nested and len({len(row) for row in rows}) == 1:
+        if nested and len(set(map(len, rows))) == 1:
             return ("matrix", *rows)
         if len(items) == 2:
             return ("interval", *items, opening, closing)
@@ -1251,64 +1176,53 @@ class Parser:
         if self.accept("set}"):
             return ("empty",)
         if self.tokens[self.at][:2] == ("begin", "array"):  # \left\{\begin{array} ... \right.
-            return self.environment("cases", self.take())
-        first = self.expression()
-        if self.accept("|", "mid", ":"):
-            condition = self.expression()
-            self.take("set}")
-            return ("builder", first, condition)
+            self.take()
+            return self.closed("end", context="aligned")
+        content = self.deeper(self.expression, context="set")
+        if self.accept("|", "mid", ":"):  # {x | x < 3} or {x in R | x < 3}
+            condition = self.closed("set}")
+            domain = content[0] == "rel" and content[2][1] != ("reals",)
+            return ("list", ",", content, condition) if domain else condition
         self.take("set}")
-        return ("set", *items_of(first))
+        return ("set", *items_of(content))
 
-    def environment(self, name, _=None):
+    def environment(self, name):
         if not name.endswith("matrix") and name != "array":  # aligned, cases
-            value = self.inside("aligned", self.expression)
-            self.take("end")
-            return value
+            return self.closed("end", context="aligned")
         if name.startswith(("v", "V")):
             raise Unreadable("a determinant")
         rows = [[]]
         while not self.accept("end"):
-            rows[-1].append(self.inside("open", self.expression, CLAUSE))
+            rows[-1].append(self.deeper(self.expression, CLAUSE, context="open"))
             if self.kind == "newline":
                 rows.append([])
             while self.accept("newline", "&"):
                 pass
         rows = [tuple(row) for row in rows if row]
-        if len({len(row) for row in rows}) != 1:
+        if len(set(map(len, rows))) != 1:
             raise Unreadable("rows of different length")
         return ("matrix", *rows)
 
 
-def items_of(node):
-    return list(node[2:]) if node[0] == "list" else [node]
-
-
 def radians(node):
-    if node[0] == "quantity" and node[2:] == (("degree",), ()):
+    if node[0] == "quantity" and node[2:] == ("degree", ""):
         return chain("mul", node[1], divide(("const", "pi"), number(180)))
     return node
 
 
 def size(node):
-    return 1 + sum(size(child) for child in children(node))
+    return 1 + sum(map(size, children(node)))
 
 
-def written_out(name, variable, below, above, body):
-    """The tree of a sum or product with numeric bounds, or None if it is none or too long."""
-    if name not in ("sum", "prod") or not below or not above:
-        return None
+def written_out(body, variable, below, above):
+    """The terms or factors between numeric bounds; None if the bounds are none or far apart."""
     low, high = exact(below), exact(above)
-    if low is None or high is None or low.denominator != 1 or high.denominator != 1:
+    if low is None or high is None or low.denominator * high.denominator != 1:
         return None
     count = int(high - low) + 1
-    if not 0 <= count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
+    if not 0 < count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
         return None
-    terms = [
-        rebuild(body, lambda n, k=k: number(k) if n == variable else n)
-        for k in range(int(low), int(high) + 1)
-    ]
-    return ("add", number(0), *terms) if name == "sum" else ("mul", ONE, *terms)
+    return [replaced(body, variable, number(low + k)) for k in range(count)]
 
 
 def normalised(text):
@@ -1321,7 +1235,7 @@ def normalised(text):
     if not text.isdecimal():  # most answers are plain integers
         for pattern, by in REWRITES:
             text = pattern.sub(by, text)
-    return TRAILING.sub("", text).strip()
+    return text.strip()
 
 
 def raw(text):
@@ -1333,21 +1247,23 @@ def raw(text):
     return ("raw", plain.lower() if is_prose(plain) else plain)
 
 
-def read(text):
-    """The tree of an answer; ("raw", ...) if it is too long or no mathematics that is known."""
-    return parse(text) if len(text) <= MAX_ANSWER else ("raw", " ".join(text.split()))
-
-
 @lru_cache(maxsize=1024)
 def parse(text):
     text = normalised(text)
     try:
-        parser = Parser(separate(tokenize(text)))
+        parser = Parser(tokenize(text))
         tree = parser.expression()
         parser.take("end of text")
         return tree
     except Unreadable:
         return raw(text)
+
+
+def read(text):
+    """The tree of an answer; ("raw", ...) if it is too long or no mathematics that is known."""
+    return parse(text) if len(text) <= MAX_ANSWER else ("raw", " ".join(text.split()))
+
+
 # ---- values
 
 
@@ -1355,8 +1271,8 @@ class TooHard(ArithmeticError):
     """Deciding would take more digits or steps than are allowed."""
 
 
-P = 2**255 - 19  # a prime field with a root of -1
-I = pow(2, (P - 1) // 4, P)
+P = 2**255 - 19  # the size of a prime field that has a root of -1
+ROOT = pow(2, (P - 1) // 4, P)
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
 
 
@@ -1374,8 +1290,8 @@ def exact_power(base, exponent, real_root=False):
         if base < 0 and real_root and degree % 2:
             base = -base
             sign = -1
-        parts = [integer_root(part, degree) for part in (base.numerator, base.denominator)]
-        if base < 0 or None in parts:
+        parts = [integer_root(part, degree) for part in base.as_integer_ratio()]
+        if None in parts:
             return None
         base = Fraction(*parts)
     bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
@@ -1385,8 +1301,6 @@ def exact_power(base, exponent, real_root=False):
 
 
 def integer_root(value, degree):
-    if value < 0:
-        return None
     low = 0
     high = 1 << (value.bit_length() // degree + 1)
     while low < high:
@@ -1395,38 +1309,28 @@ def integer_root(value, degree):
     return low if low**degree == value else None
 
 
-def exact_root(degree, value):
-    return exact_power(value, 1 / degree, real_root=True)
-
-
 def counted(function, most):
     """A function of natural numbers, for `exact`."""
 
     def call(*values):
-        if not all(value.denominator == 1 and value >= 0 for value in values):
+        if not all(value.denominator == 1 and 0 <= value < most for value in values):
             return None
-        if max(values) > most:
-            raise OverflowError("too many factors")
         return Fraction(function(*map(int, values)))
 
     return call
 
 
-def real_part(m, x):
+def real_part(x):
     if abs(x.imag) > 1e-9 * (1 + abs(x.real)):
         raise ValueError("not real")
     return x.real
 
 
-def whole(round_):
-    """Floor or ceiling, for `numeric`: a value next to an integer is that integer."""
-
-    def call(m, x):
-        value = real_part(m, x)
-        nearest = m.floor(value + 0.5)
-        return m.complex(nearest if abs(value - nearest) < m.tiny else round_(m, value))
-
-    return call
+def rounded(m, x, round_):
+    """Floor or ceiling; a value next to an integer is that integer."""
+    value = real_part(x)
+    nearest = m.floor(value + 0.5)
+    return m.complex(nearest if abs(value - nearest) < m.tiny else round_(value))
 
 
 def power(m, base, exponent):
@@ -1437,7 +1341,7 @@ def power(m, base, exponent):
 
 
 def root(m, degree, value):
-    if value.real < 0 == value.imag and real_part(m, degree) % 2 == 1:
+    if value.real < 0 == value.imag and degree.real % 2 == 1:
         return -power(m, -value, 1 / degree)  # the real root of a negative number
     return power(m, value, 1 / degree)
 
@@ -1449,47 +1353,35 @@ def binomial(m, n, k):
     return math.prod(((n - i) / (i + 1) for i in range(int(k.real))), start=n * 0 + 1)
 
 
-def own(name):
-    """A function that cmath and mpmath share."""
-    return None, lambda m, x: getattr(m, name)(m.tame(x))
-
-
-def extreme(choose):
-    return choose, lambda m, *values: m.complex(choose(real_part(m, value) for value in values))
+def logarithm(m, x, base=None):
+    return m.log(x) / m.log(base) if base is not None else m.log(x)
 
 
 # Each operator and function: (exact, numeric). exact: Fractions to a Fraction, or None if that is
 # irrational; numeric: an arithmetic and its complex numbers to such a number.
 OPS = {
-    "add": (lambda *v: sum(v), lambda m, *v: sum(v[1:], v[0])),
-    "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v[1:], start=v[0])),
-    "pow": (exact_power, power), "root": (exact_root, root),
+    "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
+    "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
+    "pow": (exact_power, power), "root": (lambda n, a: exact_power(a, 1 / n, True), root),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
-    **{name: own(name) for name in (
-        "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp"
+    **{name: (None, lambda m, x, name=name: getattr(m, name)(m.tame(x))) for name in (
+        "sin cos tan asin acos atan sinh cosh asinh acosh atanh exp"
     ).split()},
-    "cot": (None, lambda m, x: 1 / m.tan(m.tame(x))), "sec": (None, lambda m, x: 1 / m.cos(m.tame(x))),
-    "csc": (None, lambda m, x: 1 / m.sin(m.tame(x))), "coth": (None, lambda m, x: 1 / m.tanh(m.tame(x))),
-    "acot": (None, lambda m, x: m.atan(1 / x)), "asec": (None, lambda m, x: m.acos(1 / x)),
-    "acsc": (None, lambda m, x: m.asin(1 / x)), "cis": (None, lambda m, x: m.exp(1j * m.tame(x))),
-    "log": (None, lambda m, x, *base: m.log(x) / m.log(*base) if base else m.log(x)),
-    "Abs": (abs, lambda m, x: m.complex(abs(x))), "conjugate": (None, lambda m, x: x.conjugate()),
+    "cot": (None, lambda m, x: 1 / m.tan(m.tame(x))), "acot": (None, lambda m, x: m.atan(1 / x)),
+    "sec": (None, lambda m, x: 1 / m.cos(m.tame(x))), "asec": (None, lambda m, x: m.acos(1 / x)),
+    "csc": (None, lambda m, x: 1 / m.sin(m.tame(x))), "acsc": (None, lambda m, x: m.asin(1 / x)),
+    "cis": (None, lambda m, x: m.exp(1j * m.tame(x))), "log": (None, logarithm),
+    "abs": (abs, lambda m, x: m.complex(abs(x))), "conjugate": (None, lambda m, x: x.conjugate()),
     "re": (None, lambda m, x: m.complex(x.real)), "im": (None, lambda m, x: m.complex(x.imag)),
-    "floor": (lambda a: Fraction(math.floor(a)), whole(lambda m, x: m.floor(x))),
-    "ceiling": (lambda a: Fraction(math.ceil(a)), whole(lambda m, x: m.ceil(x))),
-    "Min": extreme(lambda *v: min(*v)), "Max": extreme(lambda *v: max(*v)),
+    "floor": (lambda a: Fraction(math.floor(a)), lambda m, x: rounded(m, x, m.floor)),
+    "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
+    "min": (lambda *v: min(v), lambda m, *v: m.complex(min(map(real_part, v)))),
+    "max": (lambda *v: max(v), lambda m, *v: m.complex(max(map(real_part, v)))),
     "factorial": (counted(math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
     "binomial": (counted(math.comb, 20_000), binomial),
     "gcd": (counted(math.gcd, 10**999), None), "lcm": (counted(math.lcm, 10**999), None),
 }  # fmt: skip
-
-
-def parts(node):
-    """(operator or function, arguments) of a value."""
-    if node[0] == "fn":
-        return node[1], node[2:]
-    return node[0], node[1:2] if node[0] == "quantity" else node[1:]
 
 
 @lru_cache(maxsize=512)
@@ -1497,17 +1389,14 @@ def exact(node):
     """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS."""
     if node[0] == "num":
         return node[1]
-    name, arguments = parts(node)
-    function = OPS.get(name, (None,))[0]
-    if not function:
-        return None
+    function = OPS.get(node[0], (None,))[0]
     values = []
-    for argument in arguments:
-        values.append(exact(argument))
+    for child in children(node) if function else ():
+        values.append(exact(child))
         if values[-1] is None:
             return None
     try:
-        value = function(*values)
+        value = function(*values) if function else None
     except (ArithmeticError, ValueError, TypeError):
         return None
     if value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
@@ -1520,69 +1409,49 @@ def chance(*seed):
     return random.Random(repr(seed)).randrange(P)
 
 
+@lru_cache(maxsize=512)
 def residue(node):
     """The value of a rational function over Q(i) in the field, its variables, pi and e at random.
 
-    Two such functions are equal if and only if their residues are (but for one chance in 2^250).
-    Raises ValueError for anything else.
+    Two such functions are equal if and only if their residues are, but for one chance in 2^250.
+    None for anything else, or where the function is undefined.
     """
     tag = node[0]
-    if tag == "num":
-        return node[1].numerator * pow(node[1].denominator, -1, P) % P
     if tag in ("sym", "const"):
-        return I if node == ("const", "i") else chance(*node)
+        return ROOT if node == ("const", "i") else chance(*node)
     if tag == "pow":
         exponent = exact(node[2])
-        if exponent is None or exponent.denominator > 1:
-            raise ValueError("no rational function")
         base = residue(node[1])
+        if base is None or exponent is None or exponent.denominator > 1 or not base and exponent < 0:
+            return None
         return pow(base, exponent.numerator % (P - 1) if base else exponent.numerator, P)
     if tag in ("add", "mul", "call"):
         spend(1)
-        values = [residue(child) for child in node[1 + (tag == "call") :]]
-        if tag == "call":
-            return chance(node[1], *values)
+        values = [residue(child) for child in children(node)]
+        if None in values or tag == "call":
+            return None if None in values else chance(node[1], *values)
         total = values[0]
         for value in values[1:]:
             total = (total + value if tag == "add" else total * value) % P
         return total
-    if tag == "pct":
-        return residue(divide(node[1], number(100)))
     value = exact(node)
-    if value is None:
-        raise ValueError("no rational function")
-    return residue(number(value))
+    return None if value is None else value.numerator * pow(value.denominator, -1, P) % P
 
 
-@lru_cache(maxsize=512)
-def residue_or_none(node):
-    try:
-        return residue(node)
-    except (ValueError, RecursionError):
-        return None
-
-
-# Sampling. A point is (index, real, scale): variables are complex or real, with absolute values
-# near 1, a little larger, or as large as the largest number in the trees.
+# A sample point is (index, real, scale): variables are complex or real, with absolute values near
+# 1, near 4, or somewhat beyond the largest number in the trees.
 
 
 @lru_cache(maxsize=4096)
 def coordinate(name, point):
-    """Where a variable stands: given by its name, so that it is the same in both trees.
-
-    Four points of a kind in a row lie in four quadrants, two real ones on both sides of zero.
-    """
+    """Where a variable stands: given by its name, so that it is the same in both trees."""
     index, real, scale = point
-    rng = random.Random(name)
-    start = rng.randrange(4)
-    step = rng.choice((1, 3))
     rng = random.Random(f"{name} {index}")
-    turn = index // 3
     radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
     if real:
         radius = round(radius) + 1 if index % 4 == 3 else radius  # floors care for integers
         return complex(radius if index % 2 == 0 else rng.choice((radius, -radius)))
-    return cmath.rect(radius, (start + step * turn + rng.uniform(0.05, 0.95)) * math.pi / 2)
+    return cmath.rect(radius, rng.uniform(-3.1, 3.1))
 
 
 def tame_double(x):
@@ -1591,18 +1460,26 @@ def tame_double(x):
     return x
 
 
+def tame_long(x):
+    if not LOCAL.m.isfinite(x):
+        raise ValueError("infinite")
+    if LOCAL.m.mag(x) > 15:
+        raise OverflowError("a function of so large a number could fill the memory")
+    return x
+
+
 DOUBLES = SimpleNamespace(
     **{name: getattr(cmath, name) for name in (
-        "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp log pi e".split()
-    )}, floor=math.floor, ceil=math.ceil, complex=complex, rational=lambda value: complex(value),
-    tame=tame_double, tiny=1e-9, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
-    gamma=lambda x: complex(math.gamma(real_part(None, x))), isfinite=cmath.isfinite,
+        "sin cos tan asin acos atan sinh cosh asinh acosh atanh exp log pi e isfinite"
+    ).split()}, floor=math.floor, ceil=math.ceil, complex=complex, rational=complex, tiny=1e-9,
+    tame=tame_double, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
+    gamma=lambda x: complex(math.gamma(real_part(x))), prec=0,
 )  # fmt: skip
 
 
 def arithmetic(bits):
     """DOUBLES, or mpmath at a precision; one for each thread, as functions change it for a while."""
-    if bits == 53:
+    if not bits:
         return DOUBLES
     if not hasattr(LOCAL, "m"):
         import mpmath
@@ -1616,47 +1493,33 @@ def arithmetic(bits):
     return LOCAL.m
 
 
-def tame_long(x):
-    if not LOCAL.m.isfinite(x):
-        raise ValueError("infinite")
-    if LOCAL.m.mag(x) > 15:
-        raise OverflowError("a function of so large a number could fill the memory")
-    return x
-
-
 def evaluate(node, point, m, sizes):
     """The value of a tree at a point; adds the binary exponents on the way to `sizes`.
 
     Raises ArithmeticError or ValueError where there is none.
     """
     tag = node[0]
+    if tag == "sym":
+        return m.complex(coordinate(node[1], point))
+    if tag == "const":
+        return m.complex({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
+    spend(1 + m.prec // 20)
     if tag == "num":
         result = m.rational(node[1])
-    elif tag == "sym":
-        return m.complex(coordinate(node[1], point))
-    elif tag == "const":
-        return m.complex({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
-    elif tag == "call":  # an unknown function: another analytic one at every point
-        result = m.complex(coordinate(f"{node[1]}()", (point[0], True, 1)))
-        for place, child in enumerate(node[2:], 1):
-            factor = coordinate(f"{node[1]}({place})", (point[0], True, 1)).real / 4
-            if child != ("empty",):
-                value = evaluate(child, point, m, sizes) if child[0] != "list" else evaluate(child[2], point, m, sizes)
-                result = m.cos(m.tame(factor * value)) + result * (1 + factor)
     else:
-        name, arguments = parts(node)
-        function = OPS.get(name, (None, None))[1]
-        if not function:
-            raise ValueError(f"{name} has no value")
-        values = [evaluate(argument, point, m, sizes) for argument in arguments]
-        result = function(m, *values)
+        values = [evaluate(child, point, m, sizes) for child in children(node) if child != ("empty",)]
+        if tag == "call":
+            result = m.complex(unknown(node[1], values, point, m))
+        elif tag not in OPS or OPS[tag][1] is None:
+            raise ValueError(f"{tag} has no value")
+        else:
+            result = OPS[tag][1](m, *values)
         if tag == "pow" and point[1] and values[0].real < 0 == values[0].imag:
             share = exact(node[2])
             if share is not None and share.denominator % 2 and share.denominator > 1:
                 result = power(m, -values[0], values[1]) * (-1) ** share.numerator  # x^(2/3)
-    spend(1 if m is DOUBLES else 10 + LOCAL.m.prec // 50)
     if point[1]:
-        real_part(m, result)  # among reals ln x is undefined at -1, so that 2 ln x is ln x^2
+        real_part(result)  # among reals ln x is undefined at -1, so that 2 ln x is ln x^2
     if not m.isfinite(result):
         raise ValueError("infinite")
     if result != 0:
@@ -1664,8 +1527,18 @@ def evaluate(node, point, m, sizes):
     return result
 
 
+def unknown(name, values, point, m):
+    """An unknown function: an analytic one given by its name, another at every sample point."""
+    point = (point[0], True, 1)
+    total = m.complex(coordinate(f"{name}()", point))
+    for place, value in enumerate(values):
+        factor = coordinate(f"{name}({place})", point).real / 4
+        total = m.cos(m.tame(factor * value)) + total * (1 + factor)
+    return total
+
+
 @lru_cache(maxsize=2048)
-def sample(node, point, bits=53):
+def sample(node, point, bits=0):
     """(value, the largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
     sizes = [0]
     try:
@@ -1674,7 +1547,7 @@ def sample(node, point, bits=53):
         raise
     except OverflowError:
         return None, 1
-    except (ArithmeticError, ValueError, TypeError, KeyError, IndexError):
+    except (ArithmeticError, ValueError, TypeError):
         return None, 0
 
 
@@ -1683,107 +1556,79 @@ def constant(node):
     return None if symbols(node) else sample(node, (0, False, 1))[0]
 
 
-def is_long(num):
-    """Whether a decimal has enough digits to stand for an exact value."""
-    return bool(num[2]) and abs(num[1]) >= num[2] * 10 ** (DECIMAL_DIGITS - 1)
-
-
-def rounding(node):
-    """The largest relative error of the long decimals in a tree; 0 if there is none."""
-    if node[0] == "num":
-        return float(node[2] / abs(node[1])) if is_long(node) else 0.0
-    return max(map(rounding, children(node)), default=0.0)
-
-
-def agree(a, b, point, tolerance):
+def agree(a, b, point):
     """Whether two trees have one value at a point; None if either is undefined there.
 
-    tolerance: a relative error that is allowed, or 0. Raises TooHard if both are too large.
+    Raises TooHard if both are too large to tell.
     """
-    (x, size_x), (y, size_y) = sample(a, point), sample(b, point)
+    (x, size), (y, other) = sample(a, point), sample(b, point)
     if x is not None and y is not None:
+        size = max(size, other)
         gap = abs(x - y)
-        size = max(size_x, size_y)
-        if tolerance:
-            return gap < tolerance * max(abs(x), abs(y))
         if gap > 1e-10 * 2.0 ** min(size, 900) and gap > 1e-7 * max(abs(x), abs(y)):
             return False
         if point[0] >= 2 and size < 30:  # two points to many digits are enough
             return True
     bits = 200
     for _ in range(2):
-        (x, size_x), (y, size_y) = sample(a, point, bits), sample(b, point, bits)
-        if x is None and y is None and size_x and size_y:
+        (x, size), (y, other) = sample(a, point, bits), sample(b, point, bits)
+        if x is None and y is None and size and other:
             raise TooHard("both are too large")
         if x is None or y is None:
-            return False if size_x and size_y and not symbols(a) | symbols(b) else None
-        size = max(size_x, size_y)
+            return False if (size or other) and not symbols(a) | symbols(b) else None
+        size = max(size, other)
         if size < 20 or bits > 200:
             break
         bits = 200 + 4 * size
         if bits > MAX_PRECISION:
             raise TooHard("too many digits")
-    m = arithmetic(bits)
-    return x == y or m.mag(x - y) < 2 * size + 60 - bits
+    return x == y or arithmetic(bits).mag(x - y) < 2 * size + 60 - bits
 
 
 def largest_number(node):
-    if node[0] == "num":
-        return abs(node[1])
-    return max(map(largest_number, children(node)), default=Fraction(0))
+    return abs(node[1]) if node[0] == "num" else max(map(largest_number, children(node)), default=1)
 
 
 def same_function(a, b):
     """Whether two trees agree at complex points, or else, among reals, wherever both are defined."""
-    is_constant = not symbols(a) | symbols(b)
-    errors = rounding(a), rounding(b)
-    tolerance = 0.0 if all(errors) else 0.6 * max(errors)  # half a unit in the last place
-    if is_constant:
-        return agree(a, b, (0, False, 1), tolerance) is True
-    largest = max(largest_number(a), largest_number(b), 1)
-    scale = 10 ** min(len(str(int(largest))), 5)
-    hard = None
-    of_reals = not any(has(node, "conjugate", "re", "im") for node in (a, b))
-    for real in (False, True)[: 1 + of_reals]:
+    if not symbols(a) | symbols(b):
+        return agree(a, b, (0, False, 1)) is True
+    digits = len(str(int(max(largest_number(a), largest_number(b)))))
+    complex_only = has(a, "conjugate", "re", "im") or has(b, "conjugate", "re", "im")
+    for real in (False,) if complex_only else (False, True):
         hits = 0
+        hard = None
         for index in range(24 if real else 15):
             try:
-                verdict = agree(a, b, (index, real, scale), tolerance)
+                verdict = agree(a, b, (index, real, 10 ** min(digits, 5)))
             except TooHard as error:
                 hard = error
-                continue
+                verdict = None
             if verdict is False:
                 break
             hits += verdict is True
         else:
             if hits >= 4:
                 return True
-    if hard and not hits:
-        raise hard
+            if hard and not hits:
+                raise hard
     return False
 
 
-def decimal(node):
-    """(value, unit in the last place) of a decimal long enough for an exact value, or None."""
-    if node[0] == "mul":
-        longs = [part for part in node[1:] if part[0] == "num" and is_long(part)]
-        scale = exact(("mul", ONE, *(part for part in node[1:] if part not in longs)))
-        large = max(abs(scale), 1 / abs(scale)) if scale else Fraction(0)
-        if len(longs) == 1 and large and large == 10 ** (len(str(large.numerator)) - 1):
-            return longs[0][1] * scale, longs[0][2] * abs(scale)
-        return None
-    return node[1:] if node[0] == "num" and is_long(node) else None
+def is_long(node):
+    """Whether a decimal has enough digits to stand for an exact value."""
+    return node[0] == "num" and node[2] > 0 and abs(node[1]) >= node[2] * 10 ** (DECIMAL_DIGITS - 1)
 
 
-def near(rounded, node):
+def near(decimal, node):
     """Whether a decimal is a constant, rounded or cut off after its last digit."""
-    value, unit = rounded
+    _, value, unit = decimal
     other = exact(node)
     if other is None and not symbols(node):
         precise = sample(node, (0, False, 1), 400)[0]
-        m = arithmetic(400)
         if precise is None or abs(precise.imag) > 1e-40:
             return False
+        m = arithmetic(400)
         other = Fraction(int(m.floor(m.ldexp(precise.real, 300))), 2**300)
     if other is None or other.denominator == 1:
         return False
@@ -1798,211 +1643,181 @@ def same_value(a, b):
     if "based" in (a[0], b[0]):
         return a == b
     if a[0] == b[0] == "mod":
-        quotient = exact(divide(chain("add", a[1], negate(b[1])), a[2]))
+        quotient = exact(divide(minus(a[1], b[1]), a[2]))
         return exact(a[2]) == exact(b[2]) and quotient is not None and quotient.denominator == 1
     a, b = (node[1] if node[0] == "mod" else node for node in (a, b))
     x, y = exact(a), exact(b)
     if x is not None and x == y:
         return True
-    decimals = [(decimal(one), other) for one, other in ((a, b), (b, a)) if decimal(one)]
-    if decimals:
-        return any(near(*pair) for pair in decimals)
-    if x is not None and y is not None:
-        return False
+    if is_long(a) or is_long(b):
+        return is_long(a) and near(a, b) or is_long(b) and near(b, a)
     if infinite(a) or infinite(b):
         return infinite(a) == infinite(b)
-    if not rounding(a) and not rounding(b):
-        left, right = residue_or_none(a), residue_or_none(b)
-        if left is not None and right is not None:
-            return left == right
-    return same_function(a, b)
+    if x is None or y is None:
+        x, y = residue(a), residue(b)
+    return x == y if x is not None and y is not None else same_function(a, b)
+
+
 # ---- sets
 #
-# A set of reals is brought to unions, intersections and differences of intervals and points. Two
-# sets are equal if they hold the same endpoints and the same gaps between them.
+# Two sets of reals are equal if they hold the same endpoints and the same gaps between these.
+# Endpoints have odd places, in their order, and gaps have even ones.
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
-INFINITY = ("inf",)
-MINUS_INFINITY = ("mul", MINUS_ONE, INFINITY)
-EVERYTHING = ("interval", MINUS_INFINITY, INFINITY, "(", ")")
-NOTHING = ("points",)
 
 
 def is_set(node):
     if node[0] == "rel":
         return any(operator not in ("=", "~") for operator in node[1])
     if node[0] == "list":
-        return any(map(is_set, node[2:])) and all(is_set(item) or item[0] == "rel" for item in node[2:])
-    return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty", "builder")
+        sets = [is_set(item) for item in node[2:]]
+        return any(sets) and all(found or item[0] == "rel" for found, item in zip(sets, node[2:]))
+    return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
-def ray(operator, endpoint):
-    """The numbers x with `x operator endpoint`."""
-    if infinite(endpoint):
-        return EVERYTHING if (infinite(endpoint) > 0) == (operator[0] == "<") else NOTHING
-    if operator == "=":
-        return ("points", endpoint)
-    if operator == "!=":
-        return ("minus", EVERYTHING, ("points", endpoint))
-    if operator[0] == "<":
-        return ("interval", MINUS_INFINITY, endpoint, "(", "]" if operator == "<=" else ")")
-    return ("interval", endpoint, INFINITY, "[" if operator == ">=" else "(", ")")
+def ray(operator, end, place, top):
+    """The places x with `x operator end`."""
+    at = place(end)
+    below = set(range(at))
+    here = {at} & set(range(top))
+    above = set(range(top)) - below - here
+    return {
+        "<": below, "<=": below | here, "=": here, "!=": below | above, ">": above, ">=": here | above,
+    }[operator]  # fmt: skip
 
 
-def solved(operator, left, right, variable):
-    """The solutions of x < a, |linear| < a or linear < linear."""
+def solutions(operator, left, right, variable, place, top):
+    """The places that solve x < a, |linear| < a or linear < linear."""
     if variable not in symbols(left):
         left, right, operator = right, left, FLIPPED[operator]
     if left == ("sym", variable) and not symbols(right):
-        return ray(operator, right)
-    if left[:2] == ("fn", "Abs") and not symbols(right):
-        above = solved(operator, left[2], right, variable)
-        below = solved(FLIPPED[operator], left[2], negate(right), variable)
-        return ("cup" if operator[0] == ">" else "cap", above, below)
-    difference = chain("add", left, negate(right))
-    at = [rebuild(difference, lambda n, k=k: number(k) if n == ("sym", variable) else n) for k in range(3)]
-    bend = chain("add", chain("add", at[0], at[2]), ("mul", number(-2), at[1]))
-    slope = chain("add", at[1], negate(at[0]))
+        return ray(operator, right, place, top)
+    if left[0] == "abs" and not symbols(right):
+        above = solutions(operator, left[1], right, variable, place, top)
+        below = solutions(FLIPPED[operator], left[1], negate(right), variable, place, top)
+        return above | below if operator[0] in ">!=" else above & below
+    at = [replaced(minus(left, right), ("sym", variable), number(k)) for k in range(3)]
+    slope = minus(at[1], at[0])
     steep = constant(slope)
-    if steep is None or abs(steep) < 1e-9 or not same_value(bend, number(0)):
+    if not steep or not same_value(slope, minus(at[2], at[1])):
         raise ValueError("not linear")
     zero = negate(divide(at[0], slope))
-    value = exact(zero)
-    zero = zero if value is None else number(value)
-    return ray(operator if steep.real > 0 else FLIPPED[operator], zero)
+    zero = zero if exact(zero) is None else number(exact(zero))
+    return ray(operator if steep.real > 0 else FLIPPED[operator], zero, place, top)
 
 
-def region(node, names):
-    """The set of a tree; adds the name of its variable to `names`. ValueError if it is none."""
+def places(node, names, place, top):
+    """Where a set holds. Adds the name of its variable to `names`; ValueError if it is no set.
+
+    place(endpoint): its place. There are `top` places; with 0, endpoints are only looked at.
+    """
     tag = node[0]
     if tag in ("reals", "empty"):
-        return EVERYTHING if tag == "reals" else NOTHING
+        return set(range(top if tag == "reals" else 0))
     if tag == "interval" or tag == "tuple" and len(node) == 3:
         low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        ends = constant(low), constant(high)
-        if infinite(low) and opening == "[" or infinite(high) and closing == "]":
+        closed = opening == "[", closing == "]"
+        if infinite(low) and (closed[0] or infinite(low) > 0):
             raise ValueError("closed at infinity")
-        if None not in ends and ends[0].real >= ends[1].real and (low != high or opening + closing != "[]"):
+        if infinite(high) and (closed[1] or infinite(high) < 0):
+            raise ValueError("closed at infinity")
+        found = ray(">=" if closed[0] else ">", low, place, top)
+        found &= ray("<=" if closed[1] else "<", high, place, top)
+        if top and not found:
             raise ValueError("an empty interval")
-        return ("interval", low, high, opening, closing)
-    if tag in ("cup", "cap", "minus"):
-        return (tag, *(region(part, names) for part in node[1:]))
+        return found
     if tag == "set" or tag == "list" and not is_set(node):
-        return ("points", *members(node))
-    if tag == "list":
-        either = node[1] == "or"
-        if not either and all(item[0] != "rel" for item in node[2:]):  # intervals side by side
-            pieces = [region(item, names) for item in node[2:]]
-            if any(places(("cap", a, b)) for i, a in enumerate(pieces) for b in pieces[:i]):
-                raise ValueError("a list of sets")
-            return ("cup", *pieces)
-        return ("cup" if either else "cap", *(region(item, names) for item in node[2:]))
-    if tag == "builder":
-        domain = node[1][2][1] if node[1][:2] == ("rel", ("in",)) else ("reals",)
-        return ("cap", region(domain, set()), region(node[2], set()))
+        return {place(member) for member in members(node)}
+    if tag in ("cup", "cap", "minus", "list"):
+        parts = [places(part, names, place, top) for part in children(node)]
+        if tag == "minus":
+            return parts[0] - parts[1]
+        either = tag == "cup" or tag == "list" and node[1] == "or"
+        if tag == "list" and not either and all(item[0] != "rel" for item in node[2:]):
+            if top and sum(map(len, parts)) > len(set().union(*parts)):
+                raise ValueError("a list of sets, not a union")
+            either = True
+        return set().union(*parts) if either else parts[0].intersection(*parts)
     if tag == "rel":
-        operators = node[1]
-        sides = tuple(("sym", side[1]) if side[0] == "call" and symbols(side) != {side[1]} else side for side in node[2])
+        operators, sides = node[1:]
+        functions = [side for side in sides if side[0] == "call" and side[2][0] == "sym"]
+        sides = [("sym", side[1]) if side in functions else side for side in sides]
         if operators in (("in",), ("notin",)) and sides[0][0] == "sym":
             names.add(sides[0][1])
-            inner = region(sides[1], set())
-            return inner if operators == ("in",) else ("minus", EVERYTHING, inner)
+            inner = places(sides[1], set(), place, top)
+            return inner if operators == ("in",) else set(range(top)) - inner
         found = frozenset().union(*map(symbols, sides))
         if len(found) == 1 and set(operators) <= set(FLIPPED):
             names |= found
             links = zip(operators, sides, sides[1:])
-            return ("cap", *(solved(*link, *found) for link in links))
-    if constant(node) is not None:
-        return ("points", node)
-    raise ValueError(f"{tag} is no set of reals")
+            solved = [solutions(*link, *found, place, top) for link in links]
+            return solved[0].intersection(*solved)
+    if constant(node) is None:
+        raise ValueError(f"{tag} is no set of reals")
+    return {place(node)}
 
 
-def endpoints(node):
-    if node[0] in ("cup", "cap", "minus"):
-        return [end for part in node[1:] for end in endpoints(part)]
-    return [end for end in (node[1:3] if node[0] == "interval" else node[1:]) if not infinite(end)]
-
-
-def ranked(*regions):
-    """The place of each endpoint: 1, 3, 5, ... ValueError if one is no real number."""
-    values = {}
-    for end in [end for node in regions for end in endpoints(node)]:
-        value = constant(end)
-        if value is None or abs(value.imag) > 1e-12:
-            raise ValueError("an endpoint that is no real number")
-        values[end] = value.real
-    ranks = {}
+def order(ends):
+    """{endpoint: its place}; ValueError if one is no real number."""
+    values = {end: constant(end) for end in ends}
+    if any(value is None or abs(value.imag) > 1e-12 for value in values.values()):
+        raise ValueError("an endpoint that is no real number")
+    found = {}
     last = None
-    for end, value in sorted(values.items(), key=lambda pair: pair[1]):
-        close = last is not None and abs(value - values[last]) < 1e-6 * (1 + abs(value))
-        rank = ranks[last] if last else -1
-        ranks[end] = rank if close and same_value(end, last) else rank + 2
+    for end, value in sorted(values.items(), key=lambda pair: pair[1].real):
+        close = last and abs(value - values[last]) < 1e-6 * (1 + abs(value))
+        found[end] = found[last] if close and same_value(end, last) else 2 * len(set(found.values())) + 1
         last = end
-    return ranks
-
-
-def places(node, ranks=None):
-    """Where a set holds: at the endpoints, which have odd places, and in the gaps around them."""
-    ranks = ranked(node) if ranks is None else ranks
-    top = max(ranks.values(), default=-1) + 2
-    if node[0] == "points":
-        return {ranks[point] for point in node[1:]}
-    if node[0] == "interval":
-        _, low, high, opening, closing = node
-        begin = 0 if infinite(low) else ranks[low] + (opening == "(")
-        end = top if infinite(high) else ranks[high] + (closing == "]")
-        return set(range(begin, end))
-    combine = {"cup": set.union, "cap": set.intersection, "minus": set.difference}[node[0]]
-    return combine(*(places(part, ranks) for part in node[1:]))
+    return found
 
 
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
+    names = set(), set()
+    ends = set()
+
+    def note(end):
+        if not infinite(end):
+            ends.add(end)
+        return 0
+
+    def place(end):
+        return (-1, found.get(end), top)[infinite(end) + 1]
+
     try:
-        names_a = set()
-        names_b = set()
-        regions = region(a, names_a), region(b, names_b)
-        ranks = ranked(*regions)
-        if names_a and names_b and names_a != names_b:
+        places(a, names[0], note, 0)
+        places(b, names[1], note, 0)
+        found = order(ends)
+        top = max(found.values(), default=-1) + 2
+        if names[0] != names[1] and all(names):
             return False
-        return places(regions[0], ranks) == places(regions[1], ranks)
-    except (ValueError, KeyError):
+        return places(a, names[0], place, top) == places(b, names[1], place, top)
+    except ValueError:
         pass
-    if a[0] != b[0]:
+    if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
         return False
-    if a[0] == "interval":
-        return a[3:] == b[3:] and same(a[1], b[1]) and same(a[2], b[2])
-    if a[0] in ("cup", "cap"):
-        return same_items(flat(a, a[0]), flat(b, b[0]))
     if a[0] == "rel":
         return same_items(*(list(zip(n[1], n[2], n[2][1:])) for n in (a, b)), same_relation)
-    return a[0] == "list" and same_items(a[2:], b[2:])
-
-
-def flat(node, tag):
-    return [leaf for part in node[1:] for leaf in flat(part, tag)] if node[0] == tag else [node]
+    parts = children(a), children(b)
+    return len(parts[0]) == len(parts[1]) and all(map(same, *parts)) or a[0] == "list" and same_items(*parts)
 
 
 def same_relation(a, b):
     """Two (operator, left, right): equations up to a factor, inequalities up to a positive one."""
-    (operator_a, *sides_a), (operator_b, *sides_b) = a, b
-    if operator_a in ("in", "notin"):
-        return operator_a == operator_b and all(map(same, sides_a, sides_b))
-    if operator_b == FLIPPED.get(operator_a) != operator_a:
-        operator_b, sides_b = operator_a, sides_b[::-1]
-    if operator_a != operator_b:
+    (operator, *sides), (other, *others) = a, b
+    if other == FLIPPED.get(operator) != operator:
+        other, others = operator, others[::-1]
+    if operator != other:
         return False
-    if "mod" in (sides_a[1][0], sides_b[1][0]):
-        return all(map(same_value, sides_a, sides_b))
-    one, other = [chain("add", left, negate(right)) for left, right in (sides_a, sides_b)]
-    zero = number(0)
-    if symbols(one) != symbols(other) or not symbols(one) or same_value(one, zero) or same_value(other, zero):
+    if operator in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
+        return all(map(same, sides, others))
+    f, g = minus(*sides), minus(*others)
+    if symbols(f) != symbols(g) or not symbols(f) or same_value(f, number(0)) or same_value(g, number(0)):
         return False
-    elsewhere_one, elsewhere_other = rebuild(one, primed), rebuild(other, primed)
-    if not same_value(("mul", one, elsewhere_other), ("mul", elsewhere_one, other)):
-        return False
-    signs = [sample(divide(one, other), (index, False, 1))[0] for index in range(6)]
-    return operator_a in ("=", "!=") or next((x.real > 0 for x in signs if x is not None), False)
+    if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
+        return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
+    factors = [sample(divide(f, g), (index, False, 1))[0] for index in range(6)]
+    return operator in ("=", "!=") or next((factor.real > 0 for factor in factors if factor), False)
 
 
 def primed(node):
@@ -2011,22 +1826,6 @@ def primed(node):
 
 
 # ---- comparison
-
-
-def is_name(node):
-    """What may stand before an equals sign as the name of the answer: x, f(x), |AB|, (x, y)."""
-    tag = node[0]
-    if tag == "mul":
-        first, rest = node[1], node[2:]
-        if any(child[0] == "call" and child[1] in BIG for child in node[1:]):
-            return True
-        marked = first == ("sym", "d") or first[0] == "sym" and "'" in first[1]
-        if marked or first[0] == "pow" and first[2] == MINUS_ONE:  # dy, f'(x), f^{-1}(x)
-            return all(child[0] == "sym" or child[0] == "pow" and is_name(child[1]) for child in rest)
-        return all(child[0] == "sym" and child[1][0].isupper() for child in node[1:])
-    if tag in ("tuple", "ratio", "set"):
-        return all(map(is_name, node[1:]))
-    return tag in ("sym", "call", "words", "named") or tag == "fn" and len(node) == 3 and not has(node, "num", "add")
 
 
 class Statement(NamedTuple):
@@ -2038,36 +1837,37 @@ class Statement(NamedTuple):
     rough: tuple = ()  # after "approximately", where they are near the value
 
 
+def is_name(node):
+    """What may stand before an equals sign as the name of the answer: x, f(x), |AB|, dy/dx."""
+    if node[0] == "mul":
+        upper = all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
+        big = any(part[0] == "call" and part[1] in BIG for part in node[1:])
+        return upper or big or node[1] == ("sym", "d")
+    if node[0] in ("sym", "call", "words"):
+        return True
+    return bool(symbols(node)) and not has(node, "num", "add", "rel", "list", "mul" if node[0] == "ratio" else "rel")
+
+
 def statement(node):
-    whole_node = Statement(None, node)
     if node[0] == "call" and len(node) > 3 and node[1].isupper():  # the point P(1,2)
         return Statement(("sym", node[1]), ("tuple", *node[2:]))
-    if node[0] != "rel":
-        return whole_node
+    if node[0] != "rel" or not set(node[1]) <= {"=", "~", "in"}:
+        return Statement(None, node)
     operators, sides = node[1:]
-    if operators == ("in",) and is_name(sides[0]):
-        return Statement(sides[0], sides[1])
-    if not set(operators) <= {"=", "~"}:
-        return whole_node
     if operators == ("=",) and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]  # 5 = x
-    name = sides[0] if is_name(sides[0]) else None
+    name = sides[0] if is_name(sides[0]) and sides[0] not in sides[1:] else None
     cut = operators.index("~") + 1 if "~" in operators else len(sides)
-    precise, rough = sides[name is not None : cut], sides[cut:]
-    if name in sides[1:]:
-        return whole_node  # x = x
-    if not precise:
-        return Statement(name, rough[-1])
-    if name is None and len(precise) > 1:
-        values = {exact(side) for side in precise if not symbols(side)}
-        open_ = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
-        if open_ or len(values) > 1 and None not in values:
-            return whole_node  # an equation; 2 + 2 = 5
+    precise = sides[bool(name) : cut] or sides[-1:]
+    values = {exact(side) for side in precise if not symbols(side)}
+    if not name:
+        equation = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
+        if equation or "in" in operators or len(values) > 1 and None not in values:
+            return Statement(None, node)  # an equation; 2 + 2 = 5
     x = constant(precise[-1])
-    close = [side for side in rough if x is not None and constant(side) is not None]
-    close = [side for side in close if abs(x - constant(side)) <= 0.01 * abs(x) + 0.005]
-    between = tuple(side for side in precise[:-1] if symbols(side))
-    return Statement(name, precise[-1], between, tuple(close))
+    rough = {side: constant(side) for side in sides[cut:]} if x is not None else {}
+    near_by = [s for s, y in rough.items() if y is not None and abs(x - y) <= 0.01 * abs(x) + 0.005]
+    return Statement(name, precise[-1], tuple(filter(symbols, precise[:-1])), tuple(near_by))
 
 
 def compatible(a, b):
@@ -2077,30 +1877,26 @@ def compatible(a, b):
         return one.lower() == other.lower() and (sub == below or not sub or not below)
     if a[0] == b[0] == "tuple":
         return len(a) == len(b) and all(map(compatible, a[1:], b[1:]))
-    if a[0] == b[0]:
-        return same_value(a, b) if a[0] in ("call", "fn", "mul", "ratio") else a == b
-    if {a[0], b[0]} == {"sym", "call"}:
-        call = a if a[0] == "call" else b
-        return all(argument[0] == "sym" for argument in call[2:])
-    return True
+    if a[0] == b[0] or a[0] in OPS and b[0] in OPS:
+        return a == b or a[0] != "words" and same_value(a, b)
+    return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
 
 
 def signs_chosen(node):
-    """The trees that plus-minus signs stand for, at most 16. \\mp is the opposite of the last \\pm."""
-    text = repr(node)
-    count = text.count("('pm'") or text.count("('mp'")
+    """The trees that plus-minus signs stand for. \\mp is the opposite of the last \\pm."""
+    count = repr(node).count("('pm'") or repr(node).count("('mp'")
     if not 0 < count <= 4:
         return [node]
-    return [choose(node, iter(signs), [1]) for signs in product((1, -1), repeat=count)]
+    return [chosen(node, iter(signs), [1]) for signs in product((1, -1), repeat=count)]
 
 
-def choose(node, signs, last):
-    if node[0] not in ("pm", "mp"):
-        return tuple(choose(part, signs, last) if isinstance(part, tuple) and part else part for part in node)
-    left = choose(node[1], signs, last)
+def chosen(node, signs, last):
+    if node[:1] not in (("pm",), ("mp",)):
+        return tuple(chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
+    left = chosen(node[1], signs, last)
     last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
-    right = choose(node[2], signs, last)
-    return chain("add", left, right if last[0] > 0 else negate(right))
+    right = chosen(node[2], signs, last)
+    return chain("add", left, right) if last[0] > 0 else minus(left, right)
 
 
 def members(node):
@@ -2108,9 +1904,9 @@ def members(node):
     if node[0] not in ("list", "set") and signs_chosen(node) == [node]:
         return None
     found = []
-    for member in {"list": node[2:], "set": node[1:]}.get(node[0], (node,)):
-        value = statement(member).value
-        found += signs_chosen(value) if has(value, "pm", "mp") else [member]
+    for member in children(node) if node[0] in ("list", "set") else [node]:
+        values = signs_chosen(statement(member).value)
+        found += values if len(values) > 1 else [member]
     return list(dict.fromkeys(found)) if node[0] == "set" else found
 
 
@@ -2130,67 +1926,49 @@ def same_items(a, b, compare=None):
     return True
 
 
-def matrix_of(node):
-    """The rows of a matrix, or of a sum or product with matrices; None for anything else."""
+def cells(node):
+    """{(row, column): tree} of a matrix, or of a sum or product with matrices; else None."""
     if node[0] == "matrix":
-        return node[1:]
+        return {(i, j): cell for i, row in enumerate(node[1:]) for j, cell in enumerate(row)}
     if node[0] in ("tuple", "array"):
-        return tuple((cell,) for cell in node[1:])
+        return {(i, 0): cell for i, cell in enumerate(node[1:])}
     if node[0] == "pow" and node[2] == ("sym", "T"):
-        rows = matrix_of(node[1])
-        return rows and tuple(zip(*rows))
-    if node[0] not in ("add", "mul"):
-        return None
+        inner = cells(node[1])
+        return inner and {(j, i): cell for (i, j), cell in inner.items()}
+    parts = [(part, cells(part)) for part in node[1:]] if node[0] in ("add", "mul") else []
     total = None
-    for part in node[1:]:
-        rows = matrix_of(part)
-        if node[0] == "add" and not rows:
-            return None
-        total = combined(node[0], total, rows, part) if total or rows else None
-        if rows and not total:
-            return None
-    scalars = [part for part in node[1:] if node[0] == "mul" and not matrix_of(part)]
-    if total and scalars:
-        total = tuple(tuple(("mul", *scalars, cell) for cell in row) for row in total)
+    for part, inner in parts:
+        if node[0] == "add":
+            total = total or inner
+            if not inner or inner.keys() != total.keys():
+                return None
+            total = inner if total is inner else {at: chain("add", total[at], inner[at]) for at in total}
+        elif inner and total:
+            total = matrix_product(total, inner)
+        else:
+            total = inner or total
+    for part, inner in parts:
+        if total and not inner:
+            total = {at: chain("mul", part, cell) for at, cell in total.items()}
     return total
 
 
-def combined(tag, total, rows, part):
-    """The sum or product of two matrices; None if their shapes do not fit."""
-    if total is None or rows is None:
-        return total or rows
-    if tag == "add":
-        if [len(row) for row in total] != [len(row) for row in rows]:
-            return None
-        return tuple(tuple(map(partial_sum, *pair)) for pair in zip(total, rows))
-    if len(total[0]) != len(rows):
-        return None
-    columns = list(zip(*rows))
-    return tuple(
-        tuple(("add", number(0), *(chain("mul", x, y) for x, y in zip(row, column))) for column in columns)
-        for row in total
-    )
-
-
-def partial_sum(a, b):
-    return chain("add", a, b)
+def matrix_product(a, b):
+    found = {}
+    for (i, k), x in a.items():
+        for (row, j), y in b.items():
+            if row == k:
+                found[i, j] = chain("add", found.get((i, j), number(0)), chain("mul", x, y))
+    fits = max(k for _, k in a) == max(row for row, _ in b)
+    return found if fits else None
 
 
 def same_time(a, b):
-    """Two times of the day, as far as both are given; one of them may look like a ratio."""
-    halves = [node[-1] if node[0] == "time" else "" for node in (a, b)]
-    (hour, *rest), (other, *others) = [
-        [exact(part) for part in node[1 : len(node) - (node[0] == "time")]] for node in (a, b)
-    ]
-    if None in (hour, other) or any(x != y for x, y in zip(rest, others)) or not rest and any(others):
-        return False
-    if not others and any(rest):
-        return False
-    if all(halves) or not any(halves):
-        return hour == other and halves[0] == halves[1]
-    if halves[1]:
-        hour, other, halves = other, hour, halves[::-1]
-    return other in (hour, hour % 12 + 12 * (halves[0] == "p"))
+    """Two times of the day; one may look like a ratio, or not say which half of the day."""
+    clocks = [[exact(part) for part in children(node)] for node in (a, b)]
+    clocks = [[*clock, 0, 0][:3] for clock in clocks]
+    halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
+    return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2
 
 
 def same_ratio(a, b):
@@ -2200,18 +1978,40 @@ def same_ratio(a, b):
         return len(ratio) == 3 and same_value(divide(*ratio[1:]), other)
     zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
     if zeros[0] != zeros[1] or all(zeros[0]):
-        return a == b
+        return False
     at = zeros[0].index(False) + 1
     return all(same_value(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:]))
 
 
 def same_quantity(a, b):
-    """Values with words behind them: beside a bare number these are ignored, else they must agree."""
-    units, nouns = [[node[at] if node[0] == "quantity" else () for node in (a, b)] for at in (2, 3)]
-    both = a[0] == b[0]
-    if both and (units[0] != units[1] or not (set(nouns[0]) <= set(nouns[1]) or set(nouns[1]) <= set(nouns[0]))):
-        return False
+    """Values with words behind them: ignored beside a bare number; else the words must agree."""
+    if a[0] == b[0]:
+        nouns = set(a[3].split()), set(b[3].split())
+        if a[2] != b[2] or not (nouns[0] <= nouns[1] or nouns[1] <= nouns[0]):
+            return False
     return same_plain(*(node[1] if node[0] == "quantity" else node for node in (a, b)))
+
+
+def converted(one, other):
+    """The verdict where one kind of answer may stand for another kind, else None."""
+    if one[0] == "option":
+        letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
+        return letter == one[1] or other[0] != "option" and same(one[2], other)
+    if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
+        return all(same(item, other) for item in one[2:]) or None
+    if one[0] == "words" and other[0] in ("sym", "const", "mul"):
+        letters = [part[1] for part in other[1:] if part[0] == "sym"] if other[0] == "mul" else [other[1]]
+        return "".join(letters).lower() == one[1].lower() and max(map(len, letters)) == 1
+    if one[0] == "set" and len(one) == 2 and other[0] not in ("set", "empty"):
+        return same(one[1], other)
+    if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
+        items = list(map(statement, children(other)))
+        named = {show(item.name): item.value for item in items if item.name}
+        if len(named) == len(items) == len(one) - 1:
+            return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
+    if one[0] == "array" and other[0] == "list":
+        return same_items(one[1:], other[2:])
+    return None
 
 
 def same(a, b):
@@ -2219,22 +2019,22 @@ def same(a, b):
     if a == b:
         return a != ("raw", "")
     one, other = statement(a), statement(b)
-    equations = a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}
+    x, y = (one.value, *one.rough), (other.value, *other.rough)
     if one.name and other.name:
         if compatible(one.name, other.name):
             if len(one.between) == len(other.between) and not all(map(same, one.between, other.between)):
                 return False
-            rough = [same_plain(x, y) for x in (one.value, *one.rough) for y in (other.value, *other.rough)]
-            solved_for = not any(symbols(n) & symbols(v.value) for v in (one, other) for n in (one.name,))
-            if any(rough) or solved_for:
-                return any(rough)
-        if not equations:
+            if any(same_plain(u, v) for u in x for v in y):
+                return True
+            if not symbols(one.name) & (symbols(one.value) | symbols(other.value)):
+                return False
+        if a[0] != "rel" or b[0] != "rel":
             return False
-    if equations:
-        return len(a[2]) == len(b[2]) == 2 and same_relation(*((n[1][0], *n[2]) for n in (a, b)))
-    values = [(x, other.value) for x in (one.value, *one.rough)]
-    values += [(one.value, y) for y in other.rough]
-    return any(same_plain(x, y) for x, y in values)
+    if a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}:
+        return len(a[2]) == len(b[2]) == 2 and same_relation((a[1][0], *a[2]), (b[1][0], *b[2]))
+    if one.name and other.name:
+        return same_plain(a, b)
+    return any(same_plain(u, v) for u in x for v in y)
 
 
 def same_plain(a, b):
@@ -2242,52 +2042,27 @@ def same_plain(a, b):
     if a == b:
         return True
     for one, other in ((a, b), (b, a)):
-        if one[0] == "option":
-            letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
-            if letter == one[1] or other[0] == "option":
-                return letter == one[1]
-            return bool(one[2]) and same(one[2], other)
-        if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
-            if all(same(item, other) for item in one[2:]):
-                return True
-        if one[0] == "named" and other[0] != "named":  # \triangle ABC
-            return same(one[2], other)
-        if one[0] == "words" and other[0] in ("sym", "const") and len(other[1]) == 1:
-            return one[1].lower() == other[1].lower()
-        if one[0] == "set" and len(one) == 2 and other[0] not in ("set", "empty"):
-            return same(one[1], other)
-        if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
-            items = [statement(item) for item in other[1 + (other[0] == "list") :]]
-            named = {show(item.name): item.value for item in items if item.name}
-            if len(named) == len(items) == len(one) - 1:
-                return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
-        if one[0] == "array" and other[0] == "list":
-            return same_items(one[1:], other[2:])
+        if (verdict := converted(one, other)) is not None:
+            return verdict
     tags = {a[0], b[0]}
-    if tags & {"raw", "words", "number set"}:
+    if tags & {"raw", "words"} or tags == {"tuple", "interval"}:
         return False
-    if tags == {"named"}:
-        return a[1] == b[1] and same(a[2], b[2])
     if "quantity" in tags:
         return same_quantity(a, b)
     if "time" in tags:
         return tags <= {"time", "ratio"} and same_time(a, b)
     if "ratio" in tags:
         return same_ratio(a, b)
-    if tags == {"tuple", "interval"}:
-        return False
     if is_set(a) or is_set(b):
         return same_set(a, b)
-    items_a, items_b = members(a), members(b)
-    if items_a is not None or items_b is not None:
-        return same_items(items_a or [a], items_b or [b])
+    items = members(a), members(b)
+    if items != (None, None):
+        return same_items(items[0] or [a], items[1] or [b])
     if tags <= {"tuple", "array"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
     if has(a, "matrix") or has(b, "matrix"):
-        rows_a, rows_b = matrix_of(a), matrix_of(b)
-        if not rows_a or not rows_b or [len(row) for row in rows_a] != [len(row) for row in rows_b]:
-            return False
-        return all(same(x, y) for row, other in zip(rows_a, rows_b) for x, y in zip(row, other))
+        one, other = cells(a), cells(b)
+        return bool(one and other) and one.keys() == other.keys() and all(same(one[at], other[at]) for at in one)
     return "rel" not in tags and same_value(a, b)
 
 
@@ -2297,9 +2072,9 @@ def same_plain(a, b):
 def words_of(text):
     """An answer's words in lower case if it is nothing but words or one letter; else ""."""
     plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ")
+    plain = re.sub(r"\\(?:left|right)(?![a-z])|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
     plain = plain.strip(" .*\"'`\n\t")
-    plain = re.sub(r"\\(?:left|right)(?![a-z])|(?:the )?(?:correct )?answer(?: is|:) ", "", plain, flags=re.I)
-    plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain.strip())
+    plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain)
     plain = " ".join(plain.split())
     if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
         return ""
@@ -2307,53 +2082,42 @@ def words_of(text):
     return plain if len(plain) == 1 and plain.lower() not in "abcdefghij" else plain.lower()
 
 
-SECOND_READINGS = [(re.compile(pattern), by) for pattern, by in [
-    (r",(?=[1-9])(?!.*,0\d)", ", "),  # is 100,200 a number or a list?
-    (r"(?<=\d)e(?=[+-]\d)", "e "),  # is 2e-3 a number or 2 times e, minus 3?
-    (r"\+-", "+ -"),  # is 2+-3 two numbers or -1?
-]]  # fmt: skip
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    r"(?<=\d)(?:\s|\\[ ,;])*((?:[mshgLNJWVAK]|\\Omega|[kcm]m|kg)(?:\^\{?-?\d\}?)?(?:(?:\s*[/*]\s*|\s*\\cdot\s*)"
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:[mshgLNJWVAK]|[kcm]m|kg)(?:\^\{?-?\d\}?)?(?:(?:\s*[/*]\s*|\s*\\cdot\s*)"
     r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?)*)$"
 )
 
 
 def base_ten(node):
-    return ("fn", "log", node[2], number(10)) if node[:2] == ("fn", "Log") else node
+    return ("log", node[1], number(10)) if node[0] == "Log" else node
 
 
 def base_e(node):
-    return ("fn", "log", node[2]) if node[:2] == ("fn", "Log") else node
-
-
-def imaginary(node):
-    return ("const", "i") if node == ("sym", "I") else node
+    return ("log", node[1]) if node[0] == "Log" else node
 
 
 def readings(text, is_answer):
     """The trees that a text may stand for, the likeliest first."""
-    option = OPTION.match(WRAPPER.sub(r"\1", text))
-    if option:
-        letter = option[1].lower()
-        return [("option", letter, tree) for tree in readings(option[2].strip(), is_answer)]
-    texts = [text, *(pattern.sub(by, text) for pattern, by in SECOND_READINGS if pattern.search(text))]
+    if option := OPTION.match(WRAPPER.sub(r"\1", text)):
+        return [("option", option[1].lower(), tree) for tree in readings(option[2].strip(), is_answer)]
+    texts = [text]
+    if re.search(r",[1-9](?!.*,0\d)", text):  # is 100,200 a number or a list?
+        texts.append(re.sub(r",(?=[1-9])", ", ", text))
     if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
-    trees = []
-    for tree in map(read, texts):
-        if "I" in symbols(tree):
-            trees.append(rebuild(tree, imaginary))
+    trees = list(map(read, texts))
+    for tree in trees[:]:
         if has(tree, "Log"):
-            trees.append(rebuild(tree, base_e))
-            tree = rebuild(tree, base_ten)
-        trees.append(tree)
+            trees += [rebuild(tree, base_ten), rebuild(tree, base_e)]
+        if "I" in symbols(tree):
+            trees.append(replaced(tree, ("sym", "I"), ("const", "i")))
     return trees
 
 
 @lru_cache(maxsize=4096)
 def compare(answer, reference):
-    words, others = words_of(answer), words_of(reference)
-    if words and words == others:
+    words = words_of(answer)
+    if words and words == words_of(reference):
         return True
     return any(same(a, b) for a in readings(answer, True) for b in readings(reference, False))
 
@@ -2423,20 +2187,17 @@ def format_reward(text, think_tag="think"):
     A prompt that ends in "<think>" is part of `text`.
     """
     tail = re.sub(rf"(?:\s|{CONTROL.pattern})+$", "", text.strip())
-    if CONTROL.search(tail):
-        return 0.0
-    opening = f"<{think_tag}>"
-    closing = f"</{think_tag}>"
-    if opening in tail or closing in tail:
-        thought, _, rest = tail.removeprefix(opening).partition(closing)
-        once = tail.count(opening) == 1 and tail.count(closing) == 1
-        if not tail.startswith(opening) or not once or not thought.strip():
+    tags = re.findall(rf"</?{think_tag}>", tail)
+    if tags:
+        thought, _, tail = tail.removeprefix(tags[0]).partition(tags[-1])
+        block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
+        if not block or not thought.strip() or CONTROL.search(thought):
             return 0.0
-        tail = rest
     boxes = list(islice(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail), 2))
     end = group_end(tail, boxes[0].end() - 1) if len(boxes) == 1 else None
-    filled = end is not None and tail[boxes[0].end() : end - 1].strip()
-    return float(bool(filled) and re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)
+    if end is None or CONTROL.search(tail) or not tail[boxes[0].end() : end - 1].strip():
+        return 0.0
+    return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)
 
 
 # ---- the command line
@@ -2458,14 +2219,12 @@ def read_rows(path):
     rows = [json.loads(line) for line in lines if line.strip()]
     pairs = []
     for line, row in enumerate(rows, 1):
-        reference = next((key for key in ("reference", "gold", "answer") if key in row), None)
-        texts = (key for key in ("pred", "completion", "answer") if key in row and key != reference)
-        text = next(texts, None)
-        if text is None or reference is None:
-            raise ValueError(
-                f"{path}:{line}: found {sorted(row)}; expected pred|completion|answer, gold|reference"
-            )
-        pairs.append((row[text], str(row[reference])))
+        references = [key for key in ("reference", "gold", "answer") if key in row]
+        texts = [key for key in ("pred", "completion", "answer") if key in row and [key] != references]
+        if not texts or not references:
+            expected = "expected pred|completion|answer, gold|reference"
+            raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
+        pairs.append((row[texts[0]], str(row[references[0]])))
     return rows, pairs
 
 
@@ -2477,26 +2236,22 @@ def grade_file(path, strict, explain, timeout_s):
     rate = len(rows) / (time.process_time() - begin + 1e-9)
     table = {}
     for row, (text, reference), verdict in zip(rows, pairs, verdicts):
-        wrong = "expected" in row and bool(verdict) != row["expected"]
-        if explain or wrong:
+        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: false positive, -1: negative
+        if explain or mistake:
             answer = extract_answer(text, strict)
-            print(f"{'WRONG ' * wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
+            print(f"{'WRONG ' * abs(mistake)}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
         if "expected" in row:
-            counts = table.setdefault(row.get("category", "-"), Counter())
-            counts[bool(row["expected"]), bool(verdict)] += 1
-    right = sum(verdict is True for verdict in verdicts)
-    undecided = sum(verdict is None for verdict in verdicts)
-    print(f"{len(rows)} answers | {right} right | {undecided} undecided | {rate:.0f} per second")
+            table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
+    counts = Counter(verdicts)
+    print(f"{len(rows)} answers | {counts[True]} right | {counts[None]} undecided | {rate:.0f} per second")
     if not table:
         return
     print(f"\n{'category':24} {'cases':>6} {'agree %':>8} {'false +':>8} {'false -':>8}")
-    shares = []
-    for name, counts in [*sorted(table.items()), ("all", sum(table.values(), Counter()))]:
-        shares.append(100 * (counts[True, True] + counts[False, False]) / counts.total())
-        print(
-            f"{name:24} {counts.total():6} {shares[-1]:8.2f} {counts[False, True]:8} {counts[True, False]:8}"
-        )
-    print(f"{'mean over categories':24} {'':6} {sum(shares[:-1]) / len(table):8.2f}")
+    table = {**dict(sorted(table.items())), "all": sum(table.values(), Counter())}
+    shares = [100 * counts[0] / counts.total() for counts in table.values()]
+    for (name, counts), share in zip(table.items(), shares):
+        print(f"{name:24} {counts.total():6} {share:8.2f} {counts[1]:8} {counts[-1]:8}")
+    print(f"{'mean over categories':24} {'':6} {sum(shares[:-1]) / len(shares[:-1]):8.2f}")
 
 
 def main(args):
