@@ -88,7 +88,8 @@ VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:o
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*")  # 5! is none
 LETTER_IN_PROSE = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?([A-J])\b"
+    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?([A-J])\b"
+    r"(?!\)?,?\s*(?:or|and)\b)"
 )
 LAST_LETTER = re.compile(r"(?:^|\n)[\s*$(]*([A-J])[\s*$).]*$")
 PLACEHOLDER = re.compile(
@@ -101,8 +102,8 @@ ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
 NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf infinity sin cos tan cot sec csc log ln exp".split())
 NUMBER_WITH_UNIT = re.compile(r"(\\?[$€£]?[-−]?[\d.,]*\d)(?:/?[a-zA-Z]{2,}|%)?")
 OPTION = re.compile(  # (C) 12 or B, since ... or C - 12; but not (C) or (D), and not A: 5, B: 7
-    r"\(?([A-J])(?:\)|[.:](?!\d)|,(?=\s[a-z]{2,})|\s[-–—](?=\s)(?=.*[a-z]{2}))"
-    r"(?!\W*(?:or|and)\b|.*(?:\([A-J]\)|\b[A-J]:)|\s*[;+*/^=&]|\s*,\s*[^a-z\s]|-)"
+    r"\(?([A-J])(?:\)|[.:](?!\d)|,(?=\s[a-z]{2,})|(?:\s[-–—](?=\s)|—)(?=.*[a-z]{2}))"
+    r"(?!\W*(?:or|and)\b|.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s]|-)"
     r"((?:\s|\\\W|\$)*\S.*)", re.S,
 )  # fmt: skip
 
@@ -188,10 +189,10 @@ def is_formula(text):
 
 def is_math_word(word):
     letters = re.findall("[a-zA-Z]+", re.sub(r"\\[a-zA-Z]+", "", word))
-    if word in ("a", "A", "I", "-", "–", "—", "&", "*"):
+    if word in ("a", "A", "I", "–", "—", "&"):
         return False
     short = all(len(run) == 1 or run in NOT_ENGLISH - {"or", "and", "in"} for run in letters)
-    return short and re.search(r"[\w+*/^=√π<>]", word)
+    return short and re.search(r"[\w+*/^=√π<>-]", word)
 
 
 def number_in_prose(text, first):
@@ -210,7 +211,7 @@ def number_in_prose(text, first):
             begin -= 1
         while at < len(words) and not ends[at - 1] and is_math_word(words[at]):
             at += 1
-        run = " ".join(words[begin:at]).strip("*_\"',.;:?")
+        run = " ".join(words[begin:at]).strip("*_\"',.;:?").removeprefix("- ")
         run = run.rstrip("!") if words[at - 1][-1] == "!" else run
         percent = at < len(words) and re.match("per ?cent|pct", words[at])
         found = re.split("=|≈", run)[-1].strip() + r"\%" * bool(percent) or found
@@ -327,12 +328,16 @@ RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
+TEXT, ROMAN = "\x02", "\x03"  # stand before a word of \text{} and of \mathrm{}
+STYLED = re.compile(
+    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*(?:\{([^{}]*)\}|([a-zA-Z])(?![a-zA-Z]))"
+)
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"\s*\.\.\.+", r"\\ldots "), (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),
     (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|pm)\b)", r"\\"),
     (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})|\{{\s*\^\s*{CIRCLE}\s*\}}", r"\\degree "),
-    (r"\^\s*\{\s*(?:\\prime\s*)+\}|\^\s*\\prime", lambda match: "'" * match[0].count("prime")),
+    (r"\^\s*\{\s*(?:(?:\\prime|')\s*)+\}|\^\s*\\prime", lambda m: "'" * len(re.findall("p|'", m[0]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
     (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
@@ -347,7 +352,7 @@ REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
-    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"), (r"^(?:[\s=:*]|\\approx)+", ""),
+    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"), (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
     (r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$", ""),
 ]]  # fmt: skip
 
@@ -372,11 +377,10 @@ LEXEME = re.compile(
     r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z]+)"
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)",
     re.S,
 )  # fmt: skip
-WORD_IN_TEXT = re.compile(r"[a-zA-Z]+(?:['.\-][a-zA-Z]+)*")  # sq.ft, don't
 
 BIG = ("sum", "prod", "int", "iint", "oint", "lim")
 KINDS = {  # of symbols and commands, each with its spellings
@@ -392,8 +396,7 @@ KINDS = {  # of symbols and commands, each with its spellings
         "]": "rbrack", "newline": "cr", "%": "percent", "frac": "dfrac tfrac cfrac sfrac nicefrac",
         "binom": "dbinom tbinom", "inf": "infty", "empty": "emptyset varnothing", "sqrt": "surd",
         "deg": "degree textdegree", "and": "land wedge", "or": "lor vee", "bar": "overline bar",
-        "so": "Rightarrow implies", "big": " ".join(BIG), "roman": "mathrm operatorname mathsf",
-        "text": "text textbf textit textrm textnormal mbox hbox emph textsf texttt",
+        "so": "Rightarrow implies", "big": " ".join(BIG),
         "op": "odot otimes oplus ominus circ bullet star bmod",
     }.items() for name in names.split()},
 }  # fmt: skip
@@ -412,6 +415,7 @@ FUNCTIONS = {
     "ceil": "ceiling", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot",
     "arctg": "atan",
 }  # fmt: skip
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
     "rho sigma tau upsilon phi varphi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega "
@@ -488,11 +492,16 @@ def read_number(text, at, inside):
     return value, unit, end
 
 
-def read_letters(run, mode, space, before, alone):
-    """Tokens of a run of letters: functions, products of variables, words. before: a token."""
+def read_letters(run, mark, space, before, alone):
+    """Tokens of a run of letters: functions, products of variables, words.
+
+    mark: TEXT or ROMAN if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
+    """
     low = run.lower()
     counted = before.kind in ("number", "word", "deg")
-    kind, value = None, low
+    kind = None
+    value = low
+    parts = run
     if low in ("and", "or"):
         kind = low
     elif low in ("percent", "pct"):
@@ -500,35 +509,33 @@ def read_letters(run, mode, space, before, alone):
     elif low == "to" and before.kind == "number":
         kind = ":"
     elif len(run) == 1:
-        unit = before.kind == "deg" and run in "CF" or mode == "roman" and counted and run not in "ei"
-        word = unit or mode == "text" and run != "i"
+        unit = mark == ROMAN and run not in "dei" and (counted or before.kind == "}")
+        unit = unit or before.kind == "deg" and run in "CF"
+        word = unit or mark == TEXT and run != "i" or run == "a" and before.kind == "word"
         kind = "word" if word else "const" if run in "ie" else "sym"
         value = run if run in UNITS or not word else low
     elif counted and (low in UNITS or low in ("th", "st", "nd", "rd")):
         kind = "word"
-    elif run in NAMES and (mode != "text" or alone and low not in ("min", "max", "log", "in")):
+    elif run in NAMES and (mark != TEXT or alone and low not in ("min", "max", "log", "in")):
         kind, value = NAMES[run]
-    elif low in ("pi", "infinity") and mode != "text":
+    elif low in ("pi", "infinity") and mark != TEXT:
         kind, value = NAMES[low]
-    elif mode or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
+    elif mark or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
         kind = "word"
     elif mixed := re.fullmatch(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)", run):
-        parts = [name for name in mixed.groups() if name]  # xsin, lnx
+        parts = filter(None, mixed.groups())  # xsin, lnx
     elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
         kind = "word"
-    else:
-        product_ = low in "abcdefghijklmnopqrstuvwxyz" and not run.isupper()  # abcd, xyz
+    elif low not in ALPHABET or run.isupper():  # abcd and xyz are products
         syllable = (alone or space and counted) and len(run) > 2 and re.search("[aeiou]", low)
-        if not product_ and (len(run) > 3 or syllable):
-            kind = "word"
-        parts = run
+        kind = "word" if len(run) > 3 or syllable else None
     if kind:
         return [Token(kind, value, run, space)]
-    return [token for part in parts for token in read_letters(part, None, False, END, False)]
+    return [token for part in parts for token in read_letters(part, "", False, END, False)]
 
 
-def tokenize(text, mode=None, outer=END):
-    """The tokens of a normalised text. mode: None, "text" in \\text{}, "roman" in \\mathrm{}."""
+def tokenize(text):
+    """The tokens of a normalised text."""
     found = []
     at = 0
     space = False
@@ -539,8 +546,8 @@ def tokenize(text, mode=None, outer=END):
         lexeme = match[kind]
         start = at
         at = match.end()
-        before = found[-1] if found else outer
-        if before.kind in ("*", "/") and found[-2:-1] and found[-2].kind == "word":
+        before = found[-1] if found else END
+        if before.kind in ("*", "/") and len(found) > 1 and found[-2].kind == "word":
             before = found[-2]
         if kind == "space":
             space = True
@@ -551,39 +558,23 @@ def tokenize(text, mode=None, outer=END):
             value, unit, at = read_number(text, start, brackets > 0)
             tokens = [Token("number", (value, unit), text[start:at])]
         elif kind == "letters":
-            lexeme = WORD_IN_TEXT.match(text, start)[0] if mode else lexeme
-            at = start + len(lexeme)
-            tokens = read_letters(lexeme, mode, space, before, lexeme == text.strip())
-        elif kind == "command" and KINDS.get(lexeme) in ("text", "roman"):
-            content, at = text_argument(text, at)
-            tokens = tokenize(content, KINDS[lexeme], before)
-            if KINDS[lexeme] == "roman" and before.kind != "number" and text[at:].lstrip()[:1] == "(":
-                tokens = [Token("sym", content.strip(), content)]  # \operatorname{rank}(A)
-            space = True
+            run = lexeme.lstrip(TEXT + ROMAN)
+            mark = lexeme[: len(lexeme) - len(run)]
+            tokens = read_letters(run, mark, space, before, lexeme == text)
+            if mark == ROMAN and text[at : at + 1] == "(" and before.kind != "number":
+                tokens = [Token("sym", run, run)]  # \operatorname{rank}(A)
         elif kind in ("command", "symbol"):
             known = KNOWN.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
             if not known and kind == "symbol":
-                if mode and lexeme in ".\"`?":
-                    continue
                 raise Unreadable(f"unknown character {lexeme!r}")
             kind, value = known or ("sym", lexeme)
             brackets += (kind in ("(", "[", "set{")) - (kind in (")", "]", "set}"))
-            tokens = [Token("and" if kind == "&" and mode else kind, value, lexeme)]
+            tokens = [Token(kind, value, lexeme)]
         else:  # digits, begin, end, set
             tokens = [Token("number" if kind == "digits" else kind, lexeme, lexeme)]
-        if tokens:
-            found += [tokens[0]._replace(space=space), *tokens[1:]]
-            space = False
+        found += [tokens[0]._replace(space=space), *tokens[1:]]
+        space = False
     return found
-
-
-def text_argument(text, at):
-    """(the argument of a \\text that ends at `at`, where that argument ends)."""
-    match = re.compile(r"\s*(?:(\{)|([a-zA-Z]))").match(text, at)
-    end = match and (group_end(text, match.end() - 1) if match[1] else match.end())
-    if not end:
-        raise Unreadable("text without its argument")
-    return match[2] or text[match.end() : end - 1], end
 
 
 # ---- parser
@@ -889,7 +880,7 @@ class Parser:
     def juxtaposed(self, left):
         if left[0] == "quantity" and self.kind == "number":
             return listed(",", [left, self.expression(TERM)])  # 3 hours 20 minutes
-        if left[0] == "quantity" and left[3] or left[0] == "num" and self.kind == "number":
+        if left[0] == "quantity" and left[3] or left[0] in ("num", "sym") and self.kind == "number":
             raise Unreadable("two things side by side")
         right = self.expression(FACTOR)
         words = unit_text(right)
@@ -1075,6 +1066,11 @@ class Parser:
         if function and [token.text for token in self.tokens[self.at : self.at + 6]] == [*"^{-1}("]:
             self.at += 5
             name += "^-1"
+        if self.kind == "{" and len(name) > 1 and name.isalpha() and name not in GREEK:
+            groups = []
+            while self.accept("{"):  # a command that is not known
+                groups.append(self.closed("}"))
+            return ("call", name, *groups)
         if self.kind != "(":
             return ("sym", name)
         begin = self.at
@@ -1084,6 +1080,7 @@ class Parser:
             return ("binomial", *arguments)
         variables = all(part[0] == "sym" and part[1] != name for part in arguments)
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
+        literal = literal and (len(arguments) == 1 or name.isupper())
         if function or literal or first and variables and self.kind == "rel":
             return ("call", name, *arguments)
         self.at = begin
@@ -1181,6 +1178,8 @@ class Parser:
         content = self.deeper(self.expression, context="set")
         if self.accept("|", "mid", ":"):  # {x | x < 3} or {x in R | x < 3}
             condition = self.closed("set}")
+            if not symbols(content) <= symbols(condition):
+                raise Unreadable("a condition on something else")
             domain = content[0] == "rel" and content[2][1] != ("reals",)
             return ("list", ",", content, condition) if domain else condition
         self.take("set}")
@@ -1232,10 +1231,22 @@ def normalised(text):
     text = text.translate(UNICODE)
     if not text.isascii():  # mathematical italics become letters
         text = unicodedata.normalize("NFKC", text).translate(UNICODE)
-    if not text.isdecimal():  # most answers are plain integers
-        for pattern, by in REWRITES:
-            text = pattern.sub(by, text)
+    if text.isdecimal():  # as most answers are
+        return text
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    for _ in range(3):  # \text{} in \text{}
+        text = STYLED.sub(marked, text)
     return text.strip()
+
+
+def marked(match):
+    """The words of \\text{} or \\mathrm{}, each with its mark."""
+    content = match[2] or match[3] or ""
+    mark = TEXT if match[1] else ROMAN
+    if match[1]:
+        content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
+    return " " + re.sub(r"(?<![\\\x02\x03a-zA-Z])[a-zA-Z]+(?:['.\-][a-zA-Z]+)*", mark + r"\g<0>", content) + " " * bool(match[1])
 
 
 def raw(text):
@@ -1449,7 +1460,8 @@ def coordinate(name, point):
     rng = random.Random(f"{name} {index}")
     radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
     if real:
-        radius = round(radius) + 1 if index % 4 == 3 else radius  # floors care for integers
+        if index % 4 in (1, 3):  # floors care for integers, and for what is just below one
+            radius = round(radius) + 1 - 1e-6 * (index % 4 == 1)
         return complex(radius if index % 2 == 0 else rng.choice((radius, -radius)))
     return cmath.rect(radius, rng.uniform(-3.1, 3.1))
 
@@ -1586,7 +1598,10 @@ def agree(a, b, point):
 
 
 def largest_number(node):
-    return abs(node[1]) if node[0] == "num" else max(map(largest_number, children(node)), default=1)
+    value = exact(node)
+    if value is None:
+        return max(map(largest_number, children(node)), default=1)
+    return max(abs(value), 1 / abs(value)) if value else 1
 
 
 def same_function(a, b):
@@ -1600,7 +1615,7 @@ def same_function(a, b):
         hard = None
         for index in range(24 if real else 15):
             try:
-                verdict = agree(a, b, (index, real, 10 ** min(digits, 5)))
+                verdict = agree(a, b, (index, real, 10 ** min(digits, 12)))
             except TooHard as error:
                 hard = error
                 verdict = None
@@ -1789,6 +1804,8 @@ def same_set(a, b):
         places(b, names[1], note, 0)
         found = order(ends)
         top = max(found.values(), default=-1) + 2
+        if max(map(len, names)) > 1:
+            raise ValueError("conditions on more than one variable")
         if names[0] != names[1] and all(names):
             return False
         return places(a, names[0], place, top) == places(b, names[1], place, top)
@@ -1882,9 +1899,13 @@ def compatible(a, b):
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
 
 
+def tally(node, tag):
+    return (node[:1] == (tag,)) + sum(tally(child, tag) for child in children(node))
+
+
 def signs_chosen(node):
     """The trees that plus-minus signs stand for. \\mp is the opposite of the last \\pm."""
-    count = repr(node).count("('pm'") or repr(node).count("('mp'")
+    count = tally(node, "pm") or tally(node, "mp")
     if not 0 < count <= 4:
         return [node]
     return [chosen(node, iter(signs), [1]) for signs in product((1, -1), repeat=count)]
@@ -1967,6 +1988,8 @@ def same_time(a, b):
     """Two times of the day; one may look like a ratio, or not say which half of the day."""
     clocks = [[exact(part) for part in children(node)] for node in (a, b)]
     clocks = [[*clock, 0, 0][:3] for clock in clocks]
+    if any(node[0] == "ratio" and number(0) in node for node in (a, b)):
+        return False
     halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
     return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2
 
@@ -1975,7 +1998,8 @@ def same_ratio(a, b):
     """Ratios by proportion, with their zeros in the same places; 3:4 is 3/4."""
     if a[0] != b[0]:
         ratio, other = (a, b) if a[0] == "ratio" else (b, a)
-        return len(ratio) == 3 and same_value(divide(*ratio[1:]), other)
+        value = exact(other)
+        return len(ratio) == 3 and value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
     zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
     if zeros[0] != zeros[1] or all(zeros[0]):
         return False
@@ -2002,13 +2026,13 @@ def converted(one, other):
     if one[0] == "words" and other[0] in ("sym", "const", "mul"):
         letters = [part[1] for part in other[1:] if part[0] == "sym"] if other[0] == "mul" else [other[1]]
         return "".join(letters).lower() == one[1].lower() and max(map(len, letters)) == 1
-    if one[0] == "set" and len(one) == 2 and other[0] not in ("set", "empty"):
-        return same(one[1], other)
     if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
         items = list(map(statement, children(other)))
         named = {show(item.name): item.value for item in items if item.name}
         if len(named) == len(items) == len(one) - 1:
             return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
+    if one[0] == "set" and len(one) == 2 and not is_set(other) and members(other) is None:
+        return False
     if one[0] == "array" and other[0] == "list":
         return same_items(one[1:], other[2:])
     return None
@@ -2060,7 +2084,7 @@ def same_plain(a, b):
         return same_items(items[0] or [a], items[1] or [b])
     if tags <= {"tuple", "array"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    if has(a, "matrix") or has(b, "matrix"):
+    if has(a, "matrix", "tuple") or has(b, "matrix", "tuple"):
         one, other = cells(a), cells(b)
         return bool(one and other) and one.keys() == other.keys() and all(same(one[at], other[at]) for at in one)
     return "rel" not in tags and same_value(a, b)
@@ -2073,7 +2097,7 @@ def words_of(text):
     """An answer's words in lower case if it is nothing but words or one letter; else ""."""
     plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ")
     plain = re.sub(r"\\(?:left|right)(?![a-z])|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
-    plain = plain.strip(" .*\"'`\n\t")
+    plain = re.sub(r"^'(.*)'$", r"\1", plain.strip(" .*\"`\n\t"))
     plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain)
     plain = " ".join(plain.split())
     if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
@@ -2107,9 +2131,11 @@ def readings(text, is_answer):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
     trees = list(map(read, texts))
     for tree in trees[:]:
+        if tree[0] == "set" and len(tree) == 2 and tree[1] != ("empty",):
+            trees.append(tree[1])
         if has(tree, "Log"):
             trees += [rebuild(tree, base_ten), rebuild(tree, base_e)]
-        if "I" in symbols(tree):
+        if "I" in symbols(tree) and statement(tree).name != ("sym", "I"):
             trees.append(replaced(tree, ("sym", "I"), ("const", "i")))
     return trees
 
