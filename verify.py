@@ -100,7 +100,11 @@ STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|
 WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
 ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
 NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf infinity sin cos tan cot sec csc log ln exp".split())
-NUMBER_WITH_UNIT = re.compile(r"(\\?[$€£]?[-−]?[\d.,]*\d)(?:/?[a-zA-Z]{2,}|%)?")
+MATH_WORD = (
+    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z]"
+    r"(?![a-zA-Z])|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z])|[^\sa-zA-Z–—&])+(?!\S))"
+)
+MATH_RUN = re.compile(rf"(?<!\S){MATH_WORD}(?:\s+{MATH_WORD})*")
 OPTION = re.compile(  # (C) 12 or B, since ... or C - 12; but not (C) or (D), and not A: 5, B: 7
     r"\(?([A-J])(?:\)|[.:](?!\d)|,(?=\s[a-z]{2,})|(?:\s[-–—](?=\s)|—)(?=.*[a-z]{2}))"
     r"(?!\W*(?:or|and)\b|.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s]|-)"
@@ -128,13 +132,6 @@ def box_span(text):
     begin = last[0].end() if last else len(text)
     end = group_end(text, begin) if text[begin : begin + 1] == "{" else None
     return end and (begin + 1, end - 1)
-
-
-def after_thinking(text):
-    """(what follows the thinking block, or all if there is none; whether every block is closed)."""
-    closes = deque(THINK_CLOSE.finditer(text), maxlen=1)
-    tail = text[closes[0].end() :] if closes else text
-    return tail, THINK_OPEN.search(tail) is None
 
 
 def boxed_answer(text, strict):
@@ -187,36 +184,16 @@ def is_formula(text):
     return read(text)[0] not in ("raw", "words")
 
 
-def is_math_word(word):
-    letters = re.findall("[a-zA-Z]+", re.sub(r"\\[a-zA-Z]+", "", word))
-    if word in ("a", "A", "I", "–", "—", "&"):
-        return False
-    short = all(len(run) == 1 or run in NOT_ENGLISH - {"or", "and", "in"} for run in letters)
-    return short and re.search(r"[\w+*/^=√π<>-]", word)
-
-
 def number_in_prose(text, first):
-    """The first or last run of mathematical words that has a digit, whole: 3x, 2^{10}, 5 + 4."""
-    words = text.split()
-    ends = [word[-1] in ",.;:!?" for word in words]  # a run ends with its sentence
+    """The first or last run of mathematics that has a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
     found = None
-    at = 0
-    while at < len(words) and not (first and found):
-        bare = words[at].strip("*_\"'()[],.;:!?")
-        begin = at
-        at += 1
-        if not re.search(r"\d", bare) or not (NUMBER_WITH_UNIT.fullmatch(bare) or is_math_word(bare)):
-            continue
-        while begin and is_math_word(words[begin - 1]) and not ends[begin - 1]:
-            begin -= 1
-        while at < len(words) and not ends[at - 1] and is_math_word(words[at]):
-            at += 1
-        run = " ".join(words[begin:at]).strip("*_\"',.;:?").removeprefix("- ")
-        run = run.rstrip("!") if words[at - 1][-1] == "!" else run
-        percent = at < len(words) and re.match("per ?cent|pct", words[at])
-        found = re.split("=|≈", run)[-1].strip() + r"\%" * bool(percent) or found
-    if found and found.count("(") != found.count(")"):
-        found = found.strip("()")
+    for sentence in re.split(r"(?:[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
+        for run in MATH_RUN.finditer(sentence):
+            value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
+            if not re.search(r"\d", value) or first and found:
+                continue
+            value = value.strip("()") if value.count("(") != value.count(")") else value
+            found = value + r"\%" * bool(PERCENT.match(sentence, run.end()))
     return found
 
 
@@ -268,12 +245,11 @@ def extract_answer(text, strict=False):
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
     """
-    tail, closed = after_thinking(text)
-    if strict and not closed:
+    closes = deque(THINK_CLOSE.finditer(text), maxlen=1)
+    tail = text[closes[0].end() :] if closes else text
+    if strict and THINK_OPEN.search(tail):
         return None
-    if not strict and not tail.strip():
-        tail = text
-    tail = tail[-MAX_TEXT:].replace("<|im_start|>assistant", "").lstrip()
+    tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:].replace("<|im_start|>assistant", "").lstrip()
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
@@ -330,7 +306,7 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
 TEXT, ROMAN = "\x02", "\x03"  # stand before a word of \text{} and of \mathrm{}
 STYLED = re.compile(
-    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*(?:\{([^{}]*)\}|([a-zA-Z])(?![a-zA-Z]))"
+    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
@@ -434,13 +410,11 @@ NAMES = {  # runs of letters that are mathematics without a backslash
     **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)), "union": ("cup", None),
     **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")}, "binomial": ("binom", None),
 }  # fmt: skip
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
+ONES = "zero one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMERALS = {word: value for value, word in enumerate(  # up to ninety-nine
-    ONES + [f"{ten}-{ONES[one]}" if one else ten for ten in TENS for one in range(10)]
+NUMERALS = {word: value for value, word in enumerate(
+    ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
 )}  # fmt: skip
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = {name: line.split()[0] for line in (  # every spelling by the first of its line
@@ -693,16 +667,17 @@ def numeral(words):
     """The tree of "minus twenty-five thousand", or None."""
     total = 0
     tail = 0
-    first, *rest = words.split()
-    negative = first in ("minus", "negative")
-    for name in rest if negative else [first, *rest]:
-        if name in NUMERALS and tail % 100 == 0:
+    for name in re.sub("^(?:minus|negative) ", "", words).split():
+        if name == "hundred":
+            tail *= 100
+        elif name in SCALES:
+            total += tail * SCALES[name]
+            tail = 0
+        elif name in NUMERALS and tail % 100 == 0:
             tail += NUMERALS[name]
-        elif name in SCALES and tail:
-            total, tail = (total, tail * 100) if name == "hundred" else (total + tail * SCALES[name], 0)
         else:
             return None
-    return number(-total - tail if negative else total + tail)
+    return number(-total - tail if words.startswith(("minus", "negative")) else total + tail)
 
 
 def quantity(value, words):
@@ -1251,7 +1226,7 @@ def marked(match):
 
 def raw(text):
     """What two unreadable texts are compared by: blanks count only between letters or digits."""
-    plain = WRAPPER.sub(r" \1 ", text)
+    plain = re.sub(f"[{TEXT}{ROMAN}]", " ", text)
     plain = re.sub(r"(?:\s|~|\\[,;:! ])+", " ", plain)
     plain = re.sub(r"\{(\w)\}", r"\1", plain)
     plain = re.sub(r"(?<![\w\\])\s|\s(?![\w\\])|[.,]+$", "", plain).strip()
@@ -1358,10 +1333,8 @@ def root(m, degree, value):
 
 
 def binomial(m, n, k):
-    if k.imag or k.real != int(k.real) or not 0 <= k.real <= 500:
-        n, k, rest = (m.tame(x) + 1 for x in (n, k, n - k))
-        return m.gamma(n) / (m.gamma(k) * m.gamma(rest))
-    return math.prod(((n - i) / (i + 1) for i in range(int(k.real))), start=n * 0 + 1)
+    n, k, rest = (m.tame(x) + 1 for x in (n, k, n - k))
+    return m.gamma(n) / (m.gamma(k) * m.gamma(rest))
 
 
 def logarithm(m, x, base=None):
@@ -1702,7 +1675,7 @@ def ray(operator, end, place, top):
 
 
 def solutions(operator, left, right, variable, place, top):
-    """The places that solve x < a, |linear| < a or linear < linear."""
+    """The places that solve x < a or |x| < a."""
     if variable not in symbols(left):
         left, right, operator = right, left, FLIPPED[operator]
     if left == ("sym", variable) and not symbols(right):
@@ -1711,14 +1684,7 @@ def solutions(operator, left, right, variable, place, top):
         above = solutions(operator, left[1], right, variable, place, top)
         below = solutions(FLIPPED[operator], left[1], negate(right), variable, place, top)
         return above | below if operator[0] in ">!=" else above & below
-    at = [replaced(minus(left, right), ("sym", variable), number(k)) for k in range(3)]
-    slope = minus(at[1], at[0])
-    steep = constant(slope)
-    if not steep or not same_value(slope, minus(at[2], at[1])):
-        raise ValueError("not linear")
-    zero = negate(divide(at[0], slope))
-    zero = zero if exact(zero) is None else number(exact(zero))
-    return ray(operator if steep.real > 0 else FLIPPED[operator], zero, place, top)
+    raise ValueError("not solved")
 
 
 def places(node, names, place, top):
