@@ -572,11 +572,14 @@ POWER = {  # how tightly what stands between two operands binds them
     "minus": 6, "+": 7, "-": 7, "pm": 7, "mp": 7, "*": 8, "/": 8, "op": 8, "word": 8, "currency": 8,
 }  # fmt: skip
 SEPARATORS = ("newline", ";", "or", ",", "and")
+SIGNS = ("+", "-", "pm", "mp")
 CLOSING = {  # what closes each bracket
     "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
 }  # fmt: skip
-OPERANDS = {*CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split()}
-TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc", "cis"}
+OPERANDS = {
+    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split(),
+}  # fmt: skip
+TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result solution "
     "solutions we get have choice option approximately about roughly exactly that it be of all point "
@@ -653,16 +656,6 @@ def items_of(node):
     return list(node[2:]) if node[0] == "list" else [node]
 
 
-def listed(kind, items):
-    """A list; a list in it is spliced in unless it has statements: p=5, q=2; p=7, q=2."""
-    flat = []
-    for item in items:
-        splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
-        flat += item[2:] if splice else [item]
-        kind = "or" if splice and item[1] == "or" else kind
-    return ("list", kind, *flat)
-
-
 def numeral(words):
     """The tree of "minus twenty-five thousand", or None."""
     total = 0
@@ -685,36 +678,32 @@ def quantity(value, words):
     names = words.split()
     if names and names[0].replace(".", "") in ("am", "pm"):
         return (*(value[:-1] if value[0] == "time" else ("time", value)), names[0][0])
-    units = [UNITS[name] for name in names if name in UNITS]
-    nouns = [name for name in names if name not in UNITS and name not in IGNORED | SCALES.keys()]
-    if STATEMENT & set(names) or nouns and symbols(value):
-        raise Unreadable("words that are no unit")
+    if value[0] == "quantity":
+        names += [*value[2].split(), *value[3].split()]
+        value = value[1]
     for name in SCALES.keys() & set(names):
         value = chain("mul", value, number(SCALES[name]))
-    nouns = [re.sub("e?s?$", "", name) for name in nouns]
-    if value[0] == "quantity":
-        units += value[2].split()
-        nouns += value[3].split()
-        value = value[1]
-    if not units and not nouns:
-        return value
-    return ("quantity", value, " ".join(sorted(units)), " ".join(sorted(nouns)))
+    units = [UNITS[name] for name in names if name in UNITS]
+    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
+    if STATEMENT & set(names) or nouns and symbols(value):
+        raise Unreadable("words that are no unit")
+    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
+    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns)) if units or nouns else value
 
 
 def unit_text(node):
     """The words of a unit written as a term, such as \\frac{\\text{km}}{\\text{h}}, or None."""
     if node[0] == "words":
         return node[1]
-    parts = [unit_text(child) for child in node[1:3]] if node[0] in ("mul", "pow") else []
-    if not parts or None in parts[: 1 + (node[0] == "mul")]:
-        return None
-    return " ".join(parts) if node[0] == "mul" else f"{exponent_text(node[2])} {parts[0]}"
+    parts = [unit_text(child) for child in node[1:3]] if node[0] in ("mul", "pow") else [None]
+    if node[0] == "pow" and parts[0]:
+        return f"{exponent_text(node[2])} {parts[0]}"
+    return None if None in parts else " ".join(parts)
 
 
 def exponent_text(power):
     """How a unit's exponent is written among its words: m^2 is `m ^2`, h^{-1} is `/ h`."""
-    text = show(power)
-    return f"^{text}".replace("^-1", "/").replace("^-", "/ ^")
+    return f"^{show(power)}".replace("^-1", "/").replace("^-", "/ ^")
 
 
 class Parser:
@@ -737,29 +726,28 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def take(self, *kinds):
-        token = self.accept(*kinds) if kinds else self.accept(self.kind)
+        token = self.accept(*kinds)
         if token is None:
             found = self.tokens[self.at].text or self.kind
             raise Unreadable(f"found {found!r} where {' or '.join(kinds)} was expected")
         return token
 
-    def deeper(self, method, *arguments, context=None):
-        """The result of `method`, one level deeper, and perhaps in another context."""
-        if self.depth == MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+    def closed(self, *closers, level=1, context="open"):
+        """What stands up to a closing token, which is taken too."""
         outer = self.context
-        self.depth += 1
-        self.context = context or outer
-        result = method(*arguments)
-        self.depth -= 1
+        self.context = context
+        value = self.expression(level)
         self.context = outer
-        return result
+        self.take(*closers)
+        return value
+
+    # operators
 
     def expression(self, level=1):
         """An operand, and all operators and operands that bind at least as tightly as `level`."""
-        left = self.deeper(self.operand)
+        left = self.operand()
         while (power := self.power()) >= level:
-            left = self.deeper(self.join, left, power)
+            left = self.clauses(left, power) if power < CLAUSE else self.join(left, power)
         return left
 
     def power(self):
@@ -775,103 +763,98 @@ class Parser:
 
     def starts_equation(self):
         """Whether another equation begins here, as in x = 1 y = 2."""
-        token, *after = self.tokens[self.at : self.at + 4]
-        after = after[2 if after[0].kind == "_" else 0 :]
-        relations = [before.kind for before in self.tokens[: self.at]].count("rel")
-        return token.kind == "sym" and token.space and relations and after[:1] and after[0].value == "="
+        token, after, *rest = self.tokens[self.at : self.at + 4]
+        after = rest[1] if after.kind == "_" and len(rest) > 1 else after
+        equation = token.kind == "sym" and token.space and after[:2] == ("rel", "=")
+        return equation and any(before.kind == "rel" for before in self.tokens[: self.at])
+
+    def clauses(self, left, power):
+        """A list. A list in it is spliced in unless it has statements: p=5, q=2; p=7, q=2."""
+        if self.accept("so"):  # of a chain of implications the last counts
+            right = self.expression(CLAUSE)
+            return right if left[0] == right[0] == "rel" else ("call", "implies", left, right)
+        kind = ","
+        items = [left]
+        while self.power() == power and self.kind != "so":
+            while separator := self.accept(*SEPARATORS):
+                kind = "or" if separator.kind == "or" else kind
+            if not self.starts_operand() and self.kind not in ("word", "currency", *SIGNS):
+                break
+            items.append(self.expression(power + 1))
+        flat = []
+        for item in items:
+            splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
+            kind = "or" if splice and item[1] == "or" else kind
+            flat += item[2:] if splice else [item]
+        return ("list", kind, *flat) if len(flat) > 1 else left
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
-        if power < CLAUSE:
-            return self.clauses(left, power)
         if kind in ("word", "currency"):
             return quantity(left, self.unit())
         if self.starts_operand():
             return self.juxtaposed(left)
-        token = self.take()
-        if kind == ":":
-            return self.ratio(left)
+        token = self.take(kind)
         if kind == "/" and self.kind == "word":
             return quantity(left, "/ " + self.unit())
-        if kind == "rel":
-            return self.relation(left, token.value)
-        right = self.expression(power + 1)
-        if kind == "+":
-            return chain("add", left, right)
-        if kind == "-" and left[0] != "reals":
-            return minus(left, right)
-        if kind == "*":
-            return chain("mul", left, right)
-        if kind == "/":
-            while self.kind == "sym" and right[0] in ("sym", "mul") and not self.tokens[self.at].space:
-                right = chain("mul", right, self.expression(FACTOR))  # t/RC
-            return divide(left, right)
-        return ("call", token.value, left, right) if kind == "op" else ("minus" if kind == "-" else kind, left, right)
-
-    def clauses(self, left, power):
-        if self.accept("so"):  # of a chain of implications the last counts
-            right = self.expression(CLAUSE)
-            return right if left[0] == right[0] == "rel" else ("call", "implies", left, right)
-        items = [left]
-        kind = ","
-        while self.power() == power and self.kind != "so":
-            while separator := self.accept(*SEPARATORS):
-                kind = "or" if separator.kind == "or" else kind
-            if self.kind not in OPERANDS | {"word", "+", "-", "pm", "mp", "|", "currency"}:
-                break
-            items.append(self.expression(power + 1))
-        return listed(kind, items) if len(items) > 1 else left
-
-    def relation(self, left, operator):
-        while self.accept("&"):
+        if kind == ":":
+            return self.ratio(left)
+        while kind == "rel" and self.accept("&"):
             pass
-        right = self.expression(SIDE)
-        if self.accept("pmod"):
-            right = ("mod", right, self.argument())
-        if right[0] == "mul" and right[2:] == (("sym", "..."),):  # 3/7 = 0.428...
-            operator, right = "~", right[1]
-        operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
-        return ("rel", (*operators, operator), (*sides, right))
+        right = self.expression(power + 1)
+        if kind == "rel":
+            right = ("mod", right, self.argument()) if self.accept("pmod") else right
+            operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
+            return ("rel", (*operators, token.value), (*sides, right))
+        while kind == "/" and self.kind == "sym" and not self.tokens[self.at].space:  # t/RC
+            right = chain("mul", right, self.expression(FACTOR))
+        if kind in ("+", "*"):
+            return chain("add" if kind == "+" else "mul", left, right)
+        if kind == "-":
+            return ("minus", left, right) if left[0] == "reals" else minus(left, right)
+        if kind == "/":
+            return divide(left, right)
+        return ("call", token.value, left, right) if kind == "op" else (kind, left, right)
+
+    def juxtaposed(self, left):
+        if left[0] == "quantity" and self.kind == "number":  # 3 hours 20 minutes
+            return ("list", ",", left, self.expression(TERM))
+        noun = left[0] == "quantity" and left[3]
+        if noun or left[0] in ("num", "sym") and self.kind == "number":
+            raise Unreadable("two things side by side")
+        right = self.expression(FACTOR)
+        words = unit_text(right)
+        return quantity(left, words) if words else chain("mul", left, right)
 
     def ratio(self, left):
         """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
-        name = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
-        if name and self.kind not in ("sym", "set{"):
-            return ("rel", ("=",), (left, self.expression(CLAUSE)))
+        if left[0] == "words" or left[0] == "sym" and left[1][0].isupper():
+            if self.kind not in ("sym", "set{"):
+                return ("rel", ("=",), (left, self.expression(CLAUSE)))
+        begin = self.at
         parts = [left, self.expression(SIDE + 1)]
-        texts = [self.tokens[self.at - 1].text]
         while self.accept(":"):
             parts.append(self.expression(SIDE + 1))
-            texts.append(self.tokens[self.at - 1].text)
         if parts[-1][0] == "time":  # 7:30 p.m.
             return ("time", *parts[:-1], *parts[-1][1:])
+        texts = [token.text for token in self.tokens[begin : self.at : 2]]
         if all(map(is_integer, parts)) and all(re.fullmatch("[0-5][0-9]", text) for text in texts):
             clock = [int(part[1]) for part in parts]
             if clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
                 return ("time", *parts, "")
         return ("ratio", *parts)
 
-    def juxtaposed(self, left):
-        if left[0] == "quantity" and self.kind == "number":
-            return listed(",", [left, self.expression(TERM)])  # 3 hours 20 minutes
-        if left[0] == "quantity" and left[3] or left[0] in ("num", "sym") and self.kind == "number":
-            raise Unreadable("two things side by side")
-        right = self.expression(FACTOR)
-        words = unit_text(right)
-        return quantity(left, words) if words else chain("mul", left, right)
-
     def unit(self):
         """The words of a unit such as `cm^2`, `m / s` or `miles per hour`."""
         words = []
         while True:
-            after = self.tokens[self.at + 1].kind
             if self.accept("currency"):
                 words.append("dollar")
-            elif self.kind == "word" or words and words[-1] == "/" and self.kind == "sym":
-                words.append(self.take().value)
-            elif self.kind in ("/", "*") and after in ("word", "sym"):
-                words += ["/"] if self.take().kind == "/" else []
+            elif self.kind == "word" or words[-1:] == ["/"] and self.kind == "sym":
+                words.append(self.take(self.kind).value)
+            elif self.kind in ("/", "*") and self.tokens[self.at + 1].kind in ("word", "sym"):
+                words += ["/"] if self.take("/", "*").kind == "/" else []
             elif words and self.accept("^"):
                 words.append(exponent_text(self.script()))
             else:
@@ -880,31 +863,39 @@ class Parser:
     # operands
 
     def operand(self):
-        if sign := self.accept("pm", "mp"):
-            return (sign.kind, number(0), self.expression(TERM))
-        if sign := self.accept("+", "-"):
+        sign = None
+        negative = False
+        while token := self.accept(*SIGNS):
+            sign = token.kind
+            negative ^= sign == "-"
+        if sign in ("pm", "mp"):
+            return (sign, number(0), self.expression(TERM))
+        if sign:
             value = self.expression(TERM)
-            return negate(value) if sign.kind == "-" else value
+            return negate(value) if negative else value
         if self.kind == "word":
             return self.words()
         if self.accept("currency"):
-            return quantity(self.expression(FACTOR), "dollar " + self.unit())
+            negative = self.accept("-")
+            value = self.postfix(self.atom())
+            return quantity(negate(value) if negative else value, "dollar " + self.unit())
         value = self.postfix(self.atom())
-        mixed = is_integer(value) and self.tokens[self.at - 1].kind == "number"
-        return self.mixed(value) if mixed else value
+        if is_integer(value) and self.tokens[self.at - 1].kind == "number":
+            return self.mixed(value)
+        return value
 
     def mixed(self, value):
         """A mixed number such as 1\\frac45 or 2 1/3, or the value itself."""
         begin = self.at
         share = None
-        if "frac" in (self.kind, self.tokens[self.at + 1].kind) and self.kind in ("frac", "{"):
+        first, second, third = self.tokens[begin : begin + 3]
+        if first.kind == "frac" or first.kind == "{" and second.kind == "frac":
             part = self.atom()
-            plain = part[0] == "mul" and len(part) == 3 and part[2][0] == "pow"
-            share = exact(part) if plain and is_integer(part[1]) and is_integer(part[2][1]) else None
-        elif self.kind == "number" and self.tokens[self.at].space and self.tokens[self.at + 1].kind == "/":
-            top, _, bottom = self.tokens[self.at : self.at + 3]
-            share = top.value[0] / bottom.value[0] if bottom.kind == "number" and bottom.value[0] else None
+            if len(part) == 3 and is_integer(part[1]) and part[2][0] == "pow" and is_integer(part[2][1]):
+                share = exact(part)
+        elif first.kind == third.kind == "number" and first.space and second.kind == "/":
             self.at += 3
+            share = first.value[0] / (third.value[0] or 1)
         if share is not None and 0 < share < 1:
             return self.postfix(number(value[1] + share))
         self.at = begin
@@ -914,10 +905,10 @@ class Parser:
         """Words before an operand, which must be a phrase like "the answer is", or a text."""
         words = []
         while self.kind == "word":
-            words.append(self.take().value)
+            words.append(self.take("word").value)
         if words[:2] in (["all", "real"], ["all", "reals"]) and words[-1] in ("except", "but"):
             return ("minus", ("reals",), ("set", *items_of(self.expression())))
-        if self.starts_operand() or self.kind in ("-", "+", "pm", "currency"):
+        if self.starts_operand() or self.kind in ("currency", *SIGNS):
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
@@ -928,30 +919,29 @@ class Parser:
 
     def postfix(self, value):
         for _ in range(10):
-            if self.accept("!"):
-                value = ("factorial", value)
-            elif self.accept("%"):
-                value = ("pct", value)
-            elif self.accept("deg"):
-                value = ("quantity", value, "degree", "")
-            elif self.accept("^"):
-                power = self.script(single=value[0] == "sym")
-                value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
-                if value[0] == "pow" and value[1][0] == "sym" and self.accept("_"):  # v^2_0
-                    value = ("pow", ("sym", f"{value[1][1]}_{self.subscript()}"), value[2])
-            else:
+            token = self.accept("!", "%", "deg", "^")
+            if not token:
                 return value
+            if token.kind in ("!", "%"):
+                value = ("factorial" if token.kind == "!" else "pct", value)
+            elif token.kind == "deg":
+                value = ("quantity", value, "degree", "")
+            else:
+                power = self.script(single=value[0] == "sym")
+                if value[0] == "sym" and self.accept("_"):  # v^2_0
+                    value = ("sym", f"{value[1]}_{self.subscript()}")
+                value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
         raise Unreadable("too many postfix operators")
 
     def script(self, single=False):
         """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2). single: not 2_0 in v^2_0."""
         if single and self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
-            token = self.take()
+            token = self.take("number", "sym")
             return ("num", *token.value) if token.kind == "number" else ("sym", token.value)
         sign = self.accept("-", "+")
-        value = self.deeper(self.atom)
+        value = self.atom()
         if self.accept("^"):
-            value = ("pow", value, self.deeper(self.script))
+            value = ("pow", value, self.script())
         return negate(value) if sign and sign.kind == "-" else value
 
     def argument(self):
@@ -961,63 +951,62 @@ class Parser:
             rest = token.text[1:]
             self.tokens[self.at] = Token("number", (Fraction(rest), Fraction(0)), rest)
             return number(token.text[0])
-        return self.deeper(self.atom)
+        return self.atom()
 
     def subscript(self):
         """The text of a subscript, as part of a name or as a base."""
-        if not self.accept("{"):
-            return self.take().text
         begin = self.at
-        while self.kind not in ("}", "end of text"):
-            self.at += 1
-        self.take("}")
-        return "".join(token.text for token in self.tokens[begin : self.at - 1])
-
-    def closed(self, *closers, level=1, context="open"):
-        """What stands up to a closing token, which is taken too."""
-        value = self.deeper(self.expression, level, context=context)
-        self.take(*closers)
-        return value
+        self.at += 1
+        if self.tokens[begin].kind == "{":
+            while self.kind not in ("}", "end of text"):
+                self.at += 1
+            self.take("}")
+        return "".join(token.text for token in self.tokens[begin : self.at]).strip("{}")
 
     def atom(self):
-        token = self.take()
+        """One value, without what may be raised or put behind it."""
+        token = self.tokens[self.at]
         kind = token.kind
+        self.at += 1
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
         if kind in CLOSING:
-            return self.bracket(kind)
-        if kind in ("number", "sym", "fn", "big"):
-            return getattr(self, {"sym": "name", "fn": "function"}.get(kind, kind))(token)
-        if kind == "{":
-            return self.closed("}")
-        if kind in ("const", "inf", "empty"):
-            return ("const", token.value) if kind == "const" else (kind,)
-        if kind == "word":
-            return ("words", token.value)
-        if kind == "set":
-            return ("reals",) if token.value == "R" else ("words", token.value)
-        if kind == "frac":
-            return divide(self.argument(), self.argument())
-        if kind == "binom":
-            pair = self.deeper(self.atom)[1:] if self.kind == "(" else (self.argument(), self.argument())
-            return ("binomial", *pair)
-        if kind in ("sqrt", "cbrt"):
+            value = self.bracket(kind)
+        elif kind in ("number", "sym", "fn", "big", "begin"):
+            names = {"sym": "name", "fn": "function", "begin": "environment"}
+            value = getattr(self, names.get(kind, kind))(token)
+        elif kind == "{":
+            value = self.closed("}")
+        elif kind in ("const", "inf", "empty"):
+            value = ("const", token.value) if kind == "const" else (kind,)
+        elif kind in ("word", "set"):
+            value = ("reals",) if (kind, token.value) == ("set", "R") else ("words", token.value)
+        elif kind == "frac":
+            value = divide(self.argument(), self.argument())
+        elif kind == "binom":
+            pair = self.atom()[1:] if self.kind == "(" else (self.argument(), self.argument())
+            value = ("binomial", *pair)
+        elif kind in ("sqrt", "cbrt"):
             degree = number(2 if kind == "sqrt" else 3)
             degree = self.closed("]") if self.accept("[") else degree
-            return ("root", degree, self.deeper(self.atom))
-        if kind == "bar":
+            value = ("root", degree, self.atom())
+        elif kind == "bar":
             value = self.argument()
-            line = all(name.isupper() for name in symbols(value)) and value[0] == "mul"
-            return value if line else ("conjugate", value)
-        if kind == "set{":
-            return self.braces()
-        if kind == "|":
-            return ("abs", self.closed("|", level=CLAUSE, context="abs"))
-        if kind == "begin":
-            return self.environment(token.value)
-        raise Unreadable(f"found {token.text or kind!r} where a value was expected")
+            line = value[0] == "mul" and all(name.isupper() for name in symbols(value))
+            value = value if line else ("conjugate", value)
+        elif kind == "set{":
+            value = self.braces()
+        elif kind == "|":
+            value = ("abs", self.closed("|", level=CLAUSE, context="abs"))
+        else:
+            raise Unreadable(f"found {token.text or kind!r} where a value was expected")
+        self.depth -= 1
+        return value
 
     def number(self, token):
         if self.tokens[self.at][:2] == ("word", "base"):  # 1011 base 2
-            self.take()
+            self.take("word")
         elif not self.accept("_"):
             return ("num", *token.value)
         base = self.subscript().lower().removeprefix("base").strip("() ")
@@ -1032,31 +1021,28 @@ class Parser:
         first = self.at == 1 or self.tokens[self.at - 2].kind in SEPARATORS
         name = token.value
         if name in ("Delta", "nabla") and self.kind == "sym":
-            name += " " + self.take().value  # \Delta x is one name
+            name += " " + self.take("sym").value  # \Delta x is one name
         while self.accept("prime"):
             name += "'"
         if self.accept("_"):
             name += "_" + self.subscript()
-        function = name.rstrip("'") in ("f", "g", "h") or len(name) > 2 and name.isalpha() and name not in GREEK
+        long = len(name) > 2 and name.isalpha() and name not in GREEK
+        function = long or name.rstrip("'") in ("f", "g", "h")
         if function and [token.text for token in self.tokens[self.at : self.at + 6]] == [*"^{-1}("]:
             self.at += 5
             name += "^-1"
-        if self.kind == "{" and len(name) > 1 and name.isalpha() and name not in GREEK:
-            groups = []
-            while self.accept("{"):  # a command that is not known
-                groups.append(self.closed("}"))
-            return ("call", name, *groups)
-        if self.kind != "(":
-            return ("sym", name)
         begin = self.at
-        self.take()
+        arguments = []
+        while long and self.accept("{"):  # a command that is not known
+            arguments.append(self.closed("}"))
+        if arguments or not self.accept("("):
+            return ("call", name, *arguments) if arguments else ("sym", name)
         arguments = items_of(self.closed(")"))
         if name == "C" and len(arguments) == 2:
             return ("binomial", *arguments)
-        variables = all(part[0] == "sym" and part[1] != name for part in arguments)
+        named = first and self.kind == "rel" and all(a[0] == "sym" and a[1] != name for a in arguments)
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
-        literal = literal and (len(arguments) == 1 or name.isupper())
-        if function or literal or first and variables and self.kind == "rel":
+        if function or named or literal and (len(arguments) == 1 or name.isupper()):
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -1064,29 +1050,21 @@ class Parser:
     def function(self, token):
         name = token.value
         power = None
-        base = number(10) if name == "log10" else None
+        base = [number(10)] if name == "log10" else []
         while script := self.accept("^", "_"):
             if script.kind == "^":
                 power = self.script()
             else:
-                base = self.argument()
-        closer = {"(": ")", "{": "}", "[": "]"}.get(self.kind)
-        if self.accept("(", "{", "["):
-            values = items_of(self.closed(closer))
+                base = [self.argument()]
+        if opening := self.accept("(", "{", "["):
+            values = items_of(self.closed({"(": ")", "{": "}", "[": "]"}[opening.kind]))
         else:
-            values = [self.deeper(self.bare_argument)]
+            values = [self.bare_argument()]
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
             values = [rebuild(value, radians) for value in values]
-        if base:
-            name = "log"
-            values.append(base)
-        if name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"} and power == MINUS_ONE:
+        if power == MINUS_ONE and name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"}:
             return ("a" + name, *values)
-        value = (name, *values)
-        if name in ("tanh", "coth"):  # 1 - tanh 100 shows in the sizes of its exponentials
-            square = ("exp", chain("mul", number(2), values[0]))
-            sides = minus(square, ONE), chain("add", square, ONE)
-            value = divide(*(sides if name == "tanh" else sides[::-1]))
+        value = ("log" if base else name, *values, *base)
         return ("pow", value, power) if power else value
 
     def bare_argument(self):
@@ -1114,7 +1092,7 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if name in ("sum", "prod") and variable and (terms := written_out(body, variable, below, above)):
+        if name in ("sum", "prod") and (terms := written_out(body, variable, below, above)):
             return ("add" if name == "sum" else "mul", *terms)
         bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
         return ("call", name, below, above, replaced(body, variable, bound))
@@ -1122,60 +1100,57 @@ class Parser:
     # brackets
 
     def bracket(self, opening):
-        content = self.deeper(self.expression, context="open")
-        closing = self.take(*CLOSING[opening]).kind
+        content = self.closed(*CLOSING[opening])
+        kinds = opening + self.tokens[self.at - 1].kind
         items = items_of(content)
         if opening in ("lfloor", "lceil"):
             return ("floor" if opening == "lfloor" else "ceiling", content)
         if len(items) == 1 or content[1] == "or":
-            if opening + closing not in ("()", "[]"):
+            if kinds not in ("()", "[]"):
                 raise Unreadable("one item in unlike brackets")
             return content
         ends = len(items) == 2 and (infinite(items[0]) < 0 or infinite(items[1]) > 0)
-        if opening == "langle" or opening + closing == "()" and not ends:
+        if opening == "langle" or kinds == "()" and not ends:
             return ("tuple", *items)
         rows = [item[1:3] if item[3:] == ("[", "]") else item[1:] for item in items]
         nested = all(item[0] == "array" or item[3:] == ("[", "]") for item in items)
         if nested and len(set(map(len, rows))) == 1:
             return ("matrix", *rows)
-        if len(items) == 2:
-            return ("interval", *items, opening, closing)
-        if opening + closing != "[]":
+        if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
-        return ("array", *items)
+        return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
 
     def braces(self):
         if self.accept("set}"):
             return ("empty",)
         if self.tokens[self.at][:2] == ("begin", "array"):  # \left\{\begin{array} ... \right.
-            self.take()
+            self.at += 1
             return self.closed("end", context="aligned")
-        content = self.deeper(self.expression, context="set")
-        if self.accept("|", "mid", ":"):  # {x | x < 3} or {x in R | x < 3}
-            condition = self.closed("set}")
-            if not symbols(content) <= symbols(condition):
-                raise Unreadable("a condition on something else")
-            domain = content[0] == "rel" and content[2][1] != ("reals",)
-            return ("list", ",", content, condition) if domain else condition
-        self.take("set}")
-        return ("set", *items_of(content))
+        content = self.closed("set}", "|", "mid", ":", context="set")
+        if self.tokens[self.at - 1].kind == "set}":
+            return ("set", *items_of(content))
+        condition = self.closed("set}")  # {x | x < 3} or {x in R | x < 3}
+        if not symbols(content) <= symbols(condition):
+            raise Unreadable("a condition on something else")
+        domain = content[0] == "rel" and content[2][1] != ("reals",)
+        return ("list", ",", content, condition) if domain else condition
 
-    def environment(self, name):
+    def environment(self, token):
+        name = token.value
         if not name.endswith("matrix") and name != "array":  # aligned, cases
             return self.closed("end", context="aligned")
         if name.startswith(("v", "V")):
             raise Unreadable("a determinant")
         rows = [[]]
-        while not self.accept("end"):
-            rows[-1].append(self.deeper(self.expression, CLAUSE, context="open"))
-            if self.kind == "newline":
-                rows.append([])
-            while self.accept("newline", "&"):
-                pass
-        rows = [tuple(row) for row in rows if row]
+        while not rows[-1] or self.tokens[self.at - 1].kind != "end":
+            rows[-1].append(self.closed("newline", "&", "end", level=CLAUSE))
+            while self.tokens[self.at - 1].kind != "end" and self.kind in ("newline", "&", "end"):
+                self.at += 1
+            newline = "newline" in (self.tokens[self.at - 1].kind, self.tokens[self.at - 2].kind)
+            rows += [[]] if newline and self.tokens[self.at - 1].kind != "end" else []
         if len(set(map(len, rows))) != 1:
             raise Unreadable("rows of different length")
-        return ("matrix", *rows)
+        return ("matrix", *map(tuple, rows))
 
 
 def radians(node):
@@ -1191,7 +1166,7 @@ def size(node):
 def written_out(body, variable, below, above):
     """The terms or factors between numeric bounds; None if the bounds are none or far apart."""
     low, high = exact(below), exact(above)
-    if low is None or high is None or low.denominator * high.denominator != 1:
+    if None in (variable, low, high) or low.denominator * high.denominator != 1:
         return None
     count = int(high - low) + 1
     if not 0 < count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
@@ -1218,16 +1193,16 @@ def normalised(text):
 def marked(match):
     """The words of \\text{} or \\mathrm{}, each with its mark."""
     content = match[2] or match[3] or ""
-    mark = TEXT if match[1] else ROMAN
     if match[1]:
         content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
-    return " " + re.sub(r"(?<![\\\x02\x03a-zA-Z])[a-zA-Z]+(?:['.\-][a-zA-Z]+)*", mark + r"\g<0>", content) + " " * bool(match[1])
+    word = r"(?<![\\\x02\x03a-zA-Z])[a-zA-Z]+(?:['.\-][a-zA-Z]+)*"
+    content = re.sub(word, (TEXT if match[1] else ROMAN) + r"\g<0>", content)
+    return f" {content} " if match[1] else " " + content
 
 
 def raw(text):
     """What two unreadable texts are compared by: blanks count only between letters or digits."""
-    plain = re.sub(f"[{TEXT}{ROMAN}]", " ", text)
-    plain = re.sub(r"(?:\s|~|\\[,;:! ])+", " ", plain)
+    plain = re.sub(f"(?:[{TEXT}{ROMAN}~\\s]|\\\\[,;:! ])+", " ", text)
     plain = re.sub(r"\{(\w)\}", r"\1", plain)
     plain = re.sub(r"(?<![\w\\])\s|\s(?![\w\\])|[.,]+$", "", plain).strip()
     return ("raw", plain.lower() if is_prose(plain) else plain)
@@ -1241,7 +1216,7 @@ def parse(text):
         tree = parser.expression()
         parser.take("end of text")
         return tree
-    except Unreadable:
+    except (Unreadable, RecursionError):
         return raw(text)
 
 
@@ -1352,6 +1327,8 @@ OPS = {
     **{name: (None, lambda m, x, name=name: getattr(m, name)(m.tame(x))) for name in (
         "sin cos tan asin acos atan sinh cosh asinh acosh atanh exp"
     ).split()},
+    "tanh": (None, lambda m, x: m.tanh(m.tame(1000 * x) / 1000)),  # no rounding to 1
+    "coth": (None, lambda m, x: 1 / m.tanh(m.tame(1000 * x) / 1000)),
     "cot": (None, lambda m, x: 1 / m.tan(m.tame(x))), "acot": (None, lambda m, x: m.atan(1 / x)),
     "sec": (None, lambda m, x: 1 / m.cos(m.tame(x))), "asec": (None, lambda m, x: m.acos(1 / x)),
     "csc": (None, lambda m, x: 1 / m.sin(m.tame(x))), "acsc": (None, lambda m, x: m.asin(1 / x)),
@@ -1455,7 +1432,7 @@ def tame_long(x):
 
 DOUBLES = SimpleNamespace(
     **{name: getattr(cmath, name) for name in (
-        "sin cos tan asin acos atan sinh cosh asinh acosh atanh exp log pi e isfinite"
+        "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp log pi e isfinite"
     ).split()}, floor=math.floor, ceil=math.ceil, complex=complex, rational=complex, tiny=1e-9,
     tame=tame_double, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
     gamma=lambda x: complex(math.gamma(real_part(x))), prec=0,
