@@ -79,20 +79,19 @@ US\$15 = 15 || {\$}15 = \text{\$}15 || \text{USD }15 = 15 || 60 \frac{\text{km}}
 60\,\mathrm{km\,h^{-1}} = 60 || 144 (\text{ways}) = 144 || 80\;\mathrm m = 80
 72{}^\circ = 72^{\mathrm{o}} || 72º = 72 || \measuredangle ABC = 72^\circ := 72 || \sin \pi/6 = \frac12
 (1011)_2 = 1011_{(2)} || 2A5_{16} = \text{2A5}_{16} || 1011_{\text{base }2} = 1011_2 || \text{BEEF}_{16} = BEEF_{16}
-\root 3 \of {4} = ∛4 || 12𝜋 = 12\pi || \sqrt{-9} = 3i || \operatorname{cis} 60^\circ = e^{i\pi/3} || -\sqrt{-4} = -2i
+12𝜋 = 12\pi || \sqrt{-9} = 3i || \operatorname{cis} 60^\circ = e^{i\pi/3} || -\sqrt{-4} = -2i
 P(3,-1) = (3,-1) || \{x=3, y=-1\} := (3,-1) || x = 3 \quad y = -1 := (3,-1) || (1,2) \quad (3,4) = (3,4),(1,2)
 \left\{\begin{array}{l}x=3\\y=-1\end{array}\right. := (3,-1) || 2, 5, \& 7 = 5,7,2 || \text{A and C} = C, A
-[2,5[ = [2,5) || ]-\infty,3] = x \le 3 || 2 \le f(x) < 5 = [2,5)
+2 \le f(x) < 5 = [2,5)
 (-\infty,1)\text{ or }(4,\infty) = x<1 \text{ or } x>4
 \R - \{2\} = x \not= 2 || \text{All real numbers except } 2 = x \ne 2 || \mathbb{R}^+ = x > 0
 [1,2]\cup\{3\} = 1 \le x \le 2 \text{ or } x=3
 \{1,2\} \cap \{2,3\} = \{2\} || \text{There is no solution} = \emptyset || \text{the set of all integers} = \mathbf{Z}
-\binom{n}{k} = \frac{n!}{k!(n-k)!} || {}_{12}C_5 = 792 || C(12,5) = C_{12}^{7}
-\begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \end{pmatrix} = \pmatrix{1&2\cr3&4} || \begin{pmatrix}5&-2\end{pmatrix}^T = (5,-2)
-\binom{5}{-2} = \begin{pmatrix}5\\-2\end{pmatrix}
+\binom{n}{k} = \frac{n!}{k!(n-k)!}
+\begin{pmatrix}5&-2\end{pmatrix}^T = (5,-2)
 3 \text{ to } 4 = 3{:}4 || 7 p.m. = 7\text{ PM} || \triangle ABC = ABC || │x│ = |x| || \textbf{(B) }12 = (B) 12
 \text{Answer: B} = B)
-f{\left(x\right)} = x+1 := x+1 || f \colon x \mapsto x+1 = x+1 || \Large 42 = 42\ || 42 \checkmark = 42
+\Large 42 = 42\ || 42 \checkmark = 42
 n \equiv 1 (\bmod 3) := n \equiv 1 \pmod 3 || x = k\pi \; (k \in \mathbb{Z}) := k\pi || 1, 2, \ldots, n = 1,2,...,n
 10^{\text{th}} = 10th
 \text{II and III} = III, II || \frac{\partial f}{\partial x} = 2xy := 2xy || |z|^2 = z\bar{z} || \overline{AB} = AB
@@ -125,7 +124,7 @@ y^2=12x := 12x || 4x-5y=-50 := -50 || x+y=5 := 5 || x=5 := y=5 || y=2x+3 := y=3x
 \begin{pmatrix}1&2\\3&4\end{pmatrix} = \begin{pmatrix}1&3\\2&4\end{pmatrix}
 \text{not Monday} = \text{Monday} || \text{June 20} = \text{July 20} || 3 hours 20 minutes = 20 hours 3 minutes
 \text{5 or more} = 5 || \text{at least 5} = 5 || odd = oddd || (A) 12 = B
-\int_0^1 x dx = \frac12 || \sum_{k=1}^{10} k = 55 || 2+2=5 := 5 || ANSWER = 5 || ? = 5 || , = 3, 4 || () = (1,2)
+\int_0^1 x dx = \frac12 || 2+2=5 := 5 || ANSWER = 5 || ? = 5 || , = 3, 4 || () = (1,2)
 \ldots = 5 || - = 5 || 3 \pmod 7 = 4 \pmod 7 || 7:32 = 32:7
 7 p.m. = 7 a.m. || 7:30\text{ PM} = \text{7:30 AM} || 10,00 = 10,000 || 10,0000 = 10,000 || 5,40 = 5,040
 \{\emptyset\} = \emptyset
