@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from operator import gt
 from pathlib import Path
-from statistics import NormalDist, fmean, median
+from statistics import NormalDist, fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,7 @@ ROUND_S = 60  # seconds of work between two writes to a file of records
 # What a flag left out means, for a tiny model and for any other.
 TINY = {"data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "max_batch": 256}
 OTHERS = {"data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "max_batch": 64}
+ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade is about
 
 
 def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=PRESETS):
@@ -58,12 +59,10 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
     add("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
     add("--prompt", choices=prompts, help="how a problem is put")
-    add("--shots", type=at_least(0),
-        help="solved examples in front of a chat prompt (default: the prompt's own number)")
+    add("--shots", type=at_least(0), help="solved examples first (default: the prompt's own)")
     add("--shots-from", help="problem set whose train split has the examples (default: --data)")
-    add("--grade", choices=("strict", "lenient"),
-        help="which grade counts, by the box only (strict) or also by an answer in words or the "
-        "last number (lenient); both are measured (default: the prompt's own)")
+    add("--grade", choices=ANSWER,
+        help="lenient: an answer without a box counts, too (default: the prompt's own)")
     add_sampling_flags(parser, temperature=temperature, max_new_tokens=None)
     add("--seed", type=int, default=0, help="of the sampling")
     add("--results", default="results.jsonl", help="every measured row is appended to this file")
@@ -77,13 +76,14 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     add_eval_flags(p)
-    p.add_argument("--num-samples", type=at_least(1), default=1,
-                   help="completions per problem; several need a --temperature")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two files of records")
-    p.add_argument("--report", action="store_true", help="the table and plot of all methods")
-    p.add_argument("--trained", help="checkpoint for the report's GRPO rows (default: the best of "
-                   "runs/grpo, trained now if there is none)")
-    p.add_argument("--out", default="runs/report", help="where the report goes")
+    add = p.add_argument
+    add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")
+    add("--compare", nargs=2, metavar=("A", "B"), help="compare two files of records")
+    add("--report", action="store_true", help="the table and plot of all methods")
+    add("--sampled-limit", type=at_least(0), default=0,
+        help="problems of the report's rows that sample; 0: as --limit")
+    add("--trained", help="the report's GRPO checkpoint (default: of runs/grpo, made at need)")
+    add("--out", default="runs/report", help="where the report goes")
     return p.parse_args(argv)
 
 
@@ -195,8 +195,6 @@ def maj_at_k(votes, right, k):
 
 # ---------------------------------------------------------------------- problems in, records out
 
-ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade is about
-
 
 def make_sample(completion, text, strict, lenient):
     """What a record keeps of a completion. strict, lenient: is it right? None: undecided."""
@@ -225,7 +223,7 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
         params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
         num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
         stop_tokens=ends, stop_strings=stop, tokenizer=tokenizer, max_batch=max_batch,
-        seeds=[zlib.crc32(p["id"].encode()) for p in mine], **sampling)
+        think_tag=think_tag, seeds=[zlib.crc32(p["id"].encode()) for p in mine], **sampling)
     completions = [c for row in answers for c in row]
     texts = [completion_text(tokenizer, c, ends, stop) for c in completions]
     pairs = [(text, mine[i // num_samples]["answer"]) for i, text in enumerate(texts)]
@@ -285,7 +283,7 @@ class Setup(NamedTuple):
     options: dict  # keyword arguments of evaluate()
     settings: dict  # what identifies a row, beside its method and the options
     records: Path | None = None  # a directory for files of records, or one such file
-    grade: str | None = None  # which one counts; None: the prompt's own
+    grade: str = "strict"  # which one counts
 
 
 def weights_hash(model_dir):
@@ -321,8 +319,23 @@ def settings_of(setup, **changes):
     options = setup.options | changes
     hashed = prompt_hash(options["prompt"], **form_of(options))
     named = {k: v for k, v in options.items() if k not in ("system", "max_batch")}
-    return setup.settings | {"num_samples": 1} | named | {
-        "shots": len(options["shots"]), "prompt_hash": hashed}
+    return setup.settings | named | {"shots": len(options["shots"]), "prompt_hash": hashed}
+
+
+def fork(args, setup, replies):
+    """Become --processes, by default as many as memory holds.
+
+    Everything is counted as float32: weights are read in it, then packed. Caches are counted twice,
+    for one is copied when it grows.
+    """
+    config = setup.config
+    context = max(map(len, prompt_tokens(setup))) + replies * setup.options["max_new_tokens"]
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    row = context * slot + config.vocab_size
+    gib_each = 0.25 + setup.options["max_batch"] * row / 2**27
+    gib_shared = sum(tensor.shape.numel() for tensor in setup.params.values()) / 2**27
+    default = optim.default_processes(args.device, gib_each, gib_shared)
+    optim.init_distributed(args.device, args.processes or default)
 
 
 def load_setup(args, replies=1):
@@ -340,27 +353,21 @@ def load_setup(args, replies=1):
     config = model.load_config(path)
     tokenizer = model.load_tokenizer(path)
     flags = chosen_flags(args, config)
+    preset = PRESETS[flags["prompt"]]
     problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
-    num_shots = flags.get("shots", PRESETS[flags["prompt"]].shots)
-    shots = load_shots(args.shots_from or flags["data"], num_shots, args.data_seed, problems)
+    shots = load_shots(args.shots_from or flags["data"], flags.get("shots", preset.shots),
+                       args.data_seed, problems)
     names = ("prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
              "max_batch")
-    options = {"system": model.load_system_prompt(path), "shots": shots}
-    options |= {name: flags[name] for name in names}
+    options = {name: flags[name] for name in names}
+    options |= {"system": model.load_system_prompt(path), "shots": shots, "num_samples": 1}
     settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
                 "split": args.split, "data_seed": args.data_seed, "device": device.type,
                 "dtype": str(dtype).removeprefix("torch.")}
     params = sampling_params(model.load_params(path, device, dtype), config)
     setup = Setup(params, config, tokenizer, problems, options, settings,
-                  args.records and Path(args.records), args.grade)
-
-    # float32, and as much again: weights are read, then packed; a cache is copied when it grows
-    context = max(map(len, prompt_tokens(setup))) + replies * options["max_new_tokens"]
-    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    gib_each = 0.25 + options["max_batch"] * (context * pair + config.vocab_size) / 2**27
-    gib_shared = sum(tensor.shape.numel() for tensor in params.values()) / 2**27
-    optim.init_distributed(args.device, args.processes or optim.default_processes(
-        args.device, gib_each, gib_shared))
+                  args.records and Path(args.records), args.grade or preset.grade)
+    fork(args, setup, replies)
     say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
     return setup
 
@@ -383,7 +390,7 @@ def collect_records(setup, name="records", **changes):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
-    size = world * max(1, 2 * options["max_batch"] // options.get("num_samples", 1))
+    size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
     count = len(setup.problems)
     with tqdm(total=count, initial=count - len(todo), unit="problem", disable=rank > 0) as bar:
         while todo:
@@ -396,8 +403,7 @@ def collect_records(setup, name="records", **changes):
             todo = todo[size:]
             if sum(record["seconds"] for record in records) < ROUND_S:
                 size *= 2  # long rounds keep the batch full, short ones lose less when killed
-    grade = setup.grade or PRESETS[options["prompt"]].grade
-    row_settings = settings | {"grade": grade, "max_batch": options["max_batch"]}
+    row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}
     return [done[p["id"]] for p in setup.problems], row_settings
 
 
@@ -429,53 +435,44 @@ def rates_by(field, records, scores, tokens):
     return rates
 
 
-def score_row(records, scores, tokens, **settings):
-    """A row of results: accuracy with its interval, by level and by subject, and the tokens spent.
+def score_row(records, scores, tokens, seconds, **settings):
+    """A row of results: accuracy with its interval, by level and by subject, and what it cost.
 
-    scores, tokens: of each problem. records: of those, or the problems themselves.
+    scores, tokens: of each problem. seconds: of all. records: of the problems, or they themselves.
     """
     accuracy, low, high = interval(scores)
     return settings | {
         "n": len(records), "accuracy": accuracy, "low": low, "high": high,
+        "tokens_mean": fmean(tokens), "seconds": seconds,
         "levels": rates_by("level", records, scores, tokens),
         "subjects": rates_by("subject", records, scores, tokens),
-        "tokens_mean": fmean(tokens), "tokens_median": median(tokens),
-        "tokens_p95": float(np.quantile(tokens, 0.95))}
+        "scores": {record["id"]: score for record, score in zip(records, scores)}}
 
 
 def cost_row(records, scores, drawn, **settings):
     """score_row of a method that draws so many samples (a number each) of the problems' pools."""
     tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
     seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
-    return score_row(records, scores, tokens, samples=fmean(drawn), seconds=seconds,
-                     **settings)
+    return score_row(records, scores, tokens, seconds, samples=fmean(drawn), **settings)
 
 
-def summarize(records, **settings):
-    """The row of a run: score_row for one sample a problem, and everything else that is counted."""
-    grade = settings.get("grade") or PRESETS[settings["prompt"]].grade
-    samples = [s for r in records for s in r["samples"]]
-    num_samples = len(records[0]["samples"])
-    row = cost_row(records, scores_of(records, grade), [1] * len(records), **settings)
-    seconds = sum(r["seconds"] for r in records)
-    row |= {
-        "grade": grade,
-        "strict": interval(scores_of(records, "strict")),
-        "lenient": interval(scores_of(records, "lenient")),
-        "truncated": fmean(s["finish"] != "stop" for s in samples),
-        "no_answer": fmean(s[ANSWER[grade]] is None for s in samples),
-        "undecided": sum(s[grade] is None for s in samples),
-        "seconds": seconds,
-        "tokens_per_s": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}
-    if num_samples > 1:
+def summarize(records, *, grade, **settings):
+    """The row of a run, one sample a problem; "rates" has every other rate that is counted."""
+    row = cost_row(records, scores_of(records, grade), [1] * len(records), grade=grade, **settings)
+    pools = [r["samples"] for r in records]
+    n = len(pools[0])
+    scores = {name: scores_of(records, name) for name in ANSWER}
+    scores["cut off"] = [fmean(s["finish"] != "stop" for s in pool) for pool in pools]
+    scores["no answer"] = [fmean(s[ANSWER[grade]] is None for s in pool) for pool in pools]
+    scores["undecided"] = [fmean(s[grade] is None for s in pool) for pool in pools]
+    if n > 1:
+        correct = [sum(s[grade] is True for s in pool) for pool in pools]
         votes = [votes_of(r, grade) for r in records]
-        correct = [sum(s[grade] is True for s in r["samples"]) for r in records]
-        row |= {"pass_at": {}, "maj_at": {}}
-        for k in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64):
-            if k <= num_samples:
-                row["pass_at"][str(k)] = interval([pass_at_k(num_samples, c, k) for c in correct])
-                row["maj_at"][str(k)] = interval([maj_at_k(*v, k) for v in votes])
-    return row
+        for k in (1, 2, 5, 10, 20, 50):
+            if k <= n:
+                scores[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
+                scores[f"maj@{k}"] = [maj_at_k(*v, k) for v in votes]
+    return row | {"rates": {name: interval(found) for name, found in scores.items()}}
 
 
 def append_row(path, row):
@@ -505,47 +502,41 @@ def rated(row):
     return percent(row["accuracy"], row["low"], row["high"])
 
 
-def against(scores, baseline):
-    """How many points over the baseline, problem by problem, as text."""
-    change, low, high = paired_bootstrap(baseline, scores)
+def paired(a, b):
+    """The scores of two rows on the problems that both have: (those of a, those of b)."""
+    shared = [i for i in a["scores"] if i in b["scores"]]
+    return [a["scores"][i] for i in shared], [b["scores"][i] for i in shared]
+
+
+def gain(row, baseline):
+    """How many points a row has over another, problem by problem, as text."""
+    change, low, high = paired_bootstrap(*paired(baseline, row))
     return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def print_table(results):
-    """Print [(label, row, score of each problem), ...], and what each gains over the first."""
-    levels = list(results[0][1]["levels"])
-    lines = []
-    for label, row, scores in results:
-        by_level = [percent(row["levels"][level][0]) for level in levels]
-        lines.append([label, rated(row), against(scores, results[0][2]), *by_level,
-                      f"{row.get('samples', 1):.1f}", round(row["tokens_mean"]),
-                      f"{row['seconds']:.1f}"])
-    say(markdown(["method", "accuracy, % [95 %]", "points over the first",
-                  *(f"level {level}" for level in levels), "samples", "tokens", "seconds"], lines))
-
-
-SUMMARY = """\
-{method} | {model} on {data}/{split}, {n} problems | accuracy {rated} % ({grade}) | \
-strict {strict} | lenient {lenient}
-  {tokens_mean:.0f} tokens per problem (median {tokens_median:.0f}, 95 % {tokens_p95:.0f}) | \
-truncated {truncated} % | no answer {no_answer} % | undecided {undecided} | {seconds:.1f} s | \
-{tokens_per_s:.0f} tokens/s"""
+def table(rows, extra=None):
+    """Rows of results as Markdown. extra: {header: a cell for each row}, columns to add."""
+    columns = {"method": [row["method"] for row in rows],
+               "accuracy, % [95 %]": [rated(row) for row in rows],
+               "points over the first": [gain(row, rows[0]) for row in rows]}
+    for level in rows[0]["levels"]:
+        columns[f"level {level}"] = [percent(*row["levels"].get(level, [math.nan])[:1])
+                                     for row in rows]
+    columns["tokens per problem"] = [round(row["tokens_mean"]) for row in rows]
+    columns["seconds per problem"] = [f"{row['seconds'] / row['n']:.2f}" for row in rows]
+    columns |= extra or {}
+    return markdown(list(columns), zip(*columns.values()))
 
 
 def print_row(row):
     """Print what summarize counted."""
-    shown = {name: percent(*row[name]) for name in ("strict", "lenient")}
-    shown |= {name: percent(row[name]) for name in ("truncated", "no_answer")}
-    say(SUMMARY.format(**row | shown, rated=rated(row)))
-    for name in ("levels", "subjects"):
-        groups = [f"{group}: {percent(*rates)} of {n} in {length:.0f} tokens"
-                  for group, (*rates, n, length) in row[name].items()]
-        if len(groups) > 1:
-            say(f"  {name}: {', '.join(groups)}")
-    for name in ("pass_at", "maj_at"):
-        rates = [f"{k}: {percent(*found)}" for k, found in row.get(name, {}).items()]
-        if rates:
-            say(f"  {name.removesuffix('_at')}@k: {', '.join(rates)}")
+    say(f"{row['method']} | {row['model']} on {row['data']}/{row['split']}, {row['n']} problems | "
+        f"accuracy {rated(row)} % ({row['grade']}) | {row['tokens_mean']:.0f} tokens and "
+        f"{row['seconds'] / row['n']:.2f} s per problem")
+    for name, rates in row["rates"].items():
+        say(f"  {name}: {percent(*rates)} %")
+    for group, (*rates, n, tokens) in (row["levels"] | row["subjects"]).items():
+        say(f"  {group}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
 
 
 def compare(path_a, path_b, grade=None):
@@ -555,15 +546,14 @@ def compare(path_a, path_b, grade=None):
     if not shared:
         raise ValueError(f"{path_a} and {path_b} have no problem in common")
     settings = [records[shared[0]]["settings"] for records in runs.values()]
-    results = []
+    rows = []
     for (path, records), of_run in zip(runs.items(), settings):
-        mine = [records[i] for i in shared]
-        row = summarize(mine, grade=grade, prompt=of_run["prompt"])
-        results.append((f"{path} ({len(mine)} of {len(records)})", row,
-                        scores_of(mine, row["grade"])))
-    print_table(results)
+        rows.append(summarize([records[i] for i in shared],
+                              grade=grade or PRESETS[of_run["prompt"]].grade,
+                              method=f"{path} ({len(shared)} of {len(records)})"))
+    say(table(rows))
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
-    a, b = (scores for _, _, scores in results)
+    a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
         gained = sum(map(gt, b, a))
         lost = sum(map(gt, a, b))
@@ -572,10 +562,10 @@ def compare(path_a, path_b, grade=None):
 
 
 def find_row(path, **wanted):
-    """The latest row of a results file with these fields, or None."""
+    """The latest row of a results file with these fields and its problems' scores, or None."""
     if Path(path).is_file():
         for _, row in reversed(list(read_rows(path))):
-            if all(row.get(name) == value for name, value in wanted.items()):
+            if "scores" in row and all(row.get(name) == value for name, value in wanted.items()):
                 return row
     return None
 
@@ -586,43 +576,26 @@ def run_script(script, *flags):
         raise ValueError(f"{script} ended with exit code {code}; its own message is above")
 
 
-def draw_rates(axes, x, rates, label):
-    """Points with error bars. rates: (rate, low, high, ...) of each."""
-    bars = [[rate - low for rate, low, *_ in rates], [high - rate for rate, _, high, *_ in rates]]
-    axes.errorbar(x, [rate for rate, *_ in rates], bars, fmt="o-", capsize=2, label=label)
-
-
-def plot_report(rows, path):
-    """A PNG of accuracy against tokens, and by level. rows: [(label, row), ...]."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, and no display needed
-    figure = Figure((14, 4.5), dpi=150)
-    cost, levels = figure.subplots(1, 2)
-    cost.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
-    levels.set(xlabel="level", ylim=(0, 1))
-    for i, (label, row) in enumerate(rows):
-        draw_rates(cost, [row["tokens_mean"]], [(row["accuracy"], row["low"], row["high"])], label)
-        x = [int(level) + 0.06 * (i - len(rows) / 2) for level in row["levels"]]
-        draw_rates(levels, x, list(row["levels"].values()), label)
-    cost.legend(fontsize=7)
+def draw_cost(rows, path):
+    """Draws accuracy against tokens per problem."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"{path} is not drawn: pip install matplotlib")
+    figure = Figure((7, 4.5), dpi=150)
+    axes = figure.subplots()
+    axes.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
+    for row in rows:
+        bar = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+        axes.errorbar(row["tokens_mean"], row["accuracy"], bar, fmt="o", capsize=2,
+                      label=row["method"])
+    axes.legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")
 
 
-def report(args):
-    """One row per method, as Markdown and a plot; rows that the results lack are measured."""
-    config = model.load_config(model.resolve_model(args.model))
-    data = chosen_flags(args, config)["data"]
-    plain, cot = ("plain", "cot") if model.is_tiny(config) else ("direct", "boxed")
-    usual = vars(parse_args([]))
-    own = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
-           "report", "trained", "out")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
-             if name not in own and value != usual[name]]
-    base = args.model
-    run_dir = Path("runs", "grpo" if base == "tiny" else f"grpo-{Path(base).name}")
-    trained = args.trained or str(run_dir / "checkpoints" / "best")
-    if not args.trained and not Path(trained).is_dir():
-        run_script("grpo.py", f"--model={base}", f"--run-dir={run_dir}")
-    plan = [  # label, model, prompt, script, the method of its row
+def methods_of_report(base, trained, plain, cot):
+    """[(label, model, prompt, the script that measures it, what it calls the method), ...]"""
+    return [
         ("base", base, plain, "eval.py", "greedy"),
         ("+ chain of thought", base, cot, "eval.py", "greedy"),
         ("+ chain of thought, sampled once", base, cot, "infer_scale.py", "one sample"),
@@ -634,33 +607,47 @@ def report(args):
         # is GRPO more than sharpening? see pass@10
         ("base, sampled", base, plain, "eval.py", "sampled"),
         ("+ GRPO, sampled", trained, plain, "eval.py", "sampled")]
-    num_problems = len(load_problems(data, args.split, args.limit or None, args.data_seed))
+
+
+def report(args):
+    """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    config = model.load_config(model.resolve_model(args.model))
+    data = chosen_flags(args, config)["data"]
+    prompts = ("plain", "cot") if model.is_tiny(config) else ("direct", "boxed")
+    usual = vars(parse_args([]))
+    own = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
+           "report", "trained", "out", "limit", "sampled_limit")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+             if name not in own and value != usual[name]]
+    run_dir = Path("runs", "grpo" if args.model == "tiny" else f"grpo-{Path(args.model).name}")
+    trained = args.trained or str(run_dir / "checkpoints" / "best")
+    if not args.trained and not Path(trained).is_dir():
+        run_script("grpo.py", f"--model={args.model}", f"--run-dir={run_dir}")
     rows = []
-    for label, path, prompt, script, method in plan:
-        temperature = 0.0 if method == "greedy" else SAMPLING_TEMPERATURE
+    for label, path, prompt, script, method in methods_of_report(args.model, trained, *prompts):
+        greedy = method == "greedy"
+        temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
+        limit = args.limit if greedy else args.sampled_limit or args.limit
         wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
-                  "n": num_problems, "weights": weights_hash(model.resolve_model(path)),
+                  "n": len(load_problems(data, args.split, limit or None, args.data_seed)),
+                  "weights": weights_hash(model.resolve_model(path)),
                   "prompt": prompt, "grade": args.grade or PRESETS[prompt].grade,
                   "method": method, "temperature": temperature, "seed": args.seed}
         if not find_row(args.results, **wanted):
             sampled = ["--num-samples=10"] if method == "sampled" else []
-            run_script(script, f"--model={path}", f"--prompt={prompt}",
+            run_script(script, f"--model={path}", f"--prompt={prompt}", f"--limit={limit}",
                        f"--temperature={temperature}", *sampled, *flags)
-        rows.append((label, find_row(args.results, **wanted)))
-    lines = [[label, rated(row), percent(*row["pass_at"]["10"]) if "pass_at" in row else "",
-              round(row["tokens_mean"]), f"{row['seconds']:.1f}", f"`{row['command']}`"]
-             for label, row in rows]
-    table = markdown(["method", "accuracy, % [95 %]", "pass@10", "tokens per problem", "seconds",
-                      "command"], lines)
-    text = f"{base} on {num_problems} problems of {data}/{args.split}\n\n{table}"
+        rows.append(find_row(args.results, **wanted) | {"method": label})
+    pass_10 = [row.get("rates", {}).get("pass@10") for row in rows]
+    extra = {"problems": [row["n"] for row in rows],
+             "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
+             "command": [f"`{row['command']}`" for row in rows]}
+    text = f"{args.model} on {data}/{args.split}\n\n{table(rows, extra)}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {out}/results.md")
-    try:
-        plot_report(rows, out / "report.png")
-    except ImportError:
-        print("report.png needs matplotlib: pip install matplotlib")
+    draw_cost(rows, out / "report.png")
 
 
 def run_main(main, parse_args):

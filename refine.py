@@ -2,12 +2,12 @@
 
     python refine.py                                    # the embedded tiny model, three rounds
     python refine.py --model qwen2.5-1.5b-instruct --limit 200 --score answer-mean
-    python refine.py --accept always --rounds 4
+    python refine.py --score none --rounds 4            # every revision is kept
 
 The model answers, checks its answer, solves the problem again in sight of the check, and keeps the
-revision if its own score says so. The loop sees only questions; reference answers enter in `main`,
-when the rounds are over. Two bounds stand beside the result: a gate that knows the answers, and one
-that accepts as often as the model's own, but at random.
+revision if its own score says so. The loop sees only questions; reference answers enter once the
+rounds are over. Two bounds stand beside the result: a gate that knows the answers, and one that
+accepts as often as the model's own, but at random.
 
 Self-Refine: Madaan et al. 2023, arXiv:2303.17651. That it seldom helps without an outside signal,
 and should be compared with self-consistency of equal cost: Huang et al. 2023, arXiv:2310.01798.
@@ -36,7 +36,7 @@ from optim import HelpFormatter, at_least, gather_objects, rank_and_world, say
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
-SCORES = ("answer-mean", "answer-total", "mean", "total", "format", "none")
+SCORES = ("answer-mean", "mean", "format")
 
 
 def parse_args(argv=None):
@@ -44,15 +44,12 @@ def parse_args(argv=None):
     eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot", CHATS)
     add = p.add_argument
     add("--rounds", type=at_least(1), default=3, help="K: times an answer is checked and revised")
-    add("--score", choices=SCORES, default="mean",  # the best gate on the development split
-        help="log-probability of the boxed answer or of the whole response, mean or total; format: "
-        "a thought, closed, and one box; none: every revision is accepted")
-    add("--accept", choices=("better", "always"), default="better",
-        help="which revisions are kept; better: those with a higher score")
+    add("--score", choices=(*SCORES, "none"), default="mean",  # the best gate on the dev split
+        help="a revision must raise it: mean log-probability of the boxed answer or of the whole "
+        "response; format: a thought, closed, and one box; none: every revision is kept")
     add("--critique-prompt", help=f"default: {CHECK!r} for a tiny model, else a wordier one")
     add("--revise-prompt", help=f"default: {AGAIN!r} for a tiny model, else a wordier one")
-    add("--approval", default="", help=f"a critique that says this, such as {ALL_RIGHT!r}, settles "
-        "a problem (default: only a revision with the same answer does)")
+    add("--approval", help=f"a critique that says this settles a problem, such as {ALL_RIGHT!r}")
     add("--traces", help="a .jsonl file for every draft, critique and revision")
     return p.parse_args(argv)
 
@@ -87,13 +84,11 @@ def response_logprobs(params, config, prompts, responses, max_batch=64):
 
 def score_response(tokenizer, tokens, logprobs, text, think_tag):
     """Every score of a response by name; -inf where there is no boxed answer to score."""
-    answer = []
+    answer = [-math.inf]
     if span := box_span(text):
         first, last = token_span(tokenizer, tokens, *span)
-        answer = logprobs[first:last]
-    return {"answer-mean": fmean(answer) if answer else -math.inf,
-            "answer-total": sum(answer) if answer else -math.inf,
-            "mean": fmean(logprobs), "total": sum(logprobs),
+        answer = logprobs[first:last] or answer
+    return {"answer-mean": fmean(answer), "mean": fmean(logprobs),
             "format": format_reward(text, think_tag)}
 
 
@@ -125,8 +120,16 @@ def next_turn(tokenizer, reply, ends, prompt):
                                          system=None)
 
 
+def revised(last, new, accepted):
+    """A Round whose critique has led to a new attempt; the same answer again settles it."""
+    old = last.attempt
+    same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
+    return Round(new if accepted else old, last.spent + len(new.tokens), last.critique, new,
+                 accepted, settled=same)
+
+
 def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt,
-           approval="", strict=True, seeds=None, think_tag="think", max_batch=64, **sampling):
+           approval=None, strict=True, seeds=None, think_tag="think", max_batch=64, **sampling):
     """Answer, then `rounds` times: critique, revise, keep the better.
 
     Returns [N][rounds + 1] Rounds, the draft first. Every process calls this with the same prompts,
@@ -168,47 +171,32 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
                    if not approval or approval not in text}
         revisions = attempts(ask(doubted, 2 * number))
         for i, (*_, last) in history.items():
-            old = last.attempt
             said, critique = critiques.get(i, ([], None))
-            after = Round(old, last.spent + len(said), critique, settled=True)
+            after = Round(last.attempt, last.spent + len(said), critique, settled=True)
             if i in revisions:
-                new = revisions[i]
-                accepted = accept_fn(i, number, old, new)
-                same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
-                after = Round(new if accepted else old, after.spent + len(new.tokens), critique,
-                              new, accepted, same)
+                after = revised(after, revisions[i], accept_fn(i, number, last.attempt,
+                                                               revisions[i]))
             history[i].append(after)
     merged = {i: found for share in gather_objects(history) for i, found in share.items()}
     return [merged[i] for i in range(len(prompts))]
 
 
-# ---------------------------------------------------------------------- calibration
+# ---------------------------------------------------------------------- what it came to
 
 
 def auroc(confidences, right):
     """Chance that a right answer has more confidence than a wrong one, ties half, from their ranks;
-    None unless there are both."""
+    nan unless there are both."""
     order = sorted(confidences)
     ranks = [(bisect_left(order, c) + bisect_right(order, c) - 1) / 2 for c in confidences]
     positive = sum(right)
     pairs = positive * (len(right) - positive)
     above = sum(rank for rank, r in zip(ranks, right) if r) - positive * (positive - 1) / 2
-    return above / pairs if pairs else None
+    return above / pairs if pairs else math.nan
 
 
-def reliability(confidences, right, bins=5):
-    """(mean confidence, share right, number) of equal parts of the answers, least sure first."""
-    pairs = sorted(zip(confidences, right))
-    edges = [len(pairs) * b // bins for b in range(bins + 1)]
-    parts = [pairs[begin:end] for begin, end in zip(edges, edges[1:]) if begin < end]
-    return [(*map(fmean, zip(*part)), len(part)) for part in parts]
-
-
-# ---------------------------------------------------------------------- what it came to
-
-
-def equal_cost_results(setup, spent):
-    """(label, row, scores) of self-consistency that costs what refinement spent, for each round.
+def equal_cost_rows(setup, spent):
+    """Rows of self-consistency that costs what refinement spent, for each round.
 
     spent: mean tokens per problem after 0, 1, ... rounds. A budget between k and k + 1 samples
     takes the one more on a part of the problems; its row is that mean.
@@ -217,16 +205,15 @@ def equal_cost_results(setup, spent):
     records, settings = eval.collect_records(setup, "samples", num_samples=pool)
     per_sample = fmean(s["tokens"] for r in records for s in r["samples"])
     votes = [votes_of(r, settings["grade"]) for r in records]
-    results = []
+    rows = []
     for k, budget in enumerate(spent[1:], 1):
         samples = min(max(1.0, budget / per_sample), pool - 1)
         part = samples % 1
         fewer, more = ([maj_at_k(*v, int(samples) + extra) for v in votes] for extra in (0, 1))
         scores = [(1 - part) * a + part * b for a, b in zip(fewer, more)]
-        method = f"self-consistency at the tokens of K = {k}"
-        row = eval.cost_row(records, scores, [samples] * len(records), method=method, **settings)
-        results.append((method, row, scores))
-    return results
+        rows.append(eval.cost_row(records, scores, [samples] * len(records),
+                                  method=f"self-consistency at the tokens of K = {k}", **settings))
+    return rows
 
 
 def verdicts(history, references, strict=True):
@@ -249,99 +236,78 @@ def write_traces(path, problems, history, right):
             file.write(json.dumps(trace) + "\n")
 
 
-def print_rounds(history, right):
-    """What each round did: the four-way table, cost and gain, and what the critic was worth."""
+def print_rounds(rows):
+    """How each round moved the answers, from the rows after 0, 1, ... rounds."""
     lines = []
-    for k in range(1, len(history[0])):
-        before = [marks[k - 1] for marks in right]
-        after = [marks[k] for marks in right]
-        moves = Counter(zip(before, after))
-        spent = fmean(rounds[k].spent - rounds[k - 1].spent for rounds in history)
-        gain = fmean(after) - fmean(before)
-        doubts = {True: [], False: []}  # of right and of wrong answers
-        for rounds, was in zip(history, before):
-            if rounds[k].critique is not None:
-                doubts[was].append(ALL_RIGHT not in rounds[k].critique)
-        lines.append([k, moves[True, True], moves[True, False], moves[False, True],
-                      moves[False, False], eval.against(after, before), f"{spent:.1f}",
-                      f"{1e5 * gain / spent:+.1f}" if spent else "-",
-                      *(f"{sum(found)} of {len(found)}" for found in doubts.values())])
+    for k, (before, after) in enumerate(zip(rows, rows[1:]), 1):
+        moves = Counter(zip(*eval.paired(before, after)))
+        lines.append([k, moves[1, 1], moves[1, 0], moves[0, 1], moves[0, 0],
+                      eval.gain(after, before)])
     say(eval.markdown(["round", "right to right", "right to wrong", "wrong to right",
-                       "wrong to wrong", "points gained [95 %]", "tokens per problem",
-                       "points per 1000 tokens", "right answers doubted", "wrong answers doubted"],
-                      lines))
+                       "wrong to wrong", "points gained [95 %]"], lines))
 
 
 def print_calibration(history, right):
-    """Whether the draft's confidence tells right from wrong."""
-    drafts = [rounds[0].attempt for rounds in history]
+    """Whether the draft's scores tell right from wrong."""
     correct = [marks[0] for marks in right]
-    areas = {name: auroc([d.scores[name] for d in drafts], correct) for name in SCORES[:-1]}
-    shown = [f"{name} {'-' if area is None else f'{area:.3f}'}" for name, area in areas.items()]
-    say(f"AUROC of the draft's score: {', '.join(shown)}")
-    lines = []
-    for name in ("answer-total", "total"):
-        for chance, share, n in reliability([math.exp(d.scores[name]) for d in drafts], correct):
-            lines.append([name, f"{chance:.3f}", percent(share), n])
-    say(eval.markdown(["score", "as a probability", "right, %", "answers"], lines))
+    areas = []
+    for name in SCORES:
+        area = auroc([rounds[0].attempt.scores[name] for rounds in history], correct)
+        areas.append(f"{name} {area:.3f}")
+    say(f"AUROC of the draft's score: {', '.join(areas)}")
+
+
+def measure(setup, gate, loop, settings, suffix=""):
+    """refine() with a gate, then graded: (history, right after each round, a row for each)."""
+    started = time.perf_counter()
+    history = refine(setup.params, setup.config, setup.tokenizer, eval.prompt_tokens(setup),
+                     accept_fn=gate, **loop)
+    seconds = time.perf_counter() - started
+    right = verdicts(history, [p["answer"] for p in setup.problems], loop["strict"])
+    whole = sum(rounds[-1].spent for rounds in history)
+    rows = []
+    for k in range(loop["rounds"] + 1):
+        scores = [float(marks[k]) for marks in right]
+        spent = [rounds[k].spent for rounds in history]
+        rows.append(eval.score_row(setup.problems, scores, spent, seconds * sum(spent) / whole,
+                                   method=f"refine, K = {k}{suffix}", **settings))
+    return history, right, rows
 
 
 def main(args):
     setup = eval.load_setup(args, replies=3)
     check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
-    grade = setup.grade or PRESETS[setup.options["prompt"]].grade
-    strict = grade == "strict"
-    loop = {"rounds": args.rounds, "critique_prompt": args.critique_prompt or check,
-            "revise_prompt": args.revise_prompt or again, "approval": args.approval}
-    settings = eval.settings_of(setup) | loop | {"score": args.score, "accept": args.accept,
-                                                 "grade": grade}
+    loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
+            "critique_prompt": args.critique_prompt or check,
+            "revise_prompt": args.revise_prompt or again}
+    settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
+    loop["seeds"] = [zlib.crc32(p["id"].encode()) for p in setup.problems]
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
-    seeds = [zlib.crc32(p["id"].encode()) for p in setup.problems]
-
-    def run_with(gate):
-        return refine(setup.params, setup.config, setup.tokenizer, eval.prompt_tokens(setup),
-                      accept_fn=gate, seeds=seeds, strict=strict, **loop)
 
     def own_gate(i, k, old, new):
-        always = args.accept == "always" or args.score == "none"
-        return always or new.scores[args.score] > old.scores[args.score]
+        return args.score == "none" or new.scores[args.score] > old.scores[args.score]
 
-    started = time.perf_counter()
-    history = run_with(own_gate)
-    seconds = time.perf_counter() - started
-
-    # from here on with the reference answers: what it came to, and what other gates make of it
-    references = [p["answer"] for p in setup.problems]
+    history, right, rows = measure(setup, own_gate, loop, settings)
     accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
     rate = fmean(accepted) if accepted else 0.0
 
     def oracle_gate(i, k, old, new):
-        return not verify(old.text, references[i], strict)
+        return not verify(old.text, setup.problems[i]["answer"], loop["strict"])
 
     def random_gate(i, k, old, new):
         return random.Random(f"{args.seed} {i} {k}").random() < rate
 
-    results = []
-    for gate, found in (("", history), (", oracle gate (a bound)", run_with(oracle_gate)),
-                        (", random gate (a bound)", run_with(random_gate))):
-        right = verdicts(found, references, strict)
-        for k in range(1 if gate else 0, args.rounds + 1):  # all gates share the draft
-            spent = [rounds[k].spent for rounds in found]
-            share = sum(spent) / sum(rounds[-1].spent for rounds in history)
-            scores = [float(marks[k]) for marks in right]
-            method = f"refine, K = {k}{gate}"
-            row = eval.score_row(setup.problems, scores, spent, method=method,
-                                 seconds=seconds * share, **settings)
-            results.append((method, row, scores))
+    own = rows
+    for name, gate in (("oracle", oracle_gate), ("random", random_gate)):
+        bound = measure(setup, gate, loop, settings, f", {name} gate (a bound)")[2]
+        rows = rows + bound[1:]  # all gates share the draft
     if args.temperature > 0:
-        own = [row["tokens_mean"] for _, row, _ in results[:args.rounds + 1]]
-        results += equal_cost_results(setup, own)
-    eval.print_table(results)
+        rows = rows + equal_cost_rows(setup, [row["tokens_mean"] for row in own])
+    say(eval.table(rows))
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many\n")
-    right = verdicts(history, references, strict)
-    print_rounds(history, right)
+    print_rounds(own)
     print_calibration(history, right)
-    for _, row, _ in results:
+    for row in rows:
         eval.append_row(args.results, row)
     if args.traces and rank_and_world()[0] == 0:
         write_traces(args.traces, setup.problems, history, right)

@@ -48,27 +48,19 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
-    add("--from-scratch", action="store_true",
-        help="random weights; of --model only config.json and the tokenizer are read")
+    add("--from-scratch", action="store_true", help="random weights in the shape of --model")
     add("--data", required=True, help=".jsonl file of examples")
-    add("--prompt", default="plain", choices=PROMPTS,
-        help="how a problem is put; a conversation is taken as it is")
+    add("--prompt", default="plain", choices=PROMPTS, help="how a problem is put")
     add("--think-tag", default="think", choices=THINK_TAGS)
     add("--answer-weight", type=above(0.0), default=1.2,
         help="weight in the loss of the final \\boxed{}'s tokens; others count 1")
     add("--epochs", type=above(0.0), default=3.0, help="times that every example is seen")
     add("--batch", type=at_least(1), default=64, help="examples in an optimizer step")
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens in one packed row")
-    add("--max-tokens", type=at_least(2), default=2048,
-        help="longer examples are left out, and counted")
-    add("--lora-rank", type=at_least(0), default=0,
-        help="train an adapter of this rank on every linear layer; 0: all weights")
-    add("--checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, a third more time")
-    add("--validation", type=at_least(0), default=200,
-        help="examples of the data that are held out; 0: none")
-    add("--patience", type=at_least(0), default=0,
-        help="stop after so many evaluations without a better validation loss; 0: never")
+    add("--max-tokens", type=at_least(2), default=2048, help="longer examples are left out")
+    add("--lora-rank", type=at_least(0), default=0, help="of an adapter; 0: all weights")
+    add("--checkpointing", action="store_true", help="less memory, a third more time")
+    add("--validation", type=at_least(0), default=200, help="examples that are held out; 0: none")
     add("--eval-data", help="problem set or .jsonl whose dev split is answered and graded, too")
     add("--eval-limit", type=at_least(1), default=200, help="problems of it")
     add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
@@ -142,33 +134,34 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
 def check_row(row, where):
     """Raises ValueError unless a row has problem and response, or a conversation with a reply."""
     if "messages" not in row:
-        if not all(isinstance(row.get(key), str) for key in ("problem", "response")):
-            raise ValueError(f"{where}: expected text in problem and response, or messages; found "
-                             f"{', '.join(row) or 'nothing'}")
-        return
-    messages = row["messages"] if isinstance(row["messages"], list) else [None]
-    texts = [m.get(key) for m in messages if isinstance(m, dict) for key in ("role", "content")]
-    whole = len(texts) == 2 * len(messages) and all(isinstance(text, str) for text in texts)
-    if not whole or "assistant" not in texts[::2]:
-        raise ValueError(f"{where}: messages are {row['messages']!r:.60}, expected a list of "
-                         '{"role", "content"}, one of the assistant\'s among them')
+        turns = [{"role": "assistant"} | row]
+        names = ("problem", "response")
+    else:
+        turns = row["messages"] if isinstance(row["messages"], list) else [None]
+        names = ("role", "content")
+    whole = all(isinstance(turn, dict) and isinstance(turn.get(name), str)
+                for turn in turns for name in names)
+    if not whole or not any(turn["role"] == "assistant" for turn in turns):
+        raise ValueError(f"{where}: {row!r:.80}, expected text in problem and response, or in the "
+                         "role and content of messages, one of them the assistant's")
 
 
 def read_examples(path, tokenizer, end_token, max_tokens, **how):
-    """(the examples of a file, how many were too long and left out).
+    """The examples of a file of at most max_tokens tokens; says how many there are, and are longer.
 
     Raises ValueError naming the file, the line and the field.
     """
     examples = []
+    too_long = 0
     for number, row in read_rows(path):
         check_row(row, f"{path}, line {number}")
-        examples.append(encode_example(row, tokenizer, end_token, **how))
-    fitting = [example for example in examples if len(example.tokens) <= max_tokens]
-    too_long = len(examples) - len(fitting)
-    if not fitting:
-        raise ValueError(f"{path}: no example of at most --max-tokens {max_tokens}; {too_long} are "
-                         "longer")
-    return fitting, too_long
+        example = encode_example(row, tokenizer, end_token, **how)
+        if len(example.tokens) <= max_tokens:
+            examples.append(example)
+        else:
+            too_long += 1
+    say(f"{path}: {len(examples)} examples, {too_long} left out as longer than {max_tokens} tokens")
+    return examples
 
 
 def show_example(example, tokenizer):
@@ -196,13 +189,8 @@ def pack(examples, micro_tokens):
     return rows
 
 
-def part_weights(answer_weight):
-    """[3]: how much a token of each of PARTS counts."""
-    return torch.tensor([answer_weight if part == "answer" else 1.0 for part in PARTS])
-
-
-def row_loss(params, config, row, weights, checkpointing=False):
-    """(weighted sum of -log p over what a packed row learns, [2, 3]: its sum and count by part).
+def row_losses(params, config, row, checkpointing=False):
+    """[3]: the sum of -log p over the tokens of each of PARTS in a packed row.
 
     Neighbours in a row are of like length, so that attention, which runs on groups of 16 padded
     texts, wastes little.
@@ -214,10 +202,7 @@ def row_loss(params, config, row, weights, checkpointing=False):
     hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [T, D]
     learned = (parts != CONTEXT).nonzero()[:, 0]  # [n]; the token before is of the same example
     logprobs, _ = model.head_logprobs(params, config, hidden[learned - 1], tokens[learned])  # [n]
-    parts = parts[learned]
-    terms = torch.stack([-logprobs.detach(), torch.ones_like(logprobs)])  # [2, n]
-    sums = torch.zeros(2, len(PARTS), device=device).index_add(1, parts, terms)
-    return -(weights.to(device)[parts] * logprobs).sum(), sums.cpu()
+    return logprobs.new_zeros(len(PARTS)).index_add(0, parts[learned], -logprobs)
 
 
 def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpointing=False,
@@ -227,19 +212,20 @@ def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpoint
     backward: also add the gradient of this process's share to `.grad`.
     """
     rank, world = rank_and_world()
-    weights = part_weights(answer_weight)
-    learned = torch.tensor([p for e in examples for p in e.parts if p != CONTEXT])
-    total = weights[learned].sum().item()
-    sums = torch.zeros(2, len(PARTS))
+    weights = torch.tensor([answer_weight if part == "answer" else 1.0 for part in PARTS])
+    learned = torch.tensor([part for e in examples for part in e.parts if part != CONTEXT])
+    counts = learned.bincount(minlength=len(PARTS))  # [3]
+    total = (weights * counts).sum()
+    sums = torch.zeros(len(PARTS))
     for row in pack(examples[rank::world], micro_tokens):
         with torch.set_grad_enabled(backward):
-            loss, of_row = row_loss(params, config, row, weights, checkpointing)
+            losses = row_losses(params, config, row, checkpointing).cpu()
         if backward:
-            (loss / total).backward()
-        sums += of_row
-    sums = torch.tensor(optim.all_sum(sums.flatten().tolist())).view(2, len(PARTS))
-    means = sums[0] / sums[1]  # nan where a part has no token
-    return (weights * sums[0]).sum().item() / total, dict(zip(PARTS, means.tolist()))
+            ((weights * losses).sum() / total).backward()
+        sums += losses.detach()
+    sums = torch.tensor(optim.all_sum(sums.tolist()))
+    means = sums / counts  # nan where a part has no token
+    return ((weights * sums).sum() / total).item(), dict(zip(PARTS, means.tolist()))
 
 
 # ---------------------------------------------------------------------- the run
@@ -258,21 +244,16 @@ def batch_of_step(examples, step, batch, seed):
 
 
 def load_examples(args, config, tokenizer, system):
-    """(examples to learn, examples held out), chosen by the seed; says how many there are."""
+    """(examples to learn, examples held out), chosen by the seed."""
     text = PRESETS[args.prompt].text is not None
     end_token = tokenizer.token_to_id("<|endoftext|>" if text else "<|im_end|>")
-    if end_token is None:
-        raise ValueError(f"--model {args.model}: its tokenizer has no token that ends a reply "
-                         "(<|im_end|>); expected that of Qwen-2.5")
     max_tokens = min(args.max_tokens, config.max_context)
-    examples, too_long = read_examples(args.data, tokenizer, end_token, max_tokens,
-                                       prompt=args.prompt, system=system, think_tag=args.think_tag)
+    examples = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt,
+                             system=system, think_tag=args.think_tag)
+    if len(examples) <= args.validation:
+        raise ValueError(f"--data {args.data} has {len(examples)} examples of at most {max_tokens} "
+                         f"tokens, expected more than --validation {args.validation}")
     random.Random(args.seed).shuffle(examples)
-    if args.validation >= len(examples):
-        raise ValueError(f"--validation {args.validation} leaves nothing of the {len(examples)} "
-                         "examples to train on")
-    say(f"{len(examples) - args.validation} examples to learn, {args.validation} held out, "
-        f"{too_long} left out as longer than {max_tokens} tokens")
     return examples[args.validation:], examples[:args.validation]
 
 
@@ -326,69 +307,64 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
     return metrics, samples
 
 
+def train_step(params, config, optimizer, examples, lr, args):
+    """One update on a batch of examples: the metrics of the step."""
+    started = time.perf_counter()
+    loss, parts = batch_loss(params, config, examples, args.answer_weight, args.micro_tokens,
+                             args.checkpointing, backward=True)
+    stats = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
+                           weight_decay=args.weight_decay)
+    tokens = sum(len(e.tokens) for e in examples)
+    metrics = {"loss": loss} | {f"loss_{part}": value for part, value in parts.items()} | stats
+    return metrics | {"lr": lr, "tokens_per_s": tokens / (time.perf_counter() - started)}
+
+
 def main(args):
-    if args.patience and not args.validation:
-        raise ValueError(f"--patience is {args.patience}, expected 0 where --validation is 0")
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
     args.lr = args.lr or default_lr(config, args.lora_rank)
+    # a flag, so that --resume on other examples is refused
+    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     examples, validation = load_examples(args, config, tokenizer, system)
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer, device = load_trainable(args, model_dir, config)
     run, checkpoint = optim.start_run(args)
-    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
-    state = {"step": 0, "best_step": None,
-             "extra": {"best": math.inf, "waited": 0, "failures": 0, "data": digest}}
+    state = {"step": 0, "best_step": None, "extra": {"best": math.inf, "failures": 0}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
     best_step = state["best_step"]
     extra = state["extra"]
-    if extra["data"] != digest:
-        raise ValueError(f"--data {args.data} has changed: its sha256 begins with {digest}, with "
-                         f"{extra['data']} when the run was started; put that file back, or start "
-                         "a new run with another --run-dir")
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:
         say(show_example(example, tokenizer))
 
-    started = time.perf_counter()
-    seen = 0
     with optim.stop_signals() as stop_requested:
         for step in range(state["step"] + 1, steps + 1):
-            if args.patience and extra["waited"] >= args.patience:
-                say(f"no better validation loss in {extra['waited']} evaluations: stopped")
-                break
             batch = batch_of_step(examples, step, args.batch, args.seed)
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens,
-                                     args.checkpointing, backward=True)
-            stats = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
-                                   weight_decay=args.weight_decay)
-            seen += sum(len(e.tokens) for e in batch)
-            metrics = {"step": step, "steps": steps, "loss": loss}
-            metrics |= {f"loss_{part}": value for part, value in parts.items()} | stats
-            metrics |= {"lr": lr, "tokens_per_s": seen / (time.perf_counter() - started),
-                        "peak_memory_gib": optim.peak_memory_gib(device)}
+            metrics = {"step": step, "steps": steps}
+            metrics |= train_step(params, config, optimizer, batch, lr, args)
+            metrics["peak_memory_gib"] = optim.peak_memory_gib(device)
+            line = STEP_LINE
             stopping = stop_requested()
             evaluating = step % args.eval_every == 0 or step == steps
-            line = STEP_LINE
             if evaluating:
                 found, samples = run_evaluation(params, config, tokenizer, validation, problems,
                                                 system, args)
                 metrics |= found
                 line += "".join(f" | {name} {{{name}:.4f}}" for name in found)
                 optim.log_samples(run, step, samples)
-                extra["waited"] += 1
-                if found.get("val_loss", loss) < extra["best"]:
-                    extra |= {"best": found.get("val_loss", loss), "waited": 0}
+                loss = metrics.get("val_loss", metrics["loss"])
+                if loss < extra["best"]:
+                    extra["best"] = loss
                     best_step = step
             optim.log_step(run, line, metrics)
-            extra["failures"] = extra["failures"] + 1 if stats["skipped"] else 0
+            extra["failures"] = extra["failures"] + 1 if metrics["skipped"] else 0
             if extra["failures"] == 3:
                 raise ValueError("the gradient was not finite in 3 steps running, which were "
                                  "skipped; start another --run-dir from the last checkpoint, with "

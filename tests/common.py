@@ -194,7 +194,7 @@ def scripted_setup(problems, **options):
 
     params, config, tokenizer = small_model()
     defaults = {"prompt": "cot", "system": None, "shots": [], "think_tag": "think",
-                "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0, "max_new_tokens": 100,
-                "max_batch": 64}
+                "num_samples": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0,
+                "max_new_tokens": 100, "max_batch": 64}
     settings = {"model": "scripted", "data": "sums", "split": "test"}
     return Setup(params, config, tokenizer, problems, defaults | options, settings)

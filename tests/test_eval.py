@@ -208,15 +208,14 @@ def test_eval_counts_what_there_is_to_count():
     with mock.patch.object(evaluation, "verify_many", grade):
         records = _evaluate(lambda text, *_: replies[_asked(text)], sum_problems(5),
                             max_new_tokens=20)
-    row = evaluation.summarize(records, method="greedy", prompt="plain")
-    assert (row["accuracy"], row["strict"][0], row["lenient"][0]) == (0.2, 0.2, 0.4), row
-    counted = [row[name] for name in ("truncated", "no_answer", "undecided", "n")]
-    assert counted == [0.2, 0.6, 1, 5], row
-    lenient = evaluation.summarize(records, method="greedy", prompt="plain", grade="lenient")
+    row = evaluation.summarize(records, method="greedy", grade="strict")
+    assert row["accuracy"] == 0.2 and row["n"] == 5, row
+    rates = {name: rate for name, (rate, *_) in row["rates"].items()}
+    assert rates == {"strict": 0.2, "lenient": 0.4, "cut off": 0.2, "no answer": 0.6,
+                     "undecided": 0.2}, rates
+    lenient = evaluation.summarize(records, method="greedy", grade="lenient")
     assert lenient["accuracy"] == 0.4
-    lengths = [min(20, len(reply) + 1) for reply in replies]
-    assert row["tokens_mean"] == sum(lengths) / 5
-    assert row["tokens_median"] == sorted(lengths)[2]
+    assert row["tokens_mean"] == sum(min(20, len(reply) + 1) for reply in replies) / 5
     levels = row["levels"]
     assert levels["1"][0] == 1.0 and levels["2"][0] == 0.0 and levels["1"][3] == 1
 
@@ -230,9 +229,10 @@ def test_eval_votes_pool_equivalent_answers():
                          temperature=1.0, max_new_tokens=50)
     votes, right = evaluation.votes_of(record)
     assert votes == [0, 0, 0, 1, 1, None, None] and right == {0}
-    row = evaluation.summarize([record], method="sampled", prompt="plain")
-    assert row["maj_at"]["5"][0] > row["maj_at"]["1"][0] == row["accuracy"] == 3 / 7
-    assert abs(row["pass_at"]["1"][0] - 3 / 7) < 1e-12 and row["pass_at"]["5"][0] == 1.0
+    row = evaluation.summarize([record], method="sampled", grade="strict")
+    rates = {name: rate for name, (rate, *_) in row["rates"].items()}
+    assert rates["maj@5"] > rates["maj@1"] == row["accuracy"] == 3 / 7
+    assert abs(rates["pass@1"] - 3 / 7) < 1e-12 and rates["pass@5"] == 1.0
 
 
 def test_eval_interrupted_run_ends_with_the_same_records():
@@ -336,7 +336,7 @@ def test_eval_rows_are_found_by_what_they_are():
         path = Path(folder) / "results.jsonl"
         assert evaluation.find_row(path) is None
         for accuracy, weights in ((0.1, "x"), (0.2, "x"), (0.3, "y")):
-            row = {"method": "greedy", "weights": weights, "accuracy": accuracy}
+            row = {"method": "greedy", "weights": weights, "accuracy": accuracy, "scores": {}}
             evaluation.append_row(path, row)
         found = evaluation.find_row(path, method="greedy", weights="x")
         assert found["accuracy"] == 0.2 and {"command", "commit", "torch"} <= set(found)
@@ -369,15 +369,16 @@ def test_eval_user_errors_are_one_line():
 
 def test_eval_report_measures_what_is_missing_and_nothing_else():
     """Rows of other weights, shots or temperatures do not pass for the ones that are asked for.
-    Each script runs once for all of its rows."""
+    Each script runs once for all of its rows; those that sample have a limit of their own."""
     ran = []
     with tempfile.TemporaryDirectory() as folder:
         base = _save_small(folder, "base")
         trained = _save_small(folder, "trained", seed=1)
         results = f"{folder}/results.jsonl"
-        row = {"data": "arithmetic", "split": "test", "data_seed": 0, "seed": 0, "n": 10,
-               "shots": 0, "grade": "strict", "seconds": 1.0, "accuracy": 0.5, "low": 0.4,
-               "high": 0.6, "tokens_mean": 20.0, "levels": {"1": [0.5, 0.4, 0.6, 5]}}
+        row = {"data": "arithmetic", "split": "test", "data_seed": 0, "seed": 0, "shots": 0,
+               "grade": "strict", "seconds": 10.0, "accuracy": 0.5, "low": 0.4, "high": 0.6,
+               "tokens_mean": 20.0, "levels": {"1": [0.5, 0.4, 0.6, 5]}, "n": 10,
+               "scores": {str(i): 0.0 for i in range(10)}}
 
         def run_script(script, *words):
             flags = dict(word.removeprefix("--").split("=", 1) for word in words)
@@ -388,17 +389,19 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
                 "infer_scale.py": ["one sample", "majority of 10"],
                 "refine.py": ["refine, K = 2", "self-consistency at the tokens of K = 2"]}
             for method in methods[script]:
+                n = int(flags["limit"])
                 evaluation.append_row(results, row | {
                     "weights": evaluation.weights_hash(flags["model"]), "prompt": flags["prompt"],
-                    "temperature": float(flags["temperature"]), "method": method})
+                    "temperature": float(flags["temperature"]), "method": method, "n": n,
+                    "scores": {str(i): float(n == 4 and i < 2) for i in range(n)}})
 
         decoy = row | {"weights": evaluation.weights_hash(base), "method": "greedy",
                        "prompt": "plain", "temperature": 0.0, "accuracy": 0.99}
-        for wrong in ({"shots": 4}, {"weights": "other"}, {"temperature": 0.7}, {"n": 11},
+        for wrong in ({"shots": 4}, {"weights": "other"}, {"temperature": 0.7}, {"n": 4},
                       {"prompt": "cot", "split": "dev"}):
             evaluation.append_row(results, decoy | wrong)
-        words = ["--report", "--model", base, "--trained", trained, "--limit", 10, "--results",
-                 results, "--out", f"{folder}/out"]
+        words = ["--report", "--model", base, "--trained", trained, "--limit", 10,
+                 "--sampled-limit", 4, "--results", results, "--out", f"{folder}/out"]
         with mock.patch.object(evaluation, "run_script", run_script):
             in_process("eval", *words)
             assert ran == [
@@ -410,4 +413,6 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
             assert len(ran) == 7, "what is there is not measured again"
         text = Path(folder, "out", "results.md").read_text(encoding="utf-8")
     assert text.count("50.0 [40.0, 60.0]") == 9 and "99.0" not in text, text
-    assert "| + GRPO |" in text, text
+    assert "| + GRPO | 50.0 [40.0, 60.0] | +0.0 [+0.0, +0.0] | 50.0 | 20 | 1.00 | 10 |" in text, text
+    assert "| + GRPO, sampled | 50.0 [40.0, 60.0] | +50.0 [" in text, "paired on the four they share"
+    assert "| 2.50 | 4 |" in text, text

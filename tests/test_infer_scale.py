@@ -76,21 +76,14 @@ def test_scale_lead_is_the_beta_tail():
         assert abs(infer_scale.leads(a, b) - tail) < 1e-6, (a, b)
 
 
-def test_scale_a_decided_vote_cannot_turn():
-    """Stopped once the rest cannot change it, a vote ends as the full one would, in any order; to
-    be surer takes longer."""
-    decided = infer_scale.samples_until_decided
-    rng = random.Random(3)
-    for _ in range(200):
-        votes = [rng.choice((None, 0, 0, 0, 1, 2)) for _ in range(rng.randint(1, 12))]
-        used = decided(votes)
-        full = infer_scale.vote_once(votes, {0})
-        if used < len(votes):
-            assert infer_scale.vote_once(votes[:used], {0}) == full in (0.0, 1.0), votes
-        success, mean_used = infer_scale.adaptive(votes, {0}, None)
-        assert abs(success - full) < 1e-12 and mean_used <= len(votes), votes
-    assert decided([0] * 20, 0.95) == 4 and decided([0] * 20, 0.9) == 3
-    assert decided([0] * 20) == 11 and decided([0, 1] * 10, 0.95) == 20
+def test_scale_surer_votes_take_longer():
+    """A vote that is never sure draws all and ends as the full one; one that agrees stops soon."""
+    sure = infer_scale.samples_until_sure
+    assert sure([0] * 20, 0.95) == 4 and sure([0] * 20, 0.9) == 3
+    assert sure([0, 1] * 10, 0.95) == sure([None] * 20, 0.95) == 20
+    votes = [None, 0, 0, 1, 2, 0, 1]
+    assert infer_scale.adaptive(votes, {0}, 1.0) == (infer_scale.vote_once(votes, {0}), 7)
+    assert infer_scale.adaptive([0] * 9, {0}, 0.95) == (1.0, 4)
 
 
 def test_scale_budget_by_level():
@@ -116,7 +109,7 @@ def test_scale_budget_by_level():
     assert rows[2]["levels"]["1"][0] == 1 and rows[2]["levels"]["2"][0] == 0
     assert "level 1: 10 tokens of thought are not" in out, out
     assert "level 2: every budget tried costs" in out, out
-    assert "| thought of at most 10 tokens (50.0 % cut) |" in out, out
+    assert "| thought of at most 10 tokens | 50.0 [" in out, out
 
 
 def _two_of_three(text, seed, sample):
@@ -143,10 +136,9 @@ def test_scale_every_method_costs_what_it_draws():
     one = rows["one sample"]["tokens_mean"]
     for method in ("majority of 9", "best of 9 by mean log-probability", "pass@9 (a bound)"):
         assert rows[method]["tokens_mean"] == 9 * one and rows[method]["samples"] == 9
-    adaptive = rows["adaptive majority, outcome fixed"]
-    assert adaptive["accuracy"] == 1.0 and adaptive["samples"] < 9
-    assert set(adaptive["samples_by_level"]) == {"1", "2", "3", "4", "5"}
-    assert "| 0.9 | 0.0 | - |" in out, "nobody has nine tenths of the votes: nothing is answered"
+    adaptive = rows["adaptive majority, 0.95 sure"]
+    assert adaptive["accuracy"] > 0.9 and 4 < adaptive["samples"] < 9
+    assert f"{adaptive['samples']:.1f} of 9; by level 1: " in out, out
 
 
 def test_scale_one_vote_among_the_votes():
@@ -156,7 +148,7 @@ def test_scale_one_vote_among_the_votes():
     rows, out = _printed(None, lambda: infer_scale.sweep_temperature(pools, [1, 4, 8]))
     assert [(row["method"], row["temperature"], row["samples"]) for row in rows] == [
         (method, t, k) for t in (0.4, 1.0)
-        for method, k in (("one sample", 1), ("majority of 4", 4), ("majority of 8", 8))]
+        for method, k in ((f"majority of {k} at {t:g}", k) for k in (1, 4, 8))]
     assert [line.split(":")[0] for line in out.splitlines() if line.startswith("votes ")] == [
         "votes 1", "votes 4", "votes 8"]
     assert f"| majority of 4 at 1 | {evaluation.rated(rows[4])} |" in out, out

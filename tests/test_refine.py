@@ -52,8 +52,7 @@ def test_refine_scores_are_the_models_own_logprobs():
     tokens = tokenizer.encode(text, add_special_tokens=False).ids + [258]
     scores = refine.score_response(tokenizer, tokens, [-float(i) for i in range(len(tokens))], text,
                                    "think")
-    assert scores == {"answer-total": -17.0, "answer-mean": -8.5, "total": -66.0, "mean": -5.5,
-                      "format": 1.0}
+    assert scores == {"answer-mean": -8.5, "mean": -5.5, "format": 1.0}
     scores = refine.score_response(tokenizer, tokens[:3], [-1.0] * 3, "a\\b", "think")
     assert scores["answer-mean"] == -math.inf
 
@@ -167,9 +166,9 @@ def test_refine_equal_cost_is_equal():
 
     with (mock.patch.object(evaluation, "generate", scripted(reply)),
           contextlib.redirect_stderr(io.StringIO())):
-        found = refine.equal_cost_results(scripted_setup(sum_problems(9)), [10.0, 24.0, 31.0])
+        found = refine.equal_cost_rows(scripted_setup(sum_problems(9)), [10.0, 24.0, 31.0])
     assert len(found) == 2
-    for (_, row, _), tokens in zip(found, (24.0, 31.0)):
+    for row, tokens in zip(found, (24.0, 31.0)):
         assert abs(row["tokens_mean"] - tokens) < 1e-9, row
 
 
@@ -184,6 +183,4 @@ def test_refine_auroc_counts_pairs():
         if pairs:
             assert abs(found - sum(pairs) / len(pairs)) < 1e-12, found
         else:
-            assert found is None
-    bins = refine.reliability([0.1, 0.9, 0.2, 0.8], [False, True, True, True], bins=2)
-    assert [(round(c, 9), r, n) for c, r, n in bins] == [(0.15, 0.5, 2), (0.85, 1.0, 2)]
+            assert math.isnan(found)
