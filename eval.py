@@ -82,7 +82,7 @@ def parse_args(argv=None):
     add("--report", action="store_true", help="the table and plot of all methods")
     add("--sampled-limit", type=at_least(0), default=0,
         help="problems of the report's rows that sample; 0: as --limit")
-    add("--trained", help="the report's GRPO checkpoint (default: of runs/grpo, made at need)")
+    add("--trained", default="runs/grpo/checkpoints/best", help="the report's GRPO checkpoint")
     add("--out", default="runs/report", help="where the report goes")
     return p.parse_args(argv)
 
@@ -171,25 +171,24 @@ def pool_answers(answers):
 def maj_at_k(votes, right, k):
     """Mean success of a majority vote over all subsets of k samples; ties are broken by lot.
 
-    votes: the class of each sample, or None; right: the classes that are right. Exact: counts the
-    subsets, class by class, by the votes of the leaders, their number, and the right ones of them.
+    votes: the class of each sample, or None; right: the classes that are right. Exact: for each
+    number of votes that can win, counts the subsets class by class.
     """
     counts = Counter(v for v in votes if v is not None)
-    subsets = {(k, 0, 0, 0): 1}  # (samples still to draw, votes, leaders, right ones): ways
-    for vote, count in counts.items():
-        longer = Counter()
-        for (left, most, leaders, good), ways in subsets.items():
-            for drawn in range(min(left, count) + 1):
-                after = (left - drawn, most, leaders, good)
-                if drawn > most:
-                    after = (left - drawn, drawn, 1, vote in right)
-                elif drawn == most > 0:
-                    after = (left - drawn, most, leaders + 1, good + (vote in right))
-                longer[after] += ways * math.comb(count, drawn)
-        subsets = longer
     silent = len(votes) - counts.total()
-    success = sum(ways * math.comb(silent, left) * good / leaders
-                  for (left, _, leaders, good), ways in subsets.items() if leaders)
+    success = 0.0
+    for most in range(1, k + 1):
+        subsets = {(k, 0, 0): 1}  # (samples still to draw, leaders, right ones of them): ways
+        for vote, count in counts.items():
+            longer = Counter()
+            for (left, leaders, good), ways in subsets.items():
+                for drawn in range(min(left, count, most) + 1):
+                    leads = drawn == most
+                    after = (left - drawn, leaders + leads, good + (leads and vote in right))
+                    longer[after] += ways * math.comb(count, drawn)
+            subsets = longer
+        success += sum(ways * math.comb(silent, left) * good / leaders
+                       for (left, leaders, good), ways in subsets.items() if leaders)
     return success / math.comb(len(votes), k)
 
 
@@ -307,11 +306,10 @@ def form_of(options):
     return {name: options[name] for name in ("system", "shots", "think_tag")}
 
 
-def prompt_tokens(setup, **changes):
+def prompt_tokens(setup):
     """The ids of each problem's prompt, made from its question alone."""
-    options = setup.options | changes
-    return [encode_prompt(setup.tokenizer, options["prompt"], {"problem": p["problem"]},
-                          **form_of(options)) for p in setup.problems]
+    return [encode_prompt(setup.tokenizer, setup.options["prompt"], {"problem": p["problem"]},
+                          **form_of(setup.options)) for p in setup.problems]
 
 
 def settings_of(setup, **changes):
@@ -325,8 +323,7 @@ def settings_of(setup, **changes):
 def fork(args, setup, replies):
     """Become --processes, by default as many as memory holds.
 
-    Everything is counted as float32: weights are read in it, then packed. Caches are counted twice,
-    for one is copied when it grows.
+    All is counted as float32, for so the weights are read, and caches twice: one is copied to grow.
     """
     config = setup.config
     context = max(map(len, prompt_tokens(setup))) + replies * setup.options["max_new_tokens"]
@@ -391,8 +388,7 @@ def collect_records(setup, name="records", **changes):
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
     size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
-    count = len(setup.problems)
-    with tqdm(total=count, initial=count - len(todo), unit="problem", disable=rank > 0) as bar:
+    with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
         while todo:
             records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size], **options)
             records = [record | {"settings": settings} for record in records]
@@ -530,13 +526,13 @@ def table(rows, extra=None):
 
 def print_row(row):
     """Print what summarize counted."""
-    say(f"{row['method']} | {row['model']} on {row['data']}/{row['split']}, {row['n']} problems | "
-        f"accuracy {rated(row)} % ({row['grade']}) | {row['tokens_mean']:.0f} tokens and "
-        f"{row['seconds'] / row['n']:.2f} s per problem")
+    say(f"{row['model']} on {row['data']}/{row['split']}, {row['n']} problems, {row['grade']} grade"
+        f"\n{table([row])}")
     for name, rates in row["rates"].items():
-        say(f"  {name}: {percent(*rates)} %")
-    for group, (*rates, n, tokens) in (row["levels"] | row["subjects"]).items():
-        say(f"  {group}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
+        say(f"{name}: {percent(*rates)} %")
+    for name in ("levels", "subjects"):
+        for group, (*rates, n, tokens) in row[name].items():
+            say(f"{name} {group}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
 
 
 def compare(path_a, path_b, grade=None):
@@ -570,6 +566,21 @@ def find_row(path, **wanted):
     return None
 
 
+REPORT = [  # label, model, prompt, the script that measures it, what it calls the method
+    ("base", "base", "plain", "eval.py", "greedy"),
+    ("+ chain of thought", "base", "cot", "eval.py", "greedy"),
+    ("+ chain of thought, sampled once", "base", "cot", "infer_scale.py", "one sample"),
+    ("+ self-consistency, N = 10", "base", "cot", "infer_scale.py", "majority of 10"),
+    ("+ self-refinement, K = 2", "base", "cot", "refine.py", "refine, K = 2"),
+    ("self-consistency at its tokens", "base", "cot", "refine.py",
+     "self-consistency at the tokens of K = 2"),
+    ("+ GRPO", "trained", "plain", "eval.py", "greedy"),
+    ("base, sampled", "base", "plain", "eval.py", "sampled"),  # is GRPO more than sharpening?
+    ("+ GRPO, sampled", "trained", "plain", "eval.py", "sampled")]  # see pass@10
+OF_REPORT = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
+             "limit", "report", "sampled_limit", "trained", "out")  # flags not passed on
+
+
 def run_script(script, *flags):
     print(f"\n$ python {script} {' '.join(flags)}", flush=True)
     if code := subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
@@ -587,65 +598,45 @@ def draw_cost(rows, path):
     axes.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
     for row in rows:
         bar = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
-        axes.errorbar(row["tokens_mean"], row["accuracy"], bar, fmt="o", capsize=2,
-                      label=row["method"])
+        axes.errorbar(row["tokens_mean"], row["accuracy"], bar, fmt="o", label=row["method"])
     axes.legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")
 
 
-def methods_of_report(base, trained, plain, cot):
-    """[(label, model, prompt, the script that measures it, what it calls the method), ...]"""
-    return [
-        ("base", base, plain, "eval.py", "greedy"),
-        ("+ chain of thought", base, cot, "eval.py", "greedy"),
-        ("+ chain of thought, sampled once", base, cot, "infer_scale.py", "one sample"),
-        ("+ self-consistency, N = 10", base, cot, "infer_scale.py", "majority of 10"),
-        ("+ self-refinement, K = 2", base, cot, "refine.py", "refine, K = 2"),
-        ("self-consistency at its tokens", base, cot, "refine.py",
-         "self-consistency at the tokens of K = 2"),
-        ("+ GRPO", trained, plain, "eval.py", "greedy"),
-        # is GRPO more than sharpening? see pass@10
-        ("base, sampled", base, plain, "eval.py", "sampled"),
-        ("+ GRPO, sampled", trained, plain, "eval.py", "sampled")]
-
-
 def report(args):
     """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    models = {"base": args.model, "trained": args.trained}
+    weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))
     data = chosen_flags(args, config)["data"]
-    prompts = ("plain", "cot") if model.is_tiny(config) else ("direct", "boxed")
     usual = vars(parse_args([]))
-    own = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
-           "report", "trained", "out", "limit", "sampled_limit")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
-             if name not in own and value != usual[name]]
-    run_dir = Path("runs", "grpo" if args.model == "tiny" else f"grpo-{Path(args.model).name}")
-    trained = args.trained or str(run_dir / "checkpoints" / "best")
-    if not args.trained and not Path(trained).is_dir():
-        run_script("grpo.py", f"--model={args.model}", f"--run-dir={run_dir}")
+    shared = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+              if name not in OF_REPORT and value != usual[name]]
     rows = []
-    for label, path, prompt, script, method in methods_of_report(args.model, trained, *prompts):
-        greedy = method == "greedy"
-        temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
-        limit = args.limit if greedy else args.sampled_limit or args.limit
+    for label, name, prompt, script, method in REPORT:
+        if not model.is_tiny(config):
+            prompt = {"plain": "direct", "cot": "boxed"}[prompt]
+        temperature = SAMPLING_TEMPERATURE
+        limit = args.sampled_limit or args.limit
+        if method == "greedy":
+            temperature = 0.0
+            limit = args.limit
         wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
                   "n": len(load_problems(data, args.split, limit or None, args.data_seed)),
-                  "weights": weights_hash(model.resolve_model(path)),
-                  "prompt": prompt, "grade": args.grade or PRESETS[prompt].grade,
-                  "method": method, "temperature": temperature, "seed": args.seed}
+                  "weights": weights[name], "prompt": prompt, "method": method, "seed": args.seed,
+                  "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature}
         if not find_row(args.results, **wanted):
-            sampled = ["--num-samples=10"] if method == "sampled" else []
-            run_script(script, f"--model={path}", f"--prompt={prompt}", f"--limit={limit}",
-                       f"--temperature={temperature}", *sampled, *flags)
+            flags = ["--num-samples=10"] if method == "sampled" else []
+            run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
+                       f"--limit={limit}", f"--temperature={temperature}", *flags, *shared)
         rows.append(find_row(args.results, **wanted) | {"method": label})
     pass_10 = [row.get("rates", {}).get("pass@10") for row in rows]
-    extra = {"problems": [row["n"] for row in rows],
-             "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
-             "command": [f"`{row['command']}`" for row in rows]}
-    text = f"{args.model} on {data}/{args.split}\n\n{table(rows, extra)}"
+    text = table(rows, {"problems": [row["n"] for row in rows],
+                        "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
+                        "command": [f"`{row['command']}`" for row in rows]})
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(text, encoding="utf-8")
+    (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
     print(f"\n{text}\nwritten to {out}/results.md")
     draw_cost(rows, out / "report.png")
 

@@ -216,22 +216,14 @@ def equal_cost_rows(setup, spent):
     return rows
 
 
-def verdicts(history, references, strict=True):
-    """Whether the answer that stands after each round is right: [N][rounds + 1]; undecided: no."""
-    pairs = [(r.attempt.text, answer) for rounds, answer in zip(history, references)
-             for r in rounds]
-    flat = [verdict is True for verdict in verify_many(pairs, strict=strict)]
-    width = len(history[0])
-    return [flat[i:i + width] for i in range(0, len(flat), width)]
-
-
-def write_traces(path, problems, history, right):
+def write_traces(path, problems, history, rows):
     """A line per problem: every draft, critique and revision, to be read."""
     with open(path, "w", encoding="utf-8") as file:
-        for problem, rounds, marks in zip(problems, history, right):
-            lines = [{"stands": r.attempt.text, "right": mark, "spent": r.spent,
-                      "critique": r.critique, "revision": r.revision and r.revision.text,
-                      "accepted": r.accepted} for r, mark in zip(rounds, marks)]
+        for problem, rounds in zip(problems, history):
+            lines = [{"stands": r.attempt.text, "right": row["scores"][problem["id"]] == 1,
+                      "spent": r.spent, "critique": r.critique,
+                      "revision": r.revision and r.revision.text, "accepted": r.accepted}
+                     for r, row in zip(rounds, rows)]
             trace = {"id": problem["id"], "reference": problem["answer"], "rounds": lines}
             file.write(json.dumps(trace) + "\n")
 
@@ -247,31 +239,21 @@ def print_rounds(rows):
                        "wrong to wrong", "points gained [95 %]"], lines))
 
 
-def print_calibration(history, right):
-    """Whether the draft's scores tell right from wrong."""
-    correct = [marks[0] for marks in right]
-    areas = []
-    for name in SCORES:
-        area = auroc([rounds[0].attempt.scores[name] for rounds in history], correct)
-        areas.append(f"{name} {area:.3f}")
-    say(f"AUROC of the draft's score: {', '.join(areas)}")
-
-
 def measure(setup, gate, loop, settings, suffix=""):
-    """refine() with a gate, then graded: (history, right after each round, a row for each)."""
+    """refine() with a gate, then graded: (history, a row for each round, the draft first)."""
     started = time.perf_counter()
     history = refine(setup.params, setup.config, setup.tokenizer, eval.prompt_tokens(setup),
                      accept_fn=gate, **loop)
     seconds = time.perf_counter() - started
-    right = verdicts(history, [p["answer"] for p in setup.problems], loop["strict"])
     whole = sum(rounds[-1].spent for rounds in history)
     rows = []
-    for k in range(loop["rounds"] + 1):
-        scores = [float(marks[k]) for marks in right]
-        spent = [rounds[k].spent for rounds in history]
+    for k, attempts in enumerate(zip(*history)):
+        pairs = [(r.attempt.text, p["answer"]) for r, p in zip(attempts, setup.problems)]
+        scores = [float(right is True) for right in verify_many(pairs, strict=loop["strict"])]
+        spent = [r.spent for r in attempts]
         rows.append(eval.score_row(setup.problems, scores, spent, seconds * sum(spent) / whole,
                                    method=f"refine, K = {k}{suffix}", **settings))
-    return history, right, rows
+    return history, rows
 
 
 def main(args):
@@ -287,7 +269,7 @@ def main(args):
     def own_gate(i, k, old, new):
         return args.score == "none" or new.scores[args.score] > old.scores[args.score]
 
-    history, right, rows = measure(setup, own_gate, loop, settings)
+    history, own = measure(setup, own_gate, loop, settings)
     accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
     rate = fmean(accepted) if accepted else 0.0
 
@@ -297,20 +279,23 @@ def main(args):
     def random_gate(i, k, old, new):
         return random.Random(f"{args.seed} {i} {k}").random() < rate
 
-    own = rows
+    rows = own.copy()
     for name, gate in (("oracle", oracle_gate), ("random", random_gate)):
-        bound = measure(setup, gate, loop, settings, f", {name} gate (a bound)")[2]
-        rows = rows + bound[1:]  # all gates share the draft
+        _, bound = measure(setup, gate, loop, settings, f", {name} gate (a bound)")
+        rows += bound[1:]  # all gates share the draft
     if args.temperature > 0:
-        rows = rows + equal_cost_rows(setup, [row["tokens_mean"] for row in own])
+        rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
     say(eval.table(rows))
-    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many\n")
     print_rounds(own)
-    print_calibration(history, right)
+    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
+    right = [score == 1 for score in own[0]["scores"].values()]
+    for name in SCORES:
+        area = auroc([rounds[0].attempt.scores[name] for rounds in history], right)
+        say(f"AUROC of the draft's score, {name}: {area:.3f}")
     for row in rows:
         eval.append_row(args.results, row)
     if args.traces and rank_and_world()[0] == 0:
-        write_traces(args.traces, setup.problems, history, right)
+        write_traces(args.traces, setup.problems, history, own)
 
 
 if __name__ == "__main__":

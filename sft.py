@@ -131,31 +131,21 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
     return Example(tokens, parts)
 
 
-def check_row(row, where):
-    """Raises ValueError unless a row has problem and response, or a conversation with a reply."""
-    if "messages" not in row:
-        turns = [{"role": "assistant"} | row]
-        names = ("problem", "response")
-    else:
-        turns = row["messages"] if isinstance(row["messages"], list) else [None]
-        names = ("role", "content")
-    whole = all(isinstance(turn, dict) and isinstance(turn.get(name), str)
-                for turn in turns for name in names)
-    if not whole or not any(turn["role"] == "assistant" for turn in turns):
-        raise ValueError(f"{where}: {row!r:.80}, expected text in problem and response, or in the "
-                         "role and content of messages, one of them the assistant's")
-
-
 def read_examples(path, tokenizer, end_token, max_tokens, **how):
     """The examples of a file of at most max_tokens tokens; says how many there are, and are longer.
 
-    Raises ValueError naming the file, the line and the field.
+    Raises ValueError naming the file and the line.
     """
     examples = []
     too_long = 0
     for number, row in read_rows(path):
-        check_row(row, f"{path}, line {number}")
-        example = encode_example(row, tokenizer, end_token, **how)
+        try:
+            example = encode_example(row, tokenizer, end_token, **how)
+        except (LookupError, TypeError):  # a field that is missing, or no text
+            example = Example([], [])
+        if not example.tokens:
+            raise ValueError(f"{path}, line {number}: {row!r:.80}, expected problem and "
+                             "response, or messages with a role and content, one the assistant's")
         if len(example.tokens) <= max_tokens:
             examples.append(example)
         else:
@@ -293,18 +283,19 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
-        answers = [record["samples"][0] for record in records]
-        right = [float(answer["strict"] is True) for answer in answers]
-        formed = [float(in_form(answer["text"], args.think_tag)) for answer in answers]
-        metrics |= {"val_accuracy": fmean(right), "val_format": fmean(formed)}
-        for i in range(min(8, len(problems))):
-            completion = {"text": answers[i]["text"], "right": answers[i]["strict"],
-                          "rewards": {"accuracy": right[i], "format": formed[i]},
-                          "finish": answers[i]["finish"]}
-            samples.append({"kind": "held_out", "problem": problems[i]["problem"],
-                            "answer": problems[i]["answer"], "prompt": records[i]["prompt"],
+        rewards = []
+        for problem, record in zip(problems, records):
+            [answer] = record["samples"]
+            reward = {"accuracy": float(answer["strict"] is True),
+                      "format": float(in_form(answer["text"], args.think_tag))}
+            completion = {"text": answer["text"], "right": answer["strict"], "rewards": reward,
+                          "finish": answer["finish"]}
+            rewards.append(reward)
+            samples.append({"kind": "held_out", "problem": problem["problem"],
+                            "answer": problem["answer"], "prompt": record["prompt"],
                             "completions": [completion]})
-    return metrics, samples
+        metrics |= {f"val_{name}": fmean(r[name] for r in rewards) for name in rewards[0]}
+    return metrics, samples[:8]
 
 
 def train_step(params, config, optimizer, examples, lr, args):

@@ -20,7 +20,6 @@ from tests.common import (
     double_model,
     error_of,
     gradients,
-    in_process,
     raises,
     run,
     weights_of,
