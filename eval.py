@@ -107,8 +107,8 @@ def wilson(correct, n):
 def interval(scores):
     """(mean, low, high): the 95 % interval over problems of scores in [0, 1].
 
-    Wilson's interval, for as many yes-or-no problems as would give a mean of the same variance;
-    exactly wilson() when every score is 0 or 1. A problem's mean over N samples is one observation.
+    Wilson's, for as many yes-or-no problems as would give a mean of the same variance. A problem's
+    mean over N samples is one observation.
     """
     n = len(scores)
     rate = fmean(scores)
@@ -128,10 +128,7 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p that what one run alone got right is as likely to be either's (1947).
-
-    only_a, only_b: how many problems each got alone.
-    """
+    """Exact two-sided p (1947) that what one run alone got right is as likely to be either's."""
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -207,10 +204,9 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
              shots=(), think_tag="think", num_samples=1, temperature=0.0, max_batch=64, **sampling):
     """Ask every problem and grade what comes: a record (dict) for each, in their order.
 
-    Every process calls this with the same problems, asks its share of them and gets all records.
+    Every process calls this with the same problems, asks its share of them and gets all records; a
+    record depends neither on the other problems nor on the batch nor on the number of processes.
     prompt, system, shots, think_tag: as for render_prompt. sampling: more keywords of generate().
-    Each problem has noise of its own: its record depends neither on the other problems nor on the
-    batch nor on the number of processes.
     """
     started = time.perf_counter()
     rank, world = rank_and_world()
@@ -279,6 +275,7 @@ class Setup(NamedTuple):
     config: tuple
     tokenizer: object
     problems: list
+    prompts: list  # token ids, one for each problem
     options: dict  # keyword arguments of evaluate()
     settings: dict  # what identifies a row, beside its method and the options
     records: Path | None = None  # a directory for files of records, or one such file
@@ -301,21 +298,11 @@ def chosen_flags(args, config):
     return defaults | {name: value for name, value in vars(args).items() if value is not None}
 
 
-def form_of(options):
-    """What decides a prompt beside its preset and problem."""
-    return {name: options[name] for name in ("system", "shots", "think_tag")}
-
-
-def prompt_tokens(setup):
-    """The ids of each problem's prompt, made from its question alone."""
-    return [encode_prompt(setup.tokenizer, setup.options["prompt"], {"problem": p["problem"]},
-                          **form_of(setup.options)) for p in setup.problems]
-
-
 def settings_of(setup, **changes):
     """Everything that decides what a record says, as rows and records carry it."""
     options = setup.options | changes
-    hashed = prompt_hash(options["prompt"], **form_of(options))
+    hashed = prompt_hash(options["prompt"], system=options["system"], shots=options["shots"],
+                         think_tag=options["think_tag"])
     named = {k: v for k, v in options.items() if k not in ("system", "max_batch")}
     return setup.settings | named | {"shots": len(options["shots"]), "prompt_hash": hashed}
 
@@ -326,7 +313,7 @@ def fork(args, setup, replies):
     All is counted as float32, for so the weights are read, and caches twice: one is copied to grow.
     """
     config = setup.config
-    context = max(map(len, prompt_tokens(setup))) + replies * setup.options["max_new_tokens"]
+    context = max(map(len, setup.prompts)) + replies * setup.options["max_new_tokens"]
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     row = context * slot + config.vocab_size
     gib_each = 0.25 + setup.options["max_batch"] * row / 2**27
@@ -354,15 +341,16 @@ def load_setup(args, replies=1):
     problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
     shots = load_shots(args.shots_from or flags["data"], flags.get("shots", preset.shots),
                        args.data_seed, problems)
-    names = ("prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
-             "max_batch")
-    options = {name: flags[name] for name in names}
-    options |= {"system": model.load_system_prompt(path), "shots": shots, "num_samples": 1}
+    form = {"system": model.load_system_prompt(path), "shots": shots,
+            "think_tag": args.think_tag}
+    prompts = [encode_prompt(tokenizer, flags["prompt"], p, **form) for p in problems]
+    names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
+    options = {name: flags[name] for name in names} | form | {"num_samples": 1}
     settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
                 "split": args.split, "data_seed": args.data_seed, "device": device.type,
                 "dtype": str(dtype).removeprefix("torch.")}
     params = sampling_params(model.load_params(path, device, dtype), config)
-    setup = Setup(params, config, tokenizer, problems, options, settings,
+    setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
     say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
@@ -418,21 +406,21 @@ def votes_of(record, grade="strict"):
     return votes, right
 
 
-def rates_by(field, records, scores, tokens):
-    """{group: [accuracy, low, high, problems, tokens]} by the records' level or subject."""
+def rates_by_level(records, scores, tokens):
+    """{level: [accuracy, low, high, problems, tokens]}"""
     groups = {}
     for record, score, n in zip(records, scores, tokens):
-        groups.setdefault(record.get(field), []).append((score, n))
+        groups.setdefault(record.get("level"), []).append((score, n))
     groups.pop(None, None)
     rates = {}
-    for group in sorted(groups):
-        members, lengths = zip(*groups[group])
-        rates[str(group)] = [*interval(members), len(members), fmean(lengths)]
+    for level in sorted(groups):
+        members, lengths = zip(*groups[level])
+        rates[str(level)] = [*interval(members), len(members), fmean(lengths)]
     return rates
 
 
 def score_row(records, scores, tokens, seconds, **settings):
-    """A row of results: accuracy with its interval, by level and by subject, and what it cost.
+    """A row of results: accuracy with its interval, by level, and what it cost.
 
     scores, tokens: of each problem. seconds: of all. records: of the problems, or they themselves.
     """
@@ -440,8 +428,7 @@ def score_row(records, scores, tokens, seconds, **settings):
     return settings | {
         "n": len(records), "accuracy": accuracy, "low": low, "high": high,
         "tokens_mean": fmean(tokens), "seconds": seconds,
-        "levels": rates_by("level", records, scores, tokens),
-        "subjects": rates_by("subject", records, scores, tokens),
+        "levels": rates_by_level(records, scores, tokens),
         "scores": {record["id"]: score for record, score in zip(records, scores)}}
 
 
@@ -522,17 +509,6 @@ def table(rows, extra=None):
     columns["seconds per problem"] = [f"{row['seconds'] / row['n']:.2f}" for row in rows]
     columns |= extra or {}
     return markdown(list(columns), zip(*columns.values()))
-
-
-def print_row(row):
-    """Print what summarize counted."""
-    say(f"{row['model']} on {row['data']}/{row['split']}, {row['n']} problems, {row['grade']} grade"
-        f"\n{table([row])}")
-    for name, rates in row["rates"].items():
-        say(f"{name}: {percent(*rates)} %")
-    for name in ("levels", "subjects"):
-        for group, (*rates, n, tokens) in row[name].items():
-            say(f"{name} {group}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
 
 
 def compare(path_a, path_b, grade=None):
@@ -662,7 +638,11 @@ def main(args):
     method = "greedy" if args.temperature == 0 else "sampled"
     row = summarize(records, method=method, **settings)
     append_row(args.results, row)
-    print_row(row)
+    say(table([row]))
+    for name, rates in row["rates"].items():
+        say(f"{name}: {percent(*rates)} %")
+    for level, (*rates, n, tokens) in row["levels"].items():
+        say(f"level {level}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
 
 
 if __name__ == "__main__":

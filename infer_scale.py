@@ -84,19 +84,6 @@ def vote_once(votes, right, weights=None):
     return fmean(leaders) if leaders else 0.0
 
 
-def weighted_maj_at_k(votes, right, weights, k, draws=100, seed=0):
-    """Mean success of a weighted vote over random subsets of k samples; the only one, if all k."""
-    if k == len(votes):
-        return vote_once(votes, right, weights)
-    rng = random.Random(seed)
-    success = []
-    for _ in range(draws):
-        chosen = rng.sample(range(len(votes)), k)
-        success.append(
-            vote_once([votes[i] for i in chosen], right, [weights[i] for i in chosen]))
-    return fmean(success)
-
-
 def best_of_k(confidences, right, k):
     """Mean success of taking the most confident of k samples, over all subsets of k."""
     n = len(right)
@@ -173,18 +160,19 @@ def self_consistency(records, settings, ks, confidence):
     for k in ks:
         drawn = [k] * len(records)
         add(f"majority of {k}", [maj_at_k(*v, k) for v in zip(votes, right)], drawn)
-        add(f"majority of {k}, weighted",
-            [weighted_maj_at_k(*v, k) for v in zip(votes, right, sure)], drawn)
         add(f"best of {k} by mean log-probability",
             [best_of_k(*v, k) for v in zip(sure, correct)], drawn)
         add(f"pass@{k} (a bound)", [pass_at_k(len(c), sum(c), k) for c in correct], drawn)
+    pool = settings["num_samples"]
+    add(f"majority of {pool}, weighted", [vote_once(*v) for v in zip(votes, right, sure)],
+        [pool] * len(records))
     stopped = [adaptive(*v, confidence, seed=i) for i, v in enumerate(zip(votes, right))]
     scores, drawn = zip(*stopped)
     add(f"adaptive majority, {confidence:g} sure", scores, drawn)
     say(eval.table(rows))
-    levels = eval.rates_by("level", records, scores, drawn)
+    levels = eval.rates_by_level(records, scores, drawn)
     by_level = [f"{level}: {mean:.1f}" for level, (*_, mean) in levels.items()]
-    say(f"samples of the adaptive vote: {fmean(drawn):.1f} of {settings['num_samples']}; "
+    say(f"samples of the adaptive vote: {fmean(drawn):.1f} of {pool}; "
         f"by level {', '.join(by_level) or '-'}\n")
     return rows
 

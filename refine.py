@@ -242,7 +242,7 @@ def print_rounds(rows):
 def measure(setup, gate, loop, settings, suffix=""):
     """refine() with a gate, then graded: (history, a row for each round, the draft first)."""
     started = time.perf_counter()
-    history = refine(setup.params, setup.config, setup.tokenizer, eval.prompt_tokens(setup),
+    history = refine(setup.params, setup.config, setup.tokenizer, setup.prompts,
                      accept_fn=gate, **loop)
     seconds = time.perf_counter() - started
     whole = sum(rounds[-1].spent for rounds in history)

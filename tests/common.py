@@ -190,6 +190,7 @@ def scripted(reply_fn, calls=None):
 
 def scripted_setup(problems, **options):
     """eval.py's Setup over these problems with a small model, for generate() to be patched."""
+    from data.prompts import encode_prompt
     from eval import Setup
 
     params, config, tokenizer = small_model()
@@ -197,4 +198,5 @@ def scripted_setup(problems, **options):
                 "num_samples": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0,
                 "max_new_tokens": 100, "max_batch": 64}
     settings = {"model": "scripted", "data": "sums", "split": "test"}
-    return Setup(params, config, tokenizer, problems, defaults | options, settings)
+    prompts = [encode_prompt(tokenizer, "cot", p) for p in problems]
+    return Setup(params, config, tokenizer, problems, prompts, defaults | options, settings)

@@ -50,8 +50,7 @@ def test_scale_best_of_k_is_the_mean_over_subsets():
 
 
 def test_scale_weighted_vote():
-    """Equal weights are the plain vote; a confident minority can win; subsets of k average to the
-    brute-force mean."""
+    """A confident minority can win."""
     votes = [0, 0, 1, None, 1, 1]
     right = {0}
     weights = [0.9, 0.8, 0.1, 0.9, 0.2, 0.3]
@@ -59,12 +58,7 @@ def test_scale_weighted_vote():
     assert infer_scale.vote_once(votes, right, weights) == 1.0
     assert infer_scale.vote_once([None], right) == 0.0
     assert infer_scale.vote_once([0, 1], right) == 0.5
-    plain = infer_scale.weighted_maj_at_k(votes, right, [1] * 6, 6)
-    assert plain == evaluation.maj_at_k(votes, right, 6)
-    exact = [infer_scale.vote_once([votes[i] for i in subset], right, [weights[i] for i in subset])
-             for subset in itertools.combinations(range(6), 3)]
-    drawn = infer_scale.weighted_maj_at_k(votes, right, weights, 3, draws=4000)
-    assert abs(drawn - sum(exact) / len(exact)) < 0.03, (drawn, sum(exact) / len(exact))
+    assert infer_scale.vote_once(votes, right, [1] * 6) == evaluation.maj_at_k(votes, right, 6)
 
 
 def test_scale_lead_is_the_beta_tail():
