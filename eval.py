@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from operator import gt
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +61,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     add("--prompt", choices=prompts, help="how a problem is put")
     add("--shots", type=at_least(0), help="solved examples first (default: the prompt's own)")
     add("--shots-from", help="problem set whose train split has the examples (default: --data)")
-    add("--grade", choices=ANSWER,
-        help="lenient: an answer without a box counts, too (default: the prompt's own)")
+    add("--grade", choices=ANSWER, help="lenient: no box is needed (default: the prompt's own)")
     add_sampling_flags(parser, temperature=temperature, max_new_tokens=None)
     add("--seed", type=int, default=0, help="of the sampling")
     add("--results", default="results.jsonl", help="every measured row is appended to this file")
@@ -89,12 +88,11 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------- statistics
 
-Z = NormalDist().inv_cdf(0.975)
+Z = 1.959963984540054  # 95 % of a normal variable are within so many standard deviations
 
 
 def wilson(correct, n):
-    """(low, high): the 95 % interval of a rate, Wilson 1927. It holds every p within 1.96 of its
-    own standard errors of correct / n."""
+    """(low, high), Wilson 1927: every p within Z of its own standard errors of correct / n."""
     if n <= 0:
         return 0.0, 1.0
     rate = correct / n
@@ -166,15 +164,14 @@ def pool_answers(answers):
 
 
 def maj_at_k(votes, right, k):
-    """Mean success of a majority vote over all subsets of k samples; ties are broken by lot.
+    """Mean success of a majority vote over all subsets of k samples, exact; ties count as a lot.
 
-    votes: the class of each sample, or None; right: the classes that are right. Exact: for each
-    number of votes that can win, counts the subsets class by class.
+    votes: the class of each sample, or None; right: the classes that are right.
     """
     counts = Counter(v for v in votes if v is not None)
     silent = len(votes) - counts.total()
     success = 0.0
-    for most in range(1, k + 1):
+    for most in range(1, k + 1):  # votes of the winner: count the subsets class by class
         subsets = {(k, 0, 0): 1}  # (samples still to draw, leaders, right ones of them): ways
         for vote, count in counts.items():
             longer = Counter()
@@ -360,8 +357,7 @@ def load_setup(args, replies=1):
 def collect_records(setup, name="records", **changes):
     """evaluate() for a setup, some of its options changed: (records, settings of their rows).
 
-    Records are appended to setup.records, or to the file of this name there; what it holds already
-    is not asked again.
+    What setup.records, or the file of this name there, holds already is not asked again.
     """
     options = setup.options | changes
     settings = settings_of(setup, **changes)
@@ -408,21 +404,18 @@ def votes_of(record, grade="strict"):
 
 def rates_by_level(records, scores, tokens):
     """{level: [accuracy, low, high, problems, tokens]}"""
-    groups = {}
-    for record, score, n in zip(records, scores, tokens):
-        groups.setdefault(record.get("level"), []).append((score, n))
-    groups.pop(None, None)
     rates = {}
-    for level in sorted(groups):
-        members, lengths = zip(*groups[level])
-        rates[str(level)] = [*interval(members), len(members), fmean(lengths)]
+    for level in sorted({r["level"] for r in records if r.get("level") is not None}):
+        mine = [i for i, r in enumerate(records) if r.get("level") == level]
+        rates[str(level)] = [*interval([scores[i] for i in mine]), len(mine),
+                             fmean(tokens[i] for i in mine)]
     return rates
 
 
 def score_row(records, scores, tokens, seconds, **settings):
     """A row of results: accuracy with its interval, by level, and what it cost.
 
-    scores, tokens: of each problem. seconds: of all. records: of the problems, or they themselves.
+    records: of the problems, or they themselves. scores, tokens: of each. seconds: of all.
     """
     accuracy, low, high = interval(scores)
     return settings | {
@@ -513,13 +506,13 @@ def table(rows, extra=None):
 
 def compare(path_a, path_b, grade=None):
     """Prints what changed from one file of records to the other, over the problems in both."""
-    runs = {path: read_records(path) for path in (path_a, path_b)}
-    shared = [i for i in runs[path_a] if i in runs[path_b]]
+    runs = [read_records(path) for path in (path_a, path_b)]
+    shared = [i for i in runs[0] if i in runs[1]]
     if not shared:
         raise ValueError(f"{path_a} and {path_b} have no problem in common")
-    settings = [records[shared[0]]["settings"] for records in runs.values()]
+    settings = [records[shared[0]]["settings"] for records in runs]
     rows = []
-    for (path, records), of_run in zip(runs.items(), settings):
+    for path, records, of_run in zip((path_a, path_b), runs, settings):
         rows.append(summarize([records[i] for i in shared],
                               grade=grade or PRESETS[of_run["prompt"]].grade,
                               method=f"{path} ({len(shared)} of {len(records)})"))
@@ -529,8 +522,7 @@ def compare(path_a, path_b, grade=None):
     if {*a, *b} <= {0, 1}:
         gained = sum(map(gt, b, a))
         lost = sum(map(gt, a, b))
-        say(f"{gained} problems gained, {lost} lost; "
-            f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
+        say(f"{gained} gained, {lost} lost; McNemar's exact p = {mcnemar(gained, lost):.2g}")
 
 
 def find_row(path, **wanted):
@@ -606,7 +598,7 @@ def report(args):
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
                        f"--limit={limit}", f"--temperature={temperature}", *flags, *shared)
         rows.append(find_row(args.results, **wanted) | {"method": label})
-    pass_10 = [row.get("rates", {}).get("pass@10") for row in rows]
+    pass_10 = [row.get("rates", {}).get("pass@10", ()) for row in rows]
     text = table(rows, {"problems": [row["n"] for row in rows],
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})

@@ -38,15 +38,12 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     add("--num-samples", type=at_least(1), default=20, help="size of the pool of each problem")
-    add("--votes", type=at_least(1), nargs="+",
-        help="numbers of votes (default: those of 5, 10, 20 that the pool allows)")
-    add("--exemplars", type=at_least(1), nargs="+", default=(1, 2, 4, 8),
-        help="numbers of solved problems shown")
+    add("--votes", type=at_least(1), nargs="+", help="(default: of 5, 10, 20 what the pool allows)")
+    add("--exemplars", type=at_least(1), nargs="+", default=(1, 2, 4, 8), help="solved problems")
     add("--temperatures", type=above(0.0), nargs="+", default=(0.4, 0.7, 1.0, 1.3))
     add("--budgets", type=at_least(1), nargs="+",
         help=f"tokens of thought (default: {TINY_BUDGETS} if tiny, else {OTHER_BUDGETS})")
-    add("--confidence", type=between(0.5, 1.0), default=0.95,
-        help="at which an adaptive vote stops sampling")
+    add("--confidence", type=between(0.5, 1.0), default=0.95, help="that ends an adaptive vote")
     return p.parse_args(argv)
 
 

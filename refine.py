@@ -121,7 +121,7 @@ def next_turn(tokenizer, reply, ends, prompt):
 
 
 def revised(last, new, accepted):
-    """A Round whose critique has led to a new attempt; the same answer again settles it."""
+    """The Round `last` after its critique has led to a new attempt; the same answer settles it."""
     old = last.attempt
     same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
     return Round(new if accepted else old, last.spent + len(new.tokens), last.critique, new,
@@ -174,8 +174,8 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
             said, critique = critiques.get(i, ([], None))
             after = Round(last.attempt, last.spent + len(said), critique, settled=True)
             if i in revisions:
-                after = revised(after, revisions[i], accept_fn(i, number, last.attempt,
-                                                               revisions[i]))
+                accepted = accept_fn(i, number, last.attempt, revisions[i])
+                after = revised(after, revisions[i], accepted)
             history[i].append(after)
     merged = {i: found for share in gather_objects(history) for i, found in share.items()}
     return [merged[i] for i in range(len(prompts))]

@@ -8,9 +8,8 @@
 
 A line of the data is {"problem", "response"}, as data/traces.py writes it, or a conversation
 {"messages": [{"role", "content"}, ...]}. Only what the assistant says is learned, its end token
-included; the tokens of the final answer count --answer-weight times. Examples are packed into rows
-without seeing each other; the loss is a mean over the whole optimizer step, so that neither the
-packing nor the number of processes changes the gradient.
+included; the tokens of the final answer count --answer-weight times. The loss is a mean over the
+optimizer step: neither the packing nor the number of processes changes the gradient.
 """
 
 import argparse
@@ -52,8 +51,7 @@ def parse_args(argv=None):
     add("--data", required=True, help=".jsonl file of examples")
     add("--prompt", default="plain", choices=PROMPTS, help="how a problem is put")
     add("--think-tag", default="think", choices=THINK_TAGS)
-    add("--answer-weight", type=above(0.0), default=1.2,
-        help="weight in the loss of the final \\boxed{}'s tokens; others count 1")
+    add("--answer-weight", type=above(0.0), default=1.2, help="of the final box's tokens")
     add("--epochs", type=above(0.0), default=3.0, help="times that every example is seen")
     add("--batch", type=at_least(1), default=64, help="examples in an optimizer step")
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens in one packed row")
@@ -131,27 +129,31 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
     return Example(tokens, parts)
 
 
-def read_examples(path, tokenizer, end_token, max_tokens, **how):
-    """The examples of a file of at most max_tokens tokens; says how many there are, and are longer.
+def has_text(record, *names):
+    return isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
 
-    Raises ValueError naming the file and the line.
-    """
+
+def is_example(row):
+    """Whether a row has a problem and a response, or a conversation in which somebody replies."""
+    if "messages" not in row:
+        return has_text(row, "problem", "response")
+    turns = row["messages"]
+    whole = isinstance(turns, list) and all(has_text(turn, "role", "content") for turn in turns)
+    return whole and any(turn["role"] == "assistant" for turn in turns)
+
+
+def read_examples(path, tokenizer, end_token, max_tokens, **how):
+    """The examples of a file that have at most max_tokens; ValueError names a line that is none."""
     examples = []
-    too_long = 0
     for number, row in read_rows(path):
-        try:
-            example = encode_example(row, tokenizer, end_token, **how)
-        except (LookupError, TypeError):  # a field that is missing, or no text
-            example = Example([], [])
-        if not example.tokens:
-            raise ValueError(f"{path}, line {number}: {row!r:.80}, expected problem and "
-                             "response, or messages with a role and content, one the assistant's")
-        if len(example.tokens) <= max_tokens:
-            examples.append(example)
-        else:
-            too_long += 1
-    say(f"{path}: {len(examples)} examples, {too_long} left out as longer than {max_tokens} tokens")
-    return examples
+        if not is_example(row):
+            raise ValueError(f"{path}, line {number}: {row!r:.80}, expected problem and response, "
+                             "or messages with a role and content each, one the assistant's")
+        examples.append(encode_example(row, tokenizer, end_token, **how))
+    fitting = [example for example in examples if len(example.tokens) <= max_tokens]
+    say(f"{len(fitting)} examples of at most {max_tokens} tokens; "
+        f"{len(examples) - len(fitting)} are longer and left out")
+    return fitting
 
 
 def show_example(example, tokenizer):
@@ -249,8 +251,9 @@ def load_examples(args, config, tokenizer, system):
 
 def count_processes(args, config, dtype):
     """What --processes means when it is left out."""
-    load = optim.Load(0, args.max_tokens, args.micro_tokens, 64, cache_slots(
-        64, 1, args.max_tokens, args.max_new_tokens, True), args.lora_rank, args.checkpointing)
+    slots = cache_slots(64, 1, args.max_tokens, args.max_new_tokens, True)
+    load = optim.Load(0, args.max_tokens, args.micro_tokens, 64, slots, args.lora_rank,
+                      args.checkpointing)
     plan = optim.plan_memory(config, load, dtype)
     frozen = max(plan["throughout"].values()) if args.lora_rank else 0.0
     return optim.default_processes(args.device, max(optim.plan_peaks(plan)) - frozen, frozen)
@@ -283,18 +286,17 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
-        rewards = []
         for problem, record in zip(problems, records):
             [answer] = record["samples"]
-            reward = {"accuracy": float(answer["strict"] is True),
-                      "format": float(in_form(answer["text"], args.think_tag))}
-            completion = {"text": answer["text"], "right": answer["strict"], "rewards": reward,
+            rewards = {"accuracy": float(answer["strict"] is True),
+                       "format": float(in_form(answer["text"], args.think_tag))}
+            completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
                           "finish": answer["finish"]}
-            rewards.append(reward)
             samples.append({"kind": "held_out", "problem": problem["problem"],
                             "answer": problem["answer"], "prompt": record["prompt"],
                             "completions": [completion]})
-        metrics |= {f"val_{name}": fmean(r[name] for r in rewards) for name in rewards[0]}
+        for name in ("accuracy", "format"):
+            metrics[f"val_{name}"] = fmean(s["completions"][0]["rewards"][name] for s in samples)
     return metrics, samples[:8]
 
 
