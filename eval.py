@@ -2,7 +2,6 @@
 
     python eval.py                                    # the embedded tiny model, 500 unseen problems
     python eval.py --model qwen2.5-1.5b-instruct --data gsm8k       # the protocol behind its 73.2 %
-    python eval.py --model qwen2.5-1.5b --data gsm8k --prompt qwen-base-gsm8k
     python eval.py --records a.jsonl; python eval.py --prompt cot --records b.jsonl
     python eval.py --compare a.jsonl b.jsonl          # the two runs, problem by problem
     python eval.py --report                           # a row per method; measures what is missing
@@ -68,8 +67,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     add("--records", help="directory or .jsonl file that keeps the record of each problem")
     optim.add_device_flags(parser)
     parser.set_defaults(max_batch=None, tiny_prompt=tiny_prompt)
-    parser.epilog = (f"defaults for a tiny model: {TINY | {'prompt': tiny_prompt}}\n"
-                     f"and for any other: {OTHERS}")
+    parser.epilog = f"defaults if tiny: {TINY | {'prompt': tiny_prompt}}\notherwise: {OTHERS}"
 
 
 def parse_args(argv=None):
@@ -320,10 +318,7 @@ def fork(args, setup, replies):
 
 
 def load_setup(args, replies=1):
-    """The Setup that the flags of add_eval_flags name, in each of --processes.
-
-    replies: how many may stand behind one another in a context.
-    """
+    """The Setup that these flags name, in each of --processes; a context holds so many replies."""
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
         raise ValueError(f"{args.num_samples} samples at temperature 0 would all be the same; give "
                          "a --temperature, or ask for one sample")
@@ -474,10 +469,6 @@ def markdown(header, rows):
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def rated(row):
-    return percent(row["accuracy"], row["low"], row["high"])
-
-
 def paired(a, b):
     """The scores of two rows on the problems that both have: (those of a, those of b)."""
     shared = [i for i in a["scores"] if i in b["scores"]]
@@ -493,7 +484,8 @@ def gain(row, baseline):
 def table(rows, extra=None):
     """Rows of results as Markdown. extra: {header: a cell for each row}, columns to add."""
     columns = {"method": [row["method"] for row in rows],
-               "accuracy, % [95 %]": [rated(row) for row in rows],
+               "accuracy, % [95 %]": [percent(row["accuracy"], row["low"], row["high"])
+                                      for row in rows],
                "points over the first": [gain(row, rows[0]) for row in rows]}
     for level in rows[0]["levels"]:
         columns[f"level {level}"] = [percent(*row["levels"].get(level, [math.nan])[:1])
@@ -584,11 +576,9 @@ def report(args):
     for label, name, prompt, script, method in REPORT:
         if not model.is_tiny(config):
             prompt = {"plain": "direct", "cot": "boxed"}[prompt]
-        temperature = SAMPLING_TEMPERATURE
-        limit = args.sampled_limit or args.limit
-        if method == "greedy":
-            temperature = 0.0
-            limit = args.limit
+        greedy = method == "greedy"
+        temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
+        limit = args.limit if greedy else args.sampled_limit or args.limit
         wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
                   "n": len(load_problems(data, args.split, limit or None, args.data_seed)),
                   "weights": weights[name], "prompt": prompt, "method": method, "seed": args.seed,
@@ -598,7 +588,7 @@ def report(args):
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
                        f"--limit={limit}", f"--temperature={temperature}", *flags, *shared)
         rows.append(find_row(args.results, **wanted) | {"method": label})
-    pass_10 = [row.get("rates", {}).get("pass@10", ()) for row in rows]
+    pass_10 = [row.get("rates", {}).get("pass@10") for row in rows]
     text = table(rows, {"problems": [row["n"] for row in rows],
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
@@ -627,8 +617,7 @@ def main(args):
         return report(args)
     setup = load_setup(args)
     records, settings = collect_records(setup, num_samples=args.num_samples)
-    method = "greedy" if args.temperature == 0 else "sampled"
-    row = summarize(records, method=method, **settings)
+    row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
     append_row(args.results, row)
     say(table([row]))
     for name, rates in row["rates"].items():

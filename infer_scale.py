@@ -23,7 +23,7 @@ from statistics import fmean
 
 import eval
 from data.prompts import load_shots
-from eval import cost_row, maj_at_k, paired, paired_bootstrap, pass_at_k, rated, scores_of, votes_of
+from eval import maj_at_k, paired, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
 from model import is_tiny
 from optim import HelpFormatter, above, at_least, between, say
 
@@ -151,7 +151,7 @@ def self_consistency(records, settings, ks, confidence):
     rows = []
 
     def add(method, scores, drawn):
-        rows.append(cost_row(records, list(scores), drawn, method=method, **settings))
+        rows.append(eval.cost_row(records, list(scores), drawn, method=method, **settings))
 
     add("one sample", scores_of(records, grade), [1] * len(records))
     for k in ks:
@@ -190,15 +190,15 @@ def sweep_temperature(pools, ks):
         pairs = [votes_of(r, settings["grade"]) for r in records]
         for k in ks:
             scores = [maj_at_k(*pair, k) for pair in pairs]
-            rows.append(cost_row(records, scores, [k] * len(records),
-                                 method=f"majority of {k} at {temperature:g}", **settings))
+            rows.append(eval.cost_row(records, scores, [k] * len(records),
+                                      method=f"majority of {k} at {temperature:g}", **settings))
     say(eval.table(rows))
     for i, k in enumerate(ks):
         mine = rows[i::len(ks)]
         best = max(mine, key=itemgetter("accuracy"))
         equals = [f"{row['temperature']:g}" for row in mine if not told_apart(row, best)]
-        say(f"votes {k}: best {best['temperature']:g} with {rated(best)} %; "
-            f"not told apart from it: {', '.join(equals)}")
+        say(f"votes {k}: best {best['temperature']:g} with {percent(best['accuracy'])} %; not told "
+            f"apart from it: {', '.join(equals)}")
     return rows
 
 

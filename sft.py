@@ -260,7 +260,7 @@ def count_processes(args, config, dtype):
 
 
 def load_trainable(args, model_dir, config):
-    """(params, optimizer, device). Forks into --processes, which share an adapter's base."""
+    """(params, optimizer). Forks into --processes, which share an adapter's base."""
     dtype = optim.compute_dtype(args.dtype, optim.find_device(args.device))
     if args.from_scratch:
         base = model.init_params(config, args.seed)
@@ -269,10 +269,10 @@ def load_trainable(args, model_dir, config):
     processes = args.processes or count_processes(args, config, dtype)
     _, _, device = optim.init_distributed(args.device, processes)
     if not args.lora_rank:
-        return *init_optimizer(base, device, dtype, args.offload), device
+        return init_optimizer(base, device, dtype, args.offload)
     lora = model.init_lora(config, args.lora_rank, args.seed)
     lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-    return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer, device
+    return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer
 
 
 def run_evaluation(params, config, tokenizer, validation, problems, system, args):
@@ -300,16 +300,20 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
     return metrics, samples[:8]
 
 
-def train_step(params, config, optimizer, examples, lr, args):
-    """One update on a batch of examples: the metrics of the step."""
+def train_step(params, config, optimizer, examples, step, steps, args):
+    """One update on the batch of a step: its metrics."""
     started = time.perf_counter()
-    loss, parts = batch_loss(params, config, examples, args.answer_weight, args.micro_tokens,
+    batch = batch_of_step(examples, step, args.batch, args.seed)
+    loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens,
                              args.checkpointing, backward=True)
+    lr = optim.learning_rate(step, steps, args.lr, args.warmup)
     stats = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
                            weight_decay=args.weight_decay)
-    tokens = sum(len(e.tokens) for e in examples)
-    metrics = {"loss": loss} | {f"loss_{part}": value for part, value in parts.items()} | stats
-    return metrics | {"lr": lr, "tokens_per_s": tokens / (time.perf_counter() - started)}
+    tokens_per_s = sum(len(e.tokens) for e in batch) / (time.perf_counter() - started)
+    device = params["model.embed_tokens.weight"].device
+    metrics = {"step": step, "steps": steps, "loss": loss, "lr": lr, "tokens_per_s": tokens_per_s,
+               "peak_memory_gib": optim.peak_memory_gib(device)}
+    return metrics | {f"loss_{part}": value for part, value in parts.items()} | stats
 
 
 def main(args):
@@ -324,13 +328,14 @@ def main(args):
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
-    params, optimizer, device = load_trainable(args, model_dir, config)
+    params, optimizer = load_trainable(args, model_dir, config)
     run, checkpoint = optim.start_run(args)
-    state = {"step": 0, "best_step": None, "extra": {"best": math.inf, "failures": 0}}
+    state = {"step": 0, "best_step": None, "extra": {"best": math.inf}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
+    best = state["extra"]["best"]
     best_step = state["best_step"]
-    extra = state["extra"]
+    skipped = 0
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:
@@ -338,11 +343,7 @@ def main(args):
 
     with optim.stop_signals() as stop_requested:
         for step in range(state["step"] + 1, steps + 1):
-            batch = batch_of_step(examples, step, args.batch, args.seed)
-            lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            metrics = {"step": step, "steps": steps}
-            metrics |= train_step(params, config, optimizer, batch, lr, args)
-            metrics["peak_memory_gib"] = optim.peak_memory_gib(device)
+            metrics = train_step(params, config, optimizer, examples, step, steps, args)
             line = STEP_LINE
             stopping = stop_requested()
             evaluating = step % args.eval_every == 0 or step == steps
@@ -353,25 +354,25 @@ def main(args):
                 line += "".join(f" | {name} {{{name}:.4f}}" for name in found)
                 optim.log_samples(run, step, samples)
                 loss = metrics.get("val_loss", metrics["loss"])
-                if loss < extra["best"]:
-                    extra["best"] = loss
+                if loss < best:
+                    best = loss
                     best_step = step
             optim.log_step(run, line, metrics)
-            extra["failures"] = extra["failures"] + 1 if metrics["skipped"] else 0
-            if extra["failures"] == 3:
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped == 3:
                 raise ValueError("the gradient was not finite in 3 steps running, which were "
                                  "skipped; start another --run-dir from the last checkpoint, with "
                                  f"--lr below {args.lr:g} or --dtype float32")
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
-                                      extra, args.keep, best_step)
+                                      {"best": best}, args.keep, best_step)
             if evaluating:
                 optim.draw_curves(run.dir)
             if stopping and step < steps:
                 return say(f"stopped; go on with: {optim.resume_command()}")
     path = run.dir / "checkpoints" / "best"
     kind = "validation" if validation else "training"
-    say(f"best checkpoint, by {kind} loss {extra['best']:.4f}: {path} (step {best_step}); "
+    say(f"best checkpoint, by {kind} loss {best:.4f}: {path} (step {best_step}); "
         f"next: python grpo.py --model {path}")
 
 

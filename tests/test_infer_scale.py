@@ -145,4 +145,4 @@ def test_scale_one_vote_among_the_votes():
         for method, k in ((f"majority of {k} at {t:g}", k) for k in (1, 4, 8))]
     assert [line.split(":")[0] for line in out.splitlines() if line.startswith("votes ")] == [
         "votes 1", "votes 4", "votes 8"]
-    assert f"| majority of 4 at 1 | {evaluation.rated(rows[4])} |" in out, out
+    assert f"| majority of 4 at 1 | {evaluation.percent(rows[4]['accuracy'])} [" in out, out
