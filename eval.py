@@ -491,7 +491,7 @@ def table(rows, extra=None):
         columns[f"level {level}"] = [percent(*row["levels"].get(level, [math.nan])[:1])
                                      for row in rows]
     columns["tokens per problem"] = [round(row["tokens_mean"]) for row in rows]
-    columns["seconds per problem"] = [f"{row['seconds'] / row['n']:.2f}" for row in rows]
+    columns["seconds per problem"] = [f"{row['seconds'] / row['n']:.3f}" for row in rows]
     columns |= extra or {}
     return markdown(list(columns), zip(*columns.values()))
 

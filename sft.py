@@ -239,6 +239,9 @@ def load_examples(args, config, tokenizer, system):
     """(examples to learn, examples held out), chosen by the seed."""
     text = PRESETS[args.prompt].text is not None
     end_token = tokenizer.token_to_id("<|endoftext|>" if text else "<|im_end|>")
+    if end_token is None:
+        raise ValueError(f"--model {args.model}: its tokenizer has no token that ends a reply "
+                         "(<|im_end|>); expected that of Qwen-2.5")
     max_tokens = min(args.max_tokens, config.max_context)
     examples = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt,
                              system=system, think_tag=args.think_tag)

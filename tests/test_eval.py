@@ -413,7 +413,7 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
             assert len(ran) == 7, "what is there is not measured again"
         text = Path(folder, "out", "results.md").read_text(encoding="utf-8")
     assert text.count("50.0 [40.0, 60.0]") == 9 and "99.0" not in text, text
-    same = "50.0 [40.0, 60.0] | +0.0 [+0.0, +0.0] | 50.0 | 20 | 1.00 | 10 |"
+    same = "50.0 [40.0, 60.0] | +0.0 [+0.0, +0.0] | 50.0 | 20 | 1.000 | 10 |"
     assert f"| + GRPO | {same}" in text, text
     assert "| + GRPO, sampled | 50.0 [40.0, 60.0] | +50.0 [" in text, "paired on the four shared"
-    assert "| 2.50 | 4 |" in text, text
+    assert "| 2.500 | 4 |" in text, text
