@@ -126,7 +126,7 @@ def box_span(text):
     r"""(begin, end) of the content of the last `\boxed{}`; None if there is none or it is open.
 
     >>> box_span(r"\boxed{1} or \boxed{23}")
-    (17, 19)
+    (20, 22)
     """
     last = deque(BOX.finditer(text), maxlen=1)
     begin = last[0].end() if last else len(text)
@@ -187,6 +187,7 @@ def is_formula(text):
 def number_in_prose(text, first):
     """The first or last run of mathematics that has a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
     found = None
+    text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
     for sentence in re.split(r"(?:[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
         for run in MATH_RUN.finditer(sentence):
             value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
@@ -1088,7 +1089,7 @@ class Parser:
                 below = self.argument()
         body = self.expression(TERM)
         variable = None
-        if below[0] == "rel":
+        if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
@@ -1114,7 +1115,7 @@ class Parser:
             return ("tuple", *items)
         rows = [item[1:3] if item[3:] == ("[", "]") else item[1:] for item in items]
         nested = all(item[0] == "array" or item[3:] == ("[", "]") for item in items)
-        if nested and len(set(map(len, rows))) == 1:
+        if nested and kinds == "[]" and len(set(map(len, rows))) == 1:
             return ("matrix", *rows)
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
@@ -1410,8 +1411,6 @@ def coordinate(name, point):
     rng = random.Random(f"{name} {index}")
     radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
     if real:
-        if index % 4 in (1, 3):  # floors care for integers, and for what is just below one
-            radius = round(radius) + 1 - 1e-6 * (index % 4 == 1)
         return complex(radius if index % 2 == 0 else rng.choice((radius, -radius)))
     return cmath.rect(radius, rng.uniform(-3.1, 3.1))
 
@@ -1474,6 +1473,8 @@ def evaluate(node, point, m, sizes):
             result = m.complex(unknown(node[1], values, point, m))
         elif tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
+        elif tag in ("floor", "ceiling") and symbols(node):
+            result = values[0] + wave(m, values[0]) if tag == "floor" else values[0] - wave(m, -values[0])
         else:
             result = OPS[tag][1](m, *values)
         if tag == "pow" and point[1] and values[0].real < 0 == values[0].imag:
@@ -1487,6 +1488,12 @@ def evaluate(node, point, m, sizes):
     if result != 0:
         sizes.append(abs(m.mag(result)))
     return result
+
+
+def wave(m, x):
+    """What stands for floor(x) - x where x varies: any function of period 1, since samples miss steps."""
+    turn = m.tame(2 * m.pi * x)
+    return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
 
 
 def unknown(name, values, point, m):
@@ -1529,7 +1536,7 @@ def agree(a, b, point):
         gap = abs(x - y)
         if gap > 1e-10 * 2.0 ** min(size, 900) and gap > 1e-7 * max(abs(x), abs(y)):
             return False
-        if point[0] >= 2 and size < 30:  # two points to many digits are enough
+        if point[0] >= 2 and size < 30 and x and y:  # two points to many digits are enough
             return True
     bits = 200
     for _ in range(2):
@@ -1967,8 +1974,9 @@ def converted(one, other):
     if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
         return all(same(item, other) for item in one[2:]) or None
     if one[0] == "words" and other[0] in ("sym", "const", "mul"):
-        letters = [part[1] for part in other[1:] if part[0] == "sym"] if other[0] == "mul" else [other[1]]
-        return "".join(letters).lower() == one[1].lower() and max(map(len, letters)) == 1
+        parts = other[1:] if other[0] == "mul" else [other]
+        letters = [part[1] if part[0] in ("sym", "const") else "" for part in parts]
+        return "".join(letters).lower() == one[1].lower() and set(map(len, letters)) == {1}
     if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
         items = list(map(statement, children(other)))
         named = {show(item.name): item.value for item in items if item.name}
@@ -2155,16 +2163,18 @@ def format_reward(text, think_tag="think"):
     nothing but punctuation, white space, `*`, the end of a formula and tokens that end the turn.
     A prompt that ends in "<think>" is part of `text`.
     """
-    tail = re.sub(rf"(?:\s|{CONTROL.pattern})+$", "", text.strip())
+    tail, *rest = CONTROL.split(text.strip())
+    if any(part.strip() for part in rest):
+        return 0.0
     tags = re.findall(rf"</?{think_tag}>", tail)
     if tags:
         thought, _, tail = tail.removeprefix(tags[0]).partition(tags[-1])
         block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
-        if not block or not thought.strip() or CONTROL.search(thought):
+        if not block or not thought.strip():
             return 0.0
     boxes = list(islice(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail), 2))
     end = group_end(tail, boxes[0].end() - 1) if len(boxes) == 1 else None
-    if end is None or CONTROL.search(tail) or not tail[boxes[0].end() : end - 1].strip():
+    if end is None or not tail[boxes[0].end() : end - 1].strip():
         return 0.0
     return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)
 
