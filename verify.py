@@ -30,7 +30,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -1160,6 +1160,7 @@ def radians(node):
     return node
 
 
+@lru_cache(maxsize=1024)
 def size(node):
     return 1 + sum(map(size, children(node)))
 
@@ -1238,8 +1239,9 @@ ROOT = pow(2, (P - 1) // 4, P)
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
 
 
-def spend(steps):
-    LOCAL.steps = getattr(LOCAL, "steps", 0) - steps
+def spend(a, b, bits=0):
+    """Counts the evaluation of two trees, as if nothing were cached: verdicts shall not depend on it."""
+    LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (1 + bits // 20)
     if LOCAL.steps < 0:
         raise TooHard("out of steps")
 
@@ -1271,15 +1273,9 @@ def integer_root(value, degree):
     return low if low**degree == value else None
 
 
-def counted(function, most):
-    """A function of natural numbers, for `exact`."""
-
-    def call(*values):
-        if not all(value.denominator == 1 and 0 <= value < most for value in values):
-            return None
-        return Fraction(function(*map(int, values)))
-
-    return call
+def of_naturals(function, most, *values):
+    natural = all(value.denominator == 1 and 0 <= value < most for value in values)
+    return Fraction(function(*map(int, values))) if natural else None
 
 
 def real_part(x):
@@ -1340,9 +1336,10 @@ OPS = {
     "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
     "min": (lambda *v: min(v), lambda m, *v: m.complex(min(map(real_part, v)))),
     "max": (lambda *v: max(v), lambda m, *v: m.complex(max(map(real_part, v)))),
-    "factorial": (counted(math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
-    "binomial": (counted(math.comb, 20_000), binomial),
-    "gcd": (counted(math.gcd, 10**999), None), "lcm": (counted(math.lcm, 10**999), None),
+    "factorial": (partial(of_naturals, math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
+    "binomial": (partial(of_naturals, math.comb, 20_000), binomial),
+    "gcd": (partial(of_naturals, math.gcd, 10**999), None),
+    "lcm": (partial(of_naturals, math.lcm, 10**999), None),
 }  # fmt: skip
 
 
@@ -1388,7 +1385,6 @@ def residue(node):
             return None
         return pow(base, exponent.numerator % (P - 1) if base else exponent.numerator, P)
     if tag in ("add", "mul", "call"):
-        spend(1)
         values = [residue(child) for child in children(node)]
         if None in values or tag == "call":
             return None if None in values else chance(node[1], *values)
@@ -1434,7 +1430,7 @@ DOUBLES = SimpleNamespace(
         "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp log pi e isfinite"
     ).split()}, floor=math.floor, ceil=math.ceil, complex=complex, rational=complex, tiny=1e-9,
     tame=tame_double, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
-    gamma=lambda x: complex(math.gamma(real_part(x))), prec=0,
+    gamma=lambda x: complex(math.gamma(real_part(x))),
 )  # fmt: skip
 
 
@@ -1464,7 +1460,6 @@ def evaluate(node, point, m, sizes):
         return m.complex(coordinate(node[1], point))
     if tag == "const":
         return m.complex({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
-    spend(1 + m.prec // 20)
     if tag == "num":
         result = m.rational(node[1])
     else:
@@ -1512,8 +1507,6 @@ def sample(node, point, bits=0):
     sizes = [0]
     try:
         return evaluate(node, point, arithmetic(bits), sizes), max(sizes)
-    except TooHard:
-        raise
     except OverflowError:
         return None, 1
     except (ArithmeticError, ValueError, TypeError):
@@ -1530,28 +1523,30 @@ def agree(a, b, point):
 
     Raises TooHard if both are too large to tell.
     """
-    (x, size), (y, other) = sample(a, point), sample(b, point)
+    spend(a, b)
+    (x, digits), (y, others) = sample(a, point), sample(b, point)
     if x is not None and y is not None:
-        size = max(size, other)
+        digits = max(digits, others)
         gap = abs(x - y)
-        if gap > 1e-10 * 2.0 ** min(size, 900) and gap > 1e-7 * max(abs(x), abs(y)):
+        if gap > 1e-10 * 2.0 ** min(digits, 900) and gap > 1e-7 * max(abs(x), abs(y)):
             return False
-        if point[0] >= 2 and size < 30 and x and y:  # two points to many digits are enough
+        if point[0] >= 2 and digits < 30 and x and y:  # two points to many digits are enough
             return True
     bits = 200
     for _ in range(2):
-        (x, size), (y, other) = sample(a, point, bits), sample(b, point, bits)
-        if x is None and y is None and size and other:
+        spend(a, b, bits)
+        (x, digits), (y, others) = sample(a, point, bits), sample(b, point, bits)
+        if x is None and y is None and digits and others:
             raise TooHard("both are too large")
         if x is None or y is None:
-            return False if (size or other) and not symbols(a) | symbols(b) else None
-        size = max(size, other)
-        if size < 20 or bits > 200:
+            return False if (digits or others) and not symbols(a) | symbols(b) else None
+        digits = max(digits, others)
+        if digits < 20 or bits > 200:
             break
-        bits = 200 + 4 * size
+        bits = 200 + 4 * digits
         if bits > MAX_PRECISION:
             raise TooHard("too many digits")
-    return x == y or arithmetic(bits).mag(x - y) < 2 * size + 60 - bits
+    return x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
 
 
 def largest_number(node):
@@ -2192,45 +2187,34 @@ def show(node):
     return str(node)
 
 
-def read_rows(path):
-    """(rows, [(text, reference)]) of a .jsonl file; an answer beside a reference is a text."""
+def grade_file(path, strict, explain, timeout_s):
+    """Prints the verdicts on a .jsonl file and, where `expected` is given, the errors by category."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    pairs = []
-    for line, row in enumerate(rows, 1):
-        references = [key for key in ("reference", "gold", "answer") if key in row]
-        texts = [key for key in ("pred", "completion", "answer") if key in row and [key] != references]
-        if not texts or not references:
+    seconds = 0.0
+    counts = Counter()
+    table = {}
+    for line, row in enumerate(map(json.loads, filter(str.strip, lines)), 1):
+        reference = next((row[key] for key in ("reference", "gold", "answer") if key in row), None)
+        text = next((row[key] for key in ("pred", "completion", "answer") if key in row), None)
+        if text is None or reference is None or len(row) < 2:
             expected = "expected pred|completion|answer, gold|reference"
             raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
-        pairs.append((row[texts[0]], str(row[references[0]])))
-    return rows, pairs
-
-
-def grade_file(path, strict, explain, timeout_s):
-    """Prints the verdicts on a file: the total, and where `expected` is given the errors."""
-    rows, pairs = read_rows(path)
-    begin = time.process_time()
-    verdicts = verify_many(pairs, timeout_s, strict)
-    rate = len(rows) / (time.process_time() - begin + 1e-9)
-    table = {}
-    for row, (text, reference), verdict in zip(rows, pairs, verdicts):
+        begin = time.process_time()
+        answer = extract_answer(text, strict)
+        verdict = judge(answer, str(reference), timeout_s)
+        seconds += time.process_time() - begin
+        counts[verdict] += 1
         mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: false positive, -1: negative
+        table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
         if explain or mistake:
-            answer = extract_answer(text, strict)
             print(f"{'WRONG ' * abs(mistake)}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
-        if "expected" in row:
-            table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
-    counts = Counter(verdicts)
-    print(f"{len(rows)} answers | {counts[True]} right | {counts[None]} undecided | {rate:.0f} per second")
-    if not table:
-        return
-    print(f"\n{'category':24} {'cases':>6} {'agree %':>8} {'false +':>8} {'false -':>8}")
-    table = {**dict(sorted(table.items())), "all": sum(table.values(), Counter())}
-    shares = [100 * counts[0] / counts.total() for counts in table.values()]
-    for (name, counts), share in zip(table.items(), shares):
-        print(f"{name:24} {counts.total():6} {share:8.2f} {counts[1]:8} {counts[-1]:8}")
-    print(f"{'mean over categories':24} {'':6} {sum(shares[:-1]) / len(shares[:-1]):8.2f}")
+    rate = counts.total() / (seconds + 1e-9)
+    print(
+        f"{counts.total()} answers | {counts[True]} right | {counts[None]} undecided | {rate:.0f} per second"
+    )
+    for name, found in sorted(table.items()):
+        share = 100 * found[0] / found.total()
+        print(f"{name:24} {found.total():6} | {share:.2f} % agree | {found[1]} false + | {found[-1]} false -")
 
 
 def main(args):
