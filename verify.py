@@ -88,8 +88,8 @@ VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:o
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*")  # 5! is none
 LETTER_IN_PROSE = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?([A-J])\b"
-    r"(?!\)?,?\s*(?:or|and)\b)"
+    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
+    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
 LAST_LETTER = re.compile(r"(?:^|\n)[\s*$(]*([A-J])[\s*$).]*$")
 PLACEHOLDER = re.compile(
@@ -99,10 +99,11 @@ PLACEHOLDER = re.compile(
 STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
 WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
 ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
-NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf infinity sin cos tan cot sec csc log ln exp".split())
+NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf sin cos tan cot sec csc log ln exp".split())
 MATH_WORD = (
-    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z]"
-    r"(?![a-zA-Z])|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z])|[^\sa-zA-Z–—&])+(?!\S))"
+    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)"  # $18/day
+    r"|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z](?![a-zA-Z])|[^\sa-zA-Z–—&]"
+    r"|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z]))+(?!\S))"
 )
 MATH_RUN = re.compile(rf"(?<!\S){MATH_WORD}(?:\s+{MATH_WORD})*")
 OPTION = re.compile(  # (C) 12 or B, since ... or C - 12; but not (C) or (D), and not A: 5, B: 7
@@ -250,7 +251,8 @@ def extract_answer(text, strict=False):
     tail = text[closes[0].end() :] if closes else text
     if strict and THINK_OPEN.search(tail):
         return None
-    tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:].replace("<|im_start|>assistant", "").lstrip()
+    tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:]
+    tail = tail.replace("<|im_start|>assistant", "").lstrip()
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
@@ -307,14 +309,16 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
 TEXT, ROMAN = "\x02", "\x03"  # stand before a word of \text{} and of \mathrm{}
 STYLED = re.compile(
-    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
+    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
+    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"\s*\.\.\.+", r"\\ldots "), (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),
     (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|pm)\b)", r"\\"),
-    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})|\{{\s*\^\s*{CIRCLE}\s*\}}", r"\\degree "),
-    (r"\^\s*\{\s*(?:(?:\\prime|')\s*)+\}|\^\s*\\prime", lambda m: "'" * len(re.findall("p|'", m[0]))),
+    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
+    (rf"\{{\s*(?:\^\s*{CIRCLE}|\\degree)\s*\}}", r"\\degree "),
+    (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
     (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
@@ -322,14 +326,15 @@ REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"(?<!\\)\$\s+\$(?=.)|\\\)\s+\\\(", r"\\quad "),  # formulas side by side
     (r"\{\s*\\?\$\s*\}|\\(?:text|mbox)\s*\{\s*\\?\$\s*\}|\\(?:math|text)dollar(?![a-z])", r"\\$"),
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"),
-    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|mathrm|mbox|q?quad|pmod))", ", "),
+    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|math|mbox|q?quad|pmod))", ", "),
     (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "), (r"\bper cent\b", "percent"),
     (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
     (r"(\\mathbb\s*\{?R\}?|\\R)\s*[\^_]\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+)", r"(0,\\infty)"),
     (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
-    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"), (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
+    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"),
+    (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
     (r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$", ""),
 ]]  # fmt: skip
 
@@ -342,8 +347,8 @@ PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
 DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
 LAYOUT = (
     "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
-    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat|widehat"
-    "|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
+    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
+    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
     "|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|quad|qquad|angle|measuredangle"
     "|sphericalangle|triangle|overrightarrow"
 )
@@ -354,9 +359,10 @@ LEXEME = re.compile(
     r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
-    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)",
-    re.S,
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
+    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
 
 BIG = ("sum", "prod", "int", "iint", "oint", "lim")
@@ -368,8 +374,9 @@ KINDS = {  # of symbols and commands, each with its spellings
         "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom pmod"
     ).split()},
     **{name: kind for kind, names in {
-        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash", ":": "colon",
-        "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace", "[": "lbrack",
+        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash",
+        ":": "colon", "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace",
+        "[": "lbrack",
         "]": "rbrack", "newline": "cr", "%": "percent", "frac": "dfrac tfrac cfrac sfrac nicefrac",
         "binom": "dbinom tbinom", "inf": "infty", "empty": "emptyset varnothing", "sqrt": "surd",
         "deg": "degree textdegree", "and": "land wedge", "or": "lor vee", "bar": "overline bar",
@@ -409,7 +416,8 @@ NAMES = {  # runs of letters that are mathematics without a backslash
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
     **{name: ("sym", name) for name in GREEK}, "pi": ("const", "pi"), "in": ("rel", "in"),
     **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)), "union": ("cup", None),
-    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")}, "binomial": ("binom", None),
+    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
+    "binomial": ("binom", None),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -417,7 +425,7 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMERALS = {word: value for value, word in enumerate(
     ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
 )}  # fmt: skip
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = {name: line.split()[0] for line in (  # every spelling by the first of its line
     "cm centimeter centimetre centimeters centimetres|mm millimeter millimetre millimeters|km "
     "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in inch "
@@ -426,22 +434,28 @@ UNITS = {name: line.split()[0] for line in (  # every spelling by the first of i
     "hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day days|week weeks|month "
     "months|yr year years|mph|kph|hz Hz|degree degrees deg|F|C|K kelvin|J joule joules|kJ kj|N "
     "newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa pa|mol|gal gallon gallons|rad "
-    "radian radians|pt pts point points|dollar dollars usd|cent cents|eur euro euros|gbp|inr|rpm|^2 "
-    "square sq squared|^3 cubic cu cubed|/ per"
+    "radian radians|pt pts point points|dollar dollars usd|cent cents|eur euro euros|gbp|inr|rpm "
+    "|^2 square sq squared|^3 cubic cu cubed|/ per"
 ).split("|") for name in line.split()}  # fmt: skip
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
-    "is are was were be has have had does do not no non never none isn't aren't doesn't cannot even "
-    "odd prime composite increase increases increased increasing decrease decreases decreased "
-    "decreasing gain gained loss lost more less fewer greater least most than over under above below "
-    "before after ago later earlier up down left right north south east west northeast northwest "
-    "southeast southwest clockwise counterclockwise anticlockwise higher lower longer shorter faster "
-    "slower older younger larger smaller bigger positive negative true false rise fall growth decline "
-    "drop profit deficit surplus discount off ahead behind forward forwards backward backwards debit "
-    "credit rational irrational converges diverges real imaginary if when where only except without "
-    "reduced reduction raised won equal equals exceeds at between or from".split()
+    "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
+    "even odd prime composite increase increases increased increasing decrease decreases "
+    "decreased decreasing gain gained loss lost more less fewer greater least most than over "
+    "under above below before after ago later earlier up down left right north south east west "
+    "northeast northwest southeast southwest clockwise counterclockwise anticlockwise higher "
+    "lower longer shorter faster slower older younger larger smaller bigger positive negative "
+    "true false rise fall growth decline drop profit deficit surplus discount off ahead behind "
+    "forward forwards backward backwards debit credit rational irrational converges diverges real "
+    "imaginary if when where only except without reduced reduction raised won equal equals "
+    "exceeds at between or from".split()
 )
-WORDS = set("yes no not odd even true false none all the red dne if for any is are of to we us usd old per".split())
+WORDS = set(
+    "yes no not odd even true false none all the red dne if for any is are of to we us usd".split()
+)
+
+
+MIXED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 
 
 def read_number(text, at, inside):
@@ -497,8 +511,8 @@ def read_letters(run, mark, space, before, alone):
         kind, value = NAMES[low]
     elif mark or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
         kind = "word"
-    elif mixed := re.fullmatch(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)", run):
-        parts = filter(None, mixed.groups())  # xsin, lnx
+    elif mixed := MIXED.fullmatch(run):
+        parts = filter(None, mixed.groups())
     elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
         kind = "word"
     elif low not in ALPHABET or run.isupper():  # abcd and xyz are products
@@ -578,18 +592,19 @@ CLOSING = {  # what closes each bracket
     "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
 }  # fmt: skip
 OPERANDS = {
-    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split(),
+    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split()
 }  # fmt: skip
 TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
 LEAD_IN = set(
-    "the a an answer final is are was so thus hence therefore equals equal to value result solution "
-    "solutions we get have choice option approximately about roughly exactly that it be of all point "
-    "points pair pairs ordered vector interval values numbers roots domain range us usd rs".split()
+    "the a an answer final is are was so thus hence therefore equals equal to value result "
+    "solution solutions we get have choice option approximately about roughly exactly that it be "
+    "of all point points pair pairs ordered vector interval values numbers roots domain range us "
+    "usd rs".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys("no solution|no solutions|no real solution|no real solutions|no real roots|"
                     "empty set|none".split("|"), ("empty",)),
-    **dict.fromkeys("all real numbers|all reals|real numbers|reals|all real x".split("|"), ("reals",)),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
 }  # fmt: skip
@@ -689,7 +704,9 @@ def quantity(value, words):
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
     nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
-    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns)) if units or nouns else value
+    if not units and not nouns:
+        return value
+    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
 
 
 def unit_text(node):
@@ -892,8 +909,8 @@ class Parser:
         first, second, third = self.tokens[begin : begin + 3]
         if first.kind == "frac" or first.kind == "{" and second.kind == "frac":
             part = self.atom()
-            if len(part) == 3 and is_integer(part[1]) and part[2][0] == "pow" and is_integer(part[2][1]):
-                share = exact(part)
+            bottom = part[2][1] if len(part) == 3 and part[2][0] == "pow" else part
+            share = exact(part) if is_integer(part[1]) and is_integer(bottom) else None
         elif first.kind == third.kind == "number" and first.space and second.kind == "/":
             self.at += 3
             share = first.value[0] / (third.value[0] or 1)
@@ -1041,7 +1058,8 @@ class Parser:
         arguments = items_of(self.closed(")"))
         if name == "C" and len(arguments) == 2:
             return ("binomial", *arguments)
-        named = first and self.kind == "rel" and all(a[0] == "sym" and a[1] != name for a in arguments)
+        variables = all(part[0] == "sym" and part[1] != name for part in arguments)
+        named = first and self.kind == "rel" and variables
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
         if function or named or literal and (len(arguments) == 1 or name.isupper()):
             return ("call", name, *arguments)
@@ -1240,7 +1258,7 @@ LOCAL = threading.local()  # mpmath's settings and the steps that are left are a
 
 
 def spend(a, b, bits=0):
-    """Counts the evaluation of two trees, as if nothing were cached: verdicts shall not depend on it."""
+    """Counts the evaluation of two trees; as if none were cached, since verdicts must not vary."""
     LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (1 + bits // 20)
     if LOCAL.steps < 0:
         raise TooHard("out of steps")
@@ -1258,7 +1276,7 @@ def exact_power(base, exponent, real_root=False):
         if None in parts:
             return None
         base = Fraction(*parts)
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
+    bits = max(map(int.bit_length, base.as_integer_ratio())) - 1
     if bits * abs(exponent.numerator) > MAX_BITS:
         raise OverflowError("too many digits")
     return sign * base**exponent.numerator
@@ -1358,9 +1376,8 @@ def exact(node):
         value = function(*values) if function else None
     except (ArithmeticError, ValueError, TypeError):
         return None
-    if value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        return None
-    return value
+    long = value is not None and max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS
+    return None if long else value
 
 
 @lru_cache(maxsize=4096)
@@ -1379,11 +1396,12 @@ def residue(node):
     if tag in ("sym", "const"):
         return ROOT if node == ("const", "i") else chance(*node)
     if tag == "pow":
-        exponent = exact(node[2])
-        base = residue(node[1])
-        if base is None or exponent is None or exponent.denominator > 1 or not base and exponent < 0:
+        base, exponent = residue(node[1]), exact(node[2])
+        if base is None or exponent is None or exponent.denominator > 1:
             return None
-        return pow(base, exponent.numerator % (P - 1) if base else exponent.numerator, P)
+        if base == 0:
+            return None if exponent < 0 else int(exponent == 0)
+        return pow(base, exponent.numerator % (P - 1), P)
     if tag in ("add", "mul", "call"):
         values = [residue(child) for child in children(node)]
         if None in values or tag == "call":
@@ -1435,7 +1453,7 @@ DOUBLES = SimpleNamespace(
 
 
 def arithmetic(bits):
-    """DOUBLES, or mpmath at a precision; one for each thread, as functions change it for a while."""
+    """DOUBLES, or mpmath at a precision; one for each thread, as some functions change it."""
     if not bits:
         return DOUBLES
     if not hasattr(LOCAL, "m"):
@@ -1463,13 +1481,15 @@ def evaluate(node, point, m, sizes):
     if tag == "num":
         result = m.rational(node[1])
     else:
-        values = [evaluate(child, point, m, sizes) for child in children(node) if child != ("empty",)]
+        inner = [child for child in children(node) if child != ("empty",)]
+        values = [evaluate(child, point, m, sizes) for child in inner]
         if tag == "call":
             result = m.complex(unknown(node[1], values, point, m))
         elif tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
         elif tag in ("floor", "ceiling") and symbols(node):
-            result = values[0] + wave(m, values[0]) if tag == "floor" else values[0] - wave(m, -values[0])
+            sign = 1 if tag == "floor" else -1
+            result = values[0] + sign * wave(m, sign * values[0])
         else:
             result = OPS[tag][1](m, *values)
         if tag == "pow" and point[1] and values[0].real < 0 == values[0].imag:
@@ -1486,7 +1506,7 @@ def evaluate(node, point, m, sizes):
 
 
 def wave(m, x):
-    """What stands for floor(x) - x where x varies: any function of period 1, since samples miss steps."""
+    """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
     turn = m.tame(2 * m.pi * x)
     return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
 
@@ -1503,7 +1523,7 @@ def unknown(name, values, point, m):
 
 @lru_cache(maxsize=2048)
 def sample(node, point, bits=0):
-    """(value, the largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
+    """(value, largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
     sizes = [0]
     try:
         return evaluate(node, point, arithmetic(bits), sizes), max(sizes)
@@ -1557,7 +1577,7 @@ def largest_number(node):
 
 
 def same_function(a, b):
-    """Whether two trees agree at complex points, or else, among reals, wherever both are defined."""
+    """Whether two trees agree at complex points, or else, among reals, where both are defined."""
     if not symbols(a) | symbols(b):
         return agree(a, b, (0, False, 1)) is True
     digits = len(str(int(max(largest_number(a), largest_number(b)))))
@@ -1599,7 +1619,8 @@ def near(decimal, node):
         other = Fraction(int(m.floor(m.ldexp(precise.real, 300))), 2**300)
     if other is None or other.denominator == 1:
         return False
-    return abs(other - value) <= unit / 2 or other * value > 0 and 0 < abs(other) - abs(value) < unit
+    cut_off = other * value > 0 and 0 < abs(other) - abs(value) < unit
+    return cut_off or abs(other - value) <= unit / 2
 
 
 def same_value(a, b):
@@ -1648,9 +1669,8 @@ def ray(operator, end, place, top):
     below = set(range(at))
     here = {at} & set(range(top))
     above = set(range(top)) - below - here
-    return {
-        "<": below, "<=": below | here, "=": here, "!=": below | above, ">": above, ">=": here | above,
-    }[operator]  # fmt: skip
+    parts = {"<": below, ">": above, "=": here, "!": below | above}
+    return parts[operator[0]] | (here if operator in ("<=", ">=") else set())
 
 
 def solutions(operator, left, right, variable, place, top):
@@ -1726,7 +1746,8 @@ def order(ends):
     last = None
     for end, value in sorted(values.items(), key=lambda pair: pair[1].real):
         close = last and abs(value - values[last]) < 1e-6 * (1 + abs(value))
-        found[end] = found[last] if close and same_value(end, last) else 2 * len(set(found.values())) + 1
+        new = 2 * len(set(found.values())) + 1
+        found[end] = found[last] if close and same_value(end, last) else new
         last = end
     return found
 
@@ -1761,7 +1782,9 @@ def same_set(a, b):
     if a[0] == "rel":
         return same_items(*(list(zip(n[1], n[2], n[2][1:])) for n in (a, b)), same_relation)
     parts = children(a), children(b)
-    return len(parts[0]) == len(parts[1]) and all(map(same, *parts)) or a[0] == "list" and same_items(*parts)
+    if a[0] == "list":
+        return same_items(*parts)
+    return len(parts[0]) == len(parts[1]) and all(map(same, *parts))
 
 
 def same_relation(a, b):
@@ -1774,7 +1797,8 @@ def same_relation(a, b):
     if operator in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
         return all(map(same, sides, others))
     f, g = minus(*sides), minus(*others)
-    if symbols(f) != symbols(g) or not symbols(f) or same_value(f, number(0)) or same_value(g, number(0)):
+    zero = number(0)
+    if not symbols(f) or symbols(f) != symbols(g) or same_value(f, zero) or same_value(g, zero):
         return False
     if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
@@ -1807,7 +1831,7 @@ def is_name(node):
         return upper or big or node[1] == ("sym", "d")
     if node[0] in ("sym", "call", "words"):
         return True
-    return bool(symbols(node)) and not has(node, "num", "add", "rel", "list", "mul" if node[0] == "ratio" else "rel")
+    return bool(symbols(node)) and not has(node, "num", "add", "rel", "list")
 
 
 def statement(node):
@@ -1858,7 +1882,8 @@ def signs_chosen(node):
 
 def chosen(node, signs, last):
     if node[:1] not in (("pm",), ("mp",)):
-        return tuple(chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
+        part = (chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
+        return tuple(part)
     left = chosen(node[1], signs, last)
     last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
     right = chosen(node[2], signs, last)
@@ -1908,7 +1933,8 @@ def cells(node):
             total = total or inner
             if not inner or inner.keys() != total.keys():
                 return None
-            total = inner if total is inner else {at: chain("add", total[at], inner[at]) for at in total}
+            if total is not inner:
+                total = {at: chain("add", total[at], inner[at]) for at in total}
         elif inner and total:
             total = matrix_product(total, inner)
         else:
@@ -1943,13 +1969,14 @@ def same_ratio(a, b):
     """Ratios by proportion, with their zeros in the same places; 3:4 is 3/4."""
     if a[0] != b[0]:
         ratio, other = (a, b) if a[0] == "ratio" else (b, a)
-        value = exact(other)
-        return len(ratio) == 3 and value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
+        value = exact(other) if len(ratio) == 3 else None
+        return value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
     zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
     if zeros[0] != zeros[1] or all(zeros[0]):
         return False
     at = zeros[0].index(False) + 1
-    return all(same_value(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:]))
+    products = [(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:])]
+    return all(same_value(*pair) for pair in products)
 
 
 def same_quantity(a, b):
@@ -1992,8 +2019,9 @@ def same(a, b):
     x, y = (one.value, *one.rough), (other.value, *other.rough)
     if one.name and other.name:
         if compatible(one.name, other.name):
-            if len(one.between) == len(other.between) and not all(map(same, one.between, other.between)):
-                return False
+            if len(one.between) == len(other.between):
+                if not all(map(same, one.between, other.between)):
+                    return False
             if any(same_plain(u, v) for u in x for v in y):
                 return True
             if not symbols(one.name) & (symbols(one.value) | symbols(other.value)):
@@ -2032,7 +2060,8 @@ def same_plain(a, b):
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
     if has(a, "matrix", "tuple") or has(b, "matrix", "tuple"):
         one, other = cells(a), cells(b)
-        return bool(one and other) and one.keys() == other.keys() and all(same(one[at], other[at]) for at in one)
+        shape = bool(one and other) and one.keys() == other.keys()
+        return shape and all(same(one[at], other[at]) for at in one)
     return "rel" not in tags and same_value(a, b)
 
 
@@ -2042,7 +2071,7 @@ def same_plain(a, b):
 def words_of(text):
     """An answer's words in lower case if it is nothing but words or one letter; else ""."""
     plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ")
-    plain = re.sub(r"\\(?:left|right)(?![a-z])|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
+    plain = re.sub(r"\\left|\\right|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
     plain = re.sub(r"^'(.*)'$", r"\1", plain.strip(" .*\"`\n\t"))
     plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain)
     plain = " ".join(plain.split())
@@ -2052,9 +2081,9 @@ def words_of(text):
     return plain if len(plain) == 1 and plain.lower() not in "abcdefghij" else plain.lower()
 
 
+UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    r"(?<=\d)(?:\s|\\[ ,;])*((?:[mshgLNJWVAK]|[kcm]m|kg)(?:\^\{?-?\d\}?)?(?:(?:\s*[/*]\s*|\s*\\cdot\s*)"
-    r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?)*)$"
+    rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
 )
 
 
@@ -2069,7 +2098,8 @@ def base_e(node):
 def readings(text, is_answer):
     """The trees that a text may stand for, the likeliest first."""
     if option := OPTION.match(WRAPPER.sub(r"\1", text)):
-        return [("option", option[1].lower(), tree) for tree in readings(option[2].strip(), is_answer)]
+        trees = readings(option[2].strip(), is_answer)
+        return [("option", option[1].lower(), tree) for tree in trees]
     texts = [text]
     if re.search(r",[1-9](?!.*,0\d)", text):  # is 100,200 a number or a list?
         texts.append(re.sub(r",(?=[1-9])", ", ", text))
@@ -2151,10 +2181,10 @@ def accuracy_reward(text, reference):
 
 
 def format_reward(text, think_tag="think"):
-    r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end, else 0.0.
+    r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end.
 
-    The thinking block may be missing. If there is one it comes first, is closed, holds a thought
-    and is the only one. After it stands exactly one box, closed and not empty; after the box
+    0.0 for any other. The thinking block may be missing. If there is one it comes first, is closed,
+    holds a thought and is the only one. After it stands exactly one box, closed and not empty; after the box
     nothing but punctuation, white space, `*`, the end of a formula and tokens that end the turn.
     A prompt that ends in "<think>" is part of `text`.
     """
@@ -2180,7 +2210,7 @@ def format_reward(text, think_tag="think"):
 def show(node):
     """A tree on one line; a long number is rounded."""
     if isinstance(node, Fraction):
-        long = max(node.numerator.bit_length(), node.denominator.bit_length()) >= 400
+        long = max(map(int.bit_length, node.as_integer_ratio())) >= 400
         return "(a long number)" if long else str(node)
     if isinstance(node, tuple):
         return show(node[1]) if node and node[0] == "num" else f"({' '.join(map(show, node))})"
@@ -2188,7 +2218,7 @@ def show(node):
 
 
 def grade_file(path, strict, explain, timeout_s):
-    """Prints the verdicts on a .jsonl file and, where `expected` is given, the errors by category."""
+    """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     seconds = 0.0
     counts = Counter()
@@ -2204,24 +2234,25 @@ def grade_file(path, strict, explain, timeout_s):
         verdict = judge(answer, str(reference), timeout_s)
         seconds += time.process_time() - begin
         counts[verdict] += 1
-        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: false positive, -1: negative
+        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: accepted, -1: refused
         table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
         if explain or mistake:
-            print(f"{'WRONG ' * abs(mistake)}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
-    rate = counts.total() / (seconds + 1e-9)
-    print(
-        f"{counts.total()} answers | {counts[True]} right | {counts[None]} undecided | {rate:.0f} per second"
-    )
+            wrong = "WRONG " * abs(mistake)
+            print(f"{wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
+    total = counts.total()
+    rate = f"{total / (seconds + 1e-9):.0f} per second"
+    print(f"{total} answers | {counts[True]} right | {counts[None]} undecided | {rate}")
     for name, found in sorted(table.items()):
         share = 100 * found[0] / found.total()
-        print(f"{name:24} {found.total():6} | {share:.2f} % agree | {found[1]} false + | {found[-1]} false -")
+        errors = f"{found[1]} false + | {found[-1]} false -"
+        print(f"{name:24} {found.total():6} | {share:.2f} % agree | {errors}")
 
 
 def main(args):
     if args.file:
         return grade_file(args.file, args.strict, args.explain, args.timeout_s)
     if args.answer is None or args.reference is None:
-        raise ValueError("found neither --file nor both --answer and --reference; give one of the two")
+        raise ValueError("found neither --file nor both --answer and --reference; give either")
     answer = extract_answer(args.answer, args.strict)
     verdict = judge(answer, args.reference, args.timeout_s)
     for name, text in (("answer", answer), ("reference", args.reference)):
