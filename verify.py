@@ -93,7 +93,7 @@ LETTER_IN_PROSE = re.compile(
 )
 LAST_LETTER = re.compile(r"(?:^|\n)[\s*$(]*([A-J])[\s*$).]*$")
 PLACEHOLDER = re.compile(
-    r"(?:\s|[?.…_$]|\\[lc]?dots|\\square|\\text\s*\{[\s?._]*\}"
+    r"(?:\s|[?.…_$]|\\[lc]?dots|\\q?quad|\\square|\\text\s*\{[\s?._]*\}"
     r"|(?:\\text\s*\{)?(?:your |final |the )?answer(?: here)?\}?)*", re.I,
 )  # fmt: skip
 STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
@@ -323,7 +323,6 @@ REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"(?<!\\)\$\s+\$(?=.)|\\\)\s+\\\(", r"\\quad "),  # formulas side by side
     (r"\{\s*\\?\$\s*\}|\\(?:text|mbox)\s*\{\s*\\?\$\s*\}|\\(?:math|text)dollar(?![a-z])", r"\\$"),
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"),
     (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|math|mbox|q?quad|pmod))", ", "),
@@ -847,9 +846,9 @@ class Parser:
 
     def ratio(self, left):
         """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
-        if left[0] == "words" or left[0] == "sym" and left[1][0].isupper():
-            if self.kind not in ("sym", "set{"):
-                return ("rel", ("=",), (left, self.expression(CLAUSE)))
+        label = left[0] == "sym" and left[1][0].isupper() and self.kind not in ("sym", "set{")
+        if label or left[0] == "words":
+            return ("rel", ("=",), (left, self.expression(CLAUSE)))
         begin = self.at
         parts = [left, self.expression(SIDE + 1)]
         while self.accept(":"):
@@ -2078,7 +2077,8 @@ def words_of(text):
     if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
         return ""
     plain = re.sub(r"(?i)^(?:the|an?|option|choice) (?=\w)", "", plain)
-    return plain if len(plain) == 1 and plain.lower() not in "abcdefghij" else plain.lower()
+    option = len(plain) == 1 and plain.lower() in "abcdefghij"
+    return plain.lower() if option or max(map(len, plain.split())) > 1 else plain
 
 
 UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
