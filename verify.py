@@ -749,6 +749,11 @@ class Parser:
             raise Unreadable(f"found {found!r} where {' or '.join(kinds)} was expected")
         return token
 
+    def deepen(self):
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+
     def closed(self, *closers, level=1, context="open"):
         """What stands up to a closing token, which is taken too."""
         outer = self.context
@@ -958,7 +963,9 @@ class Parser:
         sign = self.accept("-", "+")
         value = self.atom()
         if self.accept("^"):
+            self.deepen()
             value = ("pow", value, self.script())
+            self.depth -= 1
         return negate(value) if sign and sign.kind == "-" else value
 
     def argument(self):
@@ -985,9 +992,7 @@ class Parser:
         token = self.tokens[self.at]
         kind = token.kind
         self.at += 1
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+        self.deepen()
         if kind in CLOSING:
             value = self.bracket(kind)
         elif kind in ("number", "sym", "fn", "big", "begin"):
@@ -1282,6 +1287,9 @@ def exact_power(base, exponent, real_root=False):
 
 
 def integer_root(value, degree):
+    """The natural number whose power `value` is, or None."""
+    if degree > value.bit_length():
+        return value if value in (0, 1) else None
     low = 0
     high = 1 << (value.bit_length() // degree + 1)
     while low < high:
@@ -2135,7 +2143,7 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
         return compare(answer, reference)
-    except TooHard:
+    except (TooHard, RecursionError):
         return None
 
 
