@@ -63,10 +63,11 @@ def test_attention_scores_are_float32():
     for way in (attention.attention, attention.causal_attention):
         got = way(q, k, v) if way is attention.attention else way(0, q, k, v)
         assert (got.double() - exact).abs().max() < 0.02
-    store = [[k.transpose(0, 1).float(), v.transpose(0, 1).clone()]]  # [K, 1, 64, 16] each
-    layout = attention.Layout(torch.tensor([63, 127]), torch.tensor([63]), torch.empty(0),
-                              torch.empty(0, 0), torch.empty(0))
-    decode = attention.decode_attention(store, None, layout)
+    own = [[k.transpose(0, 1)[:, :, 40:].float(), v.transpose(0, 1)[:, :, 40:].clone()]]
+    prompts = [[k.transpose(0, 1)[:, :, :40].float(), v.transpose(0, 1)[:, :, :40].clone()]]
+    layout = attention.Layout(torch.tensor([23, 47]), torch.tensor([23]), torch.zeros(2, 1, 40),
+                              torch.tensor([[0]]), torch.empty(0))
+    decode = attention.decode_attention(own, prompts, layout)
     got = decode(0, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
     assert (got.double() - exact[:, :, -1:]).abs().max() < 0.02
 
