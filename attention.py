@@ -40,24 +40,64 @@ def power_of_two(n):
 # ------------------------------------------------------------ the products
 
 
+CPU_SCRATCH = 2**18  # scores made at a time: they stay in the cache of a CPU
+
+
 def float_scores(q, k):
     """q k^T / sqrt(head_dim) in float32: [N, M, head_dim], [N, S, head_dim] -> [N, M, S]."""
     scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, k.mT, out_dtype=torch.float32) * scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.bmm(q.to(wide) * scale, k.to(wide).mT)
+        return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
+    return torch.baddbmm(torch.zeros(()), q.float(), k.float().mT, beta=0, alpha=scale)
+
+
+class SlicedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(head_dim) + bias) v, a few of the N products at a time.
+
+    q [N, R * T, head_dim], k and v [N, S, head_dim], bias [N, T, S] float32 -> like q. Only the
+    softmax's results are kept, in the dtype of q: to hold all scores in float32 at once takes an
+    update in bfloat16 half as long again, and a third more memory.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        weights = q.new_empty(*q.shape[:2], k.shape[1])
+        out = torch.empty_like(q)
+        step = max(1, CPU_SCRATCH // weights[0].numel())
+        for begin in range(0, len(q), step):
+            part = slice(begin, begin + step)
+            scores = float_scores(q[part], k[part])
+            scores.view(len(scores), -1, *bias.shape[1:]).add_(bias[part, None])
+            weights[part] = scores.softmax(-1)
+            torch.bmm(weights[part], v[part], out=out[part])
+        ctx.save_for_backward(q, k, v, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """For p = softmax(s): ds = p (dp - sum(p dp))."""
+        q, k, v, weights = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
+        step = max(1, CPU_SCRATCH // weights[0].numel())
+        for begin in range(0, len(q), step):
+            part = slice(begin, begin + step)
+            grad_p = torch.bmm(grad[part], v[part].mT)
+            grad_s = torch._softmax_backward_data(grad_p, weights[part], -1, q.dtype)
+            torch.bmm(grad_s, k[part], out=grad_q[part])
+            torch.bmm(grad_s.mT, q[part], out=grad_k[part])
+        return grad_q.mul_(scale), grad_k.mul_(scale), torch.bmm(weights.mT, grad), None
 
 
 def plain_attention(q, k, v, seen):
-    """The CPU's way: scores, softmax, product. `seen` as for `attention`, but not None."""
+    """The CPU's way. `seen` as for `attention`, but not None."""
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
-    q = q.reshape(B * K, -1, head_dim)  # the query heads of one key head stand together
+    q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
     k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
-    scores = float_scores(q, k)  # [B * K, H / K * T, S]
-    scores.view(B, -1, T, S).masked_fill_(~seen.expand(B, T, S)[:, None], -torch.inf)
-    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(B, H, T, head_dim)
+    bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    bias = bias.expand(B, T, S).repeat_interleave(K, 0)  # [B * K, T, S]
+    return SlicedAttention.apply(q, k, v, bias).view(B, H, T, head_dim)
 
 
 def fused_attention(q, k, v, seen=None):
@@ -204,28 +244,28 @@ def cached_attention(cache, positions):
 
 
 def prefill_attention(store, rows, begin):
-    """Write the tokens from `begin` on of prompts into `rows` [n] of the store; they see all before.
+    """Write tokens from `begin` on of prompts into `rows` [n] of the store; they see those before.
 
-    store: keys and values, for each layer [2, K, rows, slots, head_dim]. Padding beyond the slots
+    store: for each layer [keys, values], each [K, rows, slots, head_dim]. Padding beyond the slots
     is dropped.
     """
     def attend_fn(layer, q, k, v):
-        kv = torch.stack((k.transpose(0, 1), v.transpose(0, 1)))  # [2, K, n, T, head_dim]
-        end = min(begin + k.shape[2], store[layer].shape[3])
-        store[layer][:, :, rows, begin:end] = kv[..., :end - begin, :]
-        if begin == 0:
-            return attention(q, k, v)
-        before = store[layer][:, :, rows, :begin]
-        keys, values = torch.cat((before, kv), 3).transpose(1, 2)  # [n, K, begin + T, head_dim]
-        seen = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril(begin)
-        return attention(q, keys, values, seen)
+        T = q.shape[2]
+        seen = []
+        for held, new in zip(store[layer], (k, v)):
+            end = min(begin + T, held.shape[2])
+            held[:, rows, begin:end] = new.transpose(0, 1)[:, :, :end - begin].to(held.dtype)
+            before = held[:, rows, :begin].transpose(0, 1).to(new.dtype)  # [n, K, begin, head_dim]
+            seen.append(torch.cat((before, new), 2) if begin else new)
+        mask = torch.ones(T, begin + T, dtype=torch.bool, device=q.device).tril(begin)
+        return attention(q, *seen, mask if begin else None)
 
     return attend_fn
 
 
 class Layout(NamedTuple):
     """Where the running rows hold their keys and values, and which rows share a prompt."""
-    slots: torch.Tensor  # [2 * K * B] int64: where in the flattened store the next key, value goes
+    slots: torch.Tensor  # [K * B] int64: where in the flattened store the next key and value go
     lengths: torch.Tensor  # [B] int64: slots that each row holds
     prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
@@ -233,15 +273,15 @@ class Layout(NamedTuple):
     #                       0, 1, ..., B - 1 and nothing need be gathered
 
 
-def decode_attention(own, shared, layout, S):
+def decode_attention(own, prompts, layout):
     """One new token for each row: q [B, H, 1, head_dim]. Its key and value go into `own` first.
 
-    own, shared: stores as for prefill_attention, of the rows and of their prompts (None: rows hold
-    those, too). S: own slots to attend to. The rows of a prompt ask it together, in one product;
-    both parts of a row's scores share one softmax.
+    own, prompts: stores as for prefill_attention, of what the rows have said and of their prompts.
+    The rows of a prompt ask it together, in one product; both parts of a row's scores share one
+    softmax.
     """
-    K, B = own[0].shape[1:3]
-    N, g = layout.members.shape if shared else (0, 0)
+    K, B, S = own[0][0].shape[:3]
+    N, g = layout.members.shape
     slots = torch.arange(S, device=layout.lengths.device)
     unseen = slots > layout.lengths[:, None]  # [B, S]; the new token sees itself
     own_bias = torch.zeros(unseen.shape, device=slots.device).masked_fill_(unseen, -torch.inf)
@@ -259,21 +299,17 @@ def decode_attention(own, shared, layout, S):
 
     def attend_fn(layer, q, k, v):
         head_dim = q.shape[-1]
-        kv = torch.stack((k.transpose(0, 1), v.transpose(0, 1)))  # [2, K, B, 1, head_dim]
-        own[layer].view(-1, head_dim).index_copy_(0, layout.slots, kv.view(-1, head_dim))
-        keys, values = own[layer].flatten(1, 2)[:, :, :S]  # [K * B, S, head_dim] each
+        keys, values = (held.flatten(0, 1) for held in own[layer])  # [K * B, S, head_dim] each
+        for held, new in ((keys, k), (values, v)):
+            new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
+            held.view(-1, head_dim).index_copy_(0, layout.slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
         scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
-        if shared is None:
-            out = torch.bmm(scores.softmax(-1).to(q.dtype), values)
-        else:
-            P = layout.prompt_bias.shape[2]
-            prompt_keys, prompt_values = shared[layer].flatten(1, 2)[:, :, :P]  # [K * N, P, head_dim]
-            prompt_scores = float_scores(gather(q), prompt_keys)  # [K * N, g * R, P]
-            prompt_scores = scatter(prompt_scores.add_(layout.prompt_bias))  # [K * B, R, P]
-            weights = torch.cat((prompt_scores, scores), -1).softmax(-1).to(q.dtype)
-            of_prompt, of_own = weights.split((P, S), -1)
-            out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
+        prompt_keys, prompt_values = (held.flatten(0, 1) for held in prompts[layer])
+        prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)
+        both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
+        of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
+        out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
         return out.view(K, B, -1, head_dim).transpose(0, 1).reshape(B, -1, 1, head_dim)
 
     return attend_fn

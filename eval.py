@@ -1,15 +1,15 @@
-"""Accuracy with error bars: any model, any problem set, a named prompt. The table that compares methods, and its plots.
+"""Accuracy with error bars: any model, any problem set, a named prompt; and the table of methods.
 
-    python eval.py                                                      # the embedded tiny model, 500 unseen problems
-    python eval.py --model qwen2.5-1.5b-instruct --data gsm8k           # the boxed protocol behind the published figure
+    python eval.py                                    # the embedded tiny model, 500 unseen problems
+    python eval.py --model qwen2.5-1.5b-instruct --data gsm8k       # the protocol behind its 73.2 %
     python eval.py --model qwen2.5-1.5b --data gsm8k --prompt qwen-base-gsm8k
     python eval.py --records a.jsonl; python eval.py --prompt cot --records b.jsonl
-    python eval.py --compare a.jsonl b.jsonl                            # the two, problem by problem
-    python eval.py --report                                             # one row per method, missing rows are run first
+    python eval.py --compare a.jsonl b.jsonl          # the two runs, problem by problem
+    python eval.py --report                           # a row per method; measures what is missing
 
-A run under --records is resumable: a line per problem, appended when it is whole. Problems are a sample of all that
-could have been asked, so every rate has a 95 % interval over problems, and two runs are compared problem by problem
-(Miller 2024, arXiv:2411.00640). pass@k: Chen et al. 2021, arXiv:2107.03374.
+A run with --records can be interrupted and goes on where it was. The problems are a sample of all
+that could have been asked, so every rate has a 95 % interval over problems, and two runs are
+compared problem by problem (Miller 2024, arXiv:2411.00640). pass@k: Chen 2021, arXiv:2107.03374.
 """
 
 import argparse
@@ -18,318 +18,487 @@ import json
 import math
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 import zlib
 from collections import Counter
+from operator import gt
 from pathlib import Path
+from statistics import NormalDist, fmean, median
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import model
+import optim
 from data import load_problems
-from data.prompts import COT, PRESETS, Preset, prompt_hash, render_prompt  # noqa: F401
-from generate import add_sampling_flags, generate
-from model import load_config, load_params, load_system_prompt, load_tokenizer, resolve_model
+from data.files import read_rows
+from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
+from generate import add_sampling_flags, completion_text, generate, sampling_params
+from optim import at_least, gather_objects, rank_and_world, say
 from verify import canonical, equivalent, extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
-SAMPLING_TEMPERATURE = 0.7  # of every method that samples, so that they compare; chosen on the development split
+SAMPLING_TEMPERATURE = 0.7  # one for all methods that sample, so that they compare; chosen on dev
+ROUND_S = 60  # seconds of work between two writes to a file of records
+# What a flag left out means, for a tiny model and for any other.
+TINY = {"data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "max_batch": 256}
+OTHERS = {"data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "max_batch": 64}
 
 
-def add_eval_flags(parser, temperature=0.0):
+def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=PRESETS):
     """The flags that eval.py, infer_scale.py and refine.py share."""
-    parser.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
-    parser.add_argument("--data", help="problem set or .jsonl file; default: arithmetic for a tiny model, else gsm8k")
-    parser.add_argument("--split", default="test", choices=("train", "dev", "test"), help="choose on dev")
-    parser.add_argument("--limit", type=int, default=500, help="problems, a random subset; 0: all there are")
-    parser.add_argument("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
-    parser.add_argument("--prompt", choices=PRESETS, help="default: plain for a tiny model, else boxed")
-    parser.add_argument("--shots", type=int, help="solved examples in front of a chat prompt; default: the preset's own")
-    parser.add_argument("--shots-from", help="problem set whose train split gives them; default: --data")
-    parser.add_argument("--grade", choices=("strict", "lenient"), help="which counts, the box only (strict), or also an "
-                        "answer in words and the last number; both are measured; default: the preset's own")
+    add = parser.add_argument
+    add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--data", help="problem set or .jsonl file")
+    add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
+    add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
+    add("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
+    add("--prompt", choices=prompts, help="how a problem is put")
+    add("--shots", type=at_least(0),
+        help="solved examples in front of a chat prompt (default: the prompt's own number)")
+    add("--shots-from", help="problem set whose train split has the examples (default: --data)")
+    add("--grade", choices=("strict", "lenient"),
+        help="which grade counts, by the box only (strict) or also by an answer in words or the "
+        "last number (lenient); both are measured (default: the prompt's own)")
     add_sampling_flags(parser, temperature=temperature, max_new_tokens=None)
-    parser.set_defaults(max_batch=None)  # a tiny model fills a core only with many rows
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--results", default="results.jsonl", help="the file to which every measured row is appended")
-    parser.add_argument("--records", help="directory or .jsonl file of a line per problem; a broken run goes on")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--results", default="results.jsonl", help="every measured row is appended to this file")
+    add("--records", help="directory or .jsonl file that keeps the record of each problem")
+    optim.add_device_flags(parser)
+    parser.set_defaults(max_batch=None, tiny_prompt=tiny_prompt)
+    parser.epilog = (f"defaults for a tiny model: {TINY | {'prompt': tiny_prompt}}\n"
+                     f"and for any other: {OTHERS}")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     add_eval_flags(p)
-    p.add_argument("--num-samples", type=int, default=1, help="completions per problem; several need a temperature")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="only compare two files of records")
-    p.add_argument("--report", action="store_true", help="the table of all methods for --model, and its plots")
-    p.add_argument("--trained", help="checkpoint of the report's GRPO row; default: what grpo.py leaves, run at need")
+    p.add_argument("--num-samples", type=at_least(1), default=1,
+                   help="completions per problem; several need a --temperature")
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"), help="compare two files of records")
+    p.add_argument("--report", action="store_true", help="the table and plot of all methods")
+    p.add_argument("--trained", help="checkpoint for the report's GRPO rows (default: the best of "
+                   "runs/grpo, trained now if there is none)")
     p.add_argument("--out", default="runs/report", help="where the report goes")
     return p.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------ statistics
+# ---------------------------------------------------------------------- statistics
 
-Z = statistics.NormalDist().inv_cdf(0.975)
+Z = NormalDist().inv_cdf(0.975)
 
 
 def wilson(correct, n):
-    """The 95 % interval of a rate (Wilson 1927): every p within 1.96 of its own standard errors of correct / n."""
+    """(low, high): the 95 % interval of a rate, Wilson 1927. It holds every p within 1.96 of its
+    own standard errors of correct / n."""
     if n <= 0:
         return 0.0, 1.0
-    rate, spread = correct / n, Z * Z / n
-    middle, half = rate + spread / 2, Z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
+    rate = correct / n
+    spread = Z * Z / n
+    middle = rate + spread / 2
+    half = Z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def interval(scores):
-    """Mean and 95 % interval over problems of scores in [0, 1].
+    """(mean, low, high): the 95 % interval over problems of scores in [0, 1].
 
-    Wilson's, for as many problems of yes or no as would give a mean of the same variance. Exactly wilson() when every
-    score is 0 or 1. A problem's mean over N samples counts as one observation, not as N.
+    Wilson's interval, for as many yes-or-no problems as would give a mean of the same variance;
+    exactly wilson() when every score is 0 or 1. A problem's mean over N samples is one observation.
     """
-    n, rate = len(scores), statistics.fmean(scores)
-    variance = statistics.fmean((s - rate) ** 2 for s in scores)
+    n = len(scores)
+    rate = fmean(scores)
+    variance = fmean((s - rate) ** 2 for s in scores)
     effective = n * rate * (1 - rate) / variance if variance > 1e-12 else n
     return rate, *wilson(rate * effective, effective)
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
-    """Mean of b - a over problems and its 95 % interval, resampling problems."""
-    change, rng = np.asarray(b, float) - np.asarray(a, float), np.random.default_rng(seed)
-    means = [change[rng.integers(0, len(change), (100, len(change)))].mean(1) for _ in range(draws // 100)]
-    return float(change.mean()), *(float(q) for q in np.quantile(np.concatenate(means), (0.025, 0.975)))
+    """(mean, low, high) of b - a with its 95 % interval, resampling problems."""
+    change = np.asarray(b, float) - np.asarray(a, float)
+    rng = np.random.default_rng(seed)
+    means = [change[rng.integers(0, len(change), (100, len(change)))].mean(1)
+             for _ in range(draws // 100)]
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return float(change.mean()), float(low), float(high)
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p that those which one run alone got right split so, were either as likely (McNemar 1947)."""
+    """Exact two-sided p that what one run alone got right is as likely to be either's (1947).
+
+    only_a, only_b: how many problems each got alone.
+    """
     n = only_a + only_b
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def pass_at_k(num_samples, num_correct, k):
-    """Chance that k of the samples, drawn without replacement, hold a right one: 1 - C(n-c, k) / C(n, k)."""
+    """Chance that one of k samples, drawn without replacement, is right: 1 - C(n-c, k) / C(n, k).
+
+    Raises ValueError unless 1 <= k <= num_samples.
+    """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples and a k of at least 1; there are {num_samples}")
+        raise ValueError(f"pass@{k} of {num_samples} samples: k has to be from 1 to their number")
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def pool_answers(answers):
-    """The class of each answer, one class for equivalent ones; None, no answer, has none.
+    """The class of each answer; equivalent answers share one, None (no answer) has none.
 
     >>> pool_answers(["1/2", None, "0.5", "3"])
     [0, None, 0, 1]
     """
-    classes, leaders, votes = {}, [], []
+    leaders = []  # the first answer of each class
+    classes = {None: None}  # canonical form -> class
+    votes = []
     for answer in answers:
         key = None if answer is None else canonical(answer)
-        if answer is not None and key not in classes:
-            same = (i for i, leader in enumerate(leaders) if equivalent(answer, leader, timeout_s=0.5))
+        if key not in classes:
+            same = (i for i, leader in enumerate(leaders)
+                    if equivalent(answer, leader, timeout_s=0.5))
             classes[key] = next(same, len(leaders))
             if classes[key] == len(leaders):
                 leaders.append(answer)
-        votes.append(classes.get(key))
+        votes.append(classes[key])
     return votes
 
 
-def majority_vote(answers, weights=None):
-    """The answer with most votes, as first spelled; of equals, the one that came first; None when nobody votes."""
-    votes, totals = pool_answers(answers), {}
-    for vote, weight in zip(votes, weights or [1] * len(votes)):
-        if vote is not None:
-            totals[vote] = totals.get(vote, 0) + weight
-    return answers[votes.index(max(totals, key=totals.get))] if totals else None
-
-
 def maj_at_k(votes, right, k):
-    """Mean success of a majority vote over all subsets of k samples; of equals, each has the same chance.
+    """Mean success of a majority vote over all subsets of k samples; ties are broken by lot.
 
-    votes: class of each sample or None; right: the classes that are right. Exact: for each right class and each number
-    of votes m that it may win with, counts the ways in which no other class has more and so many have as many.
+    votes: the class of each sample, or None; right: the classes that are right. Exact: counts the
+    subsets, class by class, by the votes of the leaders, their number, and the right ones of them.
     """
-    counts, silent = Counter(v for v in votes if v is not None), sum(v is None for v in votes)
-    success = 0
-    for winner in set(right) & set(counts):
-        for m in range(1, min(k, counts[winner]) + 1):
-            ways = {(k - m, 0): math.comb(counts[winner], m)}  # (samples still to draw, ties) -> number of ways
-            for other in (count for c, count in counts.items() if c != winner):
-                before, ways = ways, Counter()
-                for (left, ties), number in before.items():
-                    for drawn in range(min(left, m, other) + 1):
-                        ways[left - drawn, ties + (drawn == m)] += number * math.comb(other, drawn)
-            success += sum(number * math.comb(silent, left) / (ties + 1) for (left, ties), number in ways.items())
+    counts = Counter(v for v in votes if v is not None)
+    subsets = {(k, 0, 0, 0): 1}  # (samples still to draw, votes, leaders, right ones): ways
+    for vote, count in counts.items():
+        longer = Counter()
+        for (left, most, leaders, good), ways in subsets.items():
+            for drawn in range(min(left, count) + 1):
+                after = (left - drawn, most, leaders, good)
+                if drawn > most:
+                    after = (left - drawn, drawn, 1, vote in right)
+                elif drawn == most > 0:
+                    after = (left - drawn, most, leaders + 1, good + (vote in right))
+                longer[after] += ways * math.comb(count, drawn)
+        subsets = longer
+    silent = len(votes) - counts.total()
+    success = sum(ways * math.comb(silent, left) * good / leaders
+                  for (left, _, leaders, good), ways in subsets.items() if leaders)
     return success / math.comb(len(votes), k)
 
 
-# ------------------------------------------------------------------------------------ a run: problems in, records out
+# ---------------------------------------------------------------------- problems in, records out
+
+ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade is about
 
 
-def end_tokens(tokenizer, config):
-    """The ids that end a completion: those of the model's config, and ChatML's own, which base models do not list."""
-    return {tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")} - {None} | set(config.eos_token_id)
+def make_sample(completion, text, strict, lenient):
+    """What a record keeps of a completion. strict, lenient: is it right? None: undecided."""
+    return {"text": text, "answer": extract_answer(text, strict=True),
+            "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
+            "tokens": len(completion.tokens), "finish": completion.finish,
+            "logprob": round(sum(completion.logprobs), 4)}
 
 
-def completion_text(tokenizer, completion, ends, stop=()):
-    """What a completion says, without its end token and from no stop string on."""
-    text = tokenizer.decode([t for t in completion.tokens if t not in ends], skip_special_tokens=False)
-    return text[:min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
+def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="plain", system=None,
+             shots=(), think_tag="think", num_samples=1, temperature=0.0, max_batch=64, **sampling):
+    """Ask every problem and grade what comes: a record (dict) for each, in their order.
 
-
-def make_record(problem, prompt, completions, texts, grades):
-    """What is kept of a problem: the question, every sample, and how each was judged."""
-    strict, lenient = grades
-    samples = [{"text": text, "answer": extract_answer(text, strict=True), "lenient_answer": extract_answer(text),
-                "strict": s, "lenient": l, "tokens": len(c.tokens), "finish": c.finish,
-                "logprob": round(sum(c.logprobs), 4)}
-               for text, c, s, l in zip(texts, completions, strict, lenient)]
-    return {"id": problem["id"], "level": problem.get("level"), "subject": problem.get("subject"), "prompt": prompt,
-            "reference": problem["answer"], "samples": samples}
+    Every process calls this with the same problems, asks its share of them and gets all records.
+    prompt, system, shots, think_tag: as for render_prompt. sampling: more keywords of generate().
+    Each problem has noise of its own: its record depends neither on the other problems nor on the
+    batch nor on the number of processes.
+    """
+    started = time.perf_counter()
+    rank, world = rank_and_world()
+    mine = problems[rank::world]
+    form = {"system": system, "shots": shots, "think_tag": think_tag}
+    ends = model.end_tokens(tokenizer, config)
+    stop = PRESETS[prompt].stop
+    answers = generate(
+        params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
+        num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
+        stop_tokens=ends, stop_strings=stop, tokenizer=tokenizer, max_batch=max_batch,
+        seeds=[zlib.crc32(p["id"].encode()) for p in mine], **sampling)
+    completions = [c for row in answers for c in row]
+    texts = [completion_text(tokenizer, c, ends, stop) for c in completions]
+    pairs = [(text, mine[i // num_samples]["answer"]) for i, text in enumerate(texts)]
+    samples = list(map(make_sample, completions, texts, verify_many(pairs, strict=True),
+                       verify_many(pairs, strict=False)))
+    seconds = round((time.perf_counter() - started) / max(1, len(problems)), 4)
+    records = [{"id": p["id"], "level": p.get("level"), "subject": p.get("subject"),
+                "prompt": render_prompt(prompt, p, **form), "reference": p["answer"],
+                "samples": samples[i * num_samples:(i + 1) * num_samples], "seconds": seconds}
+               for i, p in enumerate(mine)]
+    shares = gather_objects(records)
+    return [shares[i % world][i // world] for i in range(len(problems))]
 
 
 def read_records(path, settings=None):
-    """{id: record} of a file of records. What follows the last line break was cut off, and is no record.
+    """{id: record} of a file of records, without a last line that a crash cut off.
 
-    settings: what the run that goes on asks for. Raises ValueError when the records were made with other settings.
+    settings: those of the run that would go on; ValueError if the records have others.
     """
     records = {}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             record = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{path}, line {number}: not JSON") from None
-        if not isinstance(record, dict) or not record.get("samples") or "settings" not in record:
-            raise ValueError(f"{path}, line {number}: not a record of eval.py")
-        if settings and record["settings"] != settings:
-            other = [f"{k} {record['settings'].get(k)!r} (now {v!r})" for k, v in settings.items()
-                     if record["settings"].get(k) != v]
-            raise ValueError(f"{path} holds a run with other settings: {', '.join(other)}; give another --records")
-        records[record["id"]] = record
+            records[record["id"]] = record
+            changes = list_changes(record["settings"], settings or {})
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{path}, line {number}: not a record of eval.py") from None
+        if changes:
+            raise ValueError(f"{path} holds a run with other settings ({changes} now); give "
+                             "another --records")
     return records
 
 
-def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="plain", system=None, shots=(),
-             think_tag="think", num_samples=1, temperature=0.0, max_batch=64, path=None, settings=None, progress=True,
-             **sampling):
-    """Ask every problem and grade what comes: a list of records, in the order of the problems.
+def list_changes(old, new):
+    """The settings that differ, as text."""
+    return ", ".join(f"{name} {old.get(name)!r}, {value!r}" for name, value in new.items()
+                     if old.get(name) != value)
 
-    prompt, system, shots, think_tag: as for render_prompt; sampling: top_p, top_k and seed of generate. Each problem
-    samples with noise of its own, so its record depends neither on the other problems nor on max_batch.
-    path: a file to which records are appended, and from which those that are there are taken.
+
+def append_lines(path, objects):
+    """Append the objects to a .jsonl file, made at need. On process 0 only."""
+    if rank_and_world()[0] == 0:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(o) + "\n" for o in objects)
+
+
+# ---------------------------------------------------------------------- the setup that flags name
+
+
+class Setup(NamedTuple):
+    """A model, the problems that it is asked, and how."""
+    params: dict  # as the sampler takes them
+    config: tuple
+    tokenizer: object
+    problems: list
+    options: dict  # keyword arguments of evaluate()
+    settings: dict  # what identifies a row, beside its method and the options
+    records: Path | None = None  # a directory for files of records, or one such file
+    grade: str | None = None  # which one counts; None: the prompt's own
+
+
+def weights_hash(model_dir):
+    """Eight characters that change with the weights; a path does not say which weights it held."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
+        content = np.memmap(path, mode="r")
+        for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
+            digest.update(content[begin:begin + 2**20])
+    return digest.hexdigest()[:8]
+
+
+def chosen_flags(args, config):
+    """The flags by name, with what stands for those left out under this model."""
+    defaults = TINY | {"prompt": args.tiny_prompt} if model.is_tiny(config) else OTHERS
+    return defaults | {name: value for name, value in vars(args).items() if value is not None}
+
+
+def form_of(options):
+    """What decides a prompt beside its preset and problem."""
+    return {name: options[name] for name in ("system", "shots", "think_tag")}
+
+
+def prompt_tokens(setup, **changes):
+    """The ids of each problem's prompt, made from its question alone."""
+    options = setup.options | changes
+    return [encode_prompt(setup.tokenizer, options["prompt"], {"problem": p["problem"]},
+                          **form_of(options)) for p in setup.problems]
+
+
+def settings_of(setup, **changes):
+    """Everything that decides what a record says, as rows and records carry it."""
+    options = setup.options | changes
+    hashed = prompt_hash(options["prompt"], **form_of(options))
+    named = {k: v for k, v in options.items() if k not in ("system", "max_batch")}
+    return setup.settings | {"num_samples": 1} | named | {
+        "shots": len(options["shots"]), "prompt_hash": hashed}
+
+
+def load_setup(args, replies=1):
+    """The Setup that the flags of add_eval_flags name, in each of --processes.
+
+    replies: how many may stand behind one another in a context.
     """
-    if num_samples > 1 and temperature == 0:
-        raise ValueError(f"{num_samples} samples at temperature 0 would be the same; give --temperature, or one sample")
-    done, ends, stop = {}, end_tokens(tokenizer, config), PRESETS[prompt].stop
-    if path and Path(path).is_file():
+    if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
+        raise ValueError(f"{args.num_samples} samples at temperature 0 would all be the same; give "
+                         "a --temperature, or ask for one sample")
+    append_lines(args.results, [])  # what could not be kept need not be measured
+    device = optim.find_device(args.device)
+    dtype = optim.compute_dtype(args.dtype, device)
+    path = model.resolve_model(args.model)
+    config = model.load_config(path)
+    tokenizer = model.load_tokenizer(path)
+    flags = chosen_flags(args, config)
+    problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
+    num_shots = flags.get("shots", PRESETS[flags["prompt"]].shots)
+    shots = load_shots(args.shots_from or flags["data"], num_shots, args.data_seed, problems)
+    names = ("prompt", "think_tag", "temperature", "top_p", "top_k", "seed", "max_new_tokens",
+             "max_batch")
+    options = {"system": model.load_system_prompt(path), "shots": shots}
+    options |= {name: flags[name] for name in names}
+    settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
+                "split": args.split, "data_seed": args.data_seed, "device": device.type,
+                "dtype": str(dtype).removeprefix("torch.")}
+    params = sampling_params(model.load_params(path, device, dtype), config)
+    setup = Setup(params, config, tokenizer, problems, options, settings,
+                  args.records and Path(args.records), args.grade)
+
+    # float32, and as much again: weights are read, then packed; a cache is copied when it grows
+    context = max(map(len, prompt_tokens(setup))) + replies * options["max_new_tokens"]
+    pair = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    gib_each = 0.25 + options["max_batch"] * (context * pair + config.vocab_size) / 2**27
+    gib_shared = sum(tensor.shape.numel() for tensor in params.values()) / 2**27
+    optim.init_distributed(args.device, args.processes or optim.default_processes(
+        args.device, gib_each, gib_shared))
+    say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
+    return setup
+
+
+def collect_records(setup, name="records", **changes):
+    """evaluate() for a setup, some of its options changed: (records, settings of their rows).
+
+    Records are appended to setup.records, or to the file of this name there; what it holds already
+    is not asked again.
+    """
+    options = setup.options | changes
+    settings = settings_of(setup, **changes)
+    rank, world = rank_and_world()
+    path = setup.records
+    if path and path.suffix != ".jsonl":
+        path = path / f"{name}.jsonl"
+    done = {}
+    if path and path.is_file() and rank == 0:
         done = read_records(path, settings)
-        os.truncate(path, Path(path).read_bytes().rfind(b"\n") + 1)  # a line half written goes
-    todo = [p for p in problems if p["id"] not in done]
-    begin, chunk = 0, max(1, 2 * max_batch // max(1, num_samples))
-    with tqdm(total=len(problems), initial=len(problems) - len(todo), unit="problem", disable=not progress) as bar:
-        while begin < len(todo):
-            now, started = todo[begin:begin + chunk], time.perf_counter()
-            prompts = [render_prompt(prompt, p, system=system, shots=shots, think_tag=think_tag) for p in now]
-            ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
-            answers = generate(params, config, ids, num_samples=num_samples, max_new_tokens=max_new_tokens,
-                               temperature=temperature, stop_tokens=ends, stop_strings=stop, tokenizer=tokenizer,
-                               max_batch=max_batch, seeds=[zlib.crc32(p["id"].encode()) for p in now], **sampling)
-            seconds = (time.perf_counter() - started) / len(now)
-            texts = [[completion_text(tokenizer, c, ends, stop) for c in row] for row in answers]
-            pairs = [(text, p["answer"]) for p, row in zip(now, texts) for text in row]
-            grades = [verify_many(pairs, strict=strict) for strict in (True, False)]
-            for i, problem in enumerate(now):
-                mine = [g[i * num_samples:(i + 1) * num_samples] for g in grades]
-                done[problem["id"]] = make_record(problem, prompts[i], answers[i], texts[i], mine) | {
-                    "seconds": round(seconds, 4), "settings": settings or {}}
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
+    done = gather_objects(done)[0]
+    todo = [p for p in setup.problems if p["id"] not in done]
+    size = world * max(1, 2 * options["max_batch"] // options.get("num_samples", 1))
+    count = len(setup.problems)
+    with tqdm(total=count, initial=count - len(todo), unit="problem", disable=rank > 0) as bar:
+        while todo:
+            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size], **options)
+            records = [record | {"settings": settings} for record in records]
             if path:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(done[p["id"]]) + "\n" for p in now)
-            bar.update(len(now))
-            begin += len(now)
-            if time.perf_counter() - started < 60:  # long chunks keep the batch full, short ones lose less when killed
-                chunk *= 2
-    return [done[p["id"]] for p in problems]
+                append_lines(path, records)
+            done |= {record["id"]: record for record in records}
+            bar.update(len(records))
+            todo = todo[size:]
+            if sum(record["seconds"] for record in records) < ROUND_S:
+                size *= 2  # long rounds keep the batch full, short ones lose less when killed
+    grade = setup.grade or PRESETS[options["prompt"]].grade
+    row_settings = settings | {"grade": grade, "max_batch": options["max_batch"]}
+    return [done[p["id"]] for p in setup.problems], row_settings
 
 
-# ------------------------------------------------------------------------------------ rows: what a run comes to
-
-ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade reads
+# ---------------------------------------------------------------------- rows: what a run comes to
 
 
 def scores_of(records, grade):
     """Each problem's share of right samples; what could not be decided counts as wrong."""
-    return [statistics.fmean(s[grade] is True for s in r["samples"]) for r in records]
+    return [fmean(s[grade] is True for s in r["samples"]) for r in records]
 
 
 def votes_of(record, grade="strict"):
-    """The class that each sample votes for (None: no answer), and the classes that are right."""
+    """(the class that each sample votes for, None without an answer; the classes that are right)"""
     votes = pool_answers([s[ANSWER[grade]] for s in record["samples"]])
-    return votes, {v for v, s in zip(votes, record["samples"]) if v is not None and s[grade]}
+    right = {v for v, s in zip(votes, record["samples"]) if s[grade] and v is not None}
+    return votes, right
+
+
+def rates_by(field, records, scores, tokens):
+    """{group: [accuracy, low, high, problems, tokens]} by the records' level or subject."""
+    groups = {}
+    for record, score, n in zip(records, scores, tokens):
+        groups.setdefault(record.get(field), []).append((score, n))
+    groups.pop(None, None)
+    rates = {}
+    for group in sorted(groups):
+        members, lengths = zip(*groups[group])
+        rates[str(group)] = [*interval(members), len(members), fmean(lengths)]
+    return rates
 
 
 def score_row(records, scores, tokens, **settings):
-    """A row of results: accuracy with its interval, by level and subject too, and the tokens written per problem."""
-    def rates(field):
-        """{group: [accuracy, low, high, problems, tokens]}"""
-        groups = sorted({r[field] for r in records if r.get(field) is not None})
-        parts = {str(g): [(x, n) for r, x, n in zip(records, scores, tokens) if r.get(field) == g] for g in groups}
-        return {g: [*interval([x for x, _ in part]), len(part), statistics.fmean(n for _, n in part)]
-                for g, part in parts.items()}
+    """A row of results: accuracy with its interval, by level and by subject, and the tokens spent.
 
+    scores, tokens: of each problem. records: of those, or the problems themselves.
+    """
     accuracy, low, high = interval(scores)
     return settings | {
-        "n": len(records), "accuracy": accuracy, "low": low, "high": high, "levels": rates("level"),
-        "subjects": rates("subject"), "tokens_mean": statistics.fmean(tokens),
-        "tokens_median": statistics.median(tokens), "tokens_p95": float(np.quantile(tokens, 0.95)),
-        "tokens_per_correct": sum(tokens) / sum(scores) if any(scores) else None}
+        "n": len(records), "accuracy": accuracy, "low": low, "high": high,
+        "levels": rates_by("level", records, scores, tokens),
+        "subjects": rates_by("subject", records, scores, tokens),
+        "tokens_mean": fmean(tokens), "tokens_median": median(tokens),
+        "tokens_p95": float(np.quantile(tokens, 0.95))}
+
+
+def cost_row(records, scores, drawn, **settings):
+    """score_row of a method that draws so many samples (a number each) of the problems' pools."""
+    tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
+    seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
+    return score_row(records, scores, tokens, samples=fmean(drawn), seconds=seconds,
+                     **settings)
 
 
 def summarize(records, **settings):
-    """The row of a run: score_row for one sample a problem (the mean over its samples), and everything else counted."""
-    counted = settings.get("grade") or PRESETS[settings["prompt"]].grade
+    """The row of a run: score_row for one sample a problem, and everything else that is counted."""
+    grade = settings.get("grade") or PRESETS[settings["prompt"]].grade
     samples = [s for r in records for s in r["samples"]]
-    N, seconds = len(records[0]["samples"]), sum(r["seconds"] for r in records)
-    tokens = [statistics.fmean(s["tokens"] for s in r["samples"]) for r in records]
-    row = score_row(records, scores_of(records, counted), tokens, **settings) | {
-        "grade": counted, **{grade: interval(scores_of(records, grade)) for grade in ("strict", "lenient")},
-        "truncated": statistics.fmean(s["finish"] != "stop" for s in samples),
-        "no_answer": statistics.fmean(s[ANSWER[counted]] is None for s in samples),
-        "undecided": sum(s[counted] is None for s in samples),
-        "seconds": seconds, "tokens_per_s": sum(tokens) * N / max(seconds, 1e-9)}
-    if N > 1:
-        right = [sum(s[counted] is True for s in r["samples"]) for r in records]
-        votes = [votes_of(r, counted) for r in records]
-        ks = [k for k in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64) if k <= N]
-        row["pass_at"] = {str(k): interval([pass_at_k(N, c, k) for c in right]) for k in ks}
-        row["maj_at"] = {str(k): interval([maj_at_k(*v, k) for v in votes]) for k in ks}
+    num_samples = len(records[0]["samples"])
+    row = cost_row(records, scores_of(records, grade), [1] * len(records), **settings)
+    seconds = sum(r["seconds"] for r in records)
+    row |= {
+        "grade": grade,
+        "strict": interval(scores_of(records, "strict")),
+        "lenient": interval(scores_of(records, "lenient")),
+        "truncated": fmean(s["finish"] != "stop" for s in samples),
+        "no_answer": fmean(s[ANSWER[grade]] is None for s in samples),
+        "undecided": sum(s[grade] is None for s in samples),
+        "seconds": seconds,
+        "tokens_per_s": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}
+    if num_samples > 1:
+        votes = [votes_of(r, grade) for r in records]
+        correct = [sum(s[grade] is True for s in r["samples"]) for r in records]
+        row |= {"pass_at": {}, "maj_at": {}}
+        for k in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64):
+            if k <= num_samples:
+                row["pass_at"][str(k)] = interval([pass_at_k(num_samples, c, k) for c in correct])
+                row["maj_at"][str(k)] = interval([maj_at_k(*v, k) for v in votes])
     return row
-
-
-def commit():
-    """The commit of this code, marked when it was changed since; None outside a repository."""
-    found = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def append_row(path, row):
     """Add a row to the results, with the command, the code and the library that made it."""
-    row = row | {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
-                 "torch": torch.__version__, "threads": torch.get_num_threads(), "time": time.strftime("%F %T")}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT,
+                         capture_output=True, text=True)  # empty without git
+    append_lines(path, [row | {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": git.stdout.strip() or None, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
+        "time": time.strftime("%F %T")}])
 
 
 def percent(rate, low=None, high=None):
-    return f"{100 * rate:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+    if low is None:
+        return f"{100 * rate:.1f}"
+    return f"{100 * rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def markdown(header, rows):
-    """A table of strings as Markdown."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * len(header), *rows]) + "\n"
+    """A table as Markdown. rows: lists of strings, or of what has one."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def rated(row):
@@ -342,249 +511,167 @@ def against(scores, baseline):
     return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def print_table(results):
+    """Print [(label, row, score of each problem), ...], and what each gains over the first."""
+    levels = list(results[0][1]["levels"])
+    lines = []
+    for label, row, scores in results:
+        by_level = [percent(row["levels"][level][0]) for level in levels]
+        lines.append([label, rated(row), against(scores, results[0][2]), *by_level,
+                      f"{row.get('samples', 1):.1f}", round(row["tokens_mean"]),
+                      f"{row['seconds']:.1f}"])
+    say(markdown(["method", "accuracy, % [95 %]", "points over the first",
+                  *(f"level {level}" for level in levels), "samples", "tokens", "seconds"], lines))
+
+
+SUMMARY = """\
+{method} | {model} on {data}/{split}, {n} problems | accuracy {rated} % ({grade}) | \
+strict {strict} | lenient {lenient}
+  {tokens_mean:.0f} tokens per problem (median {tokens_median:.0f}, 95 % {tokens_p95:.0f}) | \
+truncated {truncated} % | no answer {no_answer} % | undecided {undecided} | {seconds:.1f} s | \
+{tokens_per_s:.0f} tokens/s"""
+
+
 def print_row(row):
-    print(f"{row['method']} | {row['model']} on {row['data']}/{row['split']}, {row['n']} problems | accuracy "
-          f"{rated(row)} % ({row['grade']}) | strict {percent(*row['strict'])} | lenient {percent(*row['lenient'])}\n"
-          f"  {row['tokens_mean']:.0f} tokens per problem (median {row['tokens_median']:.0f}, 95 % "
-          f"{row['tokens_p95']:.0f}) | truncated {percent(row['truncated'])} % | "
-          f"no answer {percent(row['no_answer'])} % | undecided {row['undecided']} | {row['seconds']:.1f} s | "
-          f"{row['tokens_per_s']:.0f} tokens/s")
+    """Print what summarize counted."""
+    shown = {name: percent(*row[name]) for name in ("strict", "lenient")}
+    shown |= {name: percent(row[name]) for name in ("truncated", "no_answer")}
+    say(SUMMARY.format(**row | shown, rated=rated(row)))
     for name in ("levels", "subjects"):
-        if len(row[name]) > 1:
-            print(f"  {name}: " + ", ".join(f"{k}: {percent(*rates)} of {n} in {length:.0f} tokens"
-                                            for k, (*rates, n, length) in row[name].items()))
+        groups = [f"{group}: {percent(*rates)} of {n} in {length:.0f} tokens"
+                  for group, (*rates, n, length) in row[name].items()]
+        if len(groups) > 1:
+            say(f"  {name}: {', '.join(groups)}")
     for name in ("pass_at", "maj_at"):
-        if name in row:
-            found = ", ".join(f"{k}: {percent(*rates)}" for k, rates in row[name].items())
-            print(f"  {name.removesuffix('_at')}@k: {found}")
-
-
-# ------------------------------------------------------------------------------------ setting up a run from flags
-
-
-class Run(NamedTuple):
-    params: dict
-    config: tuple
-    tokenizer: object
-    problems: list
-    ask: dict  # keyword arguments of evaluate()
-    settings: dict  # what identifies a row, beside the method
-    records: Path | None = None  # a directory for files of records, or one such file
-    grade: str | None = None  # which one counts; None: the preset's
-
-
-def is_tiny(config):
-    """Whether this is the embedded model or its offspring, which know short generated problems only."""
-    return config.hidden_size * config.num_hidden_layers < 4096
-
-
-def fingerprint(model_dir):
-    """Eight characters that change with the weights: a path alone does not say which checkpoint stood there."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            for begin in (0, path.stat().st_size // 2, max(0, path.stat().st_size - 2**20)):
-                file.seek(begin)
-                digest.update(file.read(2**20))
-    return digest.hexdigest()[:8]
-
-
-def load_shots(args, data, problems, count):
-    """Solved problems to show first, none of them among those asked. The fewer are the first of the more."""
-    if not count:
-        return []
-    source = args.shots_from or data
-    shots = load_problems(source, "train", count, args.data_seed)
-    asked = {p["problem"] for p in problems}
-    for shot in shots:
-        if not shot.get("solution"):
-            raise ValueError(f"{source}: {shot['id']} has no solution to show; name a set that has with --shots-from")
-        if shot["problem"] in asked:
-            raise ValueError(f"{source}: example {shot['id']} is one of the problems asked; name another --shots-from")
-    return shots
-
-
-def open_run(args, tiny_prompt="plain"):
-    """The Run that the flags name. tiny_prompt: what stands for a missing --prompt when the model is tiny."""
-    records = Path(args.records) if args.records else None
-    for folder in (Path(args.results).parent, records and (records.parent if records.suffix == ".jsonl" else records)):
-        if folder:  # made now, so that nothing is measured that cannot be kept
-            folder.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    path = resolve_model(args.model)
-    config, tokenizer = load_config(path), load_tokenizer(path)
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    params = load_params(path, args.device, getattr(torch, dtype))
-    tiny = is_tiny(config)
-    data = args.data or ("arithmetic" if tiny else "gsm8k")
-    prompt = args.prompt or (tiny_prompt if tiny else "boxed")
-    problems = load_problems(data, args.split, args.limit or None, args.data_seed)
-    shots = load_shots(args, data, problems, PRESETS[prompt].shots if args.shots is None else args.shots)
-    ask = {"prompt": prompt, "system": load_system_prompt(path), "shots": shots, "think_tag": args.think_tag,
-           "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "seed": args.seed,
-           "max_new_tokens": (128 if tiny else 1024) if args.max_new_tokens is None else args.max_new_tokens,
-           "max_batch": (256 if tiny else 64) if args.max_batch is None else args.max_batch}
-    settings = {"model": args.model, "weights": fingerprint(path), "data": data, "split": args.split,
-                "data_seed": args.data_seed, "device": args.device, "dtype": dtype}
-    return Run(params, config, tokenizer, problems, ask, settings, records, args.grade)
-
-
-def prompt_tokens(run):
-    """The ids of each problem's prompt, made from its question alone."""
-    asked = {k: run.ask[k] for k in ("system", "shots", "think_tag")}
-    texts = [render_prompt(run.ask["prompt"], {"problem": p["problem"]}, **asked) for p in run.problems]
-    return [run.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-
-
-def settings_of(run, **changes):
-    """Everything that decides what a run's records say, as rows and records carry it."""
-    ask = run.ask | changes
-    hashed = prompt_hash(ask["prompt"], **{k: ask[k] for k in ("system", "shots", "think_tag")})
-    named = {k: v for k, v in ask.items() if k not in ("system", "max_batch")}
-    return run.settings | {"num_samples": 1} | named | {"shots": len(ask["shots"]), "prompt_hash": hashed}
-
-
-def print_settings(settings):
-    print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items()), flush=True)
-
-
-def measure(run, name="records", **changes):
-    """evaluate() under a run's settings, some of them changed: (records, settings of their rows).
-
-    name: of the file of records, which hold both grades, so that only their rows name the one that counts.
-    """
-    settings, ask = settings_of(run, **changes), run.ask | changes
-    grade = run.grade or PRESETS[ask["prompt"]].grade
-    path = run.records if run.records is None or run.records.suffix == ".jsonl" else run.records / f"{name}.jsonl"
-    records = evaluate(run.params, run.config, run.tokenizer, run.problems, **ask, path=path, settings=settings)
-    return records, settings | {"grade": grade, "max_batch": ask["max_batch"]}
-
-
-# ------------------------------------------------------------------------------------ two runs, problem by problem
+        rates = [f"{k}: {percent(*found)}" for k, found in row.get(name, {}).items()]
+        if rates:
+            say(f"  {name.removesuffix('_at')}@k: {', '.join(rates)}")
 
 
 def compare(path_a, path_b, grade=None):
-    """Prints what changed from one file of records to the other, over the problems that both hold."""
-    a, b = read_records(path_a), read_records(path_b)
-    shared = [i for i in a if i in b]
+    """Prints what changed from one file of records to the other, over the problems in both."""
+    runs = {path: read_records(path) for path in (path_a, path_b)}
+    shared = [i for i in runs[path_a] if i in runs[path_b]]
     if not shared:
         raise ValueError(f"{path_a} and {path_b} have no problem in common")
-    scores, settings = [], []
-    for path, records in ((path_a, a), (path_b, b)):
-        settings.append(records[shared[0]]["settings"])
-        scores.append(scores_of([records[i] for i in shared], grade or PRESETS[settings[-1]["prompt"]].grade))
-        print(f"{path}: {percent(*interval(scores[-1]))} % of {len(shared)} shared problems (it holds {len(records)})")
-    print("settings that differ: " + (", ".join(f"{k} {settings[0].get(k)!r} / {v!r}" for k, v in settings[1].items()
-                                                if settings[0].get(k) != v) or "none"))
-    print(f"difference in points: {against(scores[1], scores[0])} (95 %, paired bootstrap)")
-    if all(s in (0, 1) for s in scores[0] + scores[1]):
-        gained, lost = (sum(x > y for x, y in zip(*pair)) for pair in ((scores[1], scores[0]), scores))
-        print(f"{gained} problems gained, {lost} lost; McNemar's exact p = {mcnemar(gained, lost):.2g}")
+    settings = [records[shared[0]]["settings"] for records in runs.values()]
+    results = []
+    for (path, records), of_run in zip(runs.items(), settings):
+        mine = [records[i] for i in shared]
+        row = summarize(mine, grade=grade, prompt=of_run["prompt"])
+        results.append((f"{path} ({len(mine)} of {len(records)})", row,
+                        scores_of(mine, row["grade"])))
+    print_table(results)
+    say(f"settings that differ: {list_changes(*settings) or 'none'}")
+    a, b = (scores for _, _, scores in results)
+    if {*a, *b} <= {0, 1}:
+        gained = sum(map(gt, b, a))
+        lost = sum(map(gt, a, b))
+        say(f"{gained} problems gained, {lost} lost; "
+            f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
 
 
-# ------------------------------------------------------------------------------------ the report
+def find_row(path, **wanted):
+    """The latest row of a results file with these fields, or None."""
+    if Path(path).is_file():
+        for _, row in reversed(list(read_rows(path))):
+            if all(row.get(name) == value for name, value in wanted.items()):
+                return row
+    return None
 
 
-def read_rows(path):
-    """The rows of a results file, none when there is no file."""
-    if not Path(path).is_file():
-        return []
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
-
-
-def find_row(rows, **wanted):
-    """The latest row with these fields, or None."""
-    return next((row for row in reversed(rows) if all(row.get(k) == v for k, v in wanted.items())), None)
-
-
-def run_neighbour(script, *flags):
+def run_script(script, *flags):
     print(f"\n$ python {script} {' '.join(flags)}", flush=True)
     if code := subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
         raise ValueError(f"{script} ended with exit code {code}; its own message is above")
 
 
-def plot_report(rows, out):
-    """Two plots of (label, row) pairs: accuracy against tokens, and, where problems have levels, accuracy by level."""
+def draw_rates(axes, x, rates, label):
+    """Points with error bars. rates: (rate, low, high, ...) of each."""
+    bars = [[rate - low for rate, low, *_ in rates], [high - rate for rate, _, high, *_ in rates]]
+    axes.errorbar(x, [rate for rate, *_ in rates], bars, fmt="o-", capsize=2, label=label)
+
+
+def plot_report(rows, path):
+    """A PNG of accuracy against tokens, and by level. rows: [(label, row), ...]."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, and no display needed
-    figures = {"cost.png": Figure((7, 4.5), dpi=150), "levels.png": Figure((7, 4.5), dpi=150)}
-    cost, levels = (figure.subplots() for figure in figures.values())
-    bars = lambda rates: [[r - low for r, low, *_ in rates], [high - r for r, _, high, *_ in rates]]
-    for i, (label, row) in enumerate(rows):
-        rate = row["accuracy"], row["low"], row["high"]
-        cost.errorbar([row["tokens_mean"]], [rate[0]], bars([rate]), fmt="o", capsize=2, label=label)
-        if rates := list(row["levels"].values()):
-            x = [int(level) + 0.06 * (i - len(rows) / 2) for level in row["levels"]]
-            levels.errorbar(x, [r[0] for r in rates], bars(rates), fmt="o-", capsize=2, label=label)
+    figure = Figure((14, 4.5), dpi=150)
+    cost, levels = figure.subplots(1, 2)
     cost.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
-    levels.set(xlabel="level", ylabel="accuracy", ylim=(0, 1))
-    for (name, figure), axes in zip(figures.items(), (cost, levels)):
-        if axes.get_legend_handles_labels()[1]:
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-            figure.savefig(out / name, bbox_inches="tight")
-
-
-def trained_checkpoint(args):
-    """The best checkpoint that grpo.py left for this model; it is trained now when there is none."""
-    run = Path("runs") / ("grpo" if args.model == "tiny" else f"grpo-{Path(args.model).name}")
-    if not (run / "checkpoints" / "best").is_dir():
-        run_neighbour("grpo.py", f"--model={args.model}", f"--run-dir={run}")
-    return str(run / "checkpoints" / "best")
+    levels.set(xlabel="level", ylim=(0, 1))
+    for i, (label, row) in enumerate(rows):
+        draw_rates(cost, [row["tokens_mean"]], [(row["accuracy"], row["low"], row["high"])], label)
+        x = [int(level) + 0.06 * (i - len(rows) / 2) for level in row["levels"]]
+        draw_rates(levels, x, list(row["levels"].values()), label)
+    cost.legend(fontsize=7)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def report(args):
-    """One row per method, as Markdown and two plots; what the results lack is measured by the scripts that can."""
-    path = resolve_model(args.model)
-    tiny = is_tiny(load_config(path))
-    data = args.data or ("arithmetic" if tiny else "gsm8k")
-    plain, cot = ("plain", "cot") if tiny else ("direct", "boxed")
-    passed_on = ("data", "split", "limit", "data_seed", "seed", "grade", "max_batch", "max_new_tokens", "device",
-                 "results")
+    """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    config = model.load_config(model.resolve_model(args.model))
+    data = chosen_flags(args, config)["data"]
+    plain, cot = ("plain", "cot") if model.is_tiny(config) else ("direct", "boxed")
     usual = vars(parse_args([]))
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(args).items() if k in passed_on and v != usual[k]]
-    same = {"data": data, "split": args.split, "data_seed": args.data_seed, "seed": args.seed, "shots": 0,
-            "n": len(load_problems(data, args.split, args.limit or None, args.data_seed))}
-    trained = args.trained or trained_checkpoint(args)
-    plan = [  # label, model, method, prompt, the script that makes the row
-        ("base", args.model, "greedy", plain, "eval.py"),
-        ("+ chain of thought", args.model, "greedy", cot, "eval.py"),
-        ("+ chain of thought, sampled once", args.model, "one sample", cot, "infer_scale.py"),
-        ("+ self-consistency, N = 10", args.model, "majority of 10", cot, "infer_scale.py"),
-        ("+ self-refinement, K = 2", args.model, "refine, K = 2", cot, "refine.py"),
-        ("self-consistency at its tokens", args.model, "self-consistency at the tokens of K = 2", cot, "refine.py"),
-        ("+ GRPO", trained, "greedy", plain, "eval.py"),
-        ("base, sampled", args.model, "sampled", plain, "eval.py"),  # is GRPO more than sharpening? see pass@10
-        ("+ GRPO, sampled", trained, "sampled", plain, "eval.py"),
-    ]
+    own = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
+           "report", "trained", "out")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+             if name not in own and value != usual[name]]
+    base = args.model
+    run_dir = Path("runs", "grpo" if base == "tiny" else f"grpo-{Path(base).name}")
+    trained = args.trained or str(run_dir / "checkpoints" / "best")
+    if not args.trained and not Path(trained).is_dir():
+        run_script("grpo.py", f"--model={base}", f"--run-dir={run_dir}")
+    plan = [  # label, model, prompt, script, the method of its row
+        ("base", base, plain, "eval.py", "greedy"),
+        ("+ chain of thought", base, cot, "eval.py", "greedy"),
+        ("+ chain of thought, sampled once", base, cot, "infer_scale.py", "one sample"),
+        ("+ self-consistency, N = 10", base, cot, "infer_scale.py", "majority of 10"),
+        ("+ self-refinement, K = 2", base, cot, "refine.py", "refine, K = 2"),
+        ("self-consistency at its tokens", base, cot, "refine.py",
+         "self-consistency at the tokens of K = 2"),
+        ("+ GRPO", trained, plain, "eval.py", "greedy"),
+        # is GRPO more than sharpening? see pass@10
+        ("base, sampled", base, plain, "eval.py", "sampled"),
+        ("+ GRPO, sampled", trained, plain, "eval.py", "sampled")]
+    num_problems = len(load_problems(data, args.split, args.limit or None, args.data_seed))
     rows = []
-    for label, model, method, prompt, script in plan:
-        wanted = same | {"weights": fingerprint(resolve_model(model)), "method": method, "prompt": prompt,
-                         "grade": args.grade or PRESETS[prompt].grade,
-                         "temperature": 0.0 if method == "greedy" else SAMPLING_TEMPERATURE}
-        sampled = ["--num-samples=10", f"--temperature={SAMPLING_TEMPERATURE}"] if method == "sampled" else []
-        if not find_row(read_rows(args.results), **wanted):
-            run_neighbour(script, f"--model={model}", f"--prompt={prompt}", *sampled, *flags)
-        rows.append((label, find_row(read_rows(args.results), **wanted)))
+    for label, path, prompt, script, method in plan:
+        temperature = 0.0 if method == "greedy" else SAMPLING_TEMPERATURE
+        wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
+                  "n": num_problems, "weights": weights_hash(model.resolve_model(path)),
+                  "prompt": prompt, "grade": args.grade or PRESETS[prompt].grade,
+                  "method": method, "temperature": temperature, "seed": args.seed}
+        if not find_row(args.results, **wanted):
+            sampled = ["--num-samples=10"] if method == "sampled" else []
+            run_script(script, f"--model={path}", f"--prompt={prompt}",
+                       f"--temperature={temperature}", *sampled, *flags)
+        rows.append((label, find_row(args.results, **wanted)))
+    lines = [[label, rated(row), percent(*row["pass_at"]["10"]) if "pass_at" in row else "",
+              round(row["tokens_mean"]), f"{row['seconds']:.1f}", f"`{row['command']}`"]
+             for label, row in rows]
+    table = markdown(["method", "accuracy, % [95 %]", "pass@10", "tokens per problem", "seconds",
+                      "command"], lines)
+    text = f"{base} on {num_problems} problems of {data}/{args.split}\n\n{table}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    lines = [[label, rated(row), percent(*row["pass_at"]["10"]) if "pass_at" in row else "", f"{row['tokens_mean']:.0f}",
-              f"{row['seconds']:.1f}", f"`{row['command']}`"] for label, row in rows]
-    text = (f"{args.model} on {same['n']} problems of {data}/{args.split}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads\n\n"
-            + markdown(["method", "accuracy, % [95 %]", "pass@10", "tokens per problem", "seconds", "command"], lines))
     (out / "results.md").write_text(text, encoding="utf-8")
-    print("\n" + text)
+    print(f"\n{text}\nwritten to {out}/results.md")
     try:
-        plot_report(rows, out)
-        print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+        plot_report(rows, out / "report.png")
     except ImportError:
-        print(f"written to {out}/results.md; the plots need matplotlib: pip install matplotlib")
+        print("report.png needs matplotlib: pip install matplotlib")
 
 
-# ------------------------------------------------------------------------------------ main
+def run_main(main, parse_args):
+    """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        if rank_and_world()[0] > 0:
+            time.sleep(2)  # if process 0 fails for the same reason, this one is over before
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(args):
@@ -592,17 +679,13 @@ def main(args):
         return compare(*args.compare, args.grade)
     if args.report:
         return report(args)
-    run = open_run(args)
-    print_settings(settings_of(run, num_samples=args.num_samples))
-    records, settings = measure(run, num_samples=args.num_samples)
-    row = summarize(records, method="greedy" if args.temperature == 0 else "sampled", **settings)
+    setup = load_setup(args)
+    records, settings = collect_records(setup, num_samples=args.num_samples)
+    method = "greedy" if args.temperature == 0 else "sampled"
+    row = summarize(records, method=method, **settings)
     append_row(args.results, row)
     print_row(row)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

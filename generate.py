@@ -8,10 +8,10 @@
                        stop_tokens=config.eos_token_id)
     answers[prompt][sample].tokens, .logprobs, .finish
 
-A prompt is computed once, and its keys and values are held once: its samples attend to them together,
-and each to its own tokens (Hydragen, arXiv:2402.05099). Rows that end leave the batch, and waiting ones
-take their places (Orca, OSDI 2022). The layers are `model.block`; a GPU replays a step as a CUDA graph.
-Bounds on thinking: s1, arXiv:2501.19393.
+A prompt is computed once, and its keys and values are held once: its samples attend to them
+together, and each to its own tokens (Hydragen, arXiv:2402.05099). Rows that end leave the batch,
+and waiting ones take their places (Orca, OSDI 2022). The layers are `model.block`; a GPU replays a
+step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 """
 
 import argparse
@@ -26,9 +26,8 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+import model
 from attention import Layout, decode_attention, padded_length, prefill_attention
-from model import encode_chat, encode_text, end_tokens, head_weight, hidden_states, lm_head
-from model import load_config, load_params, load_system_prompt, load_tokenizer, merged_weight, resolve_model
 from optim import HelpFormatter, add_device_flags, at_least, between, compute_dtype, find_device
 
 
@@ -67,9 +66,9 @@ def parse_args(argv=None):
 
 class Completion(NamedTuple):
     tokens: list[int]  # the stop token, when one was drawn, is the last
-    logprobs: list[float]  # at the sampling temperature, before top-p and top-k cut the distribution
+    logprobs: list[float]  # at the sampling temperature, of the distribution before top-p and top-k
     finish: str  # "stop" | "length" | "repetition"
-    forced: list[int] = []  # indices of tokens that a thinking budget put there: not to be trained on
+    forced: list[int] = []  # indices of tokens from a thinking budget: not to be trained on
 
 
 # ------------------------------------------------------------ drawing a token
@@ -84,8 +83,9 @@ def mix(x):
 
 
 def uniform(keys, draws):
-    """Splitmix64, which has no state: float32 in [0, 1) for each pair of keys and draws, int64 [B]."""
-    return (mix(keys + (draws + 1) * (0x9E3779B97F4A7C15 - 2**64)) >> 40 & 0xFFFFFF).float() / 2**24
+    """Splitmix64, which has no state: keys, draws int64 [B] -> float32 [B] in [0, 1)."""
+    bits = mix(keys + (draws + 1) * (0x9E3779B97F4A7C15 - 2**64))
+    return (bits >> 40 & 0xFFFFFF).float() / 2**24
 
 
 def row_key(seed, prompt_seed, sample):
@@ -159,9 +159,9 @@ def truncated_draw(probs, noise, top_p, top_k):
 def sampling_params(params, config, dtype=None, device=None, packed=None):
     """The form of the weights that `generate` runs on: a new dict under the same names.
 
-    Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the last
-    bit for (almost) any number of rows; `packed` False keeps them. What has its form already is shared
-    with `params`, so that this costs nothing the second time. Call it again after an update.
+    Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the
+    last bit for (almost) any number of rows; `packed` False keeps them. What has its form already
+    is shared with `params`: the second time this costs nothing. Call it again after an update.
     """
     like = params["model.norm.weight"]
     dtype = dtype or like.dtype
@@ -176,7 +176,7 @@ def sampling_params(params, config, dtype=None, device=None, packed=None):
     for name, weight in params.items():
         if ".lora_" in name or weight.is_mkldnn:
             continue
-        weight = merged_weight(params, name).detach().to(device, dtype)
+        weight = model.merged_weight(params, name).detach().to(device, dtype)
         matrix = weight.dim() == 2 and name != "model.embed_tokens.weight"
         form[name] = pack(weight) if packed and matrix else weight
     form |= {name: weight for name, weight in params.items() if weight.is_mkldnn}
@@ -217,14 +217,14 @@ class Sampling(NamedTuple):
 @dataclass(eq=False)
 class Row:
     """One completion on its way."""
-    prompt: int = -1
-    sample: int = -1
-    key: int = 0  # of its noise
-    limit: int = 0  # of its tokens
-    first: int = 0  # the last token of its prompt, which is the first that it feeds
-    shared: int = 0  # tokens of its prompt in the shared part of the cache
-    private: int = 0  # tokens of its prompt in its own part
-    thought_begin: int | None = None  # how many tokens it had when its thinking block opened
+    prompt: int
+    sample: int
+    key: int  # of its noise
+    limit: int  # of its tokens
+    first: int  # the last token of its prompt, which is the first that it feeds
+    held: int  # tokens of its prompt that are in the cache
+    thought_begin: int | None  # how many tokens it had when its thinking block opened
+    shares: bool  # the prompt in the cache with its other samples
     thought_closed: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -233,9 +233,9 @@ class Row:
     draws: int = 0
 
     @property
-    def length(self):
-        """Slots that it holds in its own part of the cache."""
-        return self.private + len(self.tokens)
+    def prompt_owner(self):
+        """Who holds its prompt in the cache."""
+        return self.prompt, 0 if self.shares else self.sample
 
     def extend(self, tokens, logprobs):
         if self.queue:
@@ -260,7 +260,7 @@ def is_loop(tokens, span):
 
 
 def steer_thinking(row, sampling):
-    """Keep a thought between its minimum and its budget, by queueing tokens that are to come next."""
+    """Keep a thought between its minimum and its budget, by queueing what has to come next."""
     opening, closing = f"<{sampling.think_tag}>", f"</{sampling.think_tag}>"
     if row.thought_begin is None:
         if opening in sampling.text(row.tokens[-len(opening):]):
@@ -271,13 +271,13 @@ def steer_thinking(row, sampling):
     if closing not in tail:
         if sampling.think_budget and spent >= sampling.think_budget and not row.queue:
             line_break = "" if tail.endswith("\n") else "\n"
-            row.queue = encode_text(sampling.tokenizer, line_break + closing + "\n")
+            row.queue = model.encode_text(sampling.tokenizer, line_break + closing + "\n")
     elif spent < sampling.think_minimum and not row.queue and len(row.tokens) - 1 not in row.forced:
         thought = sampling.text(row.tokens[row.thought_begin:]).partition(closing)[0]
         while len(sampling.text(row.tokens[row.thought_begin:])) > len(thought):
             row.tokens.pop()  # the tag is taken back, in the cache, too
             row.logprobs.pop()
-        row.queue = encode_text(sampling.tokenizer, "Wait")
+        row.queue = model.encode_text(sampling.tokenizer, "Wait")
     elif not row.queue:
         row.thought_closed = True
 
@@ -297,112 +297,95 @@ def finish_reason(row, sampling):
     return "length" if len(row.tokens) >= row.limit else None
 
 
-# ------------------------------------------------------------ the scheduler
+# ------------------------------------------------------------ the cache and the scheduler
 
 
-def new_store(config, rows, slots, like):
-    """Keys and values, zeros: for each layer [2, K, rows, slots, head_dim], like the tensor `like`.
+@dataclass
+class Store:
+    """Keys and values of owners, one row each: of the running rows, or of their prompts."""
+    layers: list  # [keys, values] of each layer, [K, rows, slots, head_dim] each
+    rows: dict  # owner: its row
 
-    With the heads outside, rows of one prompt that stand side by side are one product with its keys.
-    On a CPU a slot takes no memory before it is written.
+
+def new_store(config, like):
+    """An empty Store like the tensor `like`.
+
+    With the heads outside, rows of a prompt that stand side by side are one product with its keys.
+    A CPU has no bfloat16 product with float32 results: it keeps keys in float32 instead of turning
+    them at every step.
     """
-    shape = (2, config.num_key_value_heads, rows, slots, config.head_dim)
-    return [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+    key_dtype = like.dtype if like.is_cuda else torch.float32
+    keys = like.new_zeros(config.num_key_value_heads, 0, 0, config.head_dim, dtype=key_dtype)
+    layers = [[keys, keys.to(like.dtype)] for _ in range(config.num_hidden_layers)]
+    return Store(layers, {})
 
 
 @dataclass
 class Batch:
-    """The rows that decode together, and what they have cached."""
-    places: list  # the Row in each place of the batch, None in free ones
-    own: list  # store of what each row has said, and of its prompt unless that is shared
-    shared: list | None  # store of the prompts that running rows share
-    prompts: dict  # prompt: its row in `shared`
+    """The rows that decode together: what they have said, and their prompts."""
+    own: Store
+    prompts: Store
+    graphs: dict  # of the decode step, as long as the stores stay where they are
     on_cpu: bool  # elsewhere shapes are few, for few CUDA graphs
-    graphs: dict = field(default_factory=dict)  # of the decode step, while the stores stay in place
-
-    @property
-    def running(self):
-        return [row for row in self.places if row]
-
-    def padded_rows(self, n):
-        return n if self.on_cpu else 1 << max(0, n - 1).bit_length()
-
-    def padded_slots(self, length, store):
-        """Slots to attend to for rows of this length, with room for one more token at least."""
-        padded = padded_length(length + 1) if self.on_cpu else -(-(length + 1) // 256) * 256
-        return min(padded, store[0].shape[3])
-
-    def slots_needed(self, rows):
-        """Slots that `rows` and their prompts take."""
-        longest = max(row.length for row in rows)
-        needed = self.padded_rows(len(rows)) * self.padded_slots(longest, self.own)
-        if self.shared:
-            longest = max(row.shared for row in rows)
-            prompts = self.padded_rows(len({row.prompt for row in rows}))
-            needed += prompts * self.padded_slots(longest, self.shared)
-        return needed
 
 
-def resize_store(batch, store, rows, kept, length):
-    """Make it `rows` rows, in place: the rows `kept` first, `length` slots of each. Layer by layer."""
-    batch.graphs.clear()
-    for layer, old in enumerate(store):
-        store[layer] = old.new_zeros(*old.shape[:2], rows, *old.shape[3:])
-        store[layer][:, :, :len(kept), :length] = old[:, :, kept, :length]
+def padded_rows(n, on_cpu):
+    return n if on_cpu else 1 << max(0, n - 1).bit_length()
 
 
-def cache_slots(rows, group, prompt, completion, on_cpu):
-    """Slots of the cache at most, for `rows` rows of `group` to a prompt: what a plan of memory needs."""
-    batch = Batch([], None, None, {}, on_cpu)
-    prompts = batch.padded_rows(-(-rows // group))
-    return batch.padded_rows(rows) * (completion + 1) + prompts * prompt
+def padded_slots(length, on_cpu):
+    """Slots for rows of this length, with room to go on."""
+    block = 32 if on_cpu else 256
+    return -(-(length + 1 + length // 16) // block) * block
+
+
+def cache_slots(rows, prompts, completion, prompt, on_cpu):
+    """Slots for so many rows and prompts, and the longest of each."""
+    own = padded_rows(rows, on_cpu) * padded_slots(completion, on_cpu)
+    return own + padded_rows(prompts, on_cpu) * padded_slots(prompt, on_cpu)
+
+
+def slots_needed(rows, on_cpu):
+    prompts = len({row.prompt_owner for row in rows})
+    longest = max(len(row.tokens) for row in rows)
+    return cache_slots(len(rows), prompts, longest, max(row.held for row in rows), on_cpu)
 
 
 def schedule(batch, waiting, max_batch, budget):
-    """Preempt rows while the cache needs over `budget` slots, admit waiting ones: those that enter."""
-    running = batch.running
-    while len(running) > 1 and batch.slots_needed(running) > budget:
+    """The rows to run: preempts some while over `budget` slots are needed, admits waiting ones."""
+    running = list(batch.own.rows)
+    while len(running) > 1 and slots_needed(running, batch.on_cpu) > budget:
         youngest = min(running, key=lambda row: len(row.tokens))
         running.remove(youngest)
-        batch.places[batch.places.index(youngest)] = None
         waiting.appendleft(youngest.restarted())
-    entering = []
     while waiting and len(running) < max_batch:
-        if running and batch.slots_needed([*running, waiting[0]]) > budget:
+        if running and slots_needed([*running, waiting[0]], batch.on_cpu) > budget:
             break
-        entering.append(waiting.popleft())
-        running.append(entering[-1])
-    return entering
+        running.append(waiting.popleft())
+    return running
 
 
-def misfit(needed, held):
-    return needed > held or needed <= 0.75 * held
+def allocate(batch, store, owners, length):
+    """Give every owner a row of the store for `length` tokens, others none. Returns the new ones.
 
-
-def allocate(batch, entering):
-    """Give the entering rows places, and their prompts rows of the store: [(prompt, row), ...] to fill."""
-    running = batch.running
-    rows = batch.padded_rows(len(running) + len(entering))
-    if misfit(rows, len(batch.places)):
-        kept = [place for place, row in enumerate(batch.places) if row]
-        longest = max((row.length for row in running), default=0)
-        resize_store(batch, batch.own, rows, kept, longest)
-        batch.places = running + [None] * (rows - len(running))
-    for row in entering:
-        batch.places[batch.places.index(None)] = row
-    if not batch.shared:
-        return [(row.prompt, batch.places.index(row)) for row in entering]
-    prompts = list(dict.fromkeys(row.prompt for row in running + entering))
-    batch.prompts = {prompt: at for prompt, at in batch.prompts.items() if prompt in prompts}
-    rows = batch.padded_rows(len(prompts))
-    if misfit(rows, batch.shared[0].shape[2]):
-        longest = max(row.shared for row in running + entering)
-        resize_store(batch, batch.shared, rows, list(batch.prompts.values()), longest)
-        batch.prompts = {prompt: at for at, prompt in enumerate(batch.prompts)}
-    free = sorted(set(range(batch.shared[0].shape[2])) - set(batch.prompts.values()))
-    fresh = list(zip((prompt for prompt in prompts if prompt not in batch.prompts), free))
-    batch.prompts.update(fresh)
+    The store is made anew, layer by layer, where it is too small, or a quarter too large.
+    """
+    store.rows = {owner: row for owner, row in store.rows.items() if owner in owners}
+    rows, slots = padded_rows(len(owners), batch.on_cpu), padded_slots(length, batch.on_cpu)
+    _, old_rows, old_slots, _ = store.layers[0][0].shape
+    if not (0.75 * old_rows < rows <= old_rows and 0.75 * old_slots < slots <= old_slots):
+        kept, both = list(store.rows.values()), min(slots, old_slots)
+        for layer in store.layers:
+            for i, old in enumerate(layer):
+                layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
+                layer[i][:, :len(kept), :both] = old[:, kept, :both]
+        store.rows = {owner: row for row, owner in enumerate(store.rows)}
+        batch.graphs.clear()
+    fresh = [owner for owner in owners if owner not in store.rows]
+    free = sorted(set(range(store.layers[0][0].shape[1])) - set(store.rows.values()))
+    store.rows.update(zip(fresh, free))
     return fresh
+
 
 # ------------------------------------------------------------ prefill and decode
 
@@ -421,40 +404,41 @@ class State(NamedTuple):
 
 
 def batch_layout(batch):
-    """The Layout of a batch; places without a row hold zeros, and what they draw is thrown away."""
-    _, K, B, slots, _ = batch.own[0].shape
-    N = batch.shared[0].shape[2] if batch.shared else 0
-    lengths = torch.tensor([row.length if row else 0 for row in batch.places])
-    groups = [[] for _ in range(N)]  # the places of each prompt's rows
-    for place, row in enumerate(batch.places):
-        if row and N:
-            groups[batch.prompts[row.prompt]].append(place)
-    held = torch.tensor([max((batch.places[i].shared for i in group), default=0) for group in groups])
-    seen = batch.padded_slots(int(held.max()), batch.shared) if N else 0
-    unseen = torch.arange(seen) >= held[:, None]  # [N, P]
-    prompt_bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-
-    if N and B % N == 0 and all(i // (B // N) == at for at, group in enumerate(groups) for i in group):
-        members, places = torch.arange(B).view(N, -1), []  # side by side: nothing need be gathered
-    else:
-        g = batch.padded_rows(max(map(len, groups), default=1))
-        members = [group + [0] * (g - len(group)) for group in groups]
-        places = [0] * B
-        for at, group in enumerate(groups):
-            for j, i in enumerate(group):
-                places[i] = at * g + j
-    next_slots = (torch.arange(2 * K * B).view(-1, B) * slots + lengths).flatten()
+    """The Layout of a batch; rows of the stores without an owner hold zeros."""
+    K, B, slots, _ = batch.own.layers[0][0].shape
+    N, P = batch.prompts.layers[0][0].shape[1:3]
+    lengths, held = [0] * B, [0] * N
+    groups = [[] for _ in range(N)]  # the rows of each prompt
+    for row, at in sorted(batch.own.rows.items(), key=lambda item: item[1]):
+        prompt = batch.prompts.rows[row.prompt_owner]
+        lengths[at], held[prompt] = len(row.tokens), row.held
+        groups[prompt].append(at)
+    g = padded_rows(max(map(len, groups)), batch.on_cpu)
+    places = [0] * B
+    for prompt, group in enumerate(groups):
+        for i, at in enumerate(group):
+            places[at] = prompt * g + i
+    members = [group + [0] * (g - len(group)) for group in groups]
+    if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
+        places = []
+    lengths = torch.tensor(lengths)
+    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
+    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
+    next_slots = (torch.arange(K * B).view(K, B) * slots + lengths).flatten()
     columns = (next_slots, lengths, prompt_bias, members, places)
-    return Layout(*(torch.as_tensor(column).to(batch.own[0].device) for column in columns))
+    device = batch.own.layers[0][0].device
+    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
 
 
 def batch_state(batch, states):
-    """The State of a batch's rows. states: {shapes: State}; a graph reads the one it was captured with."""
-    rows = [row or Row() for row in batch.places]
-    columns = [[row.tokens[-1] if row.tokens else row.first for row in rows],
-               [row.shared + row.length for row in rows], [row.key for row in rows],
-               [row.draws for row in rows], [-1] * len(rows)]
-    device = batch.own[0].device
+    """The State of a batch's rows. states: {shapes: State}: a graph reads where it was captured."""
+    columns = [[0] * batch.own.layers[0][0].shape[1] for _ in range(5)]
+    for row, at in batch.own.rows.items():
+        last = row.tokens[-1] if row.tokens else row.first
+        values = (last, row.held + len(row.tokens), row.key, row.draws, -1)
+        for column, value in zip(columns, values):
+            column[at] = value
+    device = batch.own.layers[0][0].device
     now = State(*(torch.tensor(column, device=device) for column in columns), batch_layout(batch))
     state = states.setdefault(tuple(tensor.shape for tensor in now.tensors()), now)
     for tensor, value in zip(state.tensors(), now.tensors()):
@@ -462,32 +446,32 @@ def batch_state(batch, states):
     return state
 
 
-def prefill(params, config, store, rows, prompts, chunk):
-    """Write the keys and values of `prompts` into `rows` of the store, about `chunk` tokens at a time."""
-    todo = sorted(((prompt, row) for prompt, row in zip(prompts, rows) if prompt),
-                  key=lambda pair: -len(pair[0]))
-    device = store[0].device
+def prefill(params, config, store, owners, prompts, chunk):
+    """Write the keys and values of the owners' prompts, about `chunk` tokens at a time."""
+    todo = [(prompts[owner[0]][:-1], store.rows[owner]) for owner in owners]
+    todo = sorted((pair for pair in todo if pair[0]), key=lambda pair: -len(pair[0]))
+    device = store.layers[0][0].device
     while todo:
         longest = len(todo[0][0])
         width = min(padded_length(longest), chunk)
         padded = -(-longest // width) * width
         now, todo = todo[:chunk // width], todo[chunk // width:]
-        tokens = torch.tensor([prompt + [0] * (padded - len(prompt)) for prompt, _ in now], device=device)
-        at = torch.tensor([row for _, row in now], device=device)
+        tokens = [prompt + [0] * (padded - len(prompt)) for prompt, _ in now]
+        tokens = torch.tensor(tokens, device=device)
+        rows = torch.tensor([row for _, row in now], device=device)
         for begin in range(0, longest, width):
             part = tokens[:, begin:begin + width]
             positions = torch.arange(begin, begin + width, device=device).expand(part.shape)
-            hidden_states(params, config, part, positions, prefill_attention(store, at, begin))
+            attend_fn = prefill_attention(store.layers, rows, begin)
+            model.hidden_states(params, config, part, positions, attend_fn)
 
 
-def decode_step(params, config, state, own, shared, seen, sampling):
-    """Feed each row's last token, draw the next: tokens [B], logprobs [B]. Writes `state` and `own`.
-
-    seen: how many of its own slots a row attends to.
-    """
-    attend_fn = decode_attention(own, shared, state.layout, seen)
-    hidden = hidden_states(params, config, state.tokens[:, None], state.positions[:, None], attend_fn)
-    logits = lm_head(hidden, head_weight(params))[:, 0]  # [B, V]
+def decode_step(params, config, state, batch, sampling):
+    """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache."""
+    attend_fn = decode_attention(batch.own.layers, batch.prompts.layers, state.layout)
+    tokens, positions = state.tokens[:, None], state.positions[:, None]  # [B, 1]
+    hidden = model.hidden_states(params, config, tokens, positions, attend_fn)
+    logits = model.lm_head(hidden[:, 0], model.head_weight(params))  # [B, V]
     forced = state.forced if sampling.bounds_thinking else None
     tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), sampling.temperature,
                                      sampling.top_p, sampling.top_k, forced)
@@ -497,10 +481,11 @@ def decode_step(params, config, state, own, shared, seen, sampling):
     return tokens, logprobs
 
 
-def captured(step_fn, state, graphs, shape):
-    """step_fn(), on a GPU as a CUDA graph, captured once per shape: its tensors must stay in place."""
+def captured(step_fn, state, graphs):
+    """step_fn(), on a GPU as a CUDA graph, captured once per shape; its tensors stay in place."""
     if state.tokens.device.type != "cuda":
         return step_fn()
+    shape = tuple(tensor.shape for tensor in state.tensors())
     if shape not in graphs:
         before = [tensor.clone() for tensor in state.tensors()]
         side = torch.cuda.Stream()
@@ -521,20 +506,20 @@ def captured(step_fn, state, graphs, shape):
 
 def decode(params, config, batch, state, sampling, stride, step_fn):
     """At most `stride` steps for all rows: [(tokens [B], logprobs [B]), ...]."""
-    running = batch.running
-    longest = max(row.length for row in running)
-    seen = batch.padded_slots(longest, batch.own)
+    _, B, slots, _ = batch.own.layers[0][0].shape
     if sampling.bounds_thinking:
-        next_tokens = [row.queue[0] if row and row.queue else -1 for row in batch.places]
+        next_tokens = [-1] * B
+        for row, at in batch.own.rows.items():
+            next_tokens[at] = row.queue[0] if row.queue else -1
         state.forced.copy_(torch.tensor(next_tokens))
-    shape = (seen, *(tensor.shape for tensor in state.tensors()))
 
     def run_step():
-        return step_fn(params, config, state, batch.own, batch.shared, seen, sampling)
+        return step_fn(params, config, state, batch, sampling)
 
+    room = [min(row.limit, slots) - len(row.tokens) for row in batch.own.rows]
     drawn = []
-    for _ in range(min(stride, seen - longest, *(row.limit - len(row.tokens) for row in running))):
-        drawn.append(captured(run_step, state, batch.graphs, shape))
+    for _ in range(min(stride, *room)):
+        drawn.append(captured(run_step, state, batch.graphs))
         if batch.on_cpu and not sampling.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
             break
     return drawn
@@ -543,25 +528,24 @@ def decode(params, config, batch, state, sampling, stride, step_fn):
 def harvest(batch, drawn, sampling, results, on_token):
     """Hand the drawn tokens to their rows, and those that end to `results`.
 
-    drawn: [(tokens [B], logprobs [B]), ...] of one step after another. Returns whether a thought was
-    reopened: the row is then shorter than its cache.
+    drawn: [(tokens [B], logprobs [B]), ...] of one step after another. Returns whether a thought
+    was reopened: the row is then shorter than its cache.
     """
-    tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]: waits
+    tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     reopened = False
-    for place, row in enumerate(batch.places):
-        if row is None:
-            continue
-        ends = (n for n, token in enumerate(tokens[place], 1) if token in sampling.stop_tokens)
+    for row, at in list(batch.own.rows.items()):
+        ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = next(ends, len(drawn))
-        row.extend(tokens[place][:end], logprobs[place][:end])
-        length = row.length
+        row.extend(tokens[at][:end], logprobs[at][:end])
+        length = len(row.tokens)
         finish = finish_reason(row, sampling)
-        reopened |= row.length < length
+        reopened |= len(row.tokens) < length
         if on_token:
             on_token(row.prompt, row.sample, row.tokens)
         if finish:
-            results[row.prompt][row.sample] = Completion(row.tokens, row.logprobs, finish, row.forced)
-            batch.places[place] = None
+            completion = Completion(row.tokens, row.logprobs, finish, row.forced)
+            results[row.prompt][row.sample] = completion
+            del batch.own.rows[row]
     return reopened
 
 
@@ -569,7 +553,7 @@ def harvest(batch, drawn, sampling, results, on_token):
 
 
 def check_request(config, prompts, limits, **settings):
-    """Raises ValueError for a setting out of range, or a prompt that the model cannot go on from."""
+    """Raises ValueError for a setting out of range, or a prompt that cannot be gone on from."""
     settings["max_new_tokens"] = min((n for row in limits for n in row), default=1)
     for name, value in settings.items():
         low = 0 if name in ("temperature", "top_p", "top_k") else 1
@@ -578,12 +562,13 @@ def check_request(config, prompts, limits, **settings):
             raise ValueError(f"{name} is {value}, expected {expected}")
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {i} is empty; give it at least one token, such as <|endoftext|>")
+            raise ValueError(f"prompt {i} is empty; give it a token, such as <|endoftext|>")
         if len(prompt) >= config.max_context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens, which fill the context of "
                              f"{config.max_context}")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {i} has a token outside the vocabulary of {config.vocab_size}")
+            raise ValueError(f"prompt {i} has a token outside the vocabulary of "
+                             f"{config.vocab_size}")
 
 
 def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
@@ -592,38 +577,30 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
     for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p])):
         thought_begin = None
         if sampling.bounds_thinking:
-            _, opening, since = sampling.text(prompts[p][-32:]).rpartition(f"<{sampling.think_tag}>")
-            thought_begin = 0 if opening and f"</{sampling.think_tag}>" not in since else None
+            tail, tag = sampling.text(prompts[p][-32:]), f"{sampling.think_tag}>"
+            thought_begin = 0 if tail.rfind("<" + tag) > tail.rfind("</" + tag) else None
         held = len(prompts[p]) - 1  # rows feed the last token themselves: only decode makes logits
-        shared, private = (held, 0) if shares else (0, held)
         for sample, limit in enumerate(limits[p]):
             key = row_key(seed, p if seeds is None else seeds[p], sample)
             limit = min(limit, config.max_context - len(prompts[p]))
-            waiting.append(Row(p, sample, key, limit, prompts[p][-1], shared, private, thought_begin))
+            row = Row(p, sample, key, limit, prompts[p][-1], held, thought_begin, shares)
+            waiting.append(row)
     return waiting
-
-
-def new_batch(config, waiting, like):
-    """A Batch without rows, whose stores have slots for the longest of those that wait."""
-    slots = max(row.private + row.limit for row in waiting) + 1
-    prompt_slots = max(row.shared for row in waiting)
-    shared = new_store(config, 0, prompt_slots, like) if prompt_slots else None
-    return Batch([], new_store(config, 0, slots, like), shared, {}, like.device.type == "cpu")
 
 
 @torch.inference_mode()
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0,
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
              tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
-             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None, on_token=None,
-             stats=None):
+             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None,
+             on_token=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
-    A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says depends
-    neither on who shares its batch nor on the batch size, but for a rounding that moves a draw across
-    the very edge of two tokens.
+    A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says
+    depends neither on who shares its batch nor on the batch size, but for a rounding that moves a
+    draw across the very edge of two tokens.
     params: a checkpoint's tensors, with or without an adapter, or sampling_params of them.
-    max_new_tokens: an int, or one for each [prompt][sample]. The end of the context is a limit, too.
+    max_new_tokens: an int, or one for each [prompt][sample]; the context's end is a limit, too.
     seeds: an int for each prompt; default its index.
     stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
     repetition: end a row whose last tokens, so many, say one phrase four times or more.
@@ -636,12 +613,13 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
-    limits = [[max_new_tokens] * num_samples if isinstance(max_new_tokens, int) else max_new_tokens[p]
-              for p in range(len(prompts))]
+    limits = max_new_tokens
+    if isinstance(max_new_tokens, int):
+        limits = [[max_new_tokens] * num_samples for _ in prompts]
     check_request(config, prompts, limits, num_samples=num_samples, temperature=temperature,
                   top_p=top_p, top_k=top_k, max_batch=max_batch, chunk=chunk)
-    sampling = Sampling(temperature, top_p, top_k, frozenset(stop_tokens), tuple(stop_strings), tokenizer,
-                        repetition, think_budget, think_minimum, think_tag)
+    sampling = Sampling(temperature, top_p, top_k, frozenset(stop_tokens), tuple(stop_strings),
+                        tokenizer, repetition, think_budget, think_minimum, think_tag)
     if (sampling.stop_strings or sampling.bounds_thinking) and tokenizer is None:
         raise ValueError("stop strings and bounds on thinking need the tokenizer")
     stats = {} if stats is None else stats
@@ -655,32 +633,38 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     step_fn = decode_step
     if compile_backend:
         step_fn = torch.compile(decode_step, backend=compile_backend)
-    shares = share_prompts and num_samples > 1
-    waiting = new_rows(config, prompts, limits, seed, seeds, shares, sampling)
-    batch = new_batch(config, waiting, embedding)
-    slot_gib = sum(layer.nbytes for layer in new_store(config, 1, 1, embedding)) / 2**30
-    budget = cache_gib / slot_gib
+    on_cpu = embedding.device.type == "cpu"
+    batch = Batch(new_store(config, embedding), new_store(config, embedding), {}, on_cpu)
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    slot_bytes = width * sum(tensor.element_size() for tensor in batch.own.layers[0])
+    budget = cache_gib * 2**30 / slot_bytes
+    waiting = new_rows(config, prompts, limits, seed, seeds, share_prompts, sampling)
     # steps between two looks at what was drawn; on a CPU, looking for stop tokens is free
     stride = 1 if on_token or sampling.reads_text else 8
     states = {}
-    while waiting or batch.running:
+    while waiting or batch.own.rows:
         begin = time.perf_counter()
-        fresh = allocate(batch, schedule(batch, waiting, max_batch, budget))
-        prefill(params, config, batch.shared or batch.own, [at for _, at in fresh],
-                [prompts[p][:-1] for p, _ in fresh], chunk)
+        running = schedule(batch, waiting, max_batch, budget)
+        allocate(batch, batch.own, running, max(len(row.tokens) for row in running))
+        owners = dict.fromkeys(row.prompt_owner for row in running)
+        fresh = allocate(batch, batch.prompts, owners, max(row.held for row in running))
+        prefill(params, config, batch.prompts, fresh, prompts, chunk)
         state = batch_state(batch, states)
         decoding = time.perf_counter()
         stats["prefill_s"] += decoding - begin
+        layers = batch.own.layers + batch.prompts.layers
+        held = sum(tensor.nbytes for layer in layers for tensor in layer)
+        stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
-        while not changed and (batch.slots_needed(batch.running) <= budget or len(batch.running) == 1):
-            held_gib = batch.slots_needed(batch.running) * slot_gib
-            stats["cache_gib"] = max(stats["cache_gib"], held_gib)
+        while not changed:
             drawn = decode(params, config, batch, state, sampling, stride, step_fn)
             stats["steps"] += len(drawn)
             reopened = harvest(batch, drawn, sampling, results, on_token)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
-            enough = max(1, len(batch.places) // (16 if waiting else 4))
-            changed = reopened or batch.places.count(None) >= enough
+            _, B, slots, _ = batch.own.layers[0][0].shape
+            ended = B - len(batch.own.rows) >= max(1, B // (16 if waiting else 4))
+            full = any(len(row.tokens) == slots for row in batch.own.rows)
+            changed = reopened or ended or full
         stats["decode_s"] += time.perf_counter() - decoding
     return results
 
@@ -696,7 +680,7 @@ def completion_text(tokenizer, completion, ends, stop=()):
 
 
 def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=True):
-    """show(tokens, last): writes what is new in a completion's text, its thought dimmed or hidden."""
+    """show(tokens, last): writes what is new of a completion's text, its thought dim or hidden."""
     shown, thinking = 0, False
 
     def show(tokens, last=False):
@@ -726,12 +710,13 @@ def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=Tru
 def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = resolve_model(args.model)
-    config, tokenizer, system = load_config(path), load_tokenizer(path), load_system_prompt(path)
+    path = model.resolve_model(args.model)
+    config, tokenizer = model.load_config(path), model.load_tokenizer(path)
+    system = args.system or model.load_system_prompt(path)
     device = find_device(args.device)
-    params = load_params(path, device, compute_dtype(args.dtype, device))
+    params = model.load_params(path, device, compute_dtype(args.dtype, device))
     params = sampling_params(params, config, packed=False if args.compile else None)
-    ends = end_tokens(tokenizer, config)
+    ends = model.end_tokens(tokenizer, config)
     messages = []
     while True:
         try:
@@ -739,15 +724,15 @@ def main(args):
         except EOFError:
             return
         messages.append({"role": "user", "content": question})
-        prompt = encode_chat(tokenizer, messages, system=args.system or system)
+        prompt = model.encode_chat(tokenizer, messages, system=system)
         if args.raw:
             prompt = tokenizer.encode(question, add_special_tokens=False).ids
         show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
                              args.think_tag, args.hide_thinking, sys.stdout.isatty())
         [[answer]] = generate(
-            params, config, [prompt], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-            top_p=args.top_p, top_k=args.top_k, stop_tokens=ends, seed=args.seed,
-            seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
+            params, config, [prompt], max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
+            seed=args.seed, seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
             think_budget=args.think_budget, think_minimum=args.think_minimum,
             think_tag=args.think_tag, compile_backend="inductor" if args.compile else None,
             on_token=lambda prompt, sample, tokens: show(tokens))

@@ -74,7 +74,7 @@ class Config(NamedTuple):
 
 
 def is_tiny(config):
-    """Whether this is the embedded model, or was trained from it: it knows generated problems only."""
+    """Whether this is the embedded model, or trained from it: it knows generated problems only."""
     return config.hidden_size * config.num_hidden_layers < 4096
 
 
@@ -125,17 +125,16 @@ def rope_frequencies(config, device="cpu"):
 
 
 def rope_table(config, positions, dtype):
-    """cos and sin at `positions` [B, T], each [B, 1, T, head_dim] in `dtype`."""
+    """cos and sin at `positions` [B, T], [B, 1, T, head_dim] each, as `rotate` takes them."""
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
-    angles = torch.cat((angles, angles), -1)[:, None]  # [B, 1, T, head_dim]
+    angles = torch.cat((-angles, angles), -1)[:, None]  # the two dimensions of a pair
     scale = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def rotate(x, cos, sin):
     """Turn the pairs (i, i + head_dim / 2) of x [B, H, T, head_dim] by their angles."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def block(params, config, layer, x, cos, sin, attend_fn):
@@ -195,7 +194,7 @@ def head_weight(params):
 
 
 def lm_head(hidden, weight, temperature=1.0):
-    """Logits: hidden [..., D], weight [V, D] -> [..., V] float32; the product has the inputs' dtype."""
+    """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
     logits = project(hidden, weight).float()
     return logits if temperature == 1 else logits / temperature
 
@@ -343,7 +342,7 @@ def init_lora(config, rank, seed, device="cpu"):
 
 
 def merged_weight(params, name):
-    """W + B A, computed in float32, where `params` has an adapter for this weight; else W itself."""
+    """W + B A, computed in float32, where `params` has an adapter for this weight; else just W."""
     weight = params[name]
     down = params.get(name.removesuffix("weight") + "lora_A.weight")
     if down is None:
@@ -415,7 +414,7 @@ def read_json(path):
 
 
 def check_numbers(record):
-    """Raises ValueError for a field of a Config or a Yarn that is not of its type, or not positive."""
+    """Raises ValueError for a field of a Config or a Yarn of another type, or not positive."""
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
         fits = type(value) in (int, kind)

@@ -1,99 +1,91 @@
-"""Supervised training on worked answers: the cold start before reinforcement learning, and how the tiny model was made.
+"""Supervised training on worked answers: the cold start before reinforcement learning.
 
-    python data/traces.py --data arithmetic words:1 --out traces.jsonl        # checked traces of generated problems
-    python sft.py --data traces.jsonl                                         # the embedded tiny model, minutes
-    python sft.py --model qwen2.5-1.5b --data traces.jsonl --lora-rank 32     # a real one
-    python grpo.py --model runs/sft/checkpoints/best                          # goes on from there
+    python -m data.traces --data arithmetic words:1 --out traces.jsonl     # checked traces to learn
+    python sft.py --data traces.jsonl                                      # the tiny model, minutes
+    python sft.py --model qwen2.5-1.5b --data traces.jsonl --lora-rank 32  # a real one
+    python grpo.py --model runs/sft/checkpoints/best                       # goes on from there
     python sft.py --model data/tiny --from-scratch --data runs/tiny/corpus.jsonl
 
-A line of the data is {"problem", "response"}, as data/traces.py writes it, or a conversation {"messages": [{"role",
-"content"}, ...]}. Only what the assistant says is learned, its end token included; the tokens of the final answer count
-`--answer-weight` times. Examples are packed into rows without seeing each other; the loss is a mean over the whole
-optimizer step, so that neither the packing nor the number of processes changes the gradient.
+A line of the data is {"problem", "response"}, as data/traces.py writes it, or a conversation
+{"messages": [{"role", "content"}, ...]}. Only what the assistant says is learned, its end token
+included; the tokens of the final answer count --answer-weight times. Examples are packed into rows
+without seeing each other; the loss is a mean over the whole optimizer step, so that neither the
+packing nor the number of processes changes the gradient.
 """
 
 import argparse
 import hashlib
 import math
 import random
-import sys
 import time
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
+import model
+import optim
 from data import load_problems
 from data.files import read_rows
-from data.teachers import in_form
-from eval import PRESETS, evaluate, is_tiny, render_prompt
-from model import (head_logprobs, init_lora, init_params, load_config, load_params, load_system_prompt, load_tokenizer,
-                   packed_hidden_states, render_chat, resolve_model)
-from optim import (add_train_flags, all_sum, check_train_flags, compute_dtype, draw_curves, init_distributed,
-                   init_optimizer, learning_rate, load_checkpoint, log_samples, log_step, optimizer_step,
-                   parse_train_args, peak_memory_gib, rank_and_world, resume_command, save_checkpoint, start_run,
-                   stop_signals)
+from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
+from eval import evaluate, run_main
+from generate import cache_slots
+from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
+from verify import box_span
 
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]  # an example stands alone
-PARTS = ("thought", "answer", "end")  # what a supervised token belongs to; the loss is logged apart for each
+PARTS = ("thought", "answer", "end")  # of what is learned; the loss of each is logged
 CONTEXT = -1  # the part of a token that is only read
+STEP_LINE = ("step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.4f}, "
+             "answer {loss_answer:.4f}, end {loss_end:.4f}) | grad norm {grad_norm:.2f} | "
+             "lr {lr:.1e} | {tokens_per_s:.0f} tok/s | {peak_memory_gib:.2f} GiB")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                conflict_handler="resolve")  # of the shared flags, --lr is defined anew
-    p.add_argument("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
-    p.add_argument("--from-scratch", action="store_true",
-                   help="random weights; of --model only config.json and the tokenizer are read")
-    p.add_argument("--data", required=True, help=".jsonl file of examples")
-    p.add_argument("--prompt", default="plain", choices=PROMPTS,
-                   help="how a problem is put (default %(default)s); a conversation stands for itself")
-    p.add_argument("--think-tag", default="think", choices=("think", "thought"))
-    p.add_argument("--answer-weight", type=float, default=1.2,
-                   help="weight of the final \\boxed{}'s tokens in the loss; others count 1 (default %(default)s)")
-    p.add_argument("--epochs", type=float, default=3.0, help="times that every example is seen (default %(default)s)")
-    p.add_argument("--batch", type=int, default=64, help="examples in an optimizer step (default %(default)s)")
-    p.add_argument("--micro-tokens", type=int, default=8192, help="tokens in one packed row (default %(default)s)")
-    p.add_argument("--max-tokens", type=int, default=2048,
-                   help="longer examples are left out, and counted (default %(default)s)")
-    p.add_argument("--lora-rank", type=int, default=0,
-                   help="train an adapter of this rank on every linear layer; 0: all weights")
-    p.add_argument("--checkpointing", action="store_true",
-                   help="recompute activations in the backward pass: less memory, a third more time")
-    p.add_argument("--validation", type=int, default=200,
-                   help="examples held out of the training data (default %(default)s; 0: none)")
-    p.add_argument("--patience", type=int, default=0,
-                   help="stop after this many evaluations without a better validation loss; 0: never")
-    p.add_argument("--eval-data", help="problem set or .jsonl on whose dev split answers are written and graded, too")
-    p.add_argument("--eval-limit", type=int, default=200, help="problems of it (default %(default)s)")
-    p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations (default %(default)s)")
-    p.add_argument("--max-new-tokens", type=int, default=512, help="of an answer in evaluation (default %(default)s)")
-    add_train_flags(p, lr=None, run_dir="runs/sft")
-    p.add_argument("--lr", type=float, help="peak learning rate (default: all weights 1e-5, an adapter 2e-4; of a tiny "
-                   "model 2e-3, an adapter 5e-3)")
-    return parse_train_args(p, argv)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    add = p.add_argument
+    add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
+    add("--from-scratch", action="store_true",
+        help="random weights; of --model only config.json and the tokenizer are read")
+    add("--data", required=True, help=".jsonl file of examples")
+    add("--prompt", default="plain", choices=PROMPTS,
+        help="how a problem is put; a conversation is taken as it is")
+    add("--think-tag", default="think", choices=THINK_TAGS)
+    add("--answer-weight", type=above(0.0), default=1.2,
+        help="weight in the loss of the final \\boxed{}'s tokens; others count 1")
+    add("--epochs", type=above(0.0), default=3.0, help="times that every example is seen")
+    add("--batch", type=at_least(1), default=64, help="examples in an optimizer step")
+    add("--micro-tokens", type=at_least(1), default=8192, help="tokens in one packed row")
+    add("--max-tokens", type=at_least(2), default=2048,
+        help="longer examples are left out, and counted")
+    add("--lora-rank", type=at_least(0), default=0,
+        help="train an adapter of this rank on every linear layer; 0: all weights")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time")
+    add("--validation", type=at_least(0), default=200,
+        help="examples of the data that are held out; 0: none")
+    add("--patience", type=at_least(0), default=0,
+        help="stop after so many evaluations without a better validation loss; 0: never")
+    add("--eval-data", help="problem set or .jsonl whose dev split is answered and graded, too")
+    add("--eval-limit", type=at_least(1), default=200, help="problems of it")
+    add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
+    add("--max-new-tokens", type=at_least(1), default=512, help="of an answer in evaluation")
+    optim.add_train_flags(p, lr=None, run_dir="runs/sft", lr_help="peak learning rate (default: "
+                          "all weights 1e-5, an adapter 2e-4; of a tiny model 2e-3 and 5e-3)")
+    return optim.parse_train_args(p, argv)
 
 
 def default_lr(config, lora_rank):
-    """An adapter learns at about ten times the rate of all weights, and a tiny model faster still."""
-    return (5e-3 if lora_rank else 2e-3) if is_tiny(config) else (2e-4 if lora_rank else 1e-5)
+    """An adapter learns at about ten times the rate of all weights, a tiny model faster still."""
+    if model.is_tiny(config):
+        return 5e-3 if lora_rank else 2e-3
+    return 2e-4 if lora_rank else 1e-5
 
 
-def check_args(args):
-    for flag, fine, expected in (
-            ("epochs", args.epochs > 0, "more than 0"), ("batch", args.batch >= 1, "at least 1"),
-            ("micro_tokens", args.micro_tokens >= 1, "at least 1"), ("max_tokens", args.max_tokens >= 2, "at least 2"),
-            ("answer_weight", args.answer_weight > 0, "more than 0"), ("lora_rank", args.lora_rank >= 0, "0 or more"),
-            ("validation", args.validation >= 0, "0 or more"), ("eval_every", args.eval_every >= 1, "at least 1"),
-            ("eval_limit", args.eval_limit >= 1, "at least 1"), ("patience", args.patience >= 0, "0 or more"),
-            ("patience", not args.patience or args.validation, "0 where --validation is 0"),
-            ("max_new_tokens", args.max_new_tokens >= 1, "at least 1")):
-        if not fine:
-            raise ValueError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}, expected {expected}")
-    check_train_flags(args)
-
-
-# ------------------------------------------------------------------------------------ examples
+# ---------------------------------------------------------------------- examples
 
 
 class Example(NamedTuple):
@@ -102,13 +94,15 @@ class Example(NamedTuple):
 
 
 def split_conversation(row, prompt, system, think_tag):
-    """The text of an example as [(text, whether the assistant says it), ...]."""
+    """The text of an example: [(text, whether the assistant says it), ...]."""
     if "messages" not in row:
-        return [(render_prompt(prompt, row, system=system, think_tag=think_tag), False), (row["response"], True)]
-    pieces, done = [], 0
+        asked = render_prompt(prompt, row, system=system, think_tag=think_tag)
+        return [(asked, False), (row["response"], True)]
+    pieces = []
+    done = 0
     for i, message in enumerate(row["messages"]):
         if message["role"] == "assistant":
-            before = render_chat(row["messages"][:i], system=system)
+            before = model.render_chat(row["messages"][:i], system=system)
             # a reply's end token is learned, the line break after it belongs to the template
             pieces += [(before[done:], False), (message["content"], True)]
             done = len(before) + len(message["content"] + "<|im_end|>")
@@ -116,28 +110,28 @@ def split_conversation(row, prompt, system, think_tag):
 
 
 def answer_span(text, think_tag="think"):
-    """(begin, end) of a reply's answer: the last box behind the thinking block, braces included; (0, 0) without one."""
-    begin, depth = text.rfind("\\boxed{", max(0, text.rfind(f"</{think_tag}>"))), 0
-    for end in range(begin + len("\\boxed"), len(text)) if begin >= 0 else ():
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return begin, end + 1
-    return 0, 0
+    """(begin, end) of a reply's last box behind the thinking block; (0, 0) without one."""
+    after = max(0, text.rfind(f"</{think_tag}>"))
+    span = box_span(text[after:])
+    if span is None:
+        return 0, 0
+    return text.rindex("\\", 0, after + span[0]), after + span[1] + 1  # from \\boxed to its brace
 
 
 def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, think_tag="think"):
-    """An Example: each piece is tokenised by itself, as when the model is asked.
+    """An Example, each piece tokenised by itself, as when the model is asked.
 
     What a reply says beside its answer, words behind the box included, counts as thought.
     """
-    tokens, parts = [], []
+    tokens = []
+    parts = []
     for text, said in split_conversation(row, prompt, system, think_tag):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         tokens += encoded.ids
         if said:
             first, last = answer_span(text, think_tag)
-            parts += [PARTS.index("answer" if begin < last and end > first else "thought")
-                      for begin, end in encoded.offsets]
+            inside = [begin < last and end > first for begin, end in encoded.offsets]
+            parts += [PARTS.index("answer" if yes else "thought") for yes in inside]
             tokens.append(end_token)
             parts.append(PARTS.index("end"))
         else:
@@ -145,228 +139,272 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
     return Example(tokens, parts)
 
 
-def check_messages(messages, where):
-    """Raises ValueError unless it is a conversation in which the assistant says something."""
-    fine = isinstance(messages, list) and all(
-        isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages)
-    if not fine or not any(m["role"] == "assistant" for m in messages):
-        raise ValueError(f"{where}: messages are {messages!r:.60}, expected a list of {{\"role\", \"content\"}}, "
-                         "one of the assistant's among them")
+def check_row(row, where):
+    """Raises ValueError unless a row has problem and response, or a conversation with a reply."""
+    if "messages" not in row:
+        if not all(isinstance(row.get(key), str) for key in ("problem", "response")):
+            raise ValueError(f"{where}: expected text in problem and response, or messages; found "
+                             f"{', '.join(row) or 'nothing'}")
+        return
+    messages = row["messages"] if isinstance(row["messages"], list) else [None]
+    texts = [m.get(key) for m in messages if isinstance(m, dict) for key in ("role", "content")]
+    whole = len(texts) == 2 * len(messages) and all(isinstance(text, str) for text in texts)
+    if not whole or "assistant" not in texts[::2]:
+        raise ValueError(f"{where}: messages are {row['messages']!r:.60}, expected a list of "
+                         '{"role", "content"}, one of the assistant\'s among them')
 
 
 def read_examples(path, tokenizer, end_token, max_tokens, **how):
-    """The examples of a file, too long ones left out and counted. Raises ValueError naming file, line and field."""
-    examples, too_long = [], 0
+    """(the examples of a file, how many were too long and left out).
+
+    Raises ValueError naming the file, the line and the field.
+    """
+    examples = []
     for number, row in read_rows(path):
-        if "messages" in row:
-            check_messages(row["messages"], f"{path}, line {number}")
-        elif not all(isinstance(row.get(k), str) for k in ("problem", "response")):
-            raise ValueError(f"{path}, line {number}: expected text in problem and response, or messages; "
-                             f"found {', '.join(row) or 'nothing'}")
-        example = encode_example(row, tokenizer, end_token, **how)
-        if len(example.tokens) > max_tokens:
-            too_long += 1
-        else:
-            examples.append(example)
-    if not examples:
-        raise ValueError(f"{path}: no example of at most --max-tokens {max_tokens}; {too_long} are longer")
-    return examples, too_long
+        check_row(row, f"{path}, line {number}")
+        examples.append(encode_example(row, tokenizer, end_token, **how))
+    fitting = [example for example in examples if len(example.tokens) <= max_tokens]
+    too_long = len(examples) - len(fitting)
+    if not fitting:
+        raise ValueError(f"{path}: no example of at most --max-tokens {max_tokens}; {too_long} are "
+                         "longer")
+    return fitting, too_long
 
 
 def show_example(example, tokenizer):
-    """The text with what is learned between marks, for a person to check."""
-    shown, last = "", CONTEXT
-    for token, part in zip(example.tokens, example.parts):
-        if part != last:
-            shown += ("" if last == CONTEXT else "]") + ("" if part == CONTEXT else f"[{PARTS[part]}: ")
-        shown, last = shown + tokenizer.decode([token], skip_special_tokens=False), part
-    return shown + ("" if last == CONTEXT else "]")
+    """The text with what is learned in brackets, for a person to check."""
+    shown = ""
+    for part, run in groupby(zip(example.parts, example.tokens), key=itemgetter(0)):
+        text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
+        shown += text if part == CONTEXT else f"[{PARTS[part]}: {text}]"
+    return shown
 
 
-# ------------------------------------------------------------------------------------ loss
+# ---------------------------------------------------------------------- loss
 
 
 def pack(examples, micro_tokens):
-    """Rows of at most `micro_tokens` tokens (a longer example has its own): lists of examples, of similar lengths."""
+    """Rows of at most `micro_tokens` tokens (a longer example has its own), of similar lengths."""
     rows = []
+    size = math.inf
     for example in sorted(examples, key=lambda e: len(e.tokens)):
-        if not rows or sum(len(e.tokens) for e in rows[-1]) + len(example.tokens) > micro_tokens:
+        size += len(example.tokens)
+        if size > micro_tokens:
             rows.append([])
+            size = len(example.tokens)
         rows[-1].append(example)
     return rows
 
 
-def row_loss(params, config, row, answer_weight, checkpointing=False):
-    """(weighted sum of -log p over the supervised tokens of a packed row, {part: [sum, count]}).
+def part_weights(answer_weight):
+    """[3]: how much a token of each of PARTS counts."""
+    return torch.tensor([answer_weight if part == "answer" else 1.0 for part in PARTS])
 
-    Neighbours in a row are of like length, so that attention, which runs on groups of 16 padded texts, wastes little.
+
+def row_loss(params, config, row, weights, checkpointing=False):
+    """(weighted sum of -log p over what a packed row learns, [2, 3]: its sum and count by part).
+
+    Neighbours in a row are of like length, so that attention, which runs on groups of 16 padded
+    texts, wastes little.
     """
     device = params["model.embed_tokens.weight"].device
     groups = [(0, [len(e.tokens) for e in row[i:i + 16]]) for i in range(0, len(row), 16)]
     tokens = torch.tensor([t for e in row for t in e.tokens], device=device)  # [T]
-    parts = torch.tensor([p for e in row for p in e.parts], device=device)
-    hidden = packed_hidden_states(params, config, tokens, groups, checkpointing)  # [T, D]
-    learned = (parts != CONTEXT).nonzero()[:, 0]  # no example begins with one: the token before is of the same example
-    logprobs, _ = head_logprobs(params, config, hidden[learned - 1], tokens[learned])  # [n]
-    weights = torch.where(parts[learned] == PARTS.index("answer"), answer_weight, 1.0)
-    sums = torch.zeros(len(PARTS), device=device).index_add(0, parts[learned], -logprobs.detach())
-    counts = parts[learned].bincount(minlength=len(PARTS))
-    return -(weights * logprobs).sum(), {part: [s, n] for part, s, n in zip(PARTS, sums.tolist(), counts.tolist())}
+    parts = torch.tensor([p for e in row for p in e.parts], device=device)  # [T]
+    hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [T, D]
+    learned = (parts != CONTEXT).nonzero()[:, 0]  # [n]; the token before is of the same example
+    logprobs, _ = model.head_logprobs(params, config, hidden[learned - 1], tokens[learned])  # [n]
+    parts = parts[learned]
+    terms = torch.stack([-logprobs.detach(), torch.ones_like(logprobs)])  # [2, n]
+    sums = torch.zeros(2, len(PARTS), device=device).index_add(1, parts, terms)
+    return -(weights.to(device)[parts] * logprobs).sum(), sums.cpu()
 
 
-def total_weight(examples, answer_weight):
-    """What the weighted sum over these examples is divided by."""
-    return sum(answer_weight if p == PARTS.index("answer") else 1.0 for e in examples for p in e.parts if p != CONTEXT)
-
-
-def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpointing=False, backward=False):
-    """The mean loss over `examples`: (loss, {part: loss}), the same on every process, each of which computes its share.
+def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpointing=False,
+               backward=False):
+    """(mean loss over `examples`, {part: loss}), the same on every process; each computes a share.
 
     backward: also add the gradient of this process's share to `.grad`.
     """
     rank, world = rank_and_world()
-    total, loss, sums = total_weight(examples, answer_weight), 0.0, {part: [0.0, 0] for part in PARTS}
+    weights = part_weights(answer_weight)
+    learned = torch.tensor([p for e in examples for p in e.parts if p != CONTEXT])
+    total = weights[learned].sum().item()
+    sums = torch.zeros(2, len(PARTS))
     for row in pack(examples[rank::world], micro_tokens):
         with torch.set_grad_enabled(backward):
-            row_sum, parts = row_loss(params, config, row, answer_weight, checkpointing)
+            loss, of_row = row_loss(params, config, row, weights, checkpointing)
         if backward:
-            (row_sum / total).backward()
-        loss += row_sum.item() / total
-        for part, (s, n) in parts.items():
-            sums[part] = [sums[part][0] + s, sums[part][1] + n]
-    loss, *flat = all_sum([loss, *(x for part in PARTS for x in sums[part])])
-    return loss, {part: s / n if n else math.nan for part, s, n in zip(PARTS, flat[::2], flat[1::2])}
+            (loss / total).backward()
+        sums += of_row
+    sums = torch.tensor(optim.all_sum(sums.flatten().tolist())).view(2, len(PARTS))
+    means = sums[0] / sums[1]  # nan where a part has no token
+    return (weights * sums[0]).sum().item() / total, dict(zip(PARTS, means.tolist()))
 
 
-# ------------------------------------------------------------------------------------ the run
+# ---------------------------------------------------------------------- the run
 
 
 def batch_of_step(examples, step, batch, seed):
-    """The examples of step 1, 2, ...: permutations by (seed, epoch), one after another, cut into batches."""
-    chosen, n = [], len(examples)
+    """The examples of step 1, 2, ...: permutations by (seed, epoch), one after another, cut up."""
+    n = len(examples)
+    chosen = []
     for place in range((step - 1) * batch, step * batch):
-        if not chosen or place % n == 0:
-            order = random.Random(f"{seed} {place // n}").sample(range(n), n)
-        chosen.append(examples[order[place % n]])
+        epoch, index = divmod(place, n)
+        if not chosen or index == 0:
+            order = random.Random(f"{seed} {epoch}").sample(range(n), n)
+        chosen.append(examples[order[index]])
     return chosen
 
 
+def load_examples(args, config, tokenizer, system):
+    """(examples to learn, examples held out), chosen by the seed; says how many there are."""
+    text = PRESETS[args.prompt].text is not None
+    end_token = tokenizer.token_to_id("<|endoftext|>" if text else "<|im_end|>")
+    if end_token is None:
+        raise ValueError(f"--model {args.model}: its tokenizer has no token that ends a reply "
+                         "(<|im_end|>); expected that of Qwen-2.5")
+    max_tokens = min(args.max_tokens, config.max_context)
+    examples, too_long = read_examples(args.data, tokenizer, end_token, max_tokens,
+                                       prompt=args.prompt, system=system, think_tag=args.think_tag)
+    random.Random(args.seed).shuffle(examples)
+    if args.validation >= len(examples):
+        raise ValueError(f"--validation {args.validation} leaves nothing of the {len(examples)} "
+                         "examples to train on")
+    say(f"{len(examples) - args.validation} examples to learn, {args.validation} held out, "
+        f"{too_long} left out as longer than {max_tokens} tokens")
+    return examples[args.validation:], examples[:args.validation]
+
+
+def count_processes(args, config, dtype):
+    """What --processes means when it is left out."""
+    load = optim.Load(0, args.max_tokens, args.micro_tokens, 64, cache_slots(
+        64, 1, args.max_tokens, args.max_new_tokens, True), args.lora_rank, args.checkpointing)
+    plan = optim.plan_memory(config, load, dtype)
+    frozen = max(plan["throughout"].values()) if args.lora_rank else 0.0
+    return optim.default_processes(args.device, max(optim.plan_peaks(plan)) - frozen, frozen)
+
+
+def load_trainable(args, model_dir, config):
+    """(params, optimizer, device). Forks into --processes, which share an adapter's base."""
+    dtype = optim.compute_dtype(args.dtype, optim.find_device(args.device))
+    if args.from_scratch:
+        base = model.init_params(config, args.seed)
+    else:
+        base = model.load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
+    processes = args.processes or count_processes(args, config, dtype)
+    _, _, device = optim.init_distributed(args.device, processes)
+    if not args.lora_rank:
+        return *init_optimizer(base, device, dtype, args.offload), device
+    lora = model.init_lora(config, args.lora_rank, args.seed)
+    lora, optimizer = init_optimizer(lora, device, offload=args.offload)
+    return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer, device
+
+
 def run_evaluation(params, config, tokenizer, validation, problems, system, args):
-    """Validation loss by part, and accuracy and form of written answers: a dict of metrics, and a few samples."""
-    metrics, samples = {}, []
+    """(metrics, samples): validation loss by part; accuracy, form and a few of the answers."""
+    metrics = {}
+    samples = []
     if validation:
         loss, parts = batch_loss(params, config, validation, args.answer_weight, args.micro_tokens)
         metrics = {"val_loss": loss} | {f"val_{part}": value for part, value in parts.items()}
-    rank, world = rank_and_world()
     if problems:
         weights = {name: tensor.detach() for name, tensor in params.items()}
-        records = evaluate(weights, config, tokenizer, problems[rank::world], prompt=args.prompt, system=system,
-                           think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, progress=False)
-        formed = sum(in_form(r["samples"][0]["text"], args.think_tag) for r in records)
-        right = sum(r["samples"][0]["strict"] is True for r in records)
-        right, formed, n = all_sum([right, formed, len(records)])
-        metrics |= {"val_accuracy": right / n, "val_format": formed / n}
-        samples = [{"id": r["id"], "prompt": r["prompt"]} | r["samples"][0] for r in records[:3]]
+        records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
+                           think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
+        answers = [record["samples"][0] for record in records]
+        right = [float(answer["strict"] is True) for answer in answers]
+        formed = [float(in_form(answer["text"], args.think_tag)) for answer in answers]
+        metrics |= {"val_accuracy": fmean(right), "val_format": fmean(formed)}
+        for i in range(min(8, len(problems))):
+            completion = {"text": answers[i]["text"], "right": answers[i]["strict"],
+                          "rewards": {"accuracy": right[i], "format": formed[i]},
+                          "finish": answers[i]["finish"]}
+            samples.append({"kind": "held_out", "problem": problems[i]["problem"],
+                            "answer": problems[i]["answer"], "prompt": records[i]["prompt"],
+                            "completions": [completion]})
     return metrics, samples
 
 
 def main(args):
-    model_dir = resolve_model(args.model)
-    config, tokenizer, system = load_config(model_dir), load_tokenizer(model_dir), load_system_prompt(model_dir)
-    args.lr = default_lr(config, args.lora_rank) if args.lr is None else args.lr
-    check_args(args)
-    end_token = tokenizer.token_to_id("<|endoftext|>" if PRESETS[args.prompt].text is not None else "<|im_end|>")
-    if end_token is None:
-        raise ValueError(f"{model_dir}: the tokenizer has no token that ends a reply (<|im_end|>); "
-                         "expected that of Qwen-2.5")
-    max_tokens = min(args.max_tokens, config.max_context)
-    examples, too_long = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt, system=system,
-                                       think_tag=args.think_tag)
-    random.Random(args.seed).shuffle(examples)
-    if args.validation >= len(examples):
-        raise ValueError(f"--validation {args.validation} leaves nothing of the {len(examples)} examples to train on")
-    validation, examples = examples[:args.validation], examples[args.validation:]
+    if args.patience and not args.validation:
+        raise ValueError(f"--patience is {args.patience}, expected 0 where --validation is 0")
+    model_dir = model.resolve_model(args.model)
+    config = model.load_config(model_dir)
+    tokenizer = model.load_tokenizer(model_dir)
+    system = model.load_system_prompt(model_dir)
+    args.lr = args.lr or default_lr(config, args.lora_rank)
+    examples, validation = load_examples(args, config, tokenizer, system)
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
-
-    rank, world, device = init_distributed(args.device, args.processes)
-    dtype = compute_dtype(args.dtype, device)
-    run, checkpoint = start_run(args)
-    if args.from_scratch:
-        base = init_params(config, args.seed)
-    else:
-        base = load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
-    if args.lora_rank:
-        base = {name: tensor.to(device) for name, tensor in base.items()}
-        trained, optimizer = init_optimizer(init_lora(config, args.lora_rank, args.seed), device, offload=args.offload)
-        params = base | trained
-    else:
-        params, optimizer = init_optimizer(base, device, dtype, args.offload)
-        del base
-    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
-    state = {"step": 0, "best_step": None, "extra": {"best": math.inf, "waited": 0, "failures": 0, "data": digest}}
-    if checkpoint:
-        state = load_checkpoint(checkpoint, optimizer)
-        if (found := state["extra"]["data"]) != digest:
-            raise ValueError(f"--data {args.data} has changed: its sha256 begins with {digest}, with {found} when the "
-                             "run was started; put that file back, or start a new run with another --run-dir")
-    best_step, extra = state["best_step"], state["extra"]
     steps = math.ceil(args.epochs * len(examples) / args.batch)
-    if rank == 0:
-        num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
-        print(f"{len(examples)} examples to learn, {len(validation)} held out, {too_long} left out as longer than "
-              f"{max_tokens} tokens; {num_trained:,} weights to train, {steps} steps")
-        for example in examples[:2]:
-            print("learned is what stands in brackets:\n" + show_example(example, tokenizer))
 
-    started, seen = time.perf_counter(), 0
-    with stop_signals() as stop_requested:
+    params, optimizer, device = load_trainable(args, model_dir, config)
+    run, checkpoint = optim.start_run(args)
+    digest = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
+    state = {"step": 0, "best_step": None,
+             "extra": {"best": math.inf, "waited": 0, "failures": 0, "data": digest}}
+    if checkpoint:
+        state = optim.load_checkpoint(checkpoint, optimizer)
+    best_step = state["best_step"]
+    extra = state["extra"]
+    if extra["data"] != digest:
+        raise ValueError(f"--data {args.data} has changed: its sha256 begins with {digest}, with "
+                         f"{extra['data']} when the run was started; put that file back, or start "
+                         "a new run with another --run-dir")
+    num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
+    say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
+    for example in examples[:2]:
+        say(show_example(example, tokenizer))
+
+    started = time.perf_counter()
+    seen = 0
+    with optim.stop_signals() as stop_requested:
         for step in range(state["step"] + 1, steps + 1):
             if args.patience and extra["waited"] >= args.patience:
-                if rank == 0:
-                    print(f"no better validation loss in {extra['waited']} evaluations: stopped")
+                say(f"no better validation loss in {extra['waited']} evaluations: stopped")
                 break
             batch = batch_of_step(examples, step, args.batch, args.seed)
-            lr = learning_rate(step, steps, args.lr, args.warmup)
-            loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens, args.checkpointing,
-                                     backward=True)
-            stats = optimizer_step(optimizer, lr, betas=args.betas, weight_decay=args.weight_decay, clip=args.clip)
+            lr = optim.learning_rate(step, steps, args.lr, args.warmup)
+            loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens,
+                                     args.checkpointing, backward=True)
+            stats = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
+                                   weight_decay=args.weight_decay)
             seen += sum(len(e.tokens) for e in batch)
-            speed = seen / (time.perf_counter() - started)
-            metrics = {"step": step, "steps": steps, "loss": loss} | {f"loss_{p}": value for p, value in parts.items()}
-            metrics |= stats | {"lr": lr, "tokens_per_s": speed, "peak_memory_gib": peak_memory_gib(device)}
+            metrics = {"step": step, "steps": steps, "loss": loss}
+            metrics |= {f"loss_{part}": value for part, value in parts.items()} | stats
+            metrics |= {"lr": lr, "tokens_per_s": seen / (time.perf_counter() - started),
+                        "peak_memory_gib": optim.peak_memory_gib(device)}
             stopping = stop_requested()
-            if measured := step % args.eval_every == 0 or step == steps:
-                scores, samples = run_evaluation(params, config, tokenizer, validation, problems, system, args)
-                metrics |= scores
-                log_samples(run, step, samples)
+            evaluating = step % args.eval_every == 0 or step == steps
+            line = STEP_LINE
+            if evaluating:
+                found, samples = run_evaluation(params, config, tokenizer, validation, problems,
+                                                system, args)
+                metrics |= found
+                line += "".join(f" | {name} {{{name}:.4f}}" for name in found)
+                optim.log_samples(run, step, samples)
                 extra["waited"] += 1
-                if (held_out := scores.get("val_loss", loss)) < extra["best"]:
-                    extra["best"], extra["waited"], best_step = held_out, 0, step
-            log_step(run, "step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.4f}, "
-                     "answer {loss_answer:.4f}, end {loss_end:.4f}) | grad norm {grad_norm:.2f} | lr {lr:.1e} | "
-                     "{tokens_per_s:.0f} tok/s | {peak_memory_gib:.2f} GiB"
-                     + "".join(f" | {name} {{{name}:.4f}}" for name in metrics if name.startswith("val_")), metrics)
+                if found.get("val_loss", loss) < extra["best"]:
+                    extra |= {"best": found.get("val_loss", loss), "waited": 0}
+                    best_step = step
+            optim.log_step(run, line, metrics)
             extra["failures"] = extra["failures"] + 1 if stats["skipped"] else 0
             if extra["failures"] == 3:
-                raise ValueError("the gradient was not finite in 3 steps running, which were skipped; start another "
-                                 f"--run-dir from the last checkpoint, with --lr below {args.lr:g} or --dtype float32")
-            if measured or step % args.save_every == 0 or stopping:
-                save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, extra, args.keep, best_step)
-            if measured:
-                draw_curves(run.dir)
+                raise ValueError("the gradient was not finite in 3 steps running, which were "
+                                 "skipped; start another --run-dir from the last checkpoint, with "
+                                 f"--lr below {args.lr:g} or --dtype float32")
+            if evaluating or stopping or step % args.save_every == 0:
+                optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
+                                      extra, args.keep, best_step)
+            if evaluating:
+                optim.draw_curves(run.dir)
             if stopping and step < steps:
-                if rank == 0:
-                    print(f"stopped; go on with: {resume_command()}")
-                return
-    if rank == 0:
-        path = Path(args.run_dir, "checkpoints", "best")
-        print(f"best checkpoint, by {'validation' if validation else 'training'} loss {extra['best']:.4f}: {path} "
-              f"(step {best_step}); next: python grpo.py --model {path}")
+                return say(f"stopped; go on with: {optim.resume_command()}")
+    path = run.dir / "checkpoints" / "best"
+    kind = "validation" if validation else "training"
+    say(f"best checkpoint, by {kind} loss {extra['best']:.4f}: {path} (step {best_step}); "
+        f"next: python grpo.py --model {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"sft.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

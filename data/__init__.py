@@ -1,60 +1,84 @@
 """Problem sets by name: generated families, published sets, files of your own.
 
-    load_problems("gsm8k", "train", limit=100)      load_problems("words")      load_problems("my/problems.jsonl")
-    load_problems("arithmetic,words:1-2,science:1")                       several sets in one; some levels of a set only
+    load_problems("gsm8k", "train", limit=100)    load_problems("my/problems.jsonl")
+    load_problems("arithmetic,words:1-2,science:1")    several sets, some of them with levels
 """
 
-import importlib
 import re
+from importlib import import_module
 from pathlib import Path
 
 from data import gsm8k, math500
-from data.families import check_request, split_of  # noqa: F401 (split_of: for users of the package)
+from data.families import SIZES, split_of  # noqa: F401 (split_of: for users of the package)
 from data.files import choose, hold_out, read_rows
 
 FAMILIES = ("arithmetic", "words", "knights", "algebra", "debugging", "science")
-PUBLISHED = {"gsm8k": gsm8k.problems, "math500": math500.problems_math500, "math": math500.problems_math}
+PUBLISHED = {
+    "gsm8k": gsm8k.problems,
+    "math500": math500.problems_math500,
+    "math": math500.problems_math,
+}
+
+
+def family_of(problem):
+    """The module of the generated family that a problem is of, or None."""
+    name = problem.get("subject")
+    return import_module(f"data.{name}") if name in FAMILIES else None
+
+
+def check_problem(row, name, where):
+    """One line of a file as a problem; `name` is its id when it has none."""
+    if "question" in row and "problem" not in row and "####" in str(row.get("answer")):
+        named = {field: row[field] for field in ("id", "level") if field in row}
+        row = gsm8k.from_row(row, name) | named
+    for field in ("problem", "answer"):
+        if field not in row:
+            raise ValueError(f"{where}: no field {field!r}; there are {', '.join(row) or 'none'}; "
+                             "expected problem and answer, optional id, solution, level, subject")
+        if type(row[field]) not in (str, int, float) or not str(row[field]).strip():
+            raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
+    texts = {"id": str(row.get("id", name)), "problem": str(row["problem"]),
+             "answer": str(row["answer"])}
+    problem = row | texts
+    level = problem.pop("level", None)
+    if level is not None:
+        problem["level"] = math500.level_of(level)
+        if not problem["level"]:
+            raise ValueError(f"{where}: level {level!r:.60} is not one of 1 to 5")
+    return problem
 
 
 def read_problems(path):
-    """The problems of a .jsonl file: "problem" and "answer" on each line, or GSM8K's "question" and "answer"."""
-    found, lines = [], {}
+    """The problems of a .jsonl file: "problem" and "answer" on each line, or GSM8K's fields."""
+    problems = []
+    lines = {}  # the line of each id
     for number, row in read_rows(path):
         where = f"{path}, line {number}"
-        if "question" in row and "problem" not in row and "####" in str(row.get("answer")):
-            row = gsm8k.from_row(row, f"{Path(path).stem}/{number}") | {k: row[k] for k in ("id", "level") if k in row}
-        for field in ("problem", "answer"):
-            if field not in row:
-                raise ValueError(f"{where}: no field {field!r}; there are {', '.join(row) or 'none'}; expected "
-                                 "problem and answer, optional id, solution, level, subject")
-            if type(row[field]) not in (str, int, float) or not str(row[field]).strip():
-                raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
-        problem = row | {"id": str(row.get("id", f"{Path(path).stem}/{number}")), "problem": str(row["problem"]),
-                         "answer": str(row["answer"])}
-        level = problem.pop("level", None)
-        if level is not None:
-            problem["level"] = math500.level_of(level)
-            if not problem["level"]:
-                raise ValueError(f"{where}: level {level!r:.60} is not one of 1 to 5")
-        if lines.setdefault(problem["id"], number) != number:
-            raise ValueError(f"{where}: the id {problem['id']!r} is already on line {lines[problem['id']]}")
-        found.append(problem)
-    if not found:
+        problem = check_problem(row, f"{Path(path).stem}/{number}", where)
+        first = lines.setdefault(problem["id"], number)
+        if first != number:
+            raise ValueError(f"{where}: the id {problem['id']!r} is already on line {first}")
+        problems.append(problem)
+    if not problems:
         raise ValueError(f"{path} holds no problems: it is empty")
-    return found
+    return problems
 
 
 def load_problems(name_or_path, split="test", limit=None, seed=0):
-    """Problems as dicts: "id", "problem", "answer", and where known "solution", "level" (1 to 5), "subject".
+    """Problems: "id", "problem", "answer", where known "solution", "level" (1 to 5), "subject".
 
-    name_or_path: one of FAMILIES, one of PUBLISHED, or a .jsonl file; ":2" or ":1-3" behind it picks levels. Several,
-    with commas between them, have an equal share of `limit` each.
-    split: "train", "dev" or "test". Generated families: disjoint by their keys, for any limit. Published sets: dev is a
-    tenth of the published train, and no longer in "train". A file: "test" is all of it, "train" and "dev" divide it.
-    limit: a random subset drawn with `seed`; a generated family makes as many as are asked for, until it has no more.
+    name_or_path: one of FAMILIES, one of PUBLISHED, or a .jsonl file; ":2" or ":1-3" behind it
+    picks levels. Several, with commas between them, have an equal share of `limit` each.
+    split: "train", "dev" or "test". Families: disjoint by their keys, for any limit. Published
+    sets: dev is a tenth of the published train, and no longer in "train". A file: "test" is all of
+    it, "train" and "dev" divide it.
+    limit: a random subset drawn with `seed`; a family makes as many as it is asked for, if it can.
     Raises ValueError or FileNotFoundError that name the file, the line and the field.
     """
-    check_request(split, limit)
+    if split not in SIZES:
+        raise ValueError(f"split {split!r} is not one of {', '.join(SIZES)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: expected at least 1, or none for all problems")
     asked = str(name_or_path)
     name, first, last = re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", asked, re.DOTALL).groups()
     if "," in name and not Path(name).is_file():
@@ -63,7 +87,7 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
         return [problem for each in names for problem in load_problems(each, split, share, seed)]
     levels = range(int(first or 1), int(last or first or 5) + 1)
     if name in FAMILIES:
-        found = importlib.import_module(f"data.{name}").problems(split, limit, seed, levels)
+        found = import_module(f"data.{name}").problems(split, limit, seed, levels)
     elif name in PUBLISHED:
         found = PUBLISHED[name](split)
     elif name.endswith(".jsonl"):
@@ -71,10 +95,12 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
             raise FileNotFoundError(f"no file {name}")
         found = hold_out(read_problems(name), split)
     else:
-        raise ValueError(f"no problem set {name!r}; there are {', '.join((*FAMILIES, *PUBLISHED))}, or a .jsonl file")
+        known = ", ".join((*FAMILIES, *PUBLISHED))
+        raise ValueError(f"no problem set {name!r}; there are {known}, or a .jsonl file")
+    reason = "the file is too small to be divided"
     if first:
         found = [problem for problem in found if problem.get("level") in levels]
+        reason = f"none has a level of {first} to {last or first}"
     if not found:
-        reason = f"none has a level of {first} to {last or first}" if first else "the file is too small to be divided"
         raise ValueError(f"{name} has no problems in the split {split!r}: {reason}")
     return choose(found, limit, seed)

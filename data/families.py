@@ -1,64 +1,67 @@
-"""What the generated families share: the split, the sampling of problems, the walk over the lines of a thought.
+"""What the generated families share: splits, drawing problems, checking and spoiling thoughts.
 
 A family is a module (arithmetic, words, knights, algebra, debugging, science) with
 
-    generate(level, rng) -> problem         id, problem, answer, level, subject, solution, key
-    problems(split, limit=None, seed=0, levels=ALL_LEVELS)      many of them, from one split
-    check_steps(problem, thought)           the first line that is not a right step: (index, line, reason), or None
-    plant_error(problem, rng) -> thought    one step is wrong, the answer is right: what a step check must catch
-    plant_slip(problem, rng) -> thought     a slip which is noticed and repaired: what a step check must let pass
+    generate(level, rng, split=None)    a problem, or None when it falls into another split:
+                                        id, problem, answer, level, subject, solution, key
+    problems(split, limit=None, seed=0, levels=ALL_LEVELS)    many of them
+    check_steps(problem, thought)       the first wrong line, (index, line, reason), or None
+    plant_error(problem, rng)           a thought with one wrong step and the right answer:
+                                        what a step check must catch
+    plant_slip(problem, rng)            a thought with a slip that is noticed and repaired:
+                                        what a step check must let pass
 
-A problem's `solution` is a thought as the checker wants it: one step a line, the last one "The answer is ...".
+A problem's `solution` is a thought as the checker wants it: one step a line, the last line
+"The answer is ...". Every family but arithmetic is built from the functions below.
 """
 
 import hashlib
 import random
 
-SPLITS = ("train", "dev", "test")
 ALL_LEVELS = (1, 2, 3, 4, 5)
 SIZES = {"train": 2000, "dev": 500, "test": 1000}
 REPAIRS = ("Wait, that is wrong. ", "Wait, let me redo this. ", "Hold on, I made a slip. ")
+OFFSETS = (-10, -2, -1, 1, 2, 10)  # how far off a wrong result is
 
-
-# ---------------------------------------------------------------------------------------------- problems
+# ---- problems
 
 
 def split_of(key):
-    """The split a key belongs to, always the same one: a tenth of all keys are test, a tenth dev, the rest train."""
+    """The split of a key, always the same: a tenth of all keys is test, a tenth dev."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
     return {9: "test", 8: "dev"}.get(share, "train")
 
 
-def check_request(split, limit):
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"a limit of {limit} problems leaves nothing; give at least 1, or none for all")
+def record(family, level, problem, answer, lines, key, split=None, **extra):
+    """A problem as a dict; None when `split` is given and the key belongs to another.
 
-
-def record(family, level, problem, answer, lines, key, **extra):
-    """A problem; its id comes from its text, so that the same problem has the same id in every run."""
+    The id comes from the text, so that the same problem has the same id in every run.
+    """
+    key = f"{family} {key}"
+    if split and split_of(key) != split:
+        return None
     digest = hashlib.sha256(problem.encode()).hexdigest()[:12]
-    solution = "\n".join([*lines, conclude(answer)])
-    return {"id": f"{family}/{digest}", "problem": problem, "answer": answer, "level": level, "subject": family,
-            "solution": solution, "key": f"{family} {key}", **extra}
+    return {
+        "id": f"{family}/{digest}", "problem": problem, "answer": answer, "level": level,
+        "subject": family, "solution": "\n".join([*lines, conclude(answer)]), "key": key, **extra,
+    }
 
 
 def sample_family(generate, split, limit=None, seed=0, levels=ALL_LEVELS):
-    """`limit` problems of one split, no key twice, the levels in turn; fewer only when every level has run dry.
+    """`limit` problems of one split, no key twice, from each level in turn.
 
-    A problem's split is decided by its key, so no two splits share one, whatever the seeds. generate(level, rng) may
-    return None instead of a problem of another split, where the rest of its work is expensive.
+    The key alone decides the split, so no two splits share one, whatever the seeds. There are
+    fewer only when every level has run dry.
     """
-    check_request(split, limit)
     rng = random.Random(f"{generate.__module__} {split} {seed}")
-    wanted, seen, found, dry, turn = limit or SIZES[split], set(), [], set(), 0
+    wanted = limit or SIZES[split]
+    found, seen, dry, turn = [], set(), set(), 0
     while len(found) < wanted and len(dry) < len(levels):
         level = levels[turn % len(levels)]
         turn += 1
         for _ in range(0 if level in dry else 2000):
-            problem = generate(level, rng)
-            if problem and split_of(problem["key"]) == split and problem["key"] not in seen:
+            problem = generate(level, rng, split)
+            if problem and problem["key"] not in seen:
                 seen.add(problem["key"])
                 found.append(problem)
                 break
@@ -67,7 +70,7 @@ def sample_family(generate, split, limit=None, seed=0, levels=ALL_LEVELS):
     return found
 
 
-# ---------------------------------------------------------------------------------------------- thoughts
+# ---- thoughts
 
 
 def conclude(answer):
@@ -75,44 +78,72 @@ def conclude(answer):
 
 
 def first_wrong(thought, step, conclusion):
-    """The first line of a thought that is not a right step: (index, line, reason), or None when all are.
+    """The first line of a thought that is not a right step, (index, line, reason), or None.
 
-    step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why it is wrong (None
-    when it is right); it remembers what right lines establish. conclusion() -> the answer they establish, or None: the
-    last line has to state it, for a thought that stops short proves nothing. A wrong line is forgiven when the next one
-    takes it back, with one of REPAIRS, and is a right step about the same subject.
+    step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why
+    it is wrong (None when it is right). It remembers what the right lines establish.
+    conclusion() -> the answer that they establish, or None. The last line has to state it: a
+    thought that stops short proves nothing.
+
+    A wrong line is forgiven when the next one takes it back, with one of REPAIRS, and is a right
+    step about the same subject.
     """
-    lines = [(index, line.strip()) for index, line in enumerate(thought.split("\n")) if line.strip()]
-    slip = slip_subject = None
+    lines = [(i, line.strip()) for i, line in enumerate(thought.split("\n")) if line.strip()]
+    slip = slip_subject = None  # the line before, when it is wrong and may still be repaired
     for index, line in lines:
         repair = next((words for words in REPAIRS if line.startswith(words)), "")
-        claim = line[len(repair):]
-        if claim.startswith(conclude("")[:-1]):
+        claim = line.removeprefix(repair)
+        if claim.startswith("The answer is "):
             answer = conclusion()
-            subject, reason = "answer", (None if claim == conclude(answer) else f"the steps establish {answer}")
+            subject = "answer"
+            reason = None if claim == conclude(answer) else f"the steps establish {answer}"
         else:
             subject, reason = step(claim)
-        if slip and not (repair and reason is None and subject == slip_subject):
+        repaired = repair and reason is None and subject == slip_subject
+        if slip and not repaired:
             return slip
         if repair and not slip and reason is None:
             reason = "takes back a line that was right"
-        slip, slip_subject = ((index, line, reason) if reason else None), subject
+        slip = (index, line, reason) if reason else None
+        slip_subject = subject
         if slip and (repair or subject is None):
             return slip
-    if not slip and (not lines or claim != conclude(conclusion())):
-        return (lines[-1][0] + 1 if lines else 0), "", "the thought does not end in the answer"
-    return slip
+    if slip:
+        return slip
+    if not lines or claim != conclude(conclusion()):
+        end = lines[-1][0] + 1 if lines else 0
+        return end, "", "the thought does not end in the answer"
+    return None
 
 
-def plant_error(problem, rng, spoil):
-    """The solution with one wrong line. spoil(line) -> a line that is wrong in its place, or None where it has none."""
+def draw_offset(rng, *values):
+    """One of OFFSETS that leaves each of the values positive."""
+    return rng.choice([offset for offset in OFFSETS if min(values) + offset > 0])
+
+
+def replace_match(text, found, new):
+    """The text with a regular expression's match replaced."""
+    return text[:found.start()] + str(new) + text[found.end():]
+
+
+def spoil_line(spoil, problem, rng):
+    """(the lines of the solution, the index of one, what `spoil` makes of that one).
+
+    spoil(line, rng) -> a line that is wrong in its place, or None where it knows none.
+    """
     lines = problem["solution"].split("\n")
-    index, wrong = rng.choice([(i, w) for i, line in enumerate(lines[:-1]) if (w := spoil(line))])
+    spoiled = [(index, spoil(line, rng)) for index, line in enumerate(lines[:-1])]
+    return lines, *rng.choice([(index, wrong) for index, wrong in spoiled if wrong])
+
+
+def plant_error(spoil, problem, rng):
+    """The solution with one wrong line. A family binds its own `spoil`."""
+    lines, index, wrong = spoil_line(spoil, problem, rng)
     return "\n".join([*lines[:index], wrong, *lines[index + 1:]])
 
 
-def plant_slip(problem, rng, spoil):
-    """The solution with a wrong line that the next line takes back and puts right."""
-    lines = problem["solution"].split("\n")
-    index, wrong = rng.choice([(i, w) for i, line in enumerate(lines[:-1]) if (w := spoil(line))])
-    return "\n".join([*lines[:index], wrong, rng.choice(REPAIRS) + lines[index], *lines[index + 1:]])
+def plant_slip(spoil, problem, rng):
+    """The solution with a wrong line that the next one takes back and puts right."""
+    lines, index, wrong = spoil_line(spoil, problem, rng)
+    repaired = rng.choice(REPAIRS) + lines[index]
+    return "\n".join([*lines[:index], wrong, repaired, *lines[index + 1:]])

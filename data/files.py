@@ -1,18 +1,18 @@
 """Problem sets that are files: found, downloaded, checked, read.
 
-A set is looked for in the directory that the environment variable REASONER_DATA names, then in data/cache/; what is in
-neither is downloaded into the second. Either holds one directory per set: gsm8k/train.jsonl, math500/test.jsonl, ...
+A set is looked for in the directory that the environment variable REASONER_DATA names, then in
+data/cache/; what is in neither is downloaded into the second. Either holds one directory per set:
+gsm8k/train.jsonl, math500/test.jsonl, ...
 """
 
 import hashlib
 import json
 import os
 import random
+import shutil
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-
-from tqdm import tqdm
 
 from data.families import split_of
 
@@ -25,37 +25,42 @@ def places(name):
 
 
 def download(url, path, timeout_s=30):
-    """Writes `url` to `path`, under another name until it is whole. Raises FileNotFoundError when it cannot be had."""
+    """Writes `url` to `path`, under another name until it is whole.
+
+    Raises FileNotFoundError when it cannot be had.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=timeout_s) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while block := reply.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
+            shutil.copyfileobj(reply, file)
             if size and file.tell() != size:
                 raise OSError(f"{file.tell()} of {size} bytes came")
         os.replace(part, path)
     except (OSError, HTTPException, ValueError) as error:
-        raise FileNotFoundError(f"{url} could not be downloaded ({error}); place that file by hand at {path}, or set "
-                                f"REASONER_DATA to a directory that holds {path.parent.name}/{path.name}") from None
+        raise FileNotFoundError(
+            f"{url} could not be downloaded ({error}); place that file by hand at {path}, or set "
+            f"REASONER_DATA to a directory that holds {path.parent.name}/{path.name}"
+        ) from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def fetch(name, file, url, rows, sha256):
-    """The path of one file of a set, downloaded at need. Raises ValueError when it is not the published one."""
-    found = next((place / file for place in places(name) if (place / file).is_file()), None)
-    path = found or CACHE / name / file
-    if not found:
+    """The path of one file of a set, downloaded at need. Raises ValueError for another content."""
+    path = next((place / file for place in places(name) if (place / file).is_file()), None)
+    if not path:
+        path = CACHE / name / file
         download(url, path)
     content = path.read_bytes()
-    found_sha256, found_rows = hashlib.sha256(content).hexdigest(), len(content.splitlines())
-    if found_sha256 != sha256:
-        raise ValueError(f"{path} is not the published {name}/{file}: {found_rows} rows with sha256 "
-                         f"{found_sha256[:12]}..., expected {rows} with {sha256[:12]}...; delete it to get it anew")
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{path} is not the published {name}/{file}: {len(content.splitlines())} rows with "
+            f"sha256 {found[:12]}..., expected {rows} with {sha256[:12]}...; delete it to get it "
+            "anew"
+        )
     return path
 
 
@@ -70,19 +75,20 @@ def read_rows(path):
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: found a {type(row).__name__}, expected an object")
+                kind = type(row).__name__
+                raise ValueError(f"{path}, line {number}: found a {kind}, expected an object")
             yield number, row
 
 
 def hold_out(problems, split):
-    """A training set divided: `dev` is the tenth that the hash of a problem's text picks, `train` is the rest."""
+    """A training set divided: `dev` is the tenth that a problem's hash picks, `train` the rest."""
     if split == "test":
         return problems
     return [p for p in problems if (split_of(p["problem"]) == "dev") == (split == "dev")]
 
 
 def choose(problems, limit, seed):
-    """A random subset, the smaller one part of the larger. Never a prefix: files are often sorted by difficulty."""
+    """A random subset, part of any larger one; no prefix, for files are often sorted."""
     if limit is None or limit >= len(problems):
         return problems
     order = list(range(len(problems)))

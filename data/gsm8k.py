@@ -1,4 +1,7 @@
-"""GSM8K: 8,792 grade-school word problems with worked solutions (Cobbe et al. 2021, arXiv:2110.14168; MIT licence)."""
+"""GSM8K: 8,792 grade-school word problems with worked solutions.
+
+Cobbe et al. 2021, arXiv:2110.14168; MIT licence.
+"""
 
 from data.files import fetch, hold_out, read_rows
 
@@ -13,9 +16,12 @@ def from_row(row, name):
     """One row as published, {"question", "answer": "worked solution #### 72"}, as a problem."""
     solution, mark, answer = row["answer"].rpartition("####")
     if not mark:
-        raise ValueError(f"{name}: a GSM8K answer ends in '#### NUMBER', found {row['answer'][-40:]!r}")
-    return {"id": name, "problem": row["question"], "answer": answer.strip().replace(",", ""), "subject": "gsm8k",
-            "solution": solution.strip()}
+        end = row["answer"][-40:]
+        raise ValueError(f"{name}: a GSM8K answer ends in '#### NUMBER', found {end!r}")
+    return {
+        "id": name, "problem": row["question"], "answer": answer.strip().replace(",", ""),
+        "subject": "gsm8k", "solution": solution.strip(),
+    }
 
 
 def problems(split):

@@ -1,12 +1,13 @@
-"""MATH (Hendrycks et al. 2021, arXiv:2103.03874; MIT licence), and the 500 test problems of it that everybody reports.
+"""MATH, and the 500 test problems of it that everybody reports.
 
-`math500` is downloaded. `math` is the whole set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/:
-as published, train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl with those fields.
+Hendrycks et al. 2021, arXiv:2103.03874; MIT licence. `math500` is downloaded. `math` is the whole
+set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/: as published,
+train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl.
 """
 
 import json
 
-from data.files import choose, fetch, hold_out, places, read_rows
+from data.files import fetch, hold_out, places, read_rows
 from verify import extract_answer
 
 URL = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
@@ -20,29 +21,34 @@ def level_of(value):
 
 
 def from_row(row, name):
-    """One problem of MATH; its answer is in the last box of its solution where no field holds it."""
+    """One problem of MATH; where no field holds the answer, the solution's last box does."""
     missing = [field for field in ("problem", "solution") if not isinstance(row.get(field), str)]
     if missing:
         raise ValueError(f"{name}: no text in the field {missing[0]!r}; there are {', '.join(row)}")
     answer = row.get("answer") or extract_answer(row["solution"], strict=True)
     if not answer:
         raise ValueError(f"{name}: neither an answer field nor a \\boxed answer in the solution")
-    problem = {"id": name, "problem": row["problem"], "answer": str(answer), "solution": row["solution"],
-               "level": level_of(row.get("level")), "subject": row.get("subject") or row.get("type")}
+    problem = {
+        "id": name, "problem": row["problem"], "answer": str(answer), "solution": row["solution"],
+        "level": level_of(row.get("level")), "subject": row.get("subject") or row.get("type"),
+    }
     return {field: value for field, value in problem.items() if value is not None}
 
 
 def read_math(place, split):
     """The problems of a directory in one of the two layouts, or [] when it holds neither."""
-    if (place / f"{split}.jsonl").is_file():
-        return [from_row(row, f"math/{split}/{number}") for number, row in read_rows(place / f"{split}.jsonl")]
-    return [from_row(json.loads(file.read_text("utf-8")), f"math/{split}/{file.parent.name}/{file.stem}")
-            for file in sorted((place / split).glob("*/*.json"))]
+    path = place / f"{split}.jsonl"
+    if path.is_file():
+        return [from_row(row, f"math/{split}/{number}") for number, row in read_rows(path)]
+    files = sorted((place / split).glob("*/*.json"))
+    return [from_row(json.loads(file.read_text("utf-8")),
+                     f"math/{split}/{file.parent.name}/{file.stem}") for file in files]
 
 
 def problems_math500(split):
     if split != "test":
-        raise ValueError(f"math500 has a test split only, found {split!r}; MATH's training problems are the set 'math'")
+        raise ValueError(f"math500 has a test split only, found {split!r}; "
+                         "MATH's training problems are the set 'math'")
     path = fetch("math500", "test.jsonl", URL, ROWS, SHA256)
     return [from_row(row, f"math500/{row['unique_id']}") for _, row in read_rows(path)]
 
@@ -52,6 +58,6 @@ def problems_math(split):
     rows = next(filter(None, (read_math(place, part) for place in places("math"))), None)
     if not rows:
         looked = " or ".join(map(str, places("math")))
-        raise FileNotFoundError(f"no MATH {part} problems in {looked}; put {part}/SUBJECT/NUMBER.json or {part}.jsonl "
-                                "there by hand")
+        raise FileNotFoundError(f"no MATH {part} problems in {looked}; put "
+                                f"{part}/SUBJECT/NUMBER.json or {part}.jsonl there by hand")
     return hold_out(rows, split)

@@ -9,7 +9,8 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from model import render_chat
+from data import load_problems
+from model import encode_chat, encode_text, render_chat
 from verify import format_reward
 
 # ---------------------------------------------------------------------- the form of a response
@@ -32,6 +33,14 @@ def split_response(text, think_tag=None):
     if not block:
         return None, text
     return block[2], text[:block.start()] + text[block.end():]
+
+
+def thought_of(text):
+    """The thought of a model output: its block or, without one, all of it, its boxes opened."""
+    thought, rest = split_response(text)
+    if thought is None:
+        return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", rest).strip()
+    return "\n".join(line.rstrip() for line in thought.strip().split("\n"))
 
 
 def in_form(text, think_tag="think"):
@@ -203,12 +212,32 @@ def render_prompt(preset, problem, *, system=None, shots=(), think_tag="think"):
 
 
 def encode_prompt(tokenizer, preset, problem, *, system=None, shots=(), think_tag="think"):
-    """The token ids of render_prompt's text."""
-    text = render_prompt(preset, problem, system=system, shots=shots, think_tag=think_tag)
-    return tokenizer.encode(text, add_special_tokens=False).ids  # TODO: model.encode_chat
+    """The token ids of render_prompt's text, in which no problem can make a control token."""
+    preset = PRESETS[preset]
+    if preset.text is not None:
+        return encode_text(tokenizer, preset.text + user_turn(preset, problem))
+    messages = chat_messages(preset, problem, system, shots, think_tag)
+    return encode_chat(tokenizer, messages, system=None)
 
 
 def prompt_hash(preset, **asked):
     """Eight characters that change with anything in the prompt but the problem itself."""
     text = render_prompt(preset, {"problem": "{problem}"}, **asked)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def load_shots(source, count, seed, problems):
+    """`count` solved problems of a set's train split to show first; fewer are the first of more.
+
+    Raises ValueError when one has no solution, or is among `problems`, which will be asked.
+    """
+    shots = load_problems(source, "train", count, seed) if count else []
+    asked = {p["problem"] for p in problems}
+    for shot in shots:
+        if not shot.get("solution"):
+            raise ValueError(f"{source}: {shot['id']} has no solution to show; name a set that has "
+                             "with --shots-from")
+        if shot["problem"] in asked:
+            raise ValueError(f"{source}: example {shot['id']} is one of the problems asked; name "
+                             "another set with --shots-from")
+    return shots

@@ -1,51 +1,71 @@
-"""Process verification of free text: every step that can be parsed is computed again, exactly.
+"""Process verification of free text: every step that can be read is computed again, exactly.
 
-A step is one equality sign with an expression on either side: `48/2 = 24`, the links of a chain `a = b = c`, GSM8K's
-`<<48/2=24>>`, LaTeX such as `\\frac{1}{2} \\times 6 = 3`, identities such as `2x + 3x = 5x`; and an equation that is
-said to follow from another: `2x + 3 = 11, so 2x = 8`. Its verdict is "right", "wrong", "repaired" when a wrong one is
-taken back later, or "unchecked" where exact arithmetic cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units in
-words, thousands separators, percent and rounded decimals are read as people mean them. Text is never evaluated, only
-parsed, with limits on its length, depth and numbers.
+A step is one equality sign with an expression on either side: `48/2 = 24`, the links of a chain
+`a = b = c`, GSM8K's `<<48/2=24>>`, LaTeX such as `\\frac{1}{2} \\times 6 = 3`, identities such as
+`2x + 3x = 5x`; or an equation that is said to follow from another: `2x + 3 = 11, so 2x = 8`. It is
+"right", "wrong", "repaired" when the text takes a wrong one back, or "unchecked" where exact
+arithmetic cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units, thousands separators,
+percent and rounded decimals are read as people mean them. Text is never evaluated, only parsed,
+with limits on its length, depth and numbers.
 """
 
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_LINE, MAX_TOKENS, MAX_DIGITS, MAX_BITS, MAX_POWER, MAX_TERMS, MAX_DEPTH = 2000, 60, 40, 400, 12, 60, 20
+MAX_LINE = 2000  # characters
+MAX_TOKENS = 60  # on a side of an equality sign
+MAX_DIGITS = 40
+MAX_BITS = 400
+MAX_POWER = 12
+MAX_TERMS = 60
+MAX_DEPTH = 20
 
-Step = NamedTuple("Step", [("text", str), ("verdict", str), ("reason", str)])
-Side = NamedTuple("Side", [("tokens", list), ("value", dict), ("whole", bool)])     # a part of the text around a sign
+
+class Step(NamedTuple):
+    text: str
+    verdict: str  # "right", "wrong", "repaired" or "unchecked"
+    reason: str
 
 
-# ---------------------------------------------------------------------------------------------- polynomials
-# {"": 3, "x": 2, "xxy": 5} is 3 + 2x + 5x^2 y; a number is {"": n}, zero is {}. Coefficients are Fractions.
+class Side(NamedTuple):
+    """The expression on one side of an equality sign."""
+
+    tokens: list
+    value: dict  # a polynomial
+    whole: bool  # whether it is all of the text on that side
+
+
+# ---- polynomials
+# {"": 3, "x": 2, "xxy": 5} is 3 + 2x + 5x^2 y; a number is {"": n}, zero is {}.
 
 
 def tidy(poly):
-    if len(poly) > MAX_TERMS or any(n.bit_length() > MAX_BITS for c in poly.values() for n in c.as_integer_ratio()):
+    parts = [n for c in poly.values() for n in c.as_integer_ratio()]
+    if len(poly) > MAX_TERMS or any(n.bit_length() > MAX_BITS for n in parts):
         raise ValueError("too large")
     return {letters: c for letters, c in poly.items() if c}
 
 
 def add(a, b, sign=1):
-    return tidy({letters: a.get(letters, Fraction(0)) + sign * b.get(letters, 0) for letters in {**a, **b}})
+    return tidy({letters: a.get(letters, Fraction(0)) + sign * b.get(letters, 0)
+                 for letters in {**a, **b}})
 
 
 def multiply(a, b):
-    out = {}
+    product = {}
     for p, m in a.items():
         for q, n in b.items():
             letters = "".join(sorted(p + q))
             if len(letters) > MAX_POWER:
                 raise ValueError("power too high")
-            out[letters] = out.get(letters, 0) + m * n
-    return tidy(out)
+            product[letters] = product.get(letters, 0) + m * n
+    return tidy(product)
 
 
 def number(poly):
     """The value of a polynomial without letters, or None."""
-    return poly.get("", Fraction(0)) if not poly.keys() - {""} else None
+    return None if poly.keys() - {""} else poly.get("", Fraction(0))
 
 
 def divide(a, b):
@@ -59,115 +79,121 @@ def power(base, exponent):
     n = number(exponent)
     if n is None or n.denominator != 1 or not 0 <= n <= MAX_POWER:
         raise ValueError("not a small whole power")
-    out = {"": Fraction(1)}
+    result = {"": Fraction(1)}
     for _ in range(int(n)):
-        out = multiply(out, base)
-    return out
+        result = multiply(result, base)
+    return result
 
 
-# ---------------------------------------------------------------------------------------------- parsing
+# ---- parsing
+# The three readers take what they read from the front of `tokens`, which ends in "".
 
 TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|[-+*/^()%]|[a-zA-Z]+|\S")
 
 
-def parse(tokens, percent=Fraction(1, 100)):
-    """The polynomial that `tokens` (a list, or a text to be split) writes down. Raises ValueError when they write none.
+def read_sum(tokens, percent, depth=0):
+    value = {}
+    sign = tokens.pop(0) if tokens[0] in ("+", "-") else "+"
+    while sign:
+        value = add(value, read_product(tokens, percent, depth), -1 if sign == "-" else 1)
+        sign = tokens.pop(0) if tokens[0] in ("+", "-") else None
+    return value
 
-    percent: what a percent sign multiplies by; 1 reads it as a mere unit.
+
+def read_product(tokens, percent, depth):
+    value = read_factor(tokens, percent, depth)
+    while tokens[0] in ("*", "/", "(") or tokens[0].isalpha():
+        op = tokens.pop(0) if tokens[0] in ("*", "/") else "*"
+        factor = read_factor(tokens, percent, depth)
+        value = divide(value, factor) if op == "/" else multiply(value, factor)
+    return value
+
+
+def read_factor(tokens, percent, depth):
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    token = tokens.pop(0)
+    if token == "-":
+        return multiply({"": Fraction(-1)}, read_factor(tokens, percent, depth + 1))
+    if token == "(":
+        value = read_sum(tokens, percent, depth + 1)
+        if tokens[0] != ")":
+            raise ValueError("unbalanced parentheses")
+        tokens.pop(0)
+    elif len(token) == 1 and token.isascii() and token.isalpha():
+        value = {token: Fraction(1)}
+    elif token[:1] == "." or token[:1].isdecimal() and token.isascii():
+        if len(token) > MAX_DIGITS:
+            raise ValueError("too many digits")
+        value = {"": Fraction(token)}
+        mixed = re.fullmatch(r"\d+ (\d+) / (\d+)", " ".join([token, *tokens[:3]]))  # 2 1/2
+        if mixed and int(mixed[2]):
+            value = add(value, {"": Fraction(int(mixed[1]), int(mixed[2]))})
+            del tokens[:3]
+    else:
+        raise ValueError(f"{token!r} is not part of an expression")
+    if tokens[0] == "^":
+        tokens.pop(0)
+        value = power(value, read_factor(tokens, percent, depth + 1))
+    if tokens[0] == "%":
+        tokens.pop(0)
+        value = multiply(value, {"": percent})
+    return value
+
+
+def parse(tokens, percent=Fraction(1, 100)):
+    """The polynomial that `tokens` writes down. Raises ValueError when it writes none.
+
+    tokens: a list, or a text to be split. percent: what a percent sign multiplies by; 1 reads it
+    as a mere unit.
     """
     tokens = TOKEN.findall(tokens) if isinstance(tokens, str) else tokens
     if len(tokens) > 4 * MAX_TOKENS:
         raise ValueError("too long")
-    at = 0
-
-    def peek():
-        return tokens[at] if at < len(tokens) else ""
-
-    def take():
-        nonlocal at
-        at += 1
-        return tokens[at - 1]
-
-    def total(depth):
-        if depth > MAX_DEPTH:
-            raise ValueError("nested too deeply")
-        sign = -1 if peek() in ("+", "-") and take() == "-" else 1
-        value = multiply({"": Fraction(sign)}, product(depth))
-        while peek() in ("+", "-"):
-            sign = 1 if take() == "+" else -1
-            value = add(value, product(depth), sign)
-        return value
-
-    def product(depth):
-        value = factor(depth)
-        while peek() and (peek() in "*/(" or peek().isalpha()):
-            if peek() == "/":
-                take()
-                value = divide(value, factor(depth))
-            else:
-                if peek() == "*":
-                    take()
-                value = multiply(value, factor(depth))
-        return value
-
-    def factor(depth):
-        token = take() if peek() else ""
-        if token == "(":
-            value = total(depth + 1)
-            if not peek() or take() != ")":
-                raise ValueError("unbalanced parentheses")
-        elif token == "-":
-            value = multiply({"": Fraction(-1)}, factor(depth + 1) if depth < MAX_DEPTH else {})
-            return value
-        elif len(token) == 1 and token.isascii() and token.isalpha():
-            value = {token: Fraction(1)}
-        elif token[:1] == "." or token[:1].isdecimal() and token.isascii():
-            if len(token) > MAX_DIGITS:
-                raise ValueError("too many digits")
-            value = {"": Fraction(token)}
-            if re.fullmatch(r"\d+ \d+ / \d+", " ".join([token, *tokens[at:at + 3]])) and tokens[at + 2] != "0":
-                value = add(value, {"": Fraction(int(take()), int(take() and take()))})         # 2 1/2
-        else:
-            raise ValueError(f"{token!r} is not part of an expression")
-        if peek() == "^":
-            take()
-            value = power(value, factor(depth + 1))
-        if peek() == "%":
-            take()
-            value = multiply(value, {"": percent})
-        return value
-
-    value = total(0)
-    if at != len(tokens):
-        raise ValueError(f"{tokens[at]!r} is left over")
+    tokens = [*tokens, ""]
+    value = read_sum(tokens, percent)
+    if tokens[0]:
+        raise ValueError(f"{tokens[0]!r} is left over")
     return value
 
 
+# ---- from prose to expressions
+
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in [
-    (r"\\(?:left|right|,|;|!|quad)|\\[()\[\]]|\\?\$|[€£&~]", " "), (r"\\text\w*\{([^{}]{0,40})\}", r" \1 "),
-    (r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"((\1)/(\2))"), (r"\\[dt]?frac(\d)(\d)", r"(\1/\2)"),
+    (r"\\(?:left|right|,|;|!|quad)|\\[()\[\]]|\\?\$|[€£&~]", " "),
+    (r"\\text\w*\{([^{}]{0,40})\}", r" \1 "),
+    (r"\\[dt]?frac\{([^{}]{1,40})\}\{([^{}]{1,40})\}", r"((\1)/(\2))"),
+    (r"\\[dt]?frac(\d)(\d)", r"(\1/\2)"),
     (r"(?<=[\w)])\*\*(?=[\w(])", "^"), (r"\*\*", " "), (r"\^\{(\d{1,3})\}", r"^\1"), (r"\\?%", "%"),
     (r"\\times|\\cdot|[×·⋅]", "*"), (r"\\div|÷", "/"), (r"[−–—]", "-"), (r"\\approx|[≈≅]|~=", "≈"),
-    (r"\\(?:implies|Rightarrow|rightarrow|to)\b|=>|->|⇒|→|⟹", " so "), (r"\ba\b(?=\s+[A-Za-z]{2})", "an"),
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""), (r"(?<![\d./])(\d{1,3}) (?=\d{3}\b)", r"\1"),
-    (r"(?<=[\d)%a-z])\s*\b[xX]\b\s*(?=[\d(.])|(?<=\d)[xX](?=\s*[\d.])", " * "), (r"(?<=/\s)(\d+/\d+)", r"(\1)"),
+    (r"\\(?:implies|Rightarrow|rightarrow|to)\b|=>|->|⇒|→|⟹", " so "),
+    (r"\ba\b(?=\s+[A-Za-z]{2})", "an"),
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+    (r"(?<![\d./])(\d{1,3}) (?=\d{3}\b)", r"\1"),
+    (r"(?<=[\d)%a-z])\s*\b[xX]\b\s*(?=[\d(.])|(?<=\d)[xX](?=\s*[\d.])", " * "),
+    (r"(?<=/\s)(\d+/\d+)", r"(\1)"),
     (r"(?<=[\d)%])\s+(?:times|multiplied by|of)\s+(?=[\d(.])", " * "),
-    (r"(?<=[\d)])\s+divided by\s+(?=[\d(.])", " / "), (r"(?<=[\d)])\s+plus\s+(?=[\d(.])", " + "),
-    (r"(?<=[\d)])\s+minus\s+(?=[\d(.])", " - "), (r"/\s*(?=[A-Za-z]{2})(\w+)", r" \1"),
+    (r"(?<=[\d)])\s+divided by\s+(?=[\d(.])", " / "),
+    (r"(?<=[\d)])\s+plus\s+(?=[\d(.])", " + "),
+    (r"(?<=[\d)])\s+minus\s+(?=[\d(.])", " - "),
+    (r"/\s*(?=[A-Za-z]{2})(\w+)", r" \1"),
     (r"(?<==) ?(\d+) and \(?(\d+/\d+)\)?", r" \1 \2"),
 ]]
 LIST_MARK = re.compile(r"^\s*(?:[-*•]+\s+|(?:step\s*)?\d{1,2}\s*[.):]\s+)+", re.I)
 SENTENCE = re.compile(r"\.(?=\s|$)|:(?!\d)|[;!?|]|,(?=\s)")
-ROUNDED = re.compile(r"\b(?:about|around|approximately|roughly|nearly|almost|round\w*|at (?:least|most)|full|whole|"
-                     r"complete|remainder)\b|≈", re.I)
+ROUNDED = re.compile(
+    r"\b(?:about|around|approximately|roughly|nearly|almost|round\w*|at (?:least|most)|full|whole|"
+    r"complete|remainder)\b|≈", re.I)
 FOLLOWS = re.compile(r"\b(?:so|thus|hence|therefore|which (?:gives|means)|giving)\b", re.I)
-RETRACTED = re.compile(r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|\bno,",
-                       re.I)
-UNITS = re.compile(r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|yard|"
-                   r"mile|meter|metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|dime|nickel|"
-                   r"quarter|dozen|score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|halves|twice|double|"
-                   r"thousand|million)\b", re.I)
-BREAKS = {"because", "since", "so", "and", "or", "is", "are", "was", "which", "then", "but", "if", "as", "of", "I"}
+RETRACTED = re.compile(
+    r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|"
+    r"\bno,", re.I)
+UNITS = re.compile(
+    r"\b(?:(?:milli|centi|kilo)?(?:second|minute|hour|day|week|month|year|decade|inch|foot|feet|"
+    r"yard|mile|meter|metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|"
+    r"dime|nickel|quarter|dozen|score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|"
+    r"halves|twice|double|thousand|million)\b", re.I)
+BREAKS = set("because since so and or is are was which then but if as of I".split())
 
 
 def is_word(token):
@@ -175,84 +201,100 @@ def is_word(token):
 
 
 def without_units(tokens):
-    """Drops the words that follow a number and precede an operation or the end: units. None stands for other words."""
-    out, i = [], 0
-    while i < len(tokens):
-        if not is_word(tokens[i]):
-            out.append(tokens[i])
-            i += 1
-            continue
-        end = i
+    """The tokens without units, the words between a number and an operation or the end.
+
+    None stands for any other words.
+    """
+    kept = []
+    begin = 0
+    while begin < len(tokens):
+        end = begin
         while end < len(tokens) and is_word(tokens[end]):
             end += 1
-        after_value = out and out[-1] and (out[-1][-1].isdecimal() or out[-1] in (")", "%"))
-        before_sign = end == len(tokens) or tokens[end] in tuple("+-*/)")
-        if not (after_value and before_sign and BREAKS.isdisjoint(tokens[i:end])):
-            out.append(None)
-        i = end
-    return out
+        if begin == end:
+            kept.append(tokens[begin])
+            begin += 1
+            continue
+        behind_number = kept and kept[-1] and (kept[-1][-1].isdecimal() or kept[-1] in (")", "%"))
+        before_sign = end == len(tokens) or tokens[end] in ("+", "-", "*", "/", ")")
+        if not (behind_number and before_sign and BREAKS.isdisjoint(tokens[begin:end])):
+            kept.append(None)
+        begin = end
+    return kept
 
 
-def read_side(part, at_end):
-    """The longest expression that ends (at_end) or begins a part of a sentence, or None.
+def read_side(text, at_end):
+    """The longest expression that ends (at_end) or begins a text, or None.
 
-    None too when an operation, a letter or a comma joins it to something that cannot be read: `cost of a pen * 3 = 6`.
+    None too when a sign or a letter joins it to what cannot be read: `cost of a pen * 3 = 6`.
     """
-    tokens = TOKEN.findall(part)
+    tokens = TOKEN.findall(text)
     tokens = without_units(tokens[-MAX_TOKENS:] if at_end else tokens[:MAX_TOKENS])
     for cut in range(len(tokens)):
         split = cut if at_end else len(tokens) - cut
-        rest, chosen = (tokens[:split], tokens[split:]) if at_end else (tokens[split:], tokens[:split])
+        chosen, rest = tokens[:split], tokens[split:]
+        if at_end:
+            chosen, rest = rest, chosen[::-1]
         if None in chosen:
             continue
         try:
             value = parse(chosen)
         except ValueError:
             continue
-        joint = next((t for t in (reversed(rest) if at_end else rest) if t not in ("(", ")")), None)
+        joint = next((token for token in rest if token not in ("(", ")")), None)
         joined = joint and (joint in "+-*/^:,." or len(joint) == 1 and joint.isalpha())
-        return None if joined or cut and at_end and chosen[0] in "+-" else Side(chosen, value, cut == 0)
+        if joined or cut and at_end and chosen[0] in "+-":
+            return None
+        return Side(chosen, value, cut == 0)
     return None
 
 
-# ---------------------------------------------------------------------------------------------- verdicts
+# ---- verdicts
 
 
 def is_bare(side):
     """A number alone, with at most a sign and a percent."""
-    return [t for t in side.tokens if t not in "-%()"][1:] == []
+    return len([token for token in side.tokens if token not in "-%()"]) <= 1
 
 
-def values(side):
-    """A side's readings: a percent sign means a hundredth; alone, in a sum, in `* 100%` it may also be a mere unit."""
+def readings(side):
+    """A percent sign means a hundredth; alone, in a sum or in `* 100%` perhaps a mere unit."""
     yield side.value
-    if "%" in side.tokens and (not {"*", "/", "^"} & set(side.tokens) or side.tokens[-3:] == ["*", "100", "%"]):
-        yield parse(side.tokens, Fraction(1))
+    tokens = side.tokens
+    if "%" in tokens and (not {"*", "/", "^"} & set(tokens) or tokens[-3:] == ["*", "100", "%"]):
+        yield parse(tokens, Fraction(1))
 
 
 def rounds_to(exact, side, loosely):
-    """Whether a bare decimal is `exact` rounded or cut off at its last place; a whole number only where it says so."""
-    text = next((t for t in side.tokens if t[0].isdecimal() or t[0] == "."), "0")
+    """Whether a bare decimal is `exact` rounded or cut off at its last place.
+
+    A whole number is one only where the text says so (loosely).
+    """
+    text = next((token for token in side.tokens if token[0].isdecimal() or token[0] == "."), "0")
     places = len(text.partition(".")[2])
     if not places and not loosely:
         return False
     unit = Fraction(1, 10 ** places)
-    return (exact / unit).denominator != 1 and any(abs(exact - number(value)) < unit for value in values(side))
+    near = any(abs(exact - number(value)) < unit for value in readings(side))
+    return near and (exact / unit).denominator != 1
 
 
-def judge(left, right, context):
+def compare(left, right, context):
     """(verdict, reason) for `left = right`; `context` is the text around it."""
-    if any(add(a, b, -1) == {} for a in values(left) for b in values(right)):
-        return ("unchecked", "a bare number on both sides") if is_bare(left) and is_bare(right) else ("right", "")
-    exact, claimed = number(left.value), number(right.value)
+    both_bare = is_bare(left) and is_bare(right)
+    if any(add(a, b, -1) == {} for a in readings(left) for b in readings(right)):
+        return ("unchecked", "a bare number on both sides") if both_bare else ("right", "")
+    exact = number(left.value)
+    claimed = number(right.value)
     if exact is None or claimed is None:
         return "unchecked", "an equation, not an identity"
     loosely = bool(ROUNDED.search(context))
-    for one, other in ((left, right), (right, left)):
-        if is_bare(other) and any(rounds_to(number(value), other, loosely) for value in values(one)):
+    for side, decimal in ((left, right), (right, left)):
+        values = [number(value) for value in readings(side)]
+        if is_bare(decimal) and any(rounds_to(value, decimal, loosely) for value in values):
             return "right", "rounded"
     units = {unit.lower().rstrip("s") for unit in UNITS.findall(context)}
-    if len(units) > 1 or is_bare(left) and is_bare(right) and re.search("[A-Za-z]", context):
+    if len(units) > 1 or both_bare and re.search("[A-Za-z]", context):
         return "unchecked", "numbers that differ, in units that may too"
     if "cent" in context and exact in (100 * claimed, claimed / 100):
         return "unchecked", "dollars and cents"
@@ -260,69 +302,76 @@ def judge(left, right, context):
 
 
 def follows(first, then):
-    """(verdict, reason) for two equations, each as left minus right, of which the second is said to follow."""
-    letters = {letter for term in (*first, *then) for letter in term}
-    ratios = {then.get(term, 0) / first[term] if first.get(term) else None for term in {*first, *then}}
+    """(verdict, reason) for two equations, each as left minus right; the second is to follow."""
+    terms = {*first, *then}
+    ratios = {then.get(term, 0) / first[term] if first.get(term) else None for term in terms}
     if len(ratios) == 1 and None not in ratios:
         return "right", ""
-    if len(letters) == 1 and max(map(len, (*first, *then))) == 1 and letters <= first.keys() & then.keys():
-        return "wrong", f"the first gives {min(letters)} = {-first.get('', 0) / first[min(letters)]}"
+    letters = set("".join(terms))
+    linear = max(map(len, terms)) == 1
+    if linear and len(letters) == 1 and letters <= first.keys() & then.keys():
+        [letter] = letters
+        return "wrong", f"the first gives {letter} = {-first.get('', 0) / first[letter]}"
     return "unchecked", "not a linear equation in one letter"
 
 
 def check_sentence(sentence, equation):
-    """(the steps of one sentence, the last equation with letters); `equation`: that of the sentences before."""
-    parts, signs = re.split(r"[=≈]", sentence), re.findall(r"[=≈]", sentence)
-    out = []
+    """(the steps of a sentence, the last equation with letters), given the last one before it."""
+    parts = re.split(r"[=≈]", sentence)
+    signs = re.findall(r"[=≈]", sentence)
+    steps = []
     for i, sign in enumerate(signs):
-        left, right = read_side(parts[i], True), read_side(parts[i + 1], False)
+        left = read_side(parts[i], True)
+        right = read_side(parts[i + 1], False)
         if not left or not right:
             continue
         context = parts[i] + sign + parts[i + 1]
-        labelled = is_bare(left) and (not left.whole or i == 0 and re.search("[A-Za-z]", parts[i]))  # `8 boxes = 8 * 6`
-        verdict, reason = ("unchecked", "a label") if labelled else judge(left, right, context)
+        in_units = UNITS.search(context)
+        worded = i == 0 and re.search("[A-Za-z]", parts[i])
+        labelled = is_bare(left) and (not left.whole or worded)  # `8 boxes = 8 * 6`
+        verdict, reason = compare(left, right, context)
+        if labelled:
+            verdict, reason = "unchecked", "a label"
         difference = add(left.value, right.value, -1)
         if verdict == "unchecked" and number(difference) is None:
-            if equation and FOLLOWS.search(parts[i]) and not UNITS.search(context):
+            if equation and FOLLOWS.search(parts[i]) and not in_units:
                 verdict, reason = follows(equation, difference)
             equation = difference
-        elif verdict == "unchecked" and difference and out and is_bare(left) \
-                and not (labelled or UNITS.search(context)):
-            verdict, reason = "wrong", "the chain changes its value"
-        out.append(Step(" ".join(left.tokens) + f" {sign} " + " ".join(right.tokens), verdict, reason))
-    return out, equation
-
-
-def check_text(text):
-    """Every step found in a text, in order of the lines: [Step(text, verdict, reason)].
-
-    A wrong step is "repaired" when the text takes something back after it and then has the same left side right.
-    """
-    out, equation, retractions = [], None, 0
-    for line in text.split("\n"):
-        line = line[:MAX_LINE]
-        sentences = re.findall(r"<<([^<>]*)>>", line)
-        line = LIST_MARK.sub("", re.sub(r"<<[^<>]*>>", "", line))
-        for pattern, new in SPELLINGS:
-            line = pattern.sub(new, line)
-            sentences = [pattern.sub(new, s) for s in sentences]
-        for sentence in sentences + SENTENCE.split(line):
-            retractions += bool(RETRACTED.search(sentence))
-            steps, equation = check_sentence(sentence, equation)
-            out += [(step, retractions) for step in steps]
-    right = {}
-    for step, count in out:
-        if step.verdict == "right":
-            right[left_of(step)] = count
-    repaired = {i for i, (step, count) in enumerate(out)
-                if step.verdict == "wrong" and right.get(left_of(step), 0) > count}
-    return [step._replace(verdict="repaired") if i in repaired else step for i, (step, _) in enumerate(out)]
+        elif verdict == "unchecked" and difference and steps and is_bare(left):
+            if not labelled and not in_units:
+                verdict, reason = "wrong", "the chain changes its value"
+        text = " ".join([*left.tokens, sign, *right.tokens])
+        steps.append(Step(text, verdict, reason))
+    return steps, equation
 
 
 def left_of(step):
     return re.split("[=≈]", step.text)[0]
 
 
-def first_wrong_step(text):
-    """The first step that is wrong, or None."""
-    return next((step for step in check_text(text) if step.verdict == "wrong"), None)
+def check_text(text):
+    """Every step found in a text, in order of the lines.
+
+    A wrong one is "repaired" when the text takes something back after it and then has the same
+    left side right.
+    """
+    found = []  # (step, how often something was taken back before it)
+    equation = None
+    retractions = 0
+    for line in text.split("\n"):
+        line = line[:MAX_LINE]
+        annotations = re.findall(r"<<([^<>]*)>>", line)
+        line = LIST_MARK.sub("", re.sub(r"<<[^<>]*>>", "", line))
+        for pattern, new in SPELLINGS:
+            line = pattern.sub(new, line)
+            annotations = [pattern.sub(new, annotation) for annotation in annotations]
+        for sentence in annotations + SENTENCE.split(line):
+            retractions += bool(RETRACTED.search(sentence))
+            steps, equation = check_sentence(sentence, equation)
+            found += [(step, retractions) for step in steps]
+    right = {left_of(step): count for step, count in found if step.verdict == "right"}
+    return [
+        step._replace(verdict="repaired")
+        if step.verdict == "wrong" and right.get(left_of(step), 0) > count else step
+        for step, count in found
+    ]

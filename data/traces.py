@@ -1,23 +1,23 @@
 """Reasoning traces: written by a teacher, verified twice, curated; what sft.py trains on.
 
-    python data/traces.py --data words knights --teacher solver --self-correction 0.1 --out runs/traces/solver.jsonl
-    python data/traces.py --data gsm8k --teacher gsm8k-solutions --out runs/traces/gsm8k.jsonl
-    python data/traces.py --data gsm8k --teacher-url https://api.example.com/v1 --teacher-model NAME --samples 4
-    python data/traces.py --data words --teacher runs/sft/checkpoints/step_000500 --samples 4
-    python data/traces.py --self-test 2000         # planted errors caught, right thoughts and repaired slips let pass
+    python -m data.traces --data words knights --self-correction 0.1 --out runs/traces/solver.jsonl
+    python -m data.traces --data gsm8k --teacher gsm8k-solutions --out runs/traces/gsm8k.jsonl
+    python -m data.traces --data gsm8k --teacher-url https://api.example.com/v1 --teacher-model NAME
+    python -m data.traces --data words --teacher runs/sft/checkpoints/step_000500 --samples 4
+    python -m data.traces --self-test 2000    # tries the step checkers on planted errors and slips
 
-1. The teacher writes raw traces to OUT.raw.jsonl; a run that was interrupted goes on where it stopped.
-2. Outcome: the answer in the box is right; a repaired program passes its unit tests.
-3. Process: every step that can be checked is right. A right answer behind a wrong step is dropped, and counted.
-4. Curation: duplicates, overlap with evaluation sets, length, repetition, language, difficulty, balance.
-OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line; the data card beside
-it, OUT's .md, says what was dropped, why, with an example of each, and what remains.
+1. The teacher writes raw traces to OUT.raw.jsonl; an interrupted run goes on where it stopped.
+2. Outcome: the answer in the box is right; a repaired program passes its tests.
+3. Process: every step that can be checked is right. Right answers behind wrong steps are dropped.
+4. Curation: duplicates, overlap with evaluation sets, length, repetition, language, difficulty,
+   balance.
+OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line.
+The data card beside it, OUT's .md, says what was dropped and why, and what remains.
 """
 
 import argparse
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -28,167 +28,229 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT) if __name__ == "__main__" else sys.path[0]
+import model
+from data import FAMILIES, family_of, load_problems, split_of, teachers
+from data.families import SIZES
+from data.prompts import THINK_TAGS, respond, thought_of
+from data.steps import check_text
+from eval import markdown
+from generate import completion_text, generate
+from optim import HelpFormatter, above, at_least, between, write_whole
+from verify import extract_answer, verify_many
 
-from data import FAMILIES, load_problems, split_of  # noqa: E402
-from data.steps import check_text  # noqa: E402
-from data.teachers import (INSTRUCTION, ask_endpoint, ask_gsm8k, ask_model, ask_solver, open_raw, read_raw,  # noqa: E402
-                           respond)
-from verify import extract_answer, verify_many  # noqa: E402
+share = between(0.0, 1.0)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
-    p.add_argument("--split", default="train", choices=("train", "dev", "test"))
-    p.add_argument("--limit", type=int, help="problems of each set; default: all, and 2000 of a generated family")
-    p.add_argument("--out", default="runs/traces/traces.jsonl")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--self-test", type=int, metavar="N", help="only try the step checkers, on N problems a family")
-    g = p.add_argument_group("teacher")
-    g.add_argument("--teacher", default="solver", help="solver, gsm8k-solutions, or a model: tiny, hub id, directory")
-    g.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, .../v1; the key is read from OPENAI_API_KEY")
-    g.add_argument("--teacher-model", help="the model's name at the endpoint")
-    g.add_argument("--samples", type=int, default=1, help="traces for each problem")
-    g.add_argument("--temperature", type=float, default=0.7)
-    g.add_argument("--max-new-tokens", type=int, default=2048)
-    g.add_argument("--instruction", default=INSTRUCTION, help="what is added to a problem for a model or an endpoint")
-    g.add_argument("--error-rate", type=float, default=0.0, help="share of the solver's traces with a wrong step")
-    g.add_argument("--concurrency", type=int, default=8, help="requests at a time")
-    g.add_argument("--requests-per-minute", type=float, default=0, help="0: as fast as the endpoint answers")
-    g.add_argument("--retries", type=int, default=6)
-    g.add_argument("--timeout-s", type=float, default=300)
-    g.add_argument("--backoff-s", type=float, default=1.0, help="wait before the first retry; it doubles each time")
-    g.add_argument("--max-batch", type=int, default=64, help="rows that a local model decodes at once")
-    g.add_argument("--device", default="cpu", help="of a local model")
-    g = p.add_argument_group("checks and curation")
-    g.add_argument("--steps", default="auto", choices=("auto", "family", "text", "off"),
-                   help="process check: a family's own, complete; whatever can be parsed; none. auto: family for the "
-                   "solver and local models, else text")
-    g.add_argument("--decontaminate", nargs="*", default=["gsm8k", "math500"], metavar="SET",
-                   help="problem sets whose test split is kept out")
-    g.add_argument("--ngram", type=int, default=10, help="words in a row that count as overlap with an evaluation set")
-    g.add_argument("--near-duplicate", type=float, default=0.9,
-                   help="Jaccard similarity of word 3-grams from which one of two goes; 1: off")
-    g.add_argument("--min-chars", type=int, default=1, help="of a thought")
-    g.add_argument("--max-chars", type=int, default=12000)
-    g.add_argument("--min-pass-rate", type=float, default=0.0,
-                   help="how often the student is right, by the problems' field pass_rate where there is one")
-    g.add_argument("--max-pass-rate", type=float, default=1.0)
-    g.add_argument("--balance", type=float, default=0,
-                   help="no (family, level) has more than this many times the median one; 0: off")
-    g.add_argument("--self-correction", type=float, default=0.0,
-                   help="share of the family traces that get a slip and its repair")
-    g.add_argument("--think-tag", default="think", choices=("think", "thought"))
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = p.add_argument
+    add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
+    add("--split", default="train", choices=SIZES, help="of each set")
+    add("--limit", type=at_least(1),
+        help="problems of each set (default: all, and 2000 of a generated family)")
+    add("--out", default="runs/traces/traces.jsonl", help="what sft.py reads")
+    add("--seed", type=int, default=0, help="every random choice follows from it")
+    add("--self-test", type=at_least(1), metavar="N",
+        help="only try the step checkers, on N problems a family")
+    add = p.add_argument_group("teacher").add_argument
+    add("--teacher", default="solver",
+        help="solver, gsm8k-solutions, or a model: tiny, hub id, directory")
+    add("--teacher-url",
+        help="an OpenAI-compatible endpoint, .../v1; the key is read from OPENAI_API_KEY")
+    add("--teacher-model", help="the model's name at the endpoint")
+    add("--samples", type=at_least(1), default=1, help="traces for each problem")
+    add("--temperature", type=at_least(0.0), default=0.7, help="of a model or an endpoint")
+    add("--max-new-tokens", type=at_least(1), default=2048, help="of a trace")
+    add("--instruction", default=teachers.INSTRUCTION,
+        help="what is added to a problem for a model or an endpoint (default: %(default)r)")
+    add("--error-rate", type=share, default=0.0,
+        help="share of the solver's traces with a wrong step")
+    add("--concurrency", type=at_least(1), default=8, help="requests at a time")
+    add("--requests-per-minute", type=at_least(0.0), default=0.0,
+        help="0: as fast as the endpoint answers")
+    add("--retries", type=at_least(0), default=6, help="of a request that fails")
+    add("--timeout-s", type=above(0.0), default=300.0, help="of a request")
+    add("--backoff-s", type=at_least(0.0), default=1.0,
+        help="wait before the first retry; it doubles each time")
+    add("--max-batch", type=at_least(1), default=64, help="rows that a local model decodes at once")
+    add("--device", default="cpu", help="of a local model")
+    add = p.add_argument_group("checks and curation").add_argument
+    add("--steps", default="auto", choices=("auto", "family", "text", "off"),
+        help="process check: a family's own, complete; whatever can be parsed; none. auto: family "
+        "for the solver and local models, else text")
+    add("--decontaminate", nargs="*", default=["gsm8k", "math500"], metavar="SET",
+        help="problem sets whose test split is kept out")
+    add("--ngram", type=at_least(1), default=10,
+        help="words in a row that count as overlap with an evaluation set")
+    add("--near-duplicate", type=share, default=0.9,
+        help="Jaccard similarity of word 3-grams from which one of two goes; 1: off")
+    add("--min-chars", type=at_least(0), default=1, help="of a thought")
+    add("--max-chars", type=at_least(0), default=12000, help="of a thought")
+    add("--min-pass-rate", type=share, default=0.0,
+        help="how often the student is right, by the field pass_rate of problems that have one")
+    add("--max-pass-rate", type=share, default=1.0, help="likewise")
+    add("--balance", type=at_least(0.0), default=0.0,
+        help="no (family, level) has more than this many times the median one; 0: off")
+    add("--self-correction", type=share, default=0.0,
+        help="share of the family traces that get a slip and its repair")
+    add("--think-tag", default="think", choices=THINK_TAGS, help="of the thinking block")
     args = p.parse_args(argv)
-    for flag in ("error_rate", "near_duplicate", "min_pass_rate", "max_pass_rate", "self_correction"):
-        if not 0 <= getattr(args, flag) <= 1:
-            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not between 0 and 1")
-    for flag in ("samples", "concurrency", "max_new_tokens", "max_batch", "ngram"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than 1")
     if bool(args.teacher_url) != bool(args.teacher_model):
         p.error("--teacher-url and --teacher-model belong together")
     return args
 
 
-def load_families():
-    return {name: import_module(f"data.{name}") for name in FAMILIES}
+# ---- raw traces
 
 
-# ---------------------------------------------------------------------------------------------- raw traces
+def ask_model(jobs, settings, keep, *, samples, device, max_batch):
+    """Asks a model directory, as many problems at once as a batch holds."""
+    path = model.resolve_model(settings["model"])
+    config = model.load_config(path)
+    tokenizer = model.load_tokenizer(path)
+    system = model.load_system_prompt(path)
+    ends = model.end_tokens(tokenizer, config)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    params = model.load_params(path, device, dtype)
+    problems = {problem["id"]: problem for problem, _ in jobs}
+    wanted = {(problem["id"], sample) for problem, sample in jobs}
+    step = max(1, max_batch // samples)
+    for begin in range(0, len(problems), step):
+        ids = list(problems)[begin:begin + step]
+        prompts = []
+        for i in ids:
+            question = {"role": "user", "content": problems[i]["problem"] + settings["instruction"]}
+            prompts.append(model.encode_chat(tokenizer, [question], system=system))
+        groups = generate(
+            params, config, prompts, num_samples=samples, stop_tokens=ends, max_batch=max_batch,
+            max_new_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
+            seed=settings["seed"], seeds=[zlib.crc32(i.encode()) for i in ids],
+        )
+        for i, prompt, group in zip(ids, prompts, groups):
+            for sample, completion in enumerate(group):
+                if (i, sample) in wanted:
+                    keep(problems[i], sample, {
+                        "text": completion_text(tokenizer, completion, ends),
+                        "finish": completion.finish, "prompt_tokens": len(prompt),
+                        "completion_tokens": len(completion.tokens),
+                    })
 
 
-def collect(problems, args, families):
-    """(raw traces, those of earlier runs included: {(problem id, sample): trace}, what this run cost, its settings)."""
-    built_in = args.teacher in ("solver", "gsm8k-solutions") and not args.teacher_url
-    kind = "endpoint" if args.teacher_url else args.teacher if built_in else "model"
-    fields = {"solver": ("seed", "think_tag", "error_rate"), "gsm8k-solutions": ("think_tag",)}.get(
-        kind, ("seed", "temperature", "max_new_tokens", "instruction"))
-    settings = {"teacher": kind, "model": args.teacher_model or args.teacher}
-    settings |= {name: getattr(args, name) for name in fields}
-    samples = 1 if built_in else args.samples
+def teacher_settings(args):
+    """What the traces depend on; a file of raw traces belongs to one teacher with its settings."""
+    kind, fields = "model", ("seed", "temperature", "max_new_tokens", "instruction")
+    if args.teacher_url:
+        kind = "endpoint"
+    elif args.teacher == "solver":
+        kind, fields = "solver", ("seed", "think_tag", "error_rate")
+    elif args.teacher == "gsm8k-solutions":
+        kind, fields = "gsm8k-solutions", ("think_tag",)
+    named = {"teacher": kind, "model": args.teacher_model or args.teacher}
+    return named | {name: getattr(args, name) for name in fields}
+
+
+def collect(problems, settings, args):
+    """(raw traces, those of earlier runs included, what this run cost)."""
+    kind = settings["teacher"]
+    samples = args.samples if kind in ("endpoint", "model") else 1
     path = Path(args.out).with_suffix(".raw.jsonl")
-    traces, file = open_raw(path, settings)
+    traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
     cost = Counter()
-    with file, tqdm(total=len(jobs), desc=f"traces by {settings['model']}", disable=not jobs) as bar:
-        def progress(reply):
-            for key in ("prompt_tokens", "completion_tokens"):
-                cost[key] += (reply or {}).get(key, 0)
-            bar.set_postfix_str(f"{cost['prompt_tokens']:,} + {cost['completion_tokens']:,} tok", refresh=False)
+    name = f"traces by {settings['model']}"
+    with file, tqdm(total=len(jobs), desc=name, disable=not jobs) as bar:
+        def keep(problem, sample, reply):
+            if reply:
+                teachers.append(file, {"problem_id": problem["id"], "sample": sample} | reply)
+            else:
+                cost["unanswered"] += 1
+            for field in ("prompt_tokens", "completion_tokens"):
+                cost[field] += (reply or {}).get(field, 0)
+            tokens = f"{cost['prompt_tokens']:,} + {cost['completion_tokens']:,} tok"
+            bar.set_postfix_str(tokens, refresh=False)
             bar.update()
-        if kind == "endpoint":
-            cost["unanswered"] = ask_endpoint(
-                jobs, settings, file, url=args.teacher_url, concurrency=args.concurrency, retries=args.retries,
-                requests_per_minute=args.requests_per_minute, timeout_s=args.timeout_s, backoff_s=args.backoff_s,
-                progress=progress)
-        elif kind == "model":
-            ask_model(jobs, settings, file, samples=samples, device=args.device, max_batch=args.max_batch,
-                      progress=progress)
-        elif kind == "solver":
-            ask_solver(jobs, settings, file, families=families, progress=progress)
+
+        if kind == "solver":
+            teachers.ask_solver(jobs, settings, keep)
+        elif kind == "gsm8k-solutions":
+            teachers.ask_gsm8k(jobs, settings, keep)
+        elif kind == "endpoint":
+            teachers.ask_endpoint(
+                jobs, settings, keep, url=args.teacher_url, concurrency=args.concurrency,
+                requests_per_minute=args.requests_per_minute, retries=args.retries,
+                timeout_s=args.timeout_s, backoff_s=args.backoff_s,
+            )
         else:
-            ask_gsm8k(jobs, settings, file, progress=progress)
-    return read_raw(path, settings)[0], cost, settings
+            ask_model(jobs, settings, keep, samples=samples, device=args.device,
+                      max_batch=args.max_batch)
+    return list(teachers.read_raw(path, settings)[0].values()), cost
 
 
-def split_response(text):
-    """The thought of a model output: what its thinking block holds; without a block, all of it, with its box opened."""
-    block = re.search(r"<(think|thought)>(.*?)</\1>", text, re.DOTALL)
-    if not block:
-        return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text).strip()
-    return "\n".join(line.rstrip() for line in block[2].strip().split("\n"))
-
-
-def make_record(trace, problem, settings, args, families):
+def make_record(trace, problem, settings, args):
     """A raw trace in the form that sft.py reads."""
-    thought, answer = split_response(trace["text"]), problem["answer"]
-    if hasattr(families.get(problem.get("subject")), "check_outcome"):      # any right repair counts, so keep this one
+    thought = thought_of(trace["text"])
+    answer = problem["answer"]
+    if hasattr(family_of(problem), "check_outcome"):  # any right repair counts, so keep this one
         answer = extract_answer(trace["text"], strict=True) or ""
-    source = {"problem_id": problem["id"], "sample": trace["sample"], "split": args.split, "finish": trace["finish"],
-              "teacher": settings["teacher"], "model": settings["model"]}
+    source = {
+        "problem_id": problem["id"], "sample": trace["sample"], "split": args.split,
+        "finish": trace["finish"], "teacher": settings["teacher"], "model": settings["model"],
+    }
     source |= {key: trace[key] for key in ("planted_error", "completion_tokens") if key in trace}
     known = {key: problem[key] for key in ("level", "subject") if key in problem}
-    return {"id": f"{problem['id']}#{trace['sample']}", "problem": problem["problem"], "thought": thought,
-            "answer": answer, "response": respond(thought, answer, args.think_tag), **known, "source": source}
+    return {
+        "id": f"{problem['id']}#{trace['sample']}", "problem": problem["problem"],
+        "thought": thought, "answer": answer, "response": respond(thought, answer, args.think_tag),
+        **known, "source": source,
+    }
 
 
-# ---------------------------------------------------------------------------------------------- verification
+# ---- verification
 
 
-def outcomes(rows, problems, families):
-    """None or a reason for each (trace, problem): is its answer right? Families may judge for themselves."""
-    asked = [(trace["text"], problems[trace["problem_id"]]) for trace in rows]
-    checks = [getattr(families.get(problem.get("subject")), "check_outcome", None) for _, problem in asked]
-    plain = [(text, problem["answer"]) for (text, problem), check in zip(asked, checks) if not check]
-    judged = iter(verify_many(plain, strict=True))
-    verdicts = [check(problem, extract_answer(text, strict=True) or "") if check else next(judged)
-                for (text, problem), check in zip(asked, checks)]
-    return [None if verdict else "the answer could not be decided in time" if verdict is None else "the answer is wrong"
-            for verdict in verdicts]
+def outcome_faults(traces, problems):
+    """Why the answer of each trace is not right, or None. Families may judge for themselves."""
+    verdicts = {}
+    others = []
+    for i, trace in enumerate(traces):
+        problem = problems[trace["problem_id"]]
+        family = family_of(problem)
+        if hasattr(family, "check_outcome"):
+            answer = extract_answer(trace["text"], strict=True) or ""
+            verdicts[i] = family.check_outcome(problem, answer)
+        else:
+            others.append(i)
+    pairs = [(traces[i]["text"], problems[traces[i]["problem_id"]]["answer"]) for i in others]
+    verdicts |= zip(others, verify_many(pairs, strict=True))
+    names = {True: None, False: "the answer is wrong",
+             None: "the answer could not be decided in time"}
+    return [names[verdicts[i]] for i in range(len(traces))]
 
 
-def process_check(record, problem, mode, families, counts):
-    """The first wrong step, as text, or None. `counts` collects the verdicts on the steps of free text."""
-    family = families.get(problem.get("subject"))
+def process_fault(record, problem, mode, counts):
+    """The first wrong step, as text, or None. `counts` collects the verdicts on free text."""
+    family = family_of(problem)
     if mode == "off":
         return None
     if mode == "family" and family:
         wrong = family.check_steps(problem, record["thought"])
-        return wrong and f"a wrong step in {problem['subject']}: line {wrong[0] + 1}, {wrong[1]!r}: {wrong[2]}"
+        if not wrong:
+            return None
+        index, line, reason = wrong
+        return f"a wrong step in {problem['subject']}: line {index + 1}, {line!r}: {reason}"
     thought = record["thought"]
     if record["source"]["teacher"] == "gsm8k-solutions":
-        thought = problem["solution"]                                       # its <<...>> annotations are steps too
+        thought = problem["solution"]  # its <<...>> annotations are steps too
     steps = check_text(thought)
     counts.update(step.verdict for step in steps)
-    return next((f"a wrong equation: {step.text!r}, {step.reason}" for step in steps if step.verdict == "wrong"), None)
+    wrong = next((step for step in steps if step.verdict == "wrong"), None)
+    return f"a wrong equation: {wrong.text!r}, {wrong.reason}" if wrong else None
 
 
-# ---------------------------------------------------------------------------------------------- curation
+# ---- curation
 
 
 def words_of(text):
@@ -199,27 +261,32 @@ def ngrams(words, n):
     return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)} or {" ".join(words)}
 
 
-def form_fault(record, args):
-    """A reason to drop a trace for its form: length, repetition, markup, language; None when there is none."""
-    thought, words = record["thought"], words_of(record["thought"])
+def form_fault(record, min_chars, max_chars):
+    """Why a trace's form is not wanted: length, repetition, markup or language; or None."""
+    thought = record["thought"]
+    words = words_of(thought)
     if record["source"]["finish"] not in ("stop", "None"):
         return f"cut off: the output ended by {record['source']['finish']}"
-    if not args.min_chars <= len(thought) <= args.max_chars:
-        return f"length: {len(thought)} characters, outside {args.min_chars} to {args.max_chars}"
+    if not min_chars <= len(thought) <= max_chars:
+        return f"length: {len(thought)} characters, outside {min_chars} to {max_chars}"
     if re.search(r"</?(?:think|thought)>|<\|\w+\|>", thought):
         return "markup inside the thought"
     lines = Counter(line for line in thought.split("\n") if len(line) > 3)
-    if lines and max(lines.values()) > 4 or len(words) > 200 and len(ngrams(words, 4)) < 0.5 * len(words):
+    monotonous = len(words) > 200 and len(ngrams(words, 4)) < 0.5 * len(words)
+    if monotonous or max(lines.values(), default=0) > 4:
         return "repetition: the same words over and over"
     foreign = sum(c.isalpha() and ord(c) > 0x24F and not 0x370 <= ord(c) <= 0x3FF for c in thought)
     asked = any(c.isalpha() and ord(c) > 0x3FF for c in record["problem"])
-    return "language: another script than the problem's" if foreign > 0.01 * len(thought) and not asked else None
+    if foreign > 0.01 * len(thought) and not asked:
+        return "language: another script than the problem's"
+    return None
 
 
 def near_duplicates(records, threshold, hashes=64, bands=8):
-    """{index: index of the earlier record it nearly repeats}, by the Jaccard similarity of their word 3-grams.
+    """{index: index of the earlier record that it nearly repeats}, by their word 3-grams.
 
-    MinHash in bands (Broder 1997) finds the pairs worth comparing, now and then missing one; each is compared exactly.
+    MinHash in bands (Broder 1997) finds the pairs worth comparing, now and then missing one; for
+    each the Jaccard similarity is computed exactly.
     """
     rng = np.random.default_rng(0)
     a, b = rng.integers(1, 2**31, (2, hashes, 1), dtype=np.int64)
@@ -227,7 +294,7 @@ def near_duplicates(records, threshold, hashes=64, bands=8):
     for index, record in enumerate(records):
         grams = ngrams(words_of(record["problem"] + " " + record["thought"]), 3)
         ids = np.array([zlib.crc32(gram.encode()) >> 1 for gram in grams], dtype=np.int64)
-        signature = ((a * ids + b) % (2**31 - 1)).min(1).reshape(bands, -1)          # [bands, hashes / bands]
+        signature = ((a * ids + b) % (2**31 - 1)).min(1).reshape(bands, -1)  # [bands, hashes/bands]
         keys = [(band, row.tobytes()) for band, row in enumerate(signature)]
         for other in sorted({i for key in keys for i in buckets.get(key, ())}):
             if len(grams & kept[other]) >= threshold * len(grams | kept[other]):
@@ -241,7 +308,7 @@ def near_duplicates(records, threshold, hashes=64, bands=8):
 
 
 def evaluation_grams(names, n):
-    """({n-gram: the problem it is from}, {set: number of its problems, or why it could not be had})."""
+    """({n-gram: the problem it is from}, {set: number of its problems, or why there are none})."""
     grams, found = {}, {}
     for name in names:
         try:
@@ -251,12 +318,23 @@ def evaluation_grams(names, n):
             continue
         found[name] = len(problems)
         for problem in problems:
-            grams.update(dict.fromkeys(ngrams(words_of(problem["problem"]), n), problem["id"]))
+            grams |= dict.fromkeys(ngrams(words_of(problem["problem"]), n), problem["id"])
     return grams, found
 
 
+def overlap_fault(problem, grams, n):
+    """Why a problem would contaminate an evaluation, or None."""
+    shared = ngrams(words_of(problem["problem"]), n) & grams.keys()
+    if shared:
+        hit = min(shared)
+        return f"{n} words of {grams[hit].split('/')[0]}: {hit!r} is in {grams[hit]}"
+    if "key" in problem and split_of(problem["key"]) != "train":
+        return "not of the train split: " + problem["key"]
+    return None
+
+
 def balance(records, factor, rng):
-    """The indices that go so that no (family, level) has more than `factor` times as many as the median one."""
+    """The indices that go so that no (family, level) has over `factor` times the median one's."""
     cells = {}
     for index, record in enumerate(records):
         cells.setdefault((record.get("subject"), record.get("level")), []).append(index)
@@ -264,145 +342,165 @@ def balance(records, factor, rng):
     return {index for cell in cells.values() for index in rng.sample(cell, max(0, len(cell) - cap))}
 
 
-def curate(records, problems, args, drop):
-    """What is left of verified records. drop(stage, records, {index: reason}) -> the records that stay."""
-    records = drop("form", records, {i: reason for i, r in enumerate(records) if (reason := form_fault(r, args))})
+def drop(dropped, stage, records, faults):
+    """The records without a fault; the others go into `dropped`: {stage: [(id, fault)]}."""
+    pairs = list(zip(records, faults, strict=True))
+    dropped[stage] = [(record["id"], fault) for record, fault in pairs if fault]
+    return [record for record, fault in pairs if not fault]
+
+
+def curate(records, problems, dropped, evaluations, args):
+    """What is left of verified records. evaluations: the n-grams that are kept out."""
+    faults = [form_fault(record, args.min_chars, args.max_chars) for record in records]
+    records = drop(dropped, "form", records, faults)
 
     first = {}
-    for record in records:
-        first.setdefault((record["problem"], record["thought"]), record["id"])
-    same = {i: first[r["problem"], r["thought"]] for i, r in enumerate(records)}
-    records = drop("exact duplicate", records, {
-        i: f"the same as: {same[i]}" for i, r in enumerate(records) if same[i] != r["id"]})
+    same = [first.setdefault((r["problem"], r["thought"]), r["id"]) for r in records]
+    faults = [f"the same as: {other}" if other != record["id"] else None
+              for record, other in zip(records, same)]
+    records = drop(dropped, "exact duplicate", records, faults)
+
     if args.near_duplicate < 1:
         near = near_duplicates(records, args.near_duplicate)
-        records = drop("near duplicate", records, {
-            i: f"nearly the same as: {records[j]['id']}" for i, j in near.items()})
+        faults = [f"nearly the same as: {records[near[i]]['id']}" if i in near else None
+                  for i in range(len(records))]
+        records = drop(dropped, "near duplicate", records, faults)
 
-    grams, evaluations = evaluation_grams(args.decontaminate, args.ngram)
-    overlap = {}
-    for i, record in enumerate(records):
-        problem = problems[record["source"]["problem_id"]]
-        hit = next((g for g in ngrams(words_of(record["problem"]), args.ngram) if g in grams), None)
-        if hit:
-            overlap[i] = f"{args.ngram} words of {grams[hit].split('/')[0]}: {hit!r} is in {grams[hit]}"
-        elif "key" in problem and split_of(problem["key"]) != "train":
-            overlap[i] = "not of the train split: " + problem["key"]
-    records = drop("contamination", records, overlap)
+    asked = [problems[record["source"]["problem_id"]] for record in records]
+    faults = [overlap_fault(problem, evaluations, args.ngram) for problem in asked]
+    records = drop(dropped, "contamination", records, faults)
 
-    rates = [problems[r["source"]["problem_id"]].get("pass_rate") for r in records]
-    records = drop("difficulty", records, {
-        i: f"the student's pass rate: {rate}" for i, rate in enumerate(rates)
-        if rate is not None and not args.min_pass_rate <= rate <= args.max_pass_rate})
+    rates = [problems[record["source"]["problem_id"]].get("pass_rate") for record in records]
+    faults = [f"the student's pass rate: {rate}"
+              if rate is not None and not args.min_pass_rate <= rate <= args.max_pass_rate else None
+              for rate in rates]
+    records = drop(dropped, "difficulty", records, faults)
+
     if args.balance:
         extra = balance(records, args.balance, random.Random(args.seed))
-        records = drop("balance", records, {i: "more than its share" for i in sorted(extra)})
-    return records, evaluations
+        faults = ["more than its share" if i in extra else None for i in range(len(records))]
+        records = drop(dropped, "balance", records, faults)
+    return records
 
 
-def add_slips(records, problems, args, families):
-    """The records, a share of the family traces replaced by ones with a slip that is noticed and repaired."""
-    out = []
-    for record in records:
-        problem = problems[record["source"]["problem_id"]]
-        family, rng = families.get(problem.get("subject")), random.Random(f"slip {args.seed} {record['id']}")
-        if family and rng.random() < args.self_correction:
-            thought = family.plant_slip(problem, rng)
-            assert family.check_steps(problem, thought) is None, (problem, thought)
-            if thought != problem["solution"]:
-                record = record | {"thought": thought, "answer": problem["answer"],
-                                   "response": respond(thought, problem["answer"], args.think_tag),
-                                   "source": record["source"] | {"self_correction": True}}
-        out.append(record)
-    return out
+def add_slip(record, problem, rate, seed, think_tag):
+    """The record or, at this rate, one with a slip that is noticed and repaired."""
+    family = family_of(problem)
+    rng = random.Random(f"slip {seed} {record['id']}")
+    if not family or rng.random() >= rate:
+        return record
+    thought = family.plant_slip(problem, rng)
+    assert family.check_steps(problem, thought) is None, (problem, thought)
+    if thought == problem["solution"]:
+        return record
+    return record | {
+        "thought": thought, "answer": problem["answer"],
+        "response": respond(thought, problem["answer"], think_tag),
+        "source": record["source"] | {"self_correction": True},
+    }
 
 
-# ---------------------------------------------------------------------------------------------- the report
+# ---- the report
 
 
-def data_card(records, dropped, facts, args):
+def data_card(title, records, dropped, num_raw, facts):
     """Markdown: how the file was made, what was dropped and why, what remains."""
+    stages = []
+    for stage, drops in dropped.items():
+        counts = Counter(fault.split(":")[0] for _, fault in drops).most_common()
+        reasons = "; ".join(f"{reason} {n}" for reason, n in counts)
+        example = f"`{drops[0][0]}`: {drops[0][1]}"[:240] if drops else ""
+        example = example.replace("|", "\\|").replace("\n", " ")
+        stages.append([stage, len(drops), reasons, example])
+    lengths = sorted(len(record["thought"]) for record in records)
+    facts = facts | {"characters in a thought": f"least {lengths[0]}, median "
+                     f"{lengths[len(lengths) // 2]}, most {lengths[-1]}"}
     cells = Counter((r.get("subject") or "-", r.get("level") or "-") for r in records)
     levels = sorted({level for _, level in cells}, key=str)
-    lengths = sorted(len(r["thought"]) for r in records) or [0]
-    lines = [f"# {Path(args.out).name}", "", "Made by", "", f"    python data/traces.py {' '.join(sys.argv[1:])}", "",
-             "## Dropped", "", "| stage | traces | reasons | an example |", "| --- | --- | --- | --- |"]
-    for stage, drops in dropped.items():
-        reasons = Counter(reason.split(":")[0] for _, reason in drops).most_common()
-        example = f"`{drops[0][0]}`: {drops[0][1]}"[:240].replace("|", "\\|").replace("\n", " ") if drops else ""
-        lines.append(f"| {stage} | {len(drops)} | {'; '.join(f'{reason} {n}' for reason, n in reasons)} | {example} |")
-    lines += ["", f"{len(records)} of {facts.pop('raw traces')} raw traces remain.", "", "## Facts", ""]
-    lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += [f"- characters in a thought: least {lengths[0]}, median {lengths[len(lengths) // 2]}, most {lengths[-1]}",
-              "", "## What remains, by level", "", f"| subject | {' | '.join(map(str, levels))} |",
-              "| --- |" + " --- |" * len(levels)]
-    for subject in sorted({subject for subject, _ in cells}):
-        lines.append(f"| {subject} | {' | '.join(str(cells[subject, level]) for level in levels)} |")
-    if records:
-        lines += ["", "## One of them", "", "```", records[0]["problem"], "", records[0]["response"], "```"]
-    return "\n".join(lines) + "\n"
+    rows = [[subject, *(cells[subject, level] for level in levels)]
+            for subject in sorted({subject for subject, _ in cells})]
+    return "\n".join([
+        f"# {title}\n\nMade by\n\n    python -m data.traces {' '.join(sys.argv[1:])}\n",
+        "## Dropped\n", markdown(["stage", "traces", "reasons", "an example"], stages),
+        f"{len(records)} of {num_raw} raw traces remain.\n",
+        "## Facts\n", *(f"- {name}: {value}" for name, value in facts.items()),
+        "\n## What remains, by level\n", markdown(["subject", *levels], rows),
+        f"## One of them\n\n```\n{records[0]['problem']}\n\n{records[0]['response']}\n```\n",
+    ])
 
 
-def self_test(count, families):
-    """Prints, by family, the right thoughts rejected, planted errors missed, repaired slips rejected. True: none."""
+def self_test(count):
+    """Prints, by family, how often its checker is wrong. Returns whether it never is."""
     perfect = True
-    for name, family in families.items():
-        problems, rng, missed = family.problems("train", count), random.Random(name), [0, 0, 0]
+    for name in FAMILIES:
+        family = import_module(f"data.{name}")
+        problems = family.problems("train", count)
+        rng = random.Random(name)
+        rejected = missed = slips = 0
         for problem in problems:
-            missed[0] += family.check_steps(problem, problem["solution"]) is not None
-            missed[1] += family.check_steps(problem, family.plant_error(problem, rng)) is None
-            missed[2] += family.check_steps(problem, family.plant_slip(problem, rng)) is not None
-        perfect &= not any(missed)
-        print(f"{name:10} | {len(problems)} problems | right thoughts rejected {missed[0]} | planted errors missed "
-              f"{missed[1]} | repaired slips rejected {missed[2]}", flush=True)
+            rejected += family.check_steps(problem, problem["solution"]) is not None
+            missed += family.check_steps(problem, family.plant_error(problem, rng)) is None
+            slips += family.check_steps(problem, family.plant_slip(problem, rng)) is not None
+        perfect &= rejected + missed + slips == 0
+        print(f"{name:10} | {len(problems)} problems | right thoughts rejected {rejected} | "
+              f"planted errors missed {missed} | repaired slips rejected {slips}", flush=True)
     return perfect
 
 
 def main(args):
-    families = load_families()
     if args.self_test:
-        return 0 if self_test(args.self_test, families) else 1
-    problems = {p["id"]: p for name in args.data for p in load_problems(name, args.split, args.limit, args.seed)}
-    traces, cost, settings = collect(list(problems.values()), args, families)
-    rows = [trace for trace in traces.values() if trace["problem_id"] in problems]
-    mode = args.steps if args.steps != "auto" else "text" if settings["teacher"] == "endpoint" else "family"
-    dropped, steps = {}, Counter()
+        return 0 if self_test(args.self_test) else 1
+    problems = {}
+    for name in args.data:
+        found = load_problems(name, args.split, args.limit, args.seed)
+        problems |= {problem["id"]: problem for problem in found}
+    settings = teacher_settings(args)
+    traces, cost = collect(list(problems.values()), settings, args)
+    traces = [trace for trace in traces if trace["problem_id"] in problems]
+    records = [make_record(trace, problems[trace["problem_id"]], settings, args)
+               for trace in traces]
 
-    def drop(stage, records, reasons):
-        dropped[stage] = [(records[i]["id"], reason) for i, reason in reasons.items()]
-        return [record for i, record in enumerate(records) if i not in reasons]
-
-    records = [make_record(trace, problems[trace["problem_id"]], settings, args, families) for trace in rows]
-    verdicts = outcomes(rows, problems, families)
-    records = drop("outcome", records, {i: reason for i, reason in enumerate(verdicts) if reason})
-    wrong = [process_check(r, problems[r["source"]["problem_id"]], mode, families, steps) for r in records]
-    records = drop("process", records, {i: reason for i, reason in enumerate(wrong) if reason})
-    records, evaluations = curate(records, problems, args, drop)
-    records = add_slips(records, problems, args, families)
+    dropped = {}
+    records = drop(dropped, "outcome", records, outcome_faults(traces, problems))
+    mode = args.steps
+    if mode == "auto":
+        mode = "text" if settings["teacher"] == "endpoint" else "family"
+    steps = Counter()
+    faults = [process_fault(record, problems[record["source"]["problem_id"]], mode, steps)
+              for record in records]
+    records = drop(dropped, "process", records, faults)
+    grams, evaluations = evaluation_grams(args.decontaminate, args.ngram)
+    records = curate(records, problems, dropped, grams, args)
     if not records:
         reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
         raise ValueError(f"no trace is left; dropped by {reasons}")
+    records = [add_slip(record, problems[record["source"]["problem_id"]], args.self_correction,
+                        args.seed, args.think_tag) for record in records]
     random.Random(args.seed).shuffle(records)
 
-    checked = {"off": "none", "family": "each family's own, free text elsewhere", "text": "free text"}[mode]
-    facts = {"raw traces": len(rows), "teacher": settings, "problems": len(problems), "process check": checked,
-             "steps of free text": dict(steps), "unanswered": cost["unanswered"], "kept out": evaluations,
-             "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion tokens in this run",
-             "self-correction": sum("self_correction" in r["source"] for r in records)}
-    planted = sum(bool(trace.get("planted_error")) for trace in rows)
+    checked = {"off": "none", "family": "each family's own, free text elsewhere",
+               "text": "free text"}
+    facts = {
+        "teacher": settings, "problems": len(problems), "process check": checked[mode],
+        "steps of free text": dict(steps), "unanswered": cost["unanswered"],
+        "kept out": evaluations,
+        "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
+                "tokens in this run",
+        "self-correction": sum("self_correction" in record["source"] for record in records),
+    }
+    planted = sum(bool(trace.get("planted_error")) for trace in traces)
     if planted:
-        left = sum(bool(r["source"].get("planted_error")) for r in records)
+        left = sum(bool(record["source"].get("planted_error")) for record in records)
         facts["planted errors"] = f"{planted}, of which {left} are still there"
-    card = data_card(records, dropped, facts, args)
     out = Path(args.out)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    for path, text in ((out.with_suffix(".md"), card), (out, lines)):
-        part = path.with_name(path.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+    card = out.with_suffix(".md")
+    write_whole(card, data_card(out.name, records, dropped, len(traces), facts))
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_whole(out, "".join(lines))
     for stage, drops in dropped.items():
-        print(f"dropped by {stage:16}| {len(drops):6}" + (f" | {drops[0][1]:.100}" if drops else ""))
-    print(f"{len(records)} of {len(rows)} traces -> {out}, card {out.with_suffix('.md')} | {facts['cost']}")
+        example = f" | {drops[0][1]:.100}" if drops else ""
+        print(f"dropped by {stage:16}| {len(drops):6}{example}")
+    print(f"{len(records)} of {len(traces)} traces -> {out}, card {card} | {facts['cost']}")
     return 0
 
 

@@ -61,7 +61,7 @@ def assert_same_gradients(a, b, tolerance=1e-9):
 # A run of grpo.py that takes seconds.
 GRPO_RUN = ["grpo.py", "--model", "tiny", "--prompts", 4, "--group", 4, "--max-new-tokens", 40,
             "--steps", 4, "--eval-limit", 4, "--test-limit", 4, "--train-limit", 40,
-            "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4]
+            "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4, "--processes", 1]
 
 
 def run(*words, ok=True, env=None):
@@ -188,13 +188,13 @@ def scripted(reply_fn, calls=None):
     return generate
 
 
-def scripted_run(problems, ask):
-    """eval.py's Run over these problems with a small model, for generate() to be patched."""
-    from eval import Run
+def scripted_setup(problems, **options):
+    """eval.py's Setup over these problems with a small model, for generate() to be patched."""
+    from eval import Setup
 
     params, config, tokenizer = small_model()
     defaults = {"prompt": "cot", "system": None, "shots": [], "think_tag": "think",
                 "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0, "max_new_tokens": 100,
                 "max_batch": 64}
     settings = {"model": "scripted", "data": "sums", "split": "test"}
-    return Run(params, config, tokenizer, problems, defaults | ask, settings)
+    return Setup(params, config, tokenizer, problems, defaults | options, settings)

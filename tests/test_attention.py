@@ -57,15 +57,17 @@ def test_attention_scores_are_float32():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator).bfloat16() for _ in "qkv")
     q[..., 0], k[..., 0] = 128, k[..., 0] + 64  # exact in bfloat16, and so is their product
-    exact = attention.plain_attention(q.double(), k.double(), v.double(), torch.ones(64, 64).bool().tril())
+    seen = torch.ones(64, 64, dtype=torch.bool).tril()
+    scores = (q.double() @ k.double().mT / 4).masked_fill(~seen, -torch.inf)
+    exact = scores.softmax(-1) @ v.double()
     for way in (attention.attention, attention.causal_attention):
         got = way(q, k, v) if way is attention.attention else way(0, q, k, v)
         assert (got.double() - exact).abs().max() < 0.02
-    store = [torch.zeros(2, 2, 1, 64, 16, dtype=torch.bfloat16)]
-    store[0][0, :, 0], store[0][1, :, 0] = k[0], v[0]
-    layout = attention.Layout(torch.tensor([63, 127, 191, 255]), torch.tensor([63]), torch.empty(0),
-                              torch.empty(0, 0), torch.empty(0))
-    decode = attention.decode_attention(store, None, layout, 64)
+    own = [[k.transpose(0, 1)[:, :, 40:].float(), v.transpose(0, 1)[:, :, 40:].clone()]]
+    prompts = [[k.transpose(0, 1)[:, :, :40].float(), v.transpose(0, 1)[:, :, :40].clone()]]
+    layout = attention.Layout(torch.tensor([23, 47]), torch.tensor([23]), torch.zeros(2, 1, 40),
+                              torch.tensor([[0]]), torch.empty(0))
+    decode = attention.decode_attention(own, prompts, layout)
     got = decode(0, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
     assert (got.double() - exact[:, :, -1:]).abs().max() < 0.02
 

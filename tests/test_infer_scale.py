@@ -5,149 +5,158 @@ import io
 import itertools
 import random
 import re
-from collections import Counter
 from unittest import mock
 
-from tests.common import bytes_tokenizer, scripted, scripted_run, sum_problems
+import eval as evaluation
+import infer_scale
+from generate import Completion
+from tests.common import bytes_tokenizer, scripted, scripted_setup, sum_problems
+
+
+def _printed(generate, run):
+    """(what run() returns, what it prints) with this generate()."""
+    with (mock.patch.object(evaluation, "generate", generate),
+          contextlib.redirect_stderr(io.StringIO()),
+          contextlib.redirect_stdout(io.StringIO()) as out):
+        found = run()
+    return found, out.getvalue()
+
+
+def _asked(text):
+    """n, of a prompt that asks n+1."""
+    return int(re.search(r"user\n(\d+)\+1", text)[1])
 
 
 def test_scale_majority_vote_by_hand():
-    from infer_scale import majority_vote
-
-    assert majority_vote(["3", "1/2", None, "0.5", "3", "\\frac{2}{4}"]) == "1/2", (
-        "three spellings of a half outvote two threes"
-    )
-    assert majority_vote(["7", "8"]) == "7", "of equals, the first"
-    assert majority_vote(["7", "8"], weights=[0.1, 0.2]) == "8"
-    assert majority_vote([None, None]) is None and majority_vote([]) is None
+    votes = ["3", "1/2", None, "0.5", "3", "\\frac{2}{4}"]
+    assert infer_scale.majority_vote(votes) == "1/2", "three spellings of a half outvote two threes"
+    assert infer_scale.majority_vote(["7", "8"]) == "7", "of equals, the first"
+    assert infer_scale.majority_vote(["7", "8"], weights=[0.1, 0.2]) == "8"
+    assert infer_scale.majority_vote([None, None]) is None
+    assert infer_scale.majority_vote([]) is None
 
 
 def test_scale_best_of_k_is_the_mean_over_subsets():
-    from infer_scale import best_of_k
-
     rng = random.Random(2)
     for _ in range(60):
         n = rng.randint(1, 8)
-        confidences, right = [rng.random() for _ in range(n)], [rng.random() < 0.5 for _ in range(n)]
+        confidences = [rng.random() for _ in range(n)]
+        right = [rng.random() < 0.5 for _ in range(n)]
         for k in range(1, n + 1):
-            picks = [right[max(subset, key=lambda i: confidences[i])] for subset in itertools.combinations(range(n), k)]
-            assert abs(best_of_k(confidences, right, k) - sum(picks) / len(picks)) < 1e-12
+            picks = [right[max(subset, key=confidences.__getitem__)]
+                     for subset in itertools.combinations(range(n), k)]
+            found = infer_scale.best_of_k(confidences, right, k)
+            assert abs(found - sum(picks) / len(picks)) < 1e-12
 
 
 def test_scale_weighted_vote():
-    """Equal weights are the plain vote; a confident minority can win; subsets of k average to the brute-force mean."""
-    from eval import maj_at_k
-    from infer_scale import vote_once, weighted_maj_at_k
-
-    votes, right, weights = [0, 0, 1, None, 1, 1], {0}, [0.9, 0.8, 0.1, 0.9, 0.2, 0.3]
-    assert vote_once(votes, right) == 0.0 and vote_once(votes, right, weights) == 1.0
-    assert vote_once([None], right) == 0.0 and vote_once([0, 1], right) == 0.5
-    assert weighted_maj_at_k(votes, right, [1] * 6, 6) == maj_at_k(votes, right, 6)
-    exact = [
-        vote_once([votes[i] for i in s], right, [weights[i] for i in s]) for s in itertools.combinations(range(6), 3)
-    ]
-    drawn = weighted_maj_at_k(votes, right, weights, 3, draws=4000)
+    """Equal weights are the plain vote; a confident minority can win; subsets of k average to the
+    brute-force mean."""
+    votes = [0, 0, 1, None, 1, 1]
+    right = {0}
+    weights = [0.9, 0.8, 0.1, 0.9, 0.2, 0.3]
+    assert infer_scale.vote_once(votes, right) == 0.0
+    assert infer_scale.vote_once(votes, right, weights) == 1.0
+    assert infer_scale.vote_once([None], right) == 0.0
+    assert infer_scale.vote_once([0, 1], right) == 0.5
+    plain = infer_scale.weighted_maj_at_k(votes, right, [1] * 6, 6)
+    assert plain == evaluation.maj_at_k(votes, right, 6)
+    exact = [infer_scale.vote_once([votes[i] for i in subset], right, [weights[i] for i in subset])
+             for subset in itertools.combinations(range(6), 3)]
+    drawn = infer_scale.weighted_maj_at_k(votes, right, weights, 3, draws=4000)
     assert abs(drawn - sum(exact) / len(exact)) < 0.03, (drawn, sum(exact) / len(exact))
 
 
 def test_scale_lead_is_the_beta_tail():
     """Against the integral of x^a (1-x)^b above one half, by small steps."""
-    from infer_scale import leads
-
     for a, b in ((0, 0), (3, 0), (4, 0), (5, 2), (2, 5), (12, 8)):
         grid = [(i + 0.5) / 20000 for i in range(20000)]
         mass = [x**a * (1 - x) ** b for x in grid]
-        assert abs(leads(a, b) - sum(mass[10000:]) / sum(mass)) < 1e-6, (a, b)
+        tail = sum(mass[10000:]) / sum(mass)
+        assert abs(infer_scale.leads(a, b) - tail) < 1e-6, (a, b)
 
 
 def test_scale_a_decided_vote_cannot_turn():
-    """Stopped once the rest cannot change it, the vote ends as the full one would, whatever the order; surer stops later."""
-    from infer_scale import adaptive, samples_until_decided, vote_once
-
+    """Stopped once the rest cannot change it, a vote ends as the full one would, in any order; to
+    be surer takes longer."""
+    decided = infer_scale.samples_until_decided
     rng = random.Random(3)
     for _ in range(200):
         votes = [rng.choice((None, 0, 0, 0, 1, 2)) for _ in range(rng.randint(1, 12))]
-        used = samples_until_decided(votes)
-        totals = Counter(v for v in votes if v is not None)
+        used = decided(votes)
+        full = infer_scale.vote_once(votes, {0})
         if used < len(votes):
-            assert vote_once(votes[:used], {0}) == vote_once(votes, {0}) in (0.0, 1.0), votes
-        success, mean_used = adaptive(votes, {0}, None)
-        assert abs(success - vote_once(votes, {0})) < 1e-12 and mean_used <= len(votes), (votes, totals)
-    assert samples_until_decided([0] * 20, 0.95) == 4 and samples_until_decided([0] * 20, 0.9) == 3
-    assert samples_until_decided([0] * 20) == 11 and samples_until_decided([0, 1] * 10, 0.95) == 20
+            assert infer_scale.vote_once(votes[:used], {0}) == full in (0.0, 1.0), votes
+        success, mean_used = infer_scale.adaptive(votes, {0}, None)
+        assert abs(success - full) < 1e-12 and mean_used <= len(votes), votes
+    assert decided([0] * 20, 0.95) == 4 and decided([0] * 20, 0.9) == 3
+    assert decided([0] * 20) == 11 and decided([0, 1] * 10, 0.95) == 20
 
 
 def test_scale_budget_by_level():
-    """A model that is right once it may think 10 tokens per level: the table and the verdict on each level follow."""
-    import eval as eval_module
-    import infer_scale
-    from generate import Completion
-
+    """A model that is right once it may think 10 tokens per level."""
     tokenizer = bytes_tokenizer()
 
     def generate(params, config, prompts, *, think_budget=0, temperature, **_):
         assert temperature == 0
         rows = []
         for prompt in prompts:
-            n = int(re.search(r"user\n(\d+)\+1", tokenizer.decode(prompt, skip_special_tokens=False))[1])
+            n = _asked(tokenizer.decode(prompt, skip_special_tokens=False))
             needed = 10 * (n % 2 + 1)
             thought = "." * min(needed, think_budget or needed)
-            tokens = tokenizer.encode(f"{thought}\\boxed{{{n + 1 if len(thought) == needed else 99}}}").ids
+            answer = n + 1 if len(thought) == needed else 99
+            tokens = tokenizer.encode(f"{thought}\\boxed{{{answer}}}").ids
             rows.append([Completion(tokens, [-0.1] * len(tokens), "stop")])
         return rows
 
     problems = [p | {"level": i % 2 + 1} for i, p in enumerate(sum_problems(40))]
-    out, args = io.StringIO(), infer_scale.parse_args(["--budgets", "5", "10", "15"])
-    with (
-        mock.patch.object(eval_module, "generate", generate),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        rows = infer_scale.sweep_budget(scripted_run(problems, {}), args)
-    assert (
-        [r["accuracy"] for r in rows] == [0, 0.5, 0.5, 1]
-        and rows[1]["levels"]["1"][0] == 1
-        and rows[1]["levels"]["2"][0] == 0
-    )
-    assert (
-        "level 1: 10 tokens of thought are not" in out.getvalue()
-        and "level 2: every budget tried costs" in out.getvalue()
-    ), out.getvalue()
-    assert "| thought of at most 10 tokens | 50.0 |" in out.getvalue(), "half of the thoughts were cut"
+    rows, out = _printed(
+        generate, lambda: infer_scale.sweep_budget(scripted_setup(problems), [15, 5, 10]))
+    assert [row["accuracy"] for row in rows] == [1, 0, 0.5, 0.5]
+    assert rows[2]["levels"]["1"][0] == 1 and rows[2]["levels"]["2"][0] == 0
+    assert "level 1: 10 tokens of thought are not" in out, out
+    assert "level 2: every budget tried costs" in out, out
+    assert "| thought of at most 10 tokens (50.0 % cut) |" in out, out
+
+
+def _two_of_three(text, seed, sample):
+    """Two of three samples are right, and the wrong ones differ."""
+    return f"\\boxed{{{_asked(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
+
+
+def _pool(num_samples, temperature=0.7):
+    problems = [p | {"problem": f"{10 + i}+1", "answer": str(11 + i)}
+                for i, p in enumerate(sum_problems(10))]
+    pool, _ = _printed(scripted(_two_of_three), lambda: evaluation.collect_records(
+        scripted_setup(problems, temperature=temperature), num_samples=num_samples))
+    return pool
 
 
 def test_scale_every_method_costs_what_it_draws():
-    """From one scripted pool: rows of k votes cost k samples, the majority is right where one sample often is not."""
-    import eval as eval_module
-    import infer_scale
+    """From one pool: rows of k votes cost k samples, and the majority is right where one sample
+    often is not."""
+    rows, out = _printed(None, lambda: infer_scale.self_consistency(*_pool(9), [3, 9], 0.95))
+    rows = {row["method"]: row for row in rows}
+    accuracy = {method: row["accuracy"] for method, row in rows.items()}
+    assert abs(accuracy["one sample"] - 7 / 9) < 1e-9, "3 and 6 are wrong, 0 is off by nothing"
+    assert accuracy["one sample"] < accuracy["majority of 3"] < accuracy["majority of 9"] == 1.0
+    one = rows["one sample"]["tokens_mean"]
+    for method in ("majority of 9", "best of 9 by mean log-probability", "pass@9 (a bound)"):
+        assert rows[method]["tokens_mean"] == 9 * one and rows[method]["samples"] == 9
+    adaptive = rows["adaptive majority, outcome fixed"]
+    assert adaptive["accuracy"] == 1.0 and adaptive["samples"] < 9
+    assert set(adaptive["samples_by_level"]) == {"1", "2", "3", "4", "5"}
+    assert "| 0.9 | 0.0 | - |" in out, "nobody has nine tenths of the votes: nothing is answered"
 
-    def reply(text, seed, sample):  # two of three samples are right, the wrong ones differ
-        n = int(re.search(r"user\n(\d+)\+1", text)[1])
-        return f"\\boxed{{{n + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
 
-    problems = [p | {"problem": f"{10 + i}+1", "answer": str(11 + i)} for i, p in enumerate(sum_problems(10))]
-    problems, run = [p for p in problems], scripted_run(problems, {})
-    args = infer_scale.parse_args(["--num-samples", "9", "--votes", "3", "9"])
-    out = io.StringIO()
-    with (
-        mock.patch.object(eval_module, "generate", scripted(reply)),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        records, settings = eval_module.measure(run, num_samples=9)
-        rows = {r["method"]: r for r in infer_scale.self_consistency(records, settings, args)}
-    assert abs(rows["one sample"]["accuracy"] - 7 / 9) < 1e-9, "sample 0 is off by nothing, 3 and 6 are wrong"
-    assert (
-        rows["majority of 9"]["accuracy"] == 1.0
-        and rows["one sample"]["accuracy"] < rows["majority of 3"]["accuracy"] < 1
-    )
-    assert (
-        rows["majority of 9"]["tokens_mean"]
-        == 9 * rows["one sample"]["tokens_mean"]
-        == 9 * rows["best of 9 by mean log-probability"]["tokens_mean"] / 9
-    )
-    assert (
-        rows["adaptive majority, outcome fixed"]["accuracy"] == 1.0
-        and rows["adaptive majority, outcome fixed"]["samples"] < 9
-    )
-    assert "| 0.9 | 0.0 | - |" in out.getvalue(), "nobody holds nine tenths of the votes, so nothing is answered"
+def test_scale_one_vote_among_the_votes():
+    """--votes 1 4 8 showed another column's majority in the table of temperatures."""
+    assert infer_scale.choose_votes([8, 1, 4, 4], 9) == [1, 4, 8]
+    pools = {t: _pool(9, t) for t in (0.4, 1.0)}
+    rows, out = _printed(None, lambda: infer_scale.sweep_temperature(pools, [1, 4, 8]))
+    assert [(row["method"], row["temperature"], row["samples"]) for row in rows] == [
+        (method, t, k) for t in (0.4, 1.0)
+        for method, k in (("one sample", 1), ("majority of 4", 4), ("majority of 8", 8))]
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("votes ")] == [
+        "votes 1", "votes 4", "votes 8"]
+    assert f"| majority of 4 at 1 | {evaluation.rated(rows[4])} |" in out, out

@@ -171,30 +171,6 @@ def test_model_checkpointing_keeps_less():
     assert kept[True] < kept[False] / 10, kept
 
 
-def test_model_gradients_by_hand_equal_autograd():
-    """The two backward passes written out, of the norm and of the rotation, against autograd through the formula."""
-    def norm(x, weight):
-        return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3))
-
-    def turned(x, cos, sin):
-        first, second = x.chunk(2, -1)
-        return x * cos + torch.cat((-second, first), -1) * sin
-
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(8, generator=generator)
-    cos, sin = model.rope_table(formula_model()[1]._replace(hidden_size=32), torch.arange(5)[None], torch.float32)
-    for ours, plain, inputs, num in ((lambda x, w: model.rms_norm(x, w, 1e-3), norm, (x, weight), 2),
-                                     (model.rotate, turned, (x, cos, sin), 1)):
-        results = []
-        for fn in (ours, plain):
-            leaves = [t.clone().requires_grad_(i < num) for i, t in enumerate(inputs)]
-            out = fn(*leaves)
-            (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
-            results.append([out.detach(), *(leaf.grad for leaf in leaves[:num])])
-        for found, expected in zip(*results):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_model_entropy_gradient():
     """Alone and beside that of the log-probabilities, to the hidden states and to the head."""
     params, config = formula_model()

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -33,7 +34,7 @@ add_train_flags(parser, lr=1e-3, run_dir="run")
 parser.add_argument("--fail-at", type=int, default=0)
 args = parse_train_args(parser)
 torch.set_num_threads(1)
-rank, world, device = init_distributed("cpu", args.processes)
+rank, world, device = init_distributed("cpu", args.processes or 1)
 run, checkpoint = start_run(args, free_flags=["fail_at"])
 config = Config(61, 32, 64, 2, 4, 2)
 params, optimizer = init_optimizer(init_params(config, seed=0), device)
@@ -47,12 +48,14 @@ with stop_signals() as stop_requested:
         time.sleep(0.02)
         if step == args.fail_at and rank == world - 1:
             raise RuntimeError("the planted failure")
-        stats = optimizer_step(optimizer, learning_rate(step, 12, args.lr, args.warmup), weight_decay=0.1, clip=0.5)
+        lr = learning_rate(step, 12, args.lr, args.warmup)
+        stats = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
         loss = all_sum([sum(loss.item() for loss in losses)])[0]
         log_step(run, "step {step}/12 | loss {loss:.4f} nat", {"step": step, "loss": loss} | stats)
         stopping = stop_requested()
         if stopping or step % args.save_every == 0 or step == 12:
-            save_checkpoint(run.dir, step, params, config, run.dir, optimizer, {"seen": 6 * step}, args.keep, best_step=1)
+            save_checkpoint(run.dir, step, params, config, run.dir, optimizer, {"seen": 6 * step},
+                            args.keep, best_step=1)
         if stopping:
             if rank == 0:
                 print("go on with:", resume_command())
@@ -69,8 +72,11 @@ def _optim_dir():
 def _optim_command(home, run, *flags, processes=1):
     """Popen of _OPTIM_SCRIPT in `home`, in one process or under torchrun."""
     (home / "script.py").write_text(_OPTIM_SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, "script.py", "--run-dir", run, *flags], cwd=home, text=True,
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([sys.executable, *launcher, "script.py", "--run-dir", run, *flags],
+                            cwd=home, text=True,
                             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -91,9 +97,14 @@ def _optim_hashes(directory):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
+def _names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
 def _optim_state(steps, dtype=torch.float32, trainable=None):
     """(params, optimizer) of a tiny model after some updates from random gradients."""
-    params, optimizer = optim.init_optimizer(trainable or model.init_params(_OPTIM_CONFIG, 0), dtype=dtype)
+    params, optimizer = optim.init_optimizer(trainable or model.init_params(_OPTIM_CONFIG, 0),
+                                             dtype=dtype)
     _optim_train(optimizer, range(steps))
     return params, optimizer
 
@@ -105,15 +116,17 @@ def _optim_train(optimizer, steps):
 
 
 def _optim_save(run_dir, step, params, optimizer, keep=2, best_step=None):
-    return optim.save_checkpoint(run_dir, step, params, _OPTIM_CONFIG, run_dir, optimizer, {"seen": step}, keep, best_step)
+    return optim.save_checkpoint(run_dir, step, params, _OPTIM_CONFIG, run_dir, optimizer,
+                                 {"seen": step}, keep, best_step)
 
 
 def _optim_equal(a, b):
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("params", "master", "m", "v", "updates"))
+    return all(torch.equal(getattr(a, name), getattr(b, name))
+               for name in ("params", "master", "m", "v", "updates"))
 
 
 def _optim_args(*flags):
-    parser = ArgumentParser()
+    parser = ArgumentParser(formatter_class=optim.HelpFormatter)
     optim.add_train_flags(parser, lr=1e-3, run_dir="runs/none")
     parser.add_argument("--steps", type=int, default=10)
     return optim.parse_train_args(parser, flags)
@@ -127,9 +140,10 @@ def test_optim_learning_rate():
 
 
 def test_optim_adamw_equals_torch():
-    """Fifty steps with clipping, decay of the matrices only, and slices that cut through parameters.
+    """Fifty steps: clipping, decay of the matrices only, slices that cut through parameters.
 
-    Both get the same gradients: in a model, those that should be zero (of the key biases) are noise, and Adam blows it up.
+    Both get the same gradients: in a model, those that should be zero (of the key biases) are
+    noise, and Adam blows it up.
     """
     start = model.init_params(_OPTIM_CONFIG, 1)
     theirs = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
@@ -142,7 +156,8 @@ def test_optim_adamw_equals_torch():
     with mock.patch.object(optim, "SLICE", 1000):
         for step in range(1, 51):
             for _ in range(2):  # micro-batches
-                noise = {name: torch.randn(t.shape, generator=generator) / step for name, t in start.items()}
+                noise = {name: torch.randn(t.shape, generator=generator) / step
+                         for name, t in start.items()}
                 for params in (ours, theirs):
                     sum((params[name] * noise[name]).sum() for name in params).backward()
             norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 10.0).item()
@@ -152,7 +167,8 @@ def test_optim_adamw_equals_torch():
             reference.step()
             reference.zero_grad()
             lr = optim.learning_rate(step, 50, 1e-2, 5)
-            stats = optim.optimizer_step(optimizer, lr, betas=(0.9, 0.98), weight_decay=0.1, clip=10.0)
+            stats = optim.optimizer_step(optimizer, lr, betas=(0.9, 0.98), weight_decay=0.1,
+                                         clip=10.0)
             assert abs(stats["grad_norm"] / norm - 1) < 1e-5 and not optimizer.grads.any(), step
     assert 5 < clipped < 45, clipped
     worst = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
@@ -160,10 +176,14 @@ def test_optim_adamw_equals_torch():
 
 
 def test_optim_masters_keep_small_steps():
-    """A 1e-4 step is below the spacing of bfloat16 at 1, and would be rounded away without a float32 master; and so would
-    a small micro-batch gradient beside a large one, if gradients were summed in bfloat16."""
-    params, optimizer = optim.init_optimizer({"w": torch.ones(4, 3), "b": torch.full((2,), 1.001)}, dtype=torch.bfloat16)
-    assert optimizer.master[optimizer.spans["b"][0]] == torch.tensor(1.001)  # the master is not rounded first
+    """A 1e-4 step is below the spacing of bfloat16 at 1, and lost without a float32 master.
+
+    So is a small micro-batch gradient beside a large one, if gradients are summed in bfloat16.
+    """
+    params, optimizer = optim.init_optimizer({"w": torch.ones(4, 3), "b": torch.full((2,), 1.001)},
+                                             dtype=torch.bfloat16)
+    # the master is not rounded first
+    assert optimizer.master[optimizer.spans["b"][0]] == torch.tensor(1.001)
     for _ in range(41):
         params["w"].sum().backward()
         optim.optimizer_step(optimizer, 1e-4, clip=0)
@@ -178,31 +198,39 @@ def test_optim_masters_keep_small_steps():
 def test_optim_skips_what_is_not_finite():
     for bad in (float("nan"), float("inf")):
         params, optimizer = _optim_state(3)
-        before = [t.clone() for t in (optimizer.params, optimizer.m, optimizer.v, optimizer.updates)]
+        watched = (optimizer.params, optimizer.m, optimizer.v, optimizer.updates)
+        before = [t.clone() for t in watched]
         optimizer.grads[optimizer.spans["model.norm.weight"][0]] = bad
         assert optim.optimizer_step(optimizer, 1e-3)["skipped"] == 1 and not optimizer.grads.any()
-        assert all(map(torch.equal, before, (optimizer.params, optimizer.m, optimizer.v, optimizer.updates)))
+        assert all(map(torch.equal, before, watched))
         optimizer.grads.fill_(1e-3)
-        assert optim.optimizer_step(optimizer, 1e-3)["skipped"] == 0 and not torch.equal(before[0], optimizer.params)
+        assert optim.optimizer_step(optimizer, 1e-3)["skipped"] == 0
+        assert not torch.equal(before[0], optimizer.params)
 
 
 def test_optim_checkpoint_bitwise():
-    """Loaded into a fresh state, training goes on bit for bit; in float32, in bfloat16, and with an adapter on a frozen model."""
+    """Loaded into a fresh state, training goes on bit for bit; in float32, in bfloat16, and with an
+    adapter on a frozen model."""
     base = model.init_params(_OPTIM_CONFIG, 0)
-    for dtype, lora in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, model.init_lora(_OPTIM_CONFIG, 2, 0))):
+    for dtype, lora in ((torch.float32, None), (torch.bfloat16, None),
+                        (torch.float32, model.init_lora(_OPTIM_CONFIG, 2, 0))):
         with _optim_dir() as run_dir:
             params, unbroken = _optim_state(3, dtype, lora)
             path = _optim_save(run_dir, 3, base | params if lora else params, unbroken)
-            _, resumed = optim.init_optimizer(lora or model.init_params(_OPTIM_CONFIG, 9), dtype=dtype)
-            assert optim.load_checkpoint(path, resumed)["extra"] == {"seen": 3} and _optim_equal(unbroken, resumed)
+            _, resumed = optim.init_optimizer(lora or model.init_params(_OPTIM_CONFIG, 9),
+                                              dtype=dtype)
+            assert optim.load_checkpoint(path, resumed)["extra"] == {"seen": 3}
+            assert _optim_equal(unbroken, resumed)
             _optim_train(unbroken, range(3, 6))
             _optim_train(resumed, range(3, 6))
             assert _optim_equal(unbroken, resumed)
             assert len({file.stat().st_mode for file in path.iterdir()}) == 1
-            saved = model.load_params(path, dtype=dtype)  # the directory is a model, with the adapter merged
+            # the directory is a model, with the adapter merged
+            saved = model.load_params(path, dtype=dtype)
             _, again = _optim_state(3, dtype, lora)
             merged = model.merge_lora(base | optim.init_optimizer(lora)[0]) if lora else base
-            assert set(saved) == set(base) and any(not torch.equal(saved[name], merged[name].to(dtype)) for name in base)
+            assert set(saved) == set(base)
+            assert any(not torch.equal(saved[name], merged[name].to(dtype)) for name in base)
             _, other = optim.init_optimizer({"w": torch.zeros(3, 3)})
             with raises(ValueError, "other parameters", str(path)):
                 optim.load_checkpoint(path, other)
@@ -213,11 +241,13 @@ def test_optim_keeps_the_last_and_the_best():
         params, optimizer = _optim_state(1)
         for step in (5, 10, 15, 20):
             _optim_save(run_dir, step, params, optimizer, keep=2, best_step=5)
-        assert [p.name for p in optim.list_checkpoints(run_dir)] == ["step_000005", "step_000015", "step_000020"]
+        kept = [p.name for p in optim.list_checkpoints(run_dir)]
+        assert kept == ["step_000005", "step_000015", "step_000020"]
         assert (run_dir / "checkpoints" / "best").resolve().name == "step_000005"
         assert set(model.load_params(run_dir / "checkpoints" / "best")) == set(params)
-        _optim_save(run_dir, 20, params, optimizer, keep=1, best_step=20)  # over one of the same step
-        assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["best", "step_000020"]
+        # over one of the same step
+        _optim_save(run_dir, 20, params, optimizer, keep=1, best_step=20)
+        assert _names(run_dir / "checkpoints") == ["best", "step_000020"]
 
 
 class _Killed(BaseException):
@@ -225,8 +255,11 @@ class _Killed(BaseException):
 
 
 def test_optim_killed_at_every_write():
-    """A save is ended before each thing that it does to the disk, or half way through it: what stands under the name of a
-    checkpoint is whole, the newest is the old state or the new, and the next save clears up."""
+    """A save is ended before each thing that it does to the disk, or half way through it.
+
+    What stands under the name of a checkpoint is whole, the newest is the old state or the new, and
+    the next save clears up.
+    """
     with _optim_dir() as home:
         params, optimizer = _optim_state(1)
         _optim_save(home / "start", 1, params, optimizer)
@@ -248,8 +281,10 @@ def test_optim_killed_at_every_write():
             for file in list(Path(path).glob("*"))[:2]:
                 file.unlink()
 
-        points = [(os, "replace", lambda *_: None), (os, "fsync", lambda *_: None), (shutil, "rmtree", half_removed),
-                  (Path, "write_text", lambda path, *_, **__: path.touch()), (Path, "symlink_to", lambda *_: None),
+        points = [(os, "replace", lambda *_: None), (os, "fsync", lambda *_: None),
+                  (shutil, "rmtree", half_removed),
+                  (Path, "write_text", lambda path, *_, **__: path.touch()),
+                  (Path, "symlink_to", lambda *_: None),
                   (model, "save_file", lambda _, path, **__: Path(path).write_bytes(b"half")),
                   (optim, "save_file", lambda _, path, **__: Path(path).write_bytes(b"half"))]
         outcomes, finished, last = [], False, 0
@@ -258,7 +293,8 @@ def test_optim_killed_at_every_write():
             shutil.copytree(home / "start", run_dir)
             with contextlib.ExitStack() as stack:
                 for owner, name, half in points:
-                    stack.enter_context(mock.patch.object(owner, name, dying(getattr(owner, name), half)))
+                    dies = dying(getattr(owner, name), half)
+                    stack.enter_context(mock.patch.object(owner, name, dies))
                 try:
                     _optim_save(run_dir, 2, params, optimizer, keep=1, best_step=2)
                     finished = True
@@ -271,8 +307,9 @@ def test_optim_killed_at_every_write():
             assert _optim_equal(loaded, old if newest.name == "step_000001" else new), last
             outcomes.append(newest.name)
             _optim_save(run_dir, 2, params, optimizer, keep=1, best_step=2)
-            assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["best", "step_000002"], last
-        assert outcomes == sorted(outcomes) and len(set(outcomes)) == 2 and len(outcomes) > 15, outcomes
+            assert _names(run_dir / "checkpoints") == ["best", "step_000002"], last
+        assert outcomes == sorted(outcomes) and len(set(outcomes)) == 2, outcomes
+        assert len(outcomes) > 15, outcomes
 
 
 def test_optim_full_disk():
@@ -284,7 +321,7 @@ def test_optim_full_disk():
             with mock.patch.object(owner, name, side_effect=full):
                 with raises(ValueError, "No space left", "GiB", "--resume"):
                     _optim_save(run_dir, 2, params, optimizer)
-            assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step_000001"]  # nothing else takes up room
+            assert _names(run_dir / "checkpoints") == ["step_000001"]  # nothing else takes up room
             assert optim.find_damage(optim.latest_checkpoint(run_dir)) is None
 
 
@@ -296,9 +333,12 @@ def test_optim_damaged_checkpoint():
         path.write_bytes(data)
 
     shard = optim.shard_name(0, 1)
-    for name, damage in ((shard, flip), ("model.safetensors", flip), ("trainer.json", flip), (shard, Path.unlink),
-                         ("model.safetensors", lambda p: os.truncate(p, 1000)), ("checksums.json", Path.unlink),
-                         ("checksums.json", lambda p: p.write_text("{\"a\": 1")), ("checksums.json", lambda p: p.write_text("[]"))):
+    for name, damage in ((shard, flip), ("model.safetensors", flip), ("trainer.json", flip),
+                         (shard, Path.unlink),
+                         ("model.safetensors", lambda p: os.truncate(p, 1000)),
+                         ("checksums.json", Path.unlink),
+                         ("checksums.json", lambda p: p.write_text("{\"a\": 1")),
+                         ("checksums.json", lambda p: p.write_text("[]"))):
         with _optim_dir() as run_dir:
             params, optimizer = _optim_state(1)
             for step in (1, 2):
@@ -312,15 +352,19 @@ def test_optim_damaged_checkpoint():
 
 
 def test_optim_run_directory():
-    """Never written over unasked; on --resume the run's flags are the defaults and its logs are cut back to the checkpoint."""
+    """Never written over unasked; on --resume the run's flags are the defaults and its logs are cut
+    back to the checkpoint."""
     with _optim_dir() as home, contextlib.redirect_stdout(None):
         flags = ("--run-dir", str(home / "run"), "--lr", "0.5")
-        run, checkpoint = optim.start_run(_optim_args(*flags, "--resume"))  # nothing there yet: from the start
+        # nothing there yet: from the start
+        run, checkpoint = optim.start_run(_optim_args(*flags, "--resume"))
         assert checkpoint is None
         params, optimizer = _optim_state(1)
         for step in range(6):
-            optim.log_step(run, "step {step} | reward {reward:.1f}", {"step": step, "reward": float("nan") if step == 1 else 0.5})
-            optim.log_samples(run, step, [{"text": "a line separator \u2028 and half a surrogate \ud800"}])
+            optim.log_step(run, "step {step} | reward {reward:.1f}",
+                           {"step": step, "reward": float("nan") if step == 1 else 0.5})
+            optim.log_samples(run, step,
+                              [{"text": "a line separator \u2028 and half a surrogate \ud800"}])
             if step == 3:
                 _optim_save(run.dir, step, params, optimizer)
         optim.draw_curves(run.dir)  # draws, or says what to install
@@ -330,7 +374,8 @@ def test_optim_run_directory():
         with raises(ValueError, "--seed is 1", "started with 0"):
             optim.start_run(_optim_args(*flags, "--resume", "--seed", "1"))
         short = ("--run-dir", str(home / "run"), "--resume")
-        for cut, resume in (('{"step": 3, "rew', short), ('{"step": 3}', (*short, "--steps", "20"))):
+        for cut, resume in (('{"step": 3, "rew', short),
+                            ('{"step": 3}', (*short, "--steps", "20"))):
             with open(run.dir / "metrics.jsonl", "a") as file:
                 file.write(cut)  # a kill in the middle of a line, and just before its end
             assert _optim_args(*resume).lr == 0.5
@@ -341,7 +386,8 @@ def test_optim_run_directory():
             assert sum(1 for _ in open(run.dir / "samples.jsonl")) == 4
         assert json.loads((run.dir / "flags.json").read_text())["steps"] == 20
         _, checkpoint = optim.start_run(_optim_args(*flags, "--overwrite"))
-        assert checkpoint is None and not list((run.dir / "checkpoints").iterdir()) and not (run.dir / "metrics.jsonl").read_bytes()
+        assert checkpoint is None and not list((run.dir / "checkpoints").iterdir())
+        assert not (run.dir / "metrics.jsonl").read_bytes()
         assert (run.dir / "notes.txt").read_text() == "mine"
         (run.dir / "flags.json").unlink()
         for flag in ("--overwrite", "--resume"):  # not a run: somebody's home directory, perhaps
@@ -350,22 +396,35 @@ def test_optim_run_directory():
 
 
 def test_optim_flags_out_of_range():
-    optim.check_train_flags(_optim_args())
-    for flags in ("--lr 0", "--lr nan", "--warmup -1", "--processes 0", "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
-                  "--keep 0", "--resume --overwrite"):
-        with raises(ValueError, flags.split()[0]):
-            optim.check_train_flags(_optim_args(*flags.split()))
-    with raises(ValueError, "tpu", "cuda"):
-        optim.init_distributed("tpu")
-    with raises(ValueError, "GPU 99", "--device cpu"):
-        optim.init_distributed("cuda:99")
-    with mock.patch.object(sys, "platform", "darwin"):
-        with raises(ValueError, "--processes 2", "Linux"):
-            optim.init_distributed("cpu", 2)
+    for flags in ("--lr 0", "--lr nan", "--lr fast", "--warmup -1", "--warmup 1.5", "--processes 0",
+                  "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
+                  "--keep 0", "--overwrite --resume"):
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            raise AssertionError(f"{flags} was accepted: {_optim_args(*flags.split())}")
+        assert flags.split()[0] in said.getvalue() and said.getvalue().count("\n") == 1, flags
+    for name, words in (("tpu", ["tpu", "cuda"]), ("cuda:99", ["GPU 99", "--device cpu"])):
+        with raises(ValueError, *words):
+            optim.init_distributed(name)
+    with mock.patch.object(sys, "platform", "darwin"), raises(ValueError, "--processes 2", "Linux"):
+        optim.init_distributed("cpu", 2)
+
+
+def test_optim_default_processes():
+    """A core each, at most 8, and what memory holds; 1 wherever this process cannot fork."""
+    def count(*gib, cores=16, platform="linux", environ={}):
+        affinity = mock.patch.object(os, "sched_getaffinity", lambda _: range(cores), create=True)
+        with affinity, mock.patch.object(optim, "memory_there", lambda *_: 10.0), \
+                mock.patch.object(sys, "platform", platform), mock.patch.dict(os.environ, environ):
+            return optim.default_processes("cpu", *gib)
+
+    assert [count(0.1), count(0.1, cores=3), count(2.0), count(100.0)] == [8, 3, 5, 1]
+    assert [count(2.0, 5.0), count(1.0, 12.0)] == [2, 1]
+    assert count(0.1, platform="darwin") == count(0.1, environ={"WORLD_SIZE": "1"}) == 1
 
 
 def test_optim_second_ctrl_c_quits():
-    """In a child whose terminal is gone: the first signal asks, though its message cannot be shown, and the second ends."""
+    """In a child whose terminal is gone: the first signal asks, though its message cannot be shown,
+    and the second ends."""
     before = signal.getsignal(signal.SIGINT)
     with optim.stop_signals() as stop_requested:
         assert not stop_requested()
@@ -382,7 +441,8 @@ def test_optim_second_ctrl_c_quits():
 
 
 def test_optim_killed_and_resumed():
-    """Ctrl-C, then kill -9 at random moments: the files of the last checkpoint and the metrics end as those of an unbroken run."""
+    """Ctrl-C, then kill -9 at random moments: the files of the last checkpoint and the metrics end
+    as those of an unbroken run."""
     with _optim_dir() as home:
         unbroken = _optim_command(home, "unbroken", "--save-every", "1")
         metrics = home / "run" / "metrics.jsonl"
@@ -390,7 +450,8 @@ def test_optim_killed_and_resumed():
         _optim_wait_for(metrics, 1, process)
         process.send_signal(signal.SIGINT)
         out, err = _optim_finish(process)
-        assert "go on with: python script.py --run-dir run --save-every 1 --resume" in out and "once more to quit" in err
+        assert "go on with: python script.py --run-dir run --save-every 1 --resume" in out
+        assert "once more to quit" in err
         for _ in range(2):
             process = _optim_command(home, "run", "--save-every", "1", "--resume")
             _optim_wait_for(metrics, metrics.read_bytes().count(b"\n") + 1, process)
@@ -400,37 +461,48 @@ def test_optim_killed_and_resumed():
         assert 1 < int(optim.latest_checkpoint(home / "run").name[5:]) < 12
         _optim_finish(_optim_command(home, "run", "--save-every", "1", "--resume"))
         _optim_finish(unbroken)
-        first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012") for run in ("unbroken", "run"))
+        first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
+                         for run in ("unbroken", "run"))
         assert first == second and len(first) == 5, (first, second)
         assert metrics.read_bytes() == (home / "unbroken" / "metrics.jsonl").read_bytes()
 
 
 def test_optim_many_processes():
-    """Three processes, of which one fails: its error ends all and is the one shown. Resumed by two, they reach what one does."""
+    """Three processes, of which one fails: its error ends all and is the one shown. Resumed by two,
+    they reach what one does."""
     with _optim_dir() as home:
         alone = _optim_command(home, "alone")
-        _, err = _optim_finish(_optim_command(home, "run", "--save-every", "6", "--fail-at", "8", processes=3), code=1)
-        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err and err.count("failed: Traceback") == 1, err
-        out, _ = _optim_finish(_optim_command(home, "run", "--fail-at", "0", "--resume", processes=2))
+        _, err = _optim_finish(_optim_command(home, "run", "--save-every", "6", "--fail-at", "8",
+                                              processes=3), code=1)
+        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err, err
+        assert err.count("failed: Traceback") == 1, err
+        out, _ = _optim_finish(_optim_command(home, "run", "--fail-at", "0", "--resume",
+                                              processes=2))
         assert "written by 3 processes" in out
         _optim_finish(alone)
-        one, many = (model.load_params(home / run / "checkpoints" / "step_000012") for run in ("alone", "run"))
+        one, many = (model.load_params(home / run / "checkpoints" / "step_000012")
+                     for run in ("alone", "run"))
         start = model.init_params(_OPTIM_CONFIG, 0)
         worst = max((one[name] - many[name]).abs().max().item() for name in one)
         moved = min((one[name] - start[name]).abs().max().item() for name in one)
         assert worst < 1e-5 < 1e-3 < moved, (worst, moved)
-        losses = [[json.loads(line)["loss"] for line in open(home / run / "metrics.jsonl")] for run in ("alone", "run")]
+        losses = [[json.loads(line)["loss"] for line in open(home / run / "metrics.jsonl")]
+                  for run in ("alone", "run")]
         assert len(losses[0]) == 12 and max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
 
 
 def test_optim_forks_end_together():
-    """--processes: a planted failure, a killed fork, a killed parent and Ctrl-C; then what is written is what torchrun's
-    processes write, to the last bit."""
+    """--processes: a planted failure, a killed fork, a killed parent and Ctrl-C.
+
+    What is written then is what torchrun's processes write, to the last bit.
+    """
     if sys.platform != "linux":
         raise unittest.SkipTest("forks are for Linux")
     with _optim_dir() as home:
-        _, err = _optim_finish(_optim_command(home, "run", "--processes", "3", "--save-every", "6", "--fail-at", "8"), code=1)
-        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err and err.count("failed: Traceback") == 1, err
+        _, err = _optim_finish(_optim_command(home, "run", "--processes", "3", "--save-every", "6",
+                                              "--fail-at", "8"), code=1)
+        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err, err
+        assert err.count("failed: Traceback") == 1, err
         metrics = home / "run" / "metrics.jsonl"
 
         def resumed():  # from step 6, in two processes that have made two steps more
@@ -441,7 +513,8 @@ def test_optim_forks_end_together():
 
         for victim, message in (("fork", "process 1 was ended by signal 9"), ("parent", "")):
             process = resumed()
-            [fork] = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            [fork] = map(int, children.split())
             os.kill(fork if victim == "fork" else process.pid, signal.SIGKILL)
             _, err = _optim_finish(process, code=1 if victim == "fork" else -9)
             assert message in err, err
@@ -454,8 +527,10 @@ def test_optim_forks_end_together():
         process = resumed()
         process.send_signal(signal.SIGINT)
         out, _ = _optim_finish(process)
-        assert "go on with: python script.py --run-dir run --processes 2 --fail-at 0 --resume" in out, out
+        command = "python script.py --run-dir run --processes 2 --fail-at 0 --resume"
+        assert f"go on with: {command}" in out, out
         _optim_finish(_optim_command(home, "forked", "--processes", "2"))
         _optim_finish(_optim_command(home, "launched", processes=2))
-        first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012") for run in ("forked", "launched"))
+        first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
+                         for run in ("forked", "launched"))
         assert first == second and len(first) == 6, (first, second)

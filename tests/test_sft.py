@@ -10,7 +10,9 @@ from unittest import mock
 
 import torch
 
+import grpo
 import model
+import sft
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -19,198 +21,234 @@ from tests.common import (
     error_of,
     gradients,
     in_process,
+    raises,
     run,
     weights_of,
 )
 
+TOKENIZER = model.load_tokenizer(ROOT / "data" / "tiny")
+END = TOKENIZER.token_to_id("<|im_end|>")
+THOUGHT, ANSWER, LAST = range(3)  # indices into sft.PARTS
+
 
 def _examples(count=7):
-    import sft
     rng = random.Random(0)
-    return [sft.Example([rng.randrange(64) for _ in range(n)], [-1] * (n - 4) + [0, 0, 1, 2])
+    return [sft.Example([rng.randrange(64) for _ in range(n)],
+                        [sft.CONTEXT] * (n - 4) + [THOUGHT, THOUGHT, ANSWER, LAST])
             for n in rng.sample(range(6, 30), count)]
 
 
-def test_sft_packed_equals_unpacked():
-    """Loss and gradient are those of each example alone: the weighted mean of -log p over the supervised tokens."""
-    import sft
+def _decode(example, *parts):
+    """What an example says in these parts."""
+    tokens = [token for token, part in zip(example.tokens, example.parts) if part in parts]
+    return TOKENIZER.decode(tokens, skip_special_tokens=False)
 
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _sums(n):
+    return [{"problem": f"{a}+1", "response": str(a + 1)} for a in range(n)]
+
+
+def test_sft_packed_equals_unpacked():
+    """Loss and gradient are those of each example alone: the weighted mean of -log p over what it
+    learns."""
     params, config = double_model()
     examples = _examples()
+    losses = []
 
     def alone(p):
-        terms, weight = 0, 0
+        terms = []
+        weights = []
         for e in examples:
-            logprobs = model.forward(p, config, torch.tensor([e.tokens])).double().log_softmax(-1)[0]
+            logits = model.forward(p, config, torch.tensor([e.tokens]))
+            logprobs = logits.double().log_softmax(-1)[0]
             for i, part in enumerate(e.parts):
-                if part >= 0:
-                    w = 1.5 if part == 1 else 1.0
-                    terms, weight = terms - w * logprobs[i - 1, e.tokens[i]], weight + w
-        (terms / weight).backward()
-        losses.append((terms / weight).item())
+                if part != sft.CONTEXT:
+                    weights.append(1.5 if part == ANSWER else 1.0)
+                    terms.append(-weights[-1] * logprobs[i - 1, e.tokens[i]])
+        loss = sum(terms) / sum(weights)
+        loss.backward()
+        losses.append(loss.item())
 
-    losses = []
-    plain = gradients(params, alone)
-    together = lambda p: losses.append(sft.batch_loss(p, config, examples, 1.5, 10_000, backward=True)[0])
-    packed = gradients(params, together)
-    assert abs(losses[0] - losses[1]) < 1e-6, losses
-    assert_same_gradients(plain, packed, 1e-6)  # logits are float32
+    def together(p):
+        loss, _ = sft.batch_loss(p, config, examples, 1.5, 10_000, backward=True)
+        losses.append(loss)
+
+    assert_same_gradients(gradients(params, alone), gradients(params, together), 1e-6)
+    assert abs(losses[0] - losses[1]) < 1e-6, losses  # logits are float32
 
 
 def test_sft_gradient_does_not_depend_on_micro_batches():
-    import sft
-
     params, config = double_model()
     whole, split, recomputed = (
-        gradients(params, lambda p: sft.batch_loss(p, config, _examples(), 1.2, micro, checkpointing, backward=True))
-        for micro, checkpointing in ((10_000, False), (25, False), (40, True)))
+        gradients(params, lambda p: sft.batch_loss(p, config, _examples(), 1.2, micro_tokens,
+                                                   checkpointing, backward=True))
+        for micro_tokens, checkpointing in ((10_000, False), (25, False), (40, True)))
     assert_same_gradients(whole, split, 1e-6)
     assert_same_gradients(whole, recomputed, 1e-6)
 
 
 def test_sft_learns_the_reply_its_end_token_and_nothing_else():
-    """The prompt is masked, the end token learned in every turn: a mask that lost either has cost others whole runs."""
-    import sft
-
-    tokenizer = model.load_tokenizer(ROOT / "data" / "tiny")
-    end = tokenizer.token_to_id("<|im_end|>")
+    """The prompt is masked, and the end token learned in every turn: a mask that lost either has
+    cost others whole runs."""
     row = {"problem": "7+8", "response": "<think>\n7+8\n=15\n</think>\n\\boxed{15}"}
-    example = sft.encode_example(row, tokenizer, end)
-    learned = [t for t, part in zip(example.tokens, example.parts) if part >= 0]
-    assert tokenizer.decode(learned, skip_special_tokens=False) == row["response"] + "<|im_end|>"
-    assert tokenizer.decode([t for t, p in zip(example.tokens, example.parts) if p == 1]) == "\\boxed{15}"
-    assert example.parts[-1] == 2 and example.tokens[-1] == end
-    turns = ("user", "7+8"), ("assistant", "\\boxed{15}"), ("user", "Check it."), ("assistant", "Every step is right.")
+    example = sft.encode_example(row, TOKENIZER, END)
+    assert _decode(example, THOUGHT, ANSWER, LAST) == row["response"] + "<|im_end|>"
+    assert _decode(example, ANSWER) == "\\boxed{15}"
+    assert example.parts[-1] == LAST and example.tokens[-1] == END
+    turns = (("user", "7+8"), ("assistant", "\\boxed{15}"), ("user", "Check it."),
+             ("assistant", "Every step is right."))
     talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    example = sft.encode_example(talk, tokenizer, end)
-    learned = [t for t, part in zip(example.tokens, example.parts) if part >= 0]
-    assert tokenizer.decode(learned, skip_special_tokens=False) == "\\boxed{15}<|im_end|>Every step is right.<|im_end|>"
+    example = sft.encode_example(talk, TOKENIZER, END)
+    learned = _decode(example, THOUGHT, ANSWER, LAST)
+    assert learned == "\\boxed{15}<|im_end|>Every step is right.<|im_end|>"
     whole = model.render_chat(talk["messages"], False, system=None)
-    assert tokenizer.decode(example.tokens, skip_special_tokens=False) + "\n" == whole
-    assert sft.show_example(example, tokenizer).count("[end: <|im_end|>]") == 2
+    assert TOKENIZER.decode(example.tokens, skip_special_tokens=False) + "\n" == whole
+    shown = sft.show_example(example, TOKENIZER)
+    assert shown.endswith("[thought: Every step is right.][end: <|im_end|>]"), shown
+    assert shown.count("[end: <|im_end|>]") == 2, shown
 
 
 def test_sft_answer_is_the_box_and_nothing_else():
-    """All that stood behind the last box had the answer's weight, and a box in the thinking block was an answer."""
-    import sft
-
-    tokenizer = model.load_tokenizer(ROOT / "data" / "tiny")
+    """All that stood behind the last box had the answer's weight, and a box in the thinking block
+    was an answer."""
     for response, answer in (
-            (r"<think>\n3+4\n=7\n</think>\n\boxed{7} is what comes out.", r"\boxed{7}"),
+            ("<think>\n3+4\n=7\n</think>\n\\boxed{7} is what comes out.", r"\boxed{7}"),
             (r"<think>\boxed{3}</think>$\boxed{\frac{1}{2}}$.", r"\boxed{\frac{1}{2}}"),
-            (r"\boxed{1} or \boxed{2}!", r"\boxed{2}"), (r"<think>\boxed{3}</think>It is three.", ""),
-            (r"It is \boxed{4", ""), ("4", "")):
-        response = response.replace(r"\n", "\n")
-        example = sft.encode_example({"problem": "3+4", "response": response}, tokenizer, 332)
-        assert tokenizer.decode([t for t, p in zip(example.tokens, example.parts) if p == 1]) == answer, response
-        said = [t for t, p in zip(example.tokens, example.parts) if p in (0, 1)]
-        assert tokenizer.decode(said) == response
+            (r"\boxed{1} or \boxed{2}!", r"\boxed{2}"), (r"It is \boxed{4", ""), ("4", ""),
+            (r"<think>\boxed{3}</think>It is three.", "")):
+        row = {"problem": "3+4", "response": response}
+        example = sft.encode_example(row, TOKENIZER, END)
+        assert _decode(example, ANSWER) == answer, response
+        assert _decode(example, THOUGHT, ANSWER) == response
 
 
 def test_sft_default_learning_rate():
-    """An adapter on the tiny model got the rate meant for all weights of a large one, and learned nothing."""
-    import sft
-
+    """An adapter on the tiny model got the rate meant for all weights of a large one, and learned
+    nothing."""
     tiny = model.load_config(ROOT / "data" / "tiny")
     large = tiny._replace(hidden_size=1536, num_hidden_layers=28)
-    rates = {(config.hidden_size, rank): sft.default_lr(config, rank) for config in (tiny, large) for rank in (0, 8)}
-    assert rates[128, 8] > rates[128, 0] > rates[1536, 8] > rates[1536, 0] == 1e-5, rates
+    rates = [sft.default_lr(config, rank) for config, rank in (
+        (tiny, 8), (tiny, 0), (large, 8), (large, 0))]
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 1e-5, rates
 
 
 def test_sft_epochs_are_permutations():
-    import sft
-
     examples = list(range(10))
     steps = [sft.batch_of_step(examples, step, 4, seed=3) for step in range(1, 6)]
     assert sorted(x for batch in steps for x in batch) == sorted(examples * 2)
-    assert steps[2] == sft.batch_of_step(examples, 3, 4, seed=3) != sft.batch_of_step(examples, 3, 4, seed=4)
+    assert steps[2] == sft.batch_of_step(examples, 3, 4, seed=3)
+    assert steps[2] != sft.batch_of_step(examples, 3, 4, seed=4)
 
 
 def test_sft_run_resumes_exactly_and_continues_in_grpo():
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "examples.jsonl"
-        rows = [{"problem": f"{a}+{a}", "response": f"\\boxed{{{2 * a}}}"} for a in range(1, 40)]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        flags = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5, "--lr", 1e-4,
-                 "--save-every", 3, "--eval-every", 3]
-        out = run(*flags, "--epochs", 1.4, "--run-dir", f"{scratch}/whole")
-        assert "[answer: \\boxed{" in out and "step 6/6" in out, out
-        run(*flags, "--epochs", 1.4, "--run-dir", f"{scratch}/broken")
-        shutil.rmtree(f"{scratch}/broken/checkpoints/step_000006")
-        assert "step 4/6" in run("sft.py", "--run-dir", f"{scratch}/broken", "--data", data, "--resume")
-        assert weights_of(f"{scratch}/whole", 6) == weights_of(f"{scratch}/broken", 6)
-        assert [json.loads(line)["step"] for line in open(f"{scratch}/broken/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-        shutil.copy(data, other := Path(scratch) / "other.jsonl")
-        error = run("sft.py", "--run-dir", f"{scratch}/broken", "--data", other, "--resume", ok=False)
+        data = _write(Path(scratch) / "examples.jsonl", [
+            {"problem": f"{a}+{a}", "response": f"\\boxed{{{2 * a}}}"} for a in range(1, 40)])
+        words = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5,
+                 "--lr", 1e-4, "--save-every", 3, "--eval-every", 3, "--epochs", 1.4,
+                 "--eval-data", "arithmetic", "--eval-limit", 3, "--max-new-tokens", 20,
+                 "--processes", 1]
+        out = run(*words, "--run-dir", f"{scratch}/whole")
+        assert "[answer: \\boxed{" in out and "step 6/6" in out and "val_accuracy" in out, out
+        broken = f"{scratch}/broken"
+        run(*words, "--run-dir", broken)
+        shutil.rmtree(f"{broken}/checkpoints/step_000006")
+        again = ["sft.py", "--run-dir", broken, "--resume", "--data"]
+        assert "step 4/6" in run(*again, data)
+        assert weights_of(f"{scratch}/whole", 6) == weights_of(broken, 6)
+        steps = [json.loads(line)["step"] for line in open(f"{broken}/metrics.jsonl")]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        other = shutil.copy(data, Path(scratch) / "other.jsonl")
+        error = run(*again, other, ok=False)
         assert str(other) in error and str(data) in error, error
         data.write_text(data.read_text().replace("5+5", "6+4"))  # the same name, other examples
-        error = run("sft.py", "--run-dir", f"{scratch}/broken", "--data", data, "--resume", ok=False)
+        error = run(*again, data, "--processes", 2, ok=False)
         assert "has changed" in error and "sha256" in error, error
-        out = run("grpo.py", "--model", f"{scratch}/whole/checkpoints/best", "--data", "arithmetic", "--prompts", 2,
-                   "--prompt", "plain", "--group", 2, "--max-new-tokens", 8, "--steps", 1, "--eval-limit", 2,
-                   "--test-limit", 0, "--train-limit", 8, "--run-dir", f"{scratch}/grpo")
+        command = out.rpartition("next: python ")[2].split()  # what it says works as it stands
+        out = run(*command, "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--steps", 1,
+                  "--eval-limit", 2, "--test-limit", 0, "--train-limit", 8, "--run-dir",
+                  f"{scratch}/grpo")
         assert "step 1/1" in out, out
 
 
-def test_sft_stops_early_once():
-    """A run that --patience ended was trained further by each --resume, until the next evaluation."""
-    import sft
+def test_sft_result_does_not_depend_on_the_number_of_processes():
+    """Losses of one process and of two agree to rounding, with all weights and with an adapter."""
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "examples.jsonl"
-        data.write_text("".join(json.dumps({"problem": f"{a}+1", "response": str(a + 1)}) + "\n" for a in range(20)))
-        words = ["--model", "tiny", "--data", data, "--batch", 4, "--validation", 4, "--patience", 1, "--eval-every", 1,
-                 "--run-dir", f"{scratch}/run"]
+        data = _write(Path(scratch) / "examples.jsonl", _sums(13))
+        for rank in (0, 2):
+            losses = []
+            for processes in (1, 2):
+                folder = f"{scratch}/{rank}-{processes}"
+                run("sft.py", "--data", data, "--batch", 5, "--validation", 3, "--epochs", 1,
+                    "--lora-rank", rank, "--processes", processes, "--run-dir", folder)
+                rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+                losses.append([row["loss"] for row in rows] + [rows[-1]["val_loss"]])
+            assert len(losses[0]) == 3
+            assert all(abs(a - b) < 1e-4 for a, b in zip(*losses)), losses
+
+
+def test_sft_stops_early_once():
+    """A run that --patience ended was trained further by each --resume, until the next
+    evaluation."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = _write(Path(scratch) / "examples.jsonl", _sums(20))
+        words = ["--data", data, "--batch", 4, "--validation", 4, "--patience", 1, "--eval-every",
+                 1, "--run-dir", f"{scratch}/run", "--processes", 1]
         losses = iter([({"val_loss": 3.0}, []), ({"val_loss": 4.0}, [])])
         with mock.patch.object(sft, "run_evaluation", lambda *_: next(losses)):
             assert "no better" in in_process("sft", *words)
             out = in_process("sft", *words, "--resume")
-        assert "no better" in out and "loss 3.0000" in out and "step 1)" in out and "| loss" not in out, out
+        assert "no better" in out and "loss 3.0000" in out and "step 1)" in out, out
+        assert "| loss" not in out, out
 
 
 def test_sft_and_grpo_stop_after_skipped_steps():
-    """Weights that overflow skip every step: sft went on for hours, grpo advised a --resume that was then refused."""
+    """Weights that overflow skip every step: sft went on for hours, grpo advised a --resume that
+    was then refused."""
+    skipped = {"grad_norm": math.nan, "skipped": 1}
+
+    def spread(group):
+        return [float(i % 2) for i in range(len(group.texts))]
+
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "examples.jsonl"
-        data.write_text("".join(json.dumps({"problem": f"{a}+1", "response": str(a + 1)}) + "\n" for a in range(20)))
-        spread = lambda group: [float(i % 2) for i in range(len(group.texts))]
-        for script, words in (
-                ("sft", ["--model", "tiny", "--data", data, "--batch", 2, "--validation", 0]),
-                ("grpo", [*GRPO_RUN[1:], "--steps", 9, "--test-limit", 0, "--max-new-tokens", 4, "--reward", "format=1"])):
-            words += ["--run-dir", f"{scratch}/{script}", "--save-every", 99, "--eval-every", 99]
-            module = __import__(script)
-            with mock.patch.object(module, "optimizer_step", lambda *_, **__: {"grad_norm": math.nan, "skipped": 1}), \
-                    mock.patch.dict(__import__("grpo").REWARDS, format=spread):
-                error = error_of(script, *words)
+        data = _write(Path(scratch) / "examples.jsonl", _sums(20))
+        words = {sft: ["--data", data, "--batch", 2, "--validation", 0],
+                 grpo: [*GRPO_RUN[1:], "--steps", 9, "--test-limit", 0, "--max-new-tokens", 4,
+                        "--reward", "format=1"]}
+        for module in (sft, grpo):
+            run_dir = f"{scratch}/{module.__name__}"
+            with (mock.patch.object(module, "optimizer_step", lambda *_, **__: dict(skipped)),
+                  mock.patch.dict(grpo.REWARDS, format=spread)):
+                error = error_of(module.__name__, *words[module], "--run-dir", run_dir,
+                                 "--save-every", 99, "--eval-every", 99, "--processes", 1)
             assert "not finite in 3" in error and "another --run-dir" in error
-            assert len(open(f"{scratch}/{script}/metrics.jsonl").readlines()) == 3
+            assert len(open(f"{run_dir}/metrics.jsonl").readlines()) == 3
 
 
 def test_sft_bad_conversations():
     """A conversation in which nobody replies divided by zero, one without a role was a KeyError."""
-    import sft
-    tokenizer = model.load_tokenizer(ROOT / "data" / "tiny")
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "talks.jsonl"
-        for messages in ("hello", [], [{"role": "user", "content": "hello"}], [{"content": "hello"}], ["hello"],
-                         [{"role": "assistant", "content": None}]):
-            path.write_text(json.dumps({"messages": messages}) + "\n")
-            try:
-                sft.read_examples(path, tokenizer, 1, 100)
-            except ValueError as error:
-                assert "line 1" in str(error) and "expected" in str(error)
-            else:
-                raise AssertionError(messages)
+        for messages in ("hello", [], [{"role": "user", "content": "hello"}], ["hello"],
+                         [{"content": "hello"}], [{"role": "assistant", "content": None}]):
+            path = _write(Path(scratch) / "talks.jsonl", [{"messages": messages}])
+            with raises(ValueError, "line 1", "expected"):
+                sft.read_examples(path, TOKENIZER, END, 100)
 
 
 def test_sft_bad_input():
     with tempfile.TemporaryDirectory() as scratch:
-        empty, wrong = Path(scratch) / "empty.jsonl", Path(scratch) / "wrong.jsonl"
-        empty.write_text("")
-        wrong.write_text('{"problem": "1+1"}\n')
-        for words, said in (
-                ([empty], "no example"), ([wrong], "line 1"), ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"),
-                ([empty, "--batch", 0], "--batch is 0"),
+        empty = _write(Path(scratch) / "empty.jsonl", [])
+        wrong = _write(Path(scratch) / "wrong.jsonl", [{"problem": "1+1"}])
+        few = _write(Path(scratch) / "few.jsonl", _sums(3))
+        for words, expected in (
+                ([empty], "no example"), ([wrong], "line 1"), ([few], "--validation 200"),
+                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"),
                 ([empty, "--validation", 0, "--patience", 2], "--patience is 2")):
-            error = error_of("sft", "--run-dir", f"{scratch}/run", "--data", *words)
-            assert said in error, (words, error)
-        assert "--batch is 0" in run("sft.py", "--data", empty, "--batch", 0, ok=False)
+            error = error_of("sft", "--run-dir", f"{scratch}/run", "--processes", 1, "--data",
+                             *words)
+            assert expected in error, (words, error)
