@@ -1703,13 +1703,12 @@ def places(node, names, place, top):
         return set(range(top if tag == "reals" else 0))
     if tag == "interval" or tag == "tuple" and len(node) == 3:
         low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        closed = opening == "[", closing == "]"
-        if infinite(low) and (closed[0] or infinite(low) > 0):
-            raise ValueError("closed at infinity")
-        if infinite(high) and (closed[1] or infinite(high) < 0):
-            raise ValueError("closed at infinity")
-        found = ray(">=" if closed[0] else ">", low, place, top)
-        found &= ray("<=" if closed[1] else "<", high, place, top)
+        if infinite(low) and (infinite(low), opening) != (-1, "("):
+            raise ValueError("no interval")
+        if infinite(high) and (infinite(high), closing) != (1, ")"):
+            raise ValueError("no interval")
+        found = ray(">=" if opening == "[" else ">", low, place, top)
+        found &= ray("<=" if closing == "]" else "<", high, place, top)
         if top and not found:
             raise ValueError("an empty interval")
         return found
@@ -1762,11 +1761,11 @@ def order(ends):
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
     names = set(), set()
-    ends = set()
+    ends = []
 
     def note(end):
         if not infinite(end):
-            ends.add(end)
+            ends.append(end)
         return 0
 
     def place(end):
