@@ -542,7 +542,7 @@ _RIGHTLY_STRICT = [  # (output, reference)
 
 
 def _pairs(*tables):
-    """The (a, b) of tables whose cells read `a :: b`; # begins a comment, \\bp and \\ep a matrix."""
+    """The (a, b) of tables whose cells read `a :: b`; \\bp and \\ep are a matrix's borders."""
     lines = [line for table in tables for line in table.strip().splitlines() if line[0] != "#"]
     text = " || ".join(lines).replace(r"\bp", r"\begin{pmatrix}").replace(r"\ep", r"\end{pmatrix}")
     return [tuple(side.strip() for side in cell.split(" :: ")) for cell in text.split(" || ")]
@@ -571,7 +571,7 @@ def test_verify_tables():
         for a, b in _pairs(*tables):
             for answer, reference in ((a, b), (b, a)):
                 verdict = verifier.judge(answer, reference)
-                assert verdict is expected or not (expected or verdict), (answer, reference, verdict)
+                assert (verdict is True) is expected, (answer, reference, verdict)
             assert expected or verifier.canonical(a) != verifier.canonical(b), (a, b)
             assert verifier.read(a) == ("raw", "") or verifier.equivalent(a, f" {a} "), a
 
@@ -618,8 +618,9 @@ def test_verify_strict_extraction():
 
 def test_verify_box_span():
     for text, content in [
-        (r"\boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\fbox {5}", "5"), (r"\boxed{}", ""),
-        (r"\boxed{1} \boxed{2", None), ("none", None), (r"\boxed 5", None), (r"\boxed{\{1\}}", r"\{1\}"),
+        (r"\boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\fbox {5}", "5"),
+        (r"\boxed{}", ""), (r"\boxed{1} \boxed{2", None), ("none", None), (r"\boxed 5", None),
+        (r"\boxed{\{1\}}", r"\{1\}"),
     ]:  # fmt: skip
         span = verifier.box_span(text)
         assert (span and text[slice(*span)]) == content, (text, span)
@@ -755,7 +756,8 @@ def _near_misses(text):
 
 _SWAPS = [tuple(pair.split()) for pair in (
     r"+ -|- +|( [|[ (|) ]|] )|< >|> <|\le \ge|\ge \le|\le <|\ge >|\cup \cap|\sin \cos|\cos \tan"
-    r"|\cot \tan|\sqrt \sin|\pi e|\frac \binom|^ _|= <|even odd|x y|n m|\infty 9|\pm +|and not|\{ (|i j|a b"
+    r"|\cot \tan|\sqrt \sin|\pi e|\frac \binom|^ _|= <|even odd|x y|n m|\infty 9|\pm +|and not"
+    r"|\{ (|i j|a b"
 ).split("|")]  # fmt: skip
 
 
@@ -789,7 +791,7 @@ def test_verify_near_misses():
             total += 1
             if verifier.judge(near, reference):
                 accepted.append((near, reference))
-    true = {r"\binom{5}{3}", r"n \equiv 10 \pmod 3", "|x-100|"}
+    true = {r"\binom{5}{3}", r"n \equiv 10 \pmod 3"}
     left = [pair for pair in accepted if pair[0] not in true and not _same_by_convention(*pair)]
     share = 100 * len(accepted) / total
     print(f"{len(accepted)} of {total} ({share:.2f} %), {len(left)} unexplained", end=" ")
@@ -840,7 +842,8 @@ def test_verify_many_keeps_order():
     pairs = [("#### 5", "5"), tower, ("#### 5", "6"), (None, "5")]
     assert verifier.verify_many(pairs, timeout_s=0.3) == [True, None, False, False]
     assert verifier.verify(*tower) is False
-    assert verifier.verify_many([(rf"\boxed{{{n}+x}}", tower[1]) for n in range(50)]) == [False] * 50
+    group = [(rf"\boxed{{{n}+x}}", tower[1]) for n in range(50)]
+    assert verifier.verify_many(group) == [False] * 50
     assert time.process_time() - begin < 1.0
     hard = (r"\boxed{x^{10^{9}} (x^{10^{9}} + 1)}", r"x^{10^{9}} + x^{2 \cdot 10^{9}}")
     assert verifier.verify_many([hard, hard]) == [True, True]
@@ -919,7 +922,8 @@ def _hostile_text(rng):
             f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", rf"\sqrt{{{a}}}", f"({a})^{{{b}}}",
             f"({a},{b})", f"[{a},{b})", rf"\{{{a},{b}\}}", f"{a}={b}", rf"{a} \le {b}", f"|{a}|",
             rf"\sin({a})", f"({a})!", rf"\binom{{{a}}}{{{b}}}", rf"\log_{{{a}}} {b}",
-            rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}", f"({a})^{{({b})!}}", rf"{a} \cup {b}",
+            rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}", f"({a})^{{({b})!}}",
+            rf"{a} \cup {b}",
             rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"\{{x \mid {a} < x\}}",
             rf"{a} \text{{ or }} {b}", rf"\sum_{{k={a}}}^{{{b}}} k^n", rf"\lfloor {a} \rfloor",
         ])  # fmt: skip
@@ -986,7 +990,7 @@ def test_verify_hostile():
         "^2" * 340, r"\sin" * 170, r"\sqrt" * 130, r"\$" * 340, "--+-" * 170,
         r"\sum_{k=1}^{2000}" * 9 + "k", r"\sum_{k=1}^{10^9} k", r"\prod_{k=1}^{2000} (x+k)",
         r"\lfloor" * 70 + "x" + r"\rfloor" * 70, "1" + "," * 690, "a_" * 300, "x'" * 300,
-        "1:" * 340 + "1", "2^" * 300 + "2", r"\text{is }" * 70, 
+        "1:" * 340 + "1", "2^" * 300 + "2", r"\text{is }" * 70,
         r"e^{-10^{4}x}+\sin(10^{9}x)", "0x" + "F" * 690,
     ]  # fmt: skip
     for bomb in bombs:
