@@ -427,15 +427,16 @@ NUMERALS = {word: value for value, word in enumerate(
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = {name: line.split()[0] for line in (  # every spelling by the first of its line
     "cm centimeter centimetre centimeters centimetres|mm millimeter millimetre millimeters|km "
-    "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in inch "
-    "inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg milligram|lb lbs "
-    "pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter milliliters|h hr "
-    "hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day days|week weeks|month "
-    "months|yr year years|mph|kph|hz Hz|degree degrees deg|F|C|K kelvin|J joule joules|kJ kj|N "
-    "newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa pa|mol|gal gallon gallons|rad "
-    "radian radians|pt pts point points|dollar dollars usd|cent cents|eur euro euros|gbp|inr|rpm "
-    "|^2 square sq squared|^3 cubic cu cubed|/ per"
+    "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in "
+    "inch inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg "
+    "milligram|lb lbs pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter "
+    "milliliters|h hr hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day "
+    "days|week weeks|month months|yr year years|hz Hz|degree degrees deg|F fahrenheit|C celsius|K "
+    "kelvin|J joule joules|kJ kj|N newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa "
+    "pa|mol|gal gallon gallons|rad radian radians|pt pts point points|dollar dollars usd|cent "
+    "cents|eur euro euros|gbp|inr|rpm |^2 square sq squared|^3 cubic cu cubed|/ per"
 ).split("|") for name in line.split()}  # fmt: skip
+UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h"}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
@@ -698,7 +699,7 @@ def quantity(value, words):
         value = value[1]
     for name in SCALES.keys() & set(names):
         value = chain("mul", value, number(SCALES[name]))
-    units = [UNITS[name] for name in names if name in UNITS]
+    units = " ".join(UNITS[name] for name in names if name in UNITS).split()
     nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
@@ -1164,16 +1165,20 @@ class Parser:
             return self.closed("end", context="aligned")
         if name.startswith(("v", "V")):
             raise Unreadable("a determinant")
+        outer = self.context
+        self.context = "open"
         rows = [[]]
-        while not rows[-1] or self.tokens[self.at - 1].kind != "end":
-            rows[-1].append(self.closed("newline", "&", "end", level=CLAUSE))
-            while self.tokens[self.at - 1].kind != "end" and self.kind in ("newline", "&", "end"):
-                self.at += 1
-            newline = "newline" in (self.tokens[self.at - 1].kind, self.tokens[self.at - 2].kind)
-            rows += [[]] if newline and self.tokens[self.at - 1].kind != "end" else []
+        while not self.accept("end"):
+            rows[-1].append(self.expression(CLAUSE))
+            if self.kind == "newline":
+                rows.append([])
+            while self.accept("newline", "&"):
+                pass
+        self.context = outer
+        rows = [tuple(row) for row in rows if row]
         if len(set(map(len, rows))) != 1:
             raise Unreadable("rows of different length")
-        return ("matrix", *map(tuple, rows))
+        return ("matrix", *rows)
 
 
 def radians(node):
@@ -1587,14 +1592,14 @@ def same_function(a, b):
     """Whether two trees agree at complex points, or else, among reals, where both are defined."""
     if not symbols(a) | symbols(b):
         return agree(a, b, (0, False, 1)) is True
-    digits = len(str(int(max(largest_number(a), largest_number(b)))))
+    digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
     complex_only = has(a, "conjugate", "re", "im") or has(b, "conjugate", "re", "im")
     for real in (False,) if complex_only else (False, True):
         hits = 0
         hard = None
         for index in range(24 if real else 15):
             try:
-                verdict = agree(a, b, (index, real, 10 ** min(digits, 12)))
+                verdict = agree(a, b, (index, real, 10**digits))
             except TooHard as error:
                 hard = error
                 verdict = None
@@ -2142,8 +2147,8 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
         return compare(answer, reference)
-    except (TooHard, RecursionError):
-        return None
+    except (ArithmeticError, RecursionError, ValueError):
+        return None  # TooHard; no known text leads to the others, and none shall end a training run
 
 
 def equivalent(answer, reference, timeout_s=TIMEOUT_S):
@@ -2191,9 +2196,9 @@ def format_reward(text, think_tag="think"):
     r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end.
 
     0.0 for any other. The thinking block may be missing. If there is one it comes first, is closed,
-    holds a thought and is the only one. After it stands exactly one box, closed and not empty; after the box
-    nothing but punctuation, white space, `*`, the end of a formula and tokens that end the turn.
-    A prompt that ends in "<think>" is part of `text`.
+    holds a thought and is the only one. After it stands exactly one box, closed and not empty;
+    after the box nothing but punctuation, white space, `*`, the end of a formula and tokens that
+    end the turn. A prompt that ends in "<think>" is part of `text`.
     """
     tail, *rest = CONTROL.split(text.strip())
     if any(part.strip() for part in rest):

@@ -1,5 +1,6 @@
 """Tests of verify.py."""
 
+import contextlib
 import doctest
 import json
 import math
@@ -922,8 +923,8 @@ def _hostile_text(rng):
             f"{a}+{b}", f"{a}-{b}", rf"\frac{{{a}}}{{{b}}}", rf"\sqrt{{{a}}}", f"({a})^{{{b}}}",
             f"({a},{b})", f"[{a},{b})", rf"\{{{a},{b}\}}", f"{a}={b}", rf"{a} \le {b}", f"|{a}|",
             rf"\sin({a})", f"({a})!", rf"\binom{{{a}}}{{{b}}}", rf"\log_{{{a}}} {b}",
-            rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}", f"({a})^{{({b})!}}",
-            rf"{a} \cup {b}",
+            rf"{a} \pm {b}", rf"{a}\%", f"({a})({b})", f"f({a})", rf"x \in {a}",
+            f"({a})^{{({b})!}}", rf"{a} \cup {b}",
             rf"\begin{{pmatrix}}{a} \\ {b}\end{{pmatrix}}", rf"\{{x \mid {a} < x\}}",
             rf"{a} \text{{ or }} {b}", rf"\sum_{{k={a}}}^{{{b}}} k^n", rf"\lfloor {a} \rfloor",
         ])  # fmt: skip
@@ -963,8 +964,11 @@ def test_verify_fuzz(count=1500, seed=0):
         previous = text
         begin = time.thread_time()
         for output in (text, rf"so \boxed{{{text}}}"):
-            verifier.verify(output, reference)
             verifier.verify(output, reference, strict=True)
+            if verifier.verify_many([(output, reference)]) == [None]:  # too hard, and no error
+                answer = verifier.extract_answer(output).strip()
+                with contextlib.suppress(verifier.TooHard, RecursionError):
+                    verifier.compare(answer, reference.strip())
         verifier.canonical(text)
         verifier.format_reward(text)
         slowest = max(slowest, (time.thread_time() - begin, text[:200]))
