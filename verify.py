@@ -1116,8 +1116,9 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if name in ("sum", "prod") and (terms := written_out(body, variable, below, above)):
-            return ("add" if name == "sum" else "mul", *terms)
+        finite = name in ("sum", "prod") and written_out(name, body, variable, below, above)
+        if finite:
+            return finite
         bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
         return ("call", name, below, above, replaced(body, variable, bound))
 
@@ -1192,15 +1193,20 @@ def size(node):
     return 1 + sum(map(size, children(node)))
 
 
-def written_out(body, variable, below, above):
-    """The terms or factors between numeric bounds; None if the bounds are none or far apart."""
+def written_out(name, body, variable, below, above):
+    """The value of a sum or product between numeric bounds, or its terms if there are few."""
     low, high = exact(below), exact(above)
     if None in (variable, low, high) or low.denominator * high.denominator != 1:
         return None
     count = int(high - low) + 1
     if not 0 < count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
         return None
-    return [replaced(body, variable, number(low + k)) for k in range(count)]
+    terms = [replaced(body, variable, number(low + k)) for k in range(count)]
+    values = list(map(exact, terms))
+    if None not in values:
+        return number(sum(values) if name == "sum" else math.prod(values))
+    few = count * size(body) <= MAX_TERMS
+    return ("add" if name == "sum" else "mul", *terms) if few else None
 
 
 def normalised(text):
