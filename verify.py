@@ -1582,7 +1582,8 @@ def agree(a, b, point):
         if digits < 20 or bits > 200:
             break
         bits = 200 + 4 * digits
-        if bits > MAX_PRECISION:
+        slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
+        if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
     return x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
 
