@@ -1236,11 +1236,13 @@ def marked(match):
 
 
 def raw(text):
-    """What two unreadable texts are compared by: blanks count only between letters or digits."""
+    """What two unreadable texts are compared by: blanks count only between letters or digits,
+    and case only in formulas."""
     plain = re.sub(f"(?:[{TEXT}{ROMAN}~\\s]|\\\\[,;:! ])+", " ", text)
     plain = re.sub(r"\{(\w)\}", r"\1", plain)
     plain = re.sub(r"(?<![\w\\])\s|\s(?![\w\\])|[.,]+$", "", plain).strip()
-    return ("raw", plain.lower() if is_prose(plain) else plain)
+    words = r"(?<![\\a-zA-Z])(?:[A-Z]?[a-z]+|[A-Z]{3,})(?![a-zA-Z])"
+    return ("raw", re.sub(words, lambda word: word[0].lower(), plain))
 
 
 @lru_cache(maxsize=1024)
