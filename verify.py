@@ -91,7 +91,7 @@ LETTER_IN_PROSE = re.compile(
     r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
     r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
-LAST_LETTER = re.compile(r"(?:^|\n)[\s*$(]*([A-J])[\s*$).]*$")
+LAST_LETTER = re.compile(r"[\s*$(]*([A-J])[\s*$).]*")
 PLACEHOLDER = re.compile(
     r"(?:\s|[?.…_$]|\\[lc]?dots|\\q?quad|\\square|\\text\s*\{[\s?._]*\}"
     r"|(?:\\text\s*\{)?(?:your |final |the )?answer(?: here)?\}?)*", re.I,
@@ -189,7 +189,7 @@ def number_in_prose(text, first):
     """The first or last run of mathematics that has a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
     found = None
     text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
-    for sentence in re.split(r"(?:[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
+    for sentence in re.split(r"(?:(?<![.,;:?])[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
         for run in MATH_RUN.finditer(sentence):
             value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
             if not re.search(r"\d", value) or first and found:
@@ -265,8 +265,10 @@ def extract_answer(text, strict=False):
             return found
     if is_formula(tail):
         return tail.strip()
-    if letters := LETTER_IN_PROSE.findall(tail) or LAST_LETTER.findall(tail):
+    if letters := LETTER_IN_PROSE.findall(tail):
         return letters[-1]
+    if letter := LAST_LETTER.fullmatch(tail.rstrip().rpartition("\n")[2]):
+        return letter[1]
     bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
     return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
 
@@ -329,7 +331,7 @@ REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "), (r"\bper cent\b", "percent"),
     (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
     (r"(\\mathbb\s*\{?R\}?|\\R)\s*[\^_]\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+)", r"(0,\\infty)"),
-    (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
+    (r"[,;]?\s*(?:\(\s*)?[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
     (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"),

@@ -995,6 +995,7 @@ def test_verify_hostile():
         r"\sum_{k=1}^{2000}" * 9 + "k", r"\sum_{k=1}^{10^9} k", r"\prod_{k=1}^{2000} (x+k)",
         r"\lfloor" * 70 + "x" + r"\rfloor" * 70, "1" + "," * 690, "a_" * 300, "x'" * 300,
         "1:" * 340 + "1", "2^" * 300 + "2", r"\text{is }" * 70,
+        *(piece * 20_000 + "x" for piece in ("\n", ".", ",", "!", "*", " .", "9", "a ", "$a", "=")),
         r"e^{-10^{4}x}+\sin(10^{9}x)", "0x" + "F" * 690,
     ]  # fmt: skip
     for bomb in bombs:
