@@ -339,16 +339,17 @@ def padded_slots(length, on_cpu):
     return -(-(length + 1 + length // 16) // block) * block
 
 
-def cache_slots(rows, prompts, completion, prompt, on_cpu):
-    """Slots for so many rows and prompts, and the longest of each."""
+def cache_slots(rows, group, prompt, completion, on_cpu):
+    """Slots that the cache takes at most, for rows that come `group` to a prompt."""
     own = padded_rows(rows, on_cpu) * padded_slots(completion, on_cpu)
-    return own + padded_rows(prompts, on_cpu) * padded_slots(prompt, on_cpu)
+    return own + padded_rows(-(-rows // group), on_cpu) * padded_slots(prompt, on_cpu)
 
 
 def slots_needed(rows, on_cpu):
-    prompts = len({row.prompt_owner for row in rows})
     longest = max(len(row.tokens) for row in rows)
-    return cache_slots(len(rows), prompts, longest, max(row.held for row in rows), on_cpu)
+    own = padded_rows(len(rows), on_cpu) * padded_slots(longest, on_cpu)
+    prompts = padded_rows(len({row.prompt_owner for row in rows}), on_cpu)
+    return own + prompts * padded_slots(max(row.held for row in rows), on_cpu)
 
 
 def schedule(batch, waiting, max_batch, budget):
