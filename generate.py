@@ -97,14 +97,10 @@ def row_key(seed, prompt_seed, sample):
 def inverse_cdf(weights, noise):
     """The index at which the cumulative sum passes the noise: [B, V], [B, 1] in [0, 1) -> [B, 1].
 
-    A large vocabulary is searched in two levels, blocks of 64 and within one.
+    Searched in two levels, blocks of 64 and within one: a large vocabulary's sum takes long.
     """
-    B, V = weights.shape
-    if V <= 4096:
-        cdf = weights.cumsum(-1)
-        return torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
-    width = math.gcd(V, 64)
-    blocks = weights.view(B, -1, width)
+    width = math.gcd(weights.shape[1], 64)
+    blocks = weights.unflatten(1, (-1, width))
     cdf = blocks.sum(-1).cumsum(-1)  # [B, V / width]
     point = noise * cdf[:, -1:]
     which = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[1] - 1)
