@@ -254,9 +254,8 @@ def load_examples(args, config, tokenizer, system):
 
 def count_processes(args, config, dtype):
     """What --processes means when it is left out."""
-    slots = cache_slots(64, 1, args.max_tokens, args.max_new_tokens, True)
-    load = optim.Load(0, args.max_tokens, args.micro_tokens, 64, slots, args.lora_rank,
-                      args.checkpointing)
+    load = optim.Load(0, args.max_tokens, args.micro_tokens, 64, cache_slots(
+        64, 1, args.max_tokens, args.max_new_tokens, True), args.lora_rank, args.checkpointing)
     plan = optim.plan_memory(config, load, dtype)
     frozen = max(plan["throughout"].values()) if args.lora_rank else 0.0
     return optim.default_processes(args.device, max(optim.plan_peaks(plan)) - frozen, frozen)
