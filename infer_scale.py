@@ -24,7 +24,7 @@ import eval
 from data.prompts import load_shots
 from eval import interval, maj_at_k, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
 from model import is_tiny
-from optim import HelpFormatter, above, at_least, between, rank_and_world, say
+from optim import HelpFormatter, above, at_least, between, rank_and_world, run_main, say
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -346,4 +346,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    eval.run_main(main, parse_args)
+    run_main(main, parse_args)
