@@ -113,23 +113,37 @@ def machine_ceiling(like, repeat=5, size=2048):
 
 def step_floor_s(config, like, rows, context, ceiling):
     """Seconds of a decode step at the roofline: weights and keys are read once, and multiplied."""
-    shapes = model.param_shapes(config)
-    matrices = sum(math.prod(shape) for name, shape in shapes.items() if "proj" in name)
-    matrices += config.vocab_size * config.hidden_size
+    weights = sum(map(math.prod, model.param_shapes(config).values()))
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size
     width = config.num_key_value_heads * config.head_dim
     cached = 2 * config.num_hidden_layers * width * rows * context
+    read = rank_and_world()[1] * weights + cached  # each process reads the weights
     attended = 4 * config.num_hidden_layers * config.hidden_size * rows * context
-    read = rank_and_world()[1] * matrices + cached  # each process reads the weights
-    flops = 2 * matrices * rows + attended
+    flops = 2 * weights * rows + attended
     return max(read * like.element_size() / ceiling[0], flops / ceiling[1])
 
 
-def time_sampling(params, config, args, prompts, limits, max_batch):
-    """The stats of the median run by its sampled tokens per second, `tok_s`, prefill included.
+def sample_loads(args, config):
+    """(name, length of each prompt, of each completion [prompt][sample], rows at once), ..."""
+    rng = random.Random(0)
+    if "fixed" in args.load:
+        for rows in args.batch:
+            yield "fixed", [args.new_tokens] * rows, [[args.new_tokens]] * rows, rows
+    if "mixed" in args.load:
+        limits = [[rng.randint(16, 256) for _ in range(8)] for _ in range(64)]
+        yield "mixed", [rng.randint(50, 400) for _ in limits], limits, max(args.batch)
+    if "context" in args.load:
+        for length in (1024, 2048, 4096, 8192):
+            if length + 32 <= config.max_context:
+                yield f"context {length}", [length], [[32]], 1
 
-    limits: the length of each completion, [prompt][sample].
-    """
+
+def time_sampling(params, config, args, lengths, limits, max_batch):
+    """The stats of the median run, of the slowest process; "cache_gib" is of all."""
     rank, world = rank_and_world()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths]
     runs = []
     for _ in range(args.repeat + 1):
         gather_objects(None)
@@ -137,12 +151,11 @@ def time_sampling(params, config, args, prompts, limits, max_batch):
         generate.generate(params, config, prompts[rank::world], max_new_tokens=limits[rank::world],
                           num_samples=len(limits[0]), max_batch=-(-max_batch // world), stats=stats,
                           compile_backend="inductor" if args.compile else None)
+        stats["total_s"] = stats["prefill_s"] + stats["decode_s"]
         shares = gather_objects(stats)
-        slowest = max(shares, key=lambda share: share["prefill_s"] + share["decode_s"])
-        seconds = slowest["prefill_s"] + slowest["decode_s"]
-        cache_gib = sum(share["cache_gib"] for share in shares)
-        runs.append(slowest | {"cache_gib": cache_gib, "tok_s": sum(map(sum, limits)) / seconds})
-    return sorted(runs[1:], key=lambda stats: stats["tok_s"])[args.repeat // 2]
+        runs.append(max(shares, key=lambda share: share["total_s"]))
+        runs[-1]["cache_gib"] = sum(share["cache_gib"] for share in shares)
+    return sorted(runs[1:], key=lambda stats: stats["total_s"])[args.repeat // 2]
 
 
 def bench_sample(args):
@@ -156,36 +169,19 @@ def bench_sample(args):
     ceiling = machine_ceiling(like, args.repeat)
     say(f"{args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | memory "
         f"{ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
-    rng = random.Random(0)
-
-    def random_prompt(length):
-        return [rng.randrange(3, config.vocab_size) for _ in range(length)]
-
-    def report(load, rows, prompt, completion):
-        prompts = [random_prompt(prompt) for _ in range(rows)]
-        stats = time_sampling(params, config, args, prompts, [[completion]] * rows, rows)
-        step_s = stats["decode_s"] / completion
-        floor_s = step_floor_s(config, like, rows, prompt + completion / 2, ceiling)
-        say(f"{load}, batch {rows:3d} | {stats['tok_s']:8.1f} sampled tok/s, prefill included | "
-            f"prefill {rows * prompt / stats['prefill_s']:8.1f} tok/s | decode "
-            f"{rows / step_s:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step, "
-            f"{floor_s / step_s:4.0%} of the roofline | "
-            f"peak memory {optim.peak_memory_gib(device):.2f} GiB")
-
-    if "fixed" in args.load:
-        for rows in args.batch:
-            report("fixed", rows, args.new_tokens, args.new_tokens)
-    if "mixed" in args.load:
-        prompts = [random_prompt(rng.randint(50, 400)) for _ in range(64)]
-        limits = [[rng.randint(16, 256) for _ in range(8)] for _ in prompts]
-        stats = time_sampling(params, config, args, prompts, limits, max(args.batch))
-        say(f"mixed, batch {max(args.batch):3d} | {stats['tok_s']:8.1f} sampled tok/s | prefill "
-            f"{stats['prefill_s']:.1f} s, {stats['steps']} steps | cache "
-            f"{stats['cache_gib'] * 1024:.1f} MiB")
-    if "context" in args.load:
-        for length in (1024, 2048, 4096, 8192):
-            if length + 32 <= config.max_context:
-                report(f"context {length}", 1, length, 32)
+    for name, lengths, limits, rows in sample_loads(args, config):
+        stats = time_sampling(params, config, args, lengths, limits, rows)
+        sampled = sum(map(sum, limits))
+        step_s = stats["decode_s"] / stats["steps"]
+        line = (f"{name}, batch {rows:3d} | {sampled / stats['total_s']:8.1f} sampled tok/s, "
+                f"prefill included | prefill {sum(lengths) / stats['prefill_s']:8.1f} tok/s | "
+                f"decode {sampled / stats['decode_s']:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step")
+        if name != "mixed":
+            context = lengths[0] + limits[0][0] / 2
+            floor_s = step_floor_s(config, like, rows, context, ceiling)
+            line += f", {floor_s / step_s:4.0%} of the roofline"
+        say(f"{line} | cache {stats['cache_gib'] * 1024:.1f} MiB, peak "
+            f"{optim.peak_memory_gib(device):.2f} GiB")
 
 
 # ------------------------------------------------------------ step
@@ -225,7 +221,7 @@ def bench_step(args, counted=3):
     if args.load == "mixed":
         config = config._replace(eos_token_id=tuple(range(1, 1 + config.vocab_size // 100)))
     flags, prompt_lengths = STEP_LOADS[args.load]
-    vars(args).update(flags, prompt="plain")
+    vars(args).update(flags, prompt="plain", refill=0)
     if args.size in ("tiny", "30m"):  # as for the tiny model
         args.micro_tokens = args.micro_tokens or grpo.TINY["micro_tokens"]
         args.checkpointing = bool(args.checkpointing)
@@ -242,7 +238,7 @@ def bench_step(args, counted=3):
     sampled = 0
     for step in range(1 + counted):
         begin = clock()
-        groups = grpo.roll_out_step(policy, enumerate(problems), step, args, odd)
+        groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
         rows, total = grpo.training_rows(grpo.with_advantages(groups, args.scale), args)
         rolled = clock()
         grpo.update(policy, ref_params, optimizer, rows, total, args.lr, args)

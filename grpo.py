@@ -210,9 +210,10 @@ def parse_rewards(words):
 def reward_group(group, coefficients):
     """The group with `parts` and `rewards`."""
     parts = {name: REWARDS[name](group) for name in coefficients}
-    totals = [sum(c * parts[name][i] for name, c in coefficients.items())
-              for i in range(len(group.texts))]
-    return group._replace(parts=parts, rewards=totals)
+    rewards = [0.0] * len(group.texts)
+    for name, coefficient in coefficients.items():
+        rewards = [total + coefficient * part for total, part in zip(rewards, parts[name])]
+    return group._replace(parts=parts, rewards=rewards)
 
 
 # ------------------------------------------------------------ the loss
@@ -258,14 +259,13 @@ def kl_divergence(gap, ratio, kl):
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
                 level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
-                max_completion_tokens=None, total=None, weights=None, bonus=None):
+                max_completion_tokens=None, total=None, weights=None, bonus=0.0):
     """The loss whose gradient improves the policy, and what to log of it.
 
     logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
     the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
     weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
-    objective (entropy), or None. loss: how the terms become the loss, one of LOSSES.
-    level: "token", or "sequence" for the ratio of GSPO. kl: as for kl_divergence.
+    objective (entropy). loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO.
     total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
     rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
     Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
@@ -291,12 +291,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
     if beta:
         gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
         divergence = kl_divergence(gap, token_ratio, kl)
-    per_token = beta * divergence - objective  # [B, T]
-    if bonus is not None:
-        per_token = per_token - bonus
+    per_token = (beta * divergence - objective - bonus) * mask  # [B, T]
     if weights is not None:
         per_token = per_token * weights
-    per_token = per_token * mask
     if loss == "grpo":  # arXiv:2402.03300, eq. 3: the mean over tokens, then over completions
         value = (per_token.sum(1) / lengths).sum() / (total or len(mask))
     elif loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
@@ -337,12 +334,11 @@ def encode_problem(policy, problem, args, preset=None):
                          think_tag=args.think_tag)
 
 
-def roll_out(policy, problems, args, reward_fn, seed=0, preset=None, greedy=False):
+def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     """A Group with its rewards for each (place, problem): dealt out, and known to all processes.
 
-    A completion's noise derives from (seed, place, sample) alone. reward_fn(group): the group with
-    its rewards. preset: how to put the problems, instead of as --prompt says. greedy: one
-    completion each, without noise.
+    A completion's noise derives from (seed, place, sample) alone. preset: how to put the problems,
+    instead of as --prompt says. greedy: one completion each, without noise.
     """
     rank, world = rank_and_world()
     problems = problems[rank::world]
@@ -356,11 +352,12 @@ def roll_out(policy, problems, args, reward_fn, seed=0, preset=None, greedy=Fals
     texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
     verdicts = verify_many(pairs, strict=True)
+    coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
         group = Group(problem, prompts[i], texts[i], rows[i], verdicts[i * G:(i + 1) * G],
                       args.max_new_tokens, args.think_tag, place)
-        groups.append(reward_fn(group))
+        groups.append(reward_group(group, coefficients))
     shares = gather_objects(groups)
     return sorted(itertools.chain(*shares), key=lambda group: group.place)
 
@@ -370,7 +367,7 @@ def has_spread(group):
     return max(group.rewards) - min(group.rewards) > 1e-6
 
 
-def roll_out_step(policy, problems, step, args, reward_fn):
+def roll_out_step(policy, problems, step, args):
     """The groups of a step, one for each problem taken from the iterator `problems`.
 
     Up to --refill times, as many new problems are asked as there were groups without spread
@@ -383,7 +380,7 @@ def roll_out_step(policy, problems, step, args, reward_fn):
     missing = args.prompts
     for _ in range(1 + args.refill):
         batch = list(itertools.islice(problems, missing))
-        groups += roll_out(sampler, batch, args, reward_fn, seed)
+        groups += roll_out(sampler, batch, args, seed)
         missing = args.prompts - sum(map(has_spread, groups))
         if missing == 0:
             break
@@ -495,9 +492,8 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
         clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
-        max_completion_tokens=args.max_new_tokens,
-        weights=mismatch.exp().clamp(max=args.sampler_cap),
-        bonus=args.entropy_bonus * entropy if args.entropy_bonus else None)
+        max_completion_tokens=args.max_new_tokens, bonus=args.entropy_bonus * entropy,
+        weights=mismatch.exp().clamp(max=args.sampler_cap))
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
                           "entropy": (entropy.detach() * mask).sum()}
 
@@ -547,33 +543,27 @@ SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
 
-def mean(values):
-    return fmean(values) if values else 0.0
-
-
-def step_metrics(groups, learned, updates, rollout_s, update_s):
+def step_metrics(groups, learned, args):
     """What a step's groups and its update were like. learned: from update."""
-    completions = [c for g in groups for c in g.completions]
-    right = [verdict for g in groups for verdict in g.right]
-    lengths = [len(c.tokens) for c in completions]
-    tokens = max(1, learned["tokens"])
-    metrics = {f"reward_{name}": mean([value for g in groups for value in g.parts[name]])
-               for name in groups[0].parts}
-    metrics |= {name: learned[name] / tokens for name in (
-        "entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch")}
+    rows = []  # of a completion each
+    for g in groups:
+        for i, completion in enumerate(g.completions):
+            rows.append({
+                "reward": g.rewards[i], "accuracy": g.right[i] is True,
+                "undecided": g.right[i] is None, "length": len(completion.tokens),
+                "truncated": completion.finish != "stop",
+                "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
+            rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
+    metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    for name, right in (("length_right", True), ("length_wrong", False)):
+        lengths = [row["length"] for row in rows if row["accuracy"] == right]
+        metrics[name] = fmean(lengths) if lengths else 0.0
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch"):
+        metrics[name] = learned[name] / max(1, learned["tokens"])
     return metrics | {
-        "reward": mean([reward for g in groups for reward in g.rewards]),
-        "accuracy": mean([verdict is True for verdict in right]),
-        "undecided": mean([verdict is None for verdict in right]),
-        "length": mean(lengths),
-        "length_right": mean([n for n, verdict in zip(lengths, right) if verdict is True]),
-        "length_wrong": mean([n for n, verdict in zip(lengths, right) if verdict is not True]),
-        "truncated": mean([c.finish != "stop" for c in completions]),
-        "no_spread": mean([not has_spread(g) for g in groups]),
-        "second_thoughts": mean([bool(SECOND_THOUGHTS.search(t)) for g in groups for t in g.texts]),
-        "loss": learned["loss"] / updates, "grad_norm": learned["grad_norm"],
-        "skipped": learned["skipped"], "rollout_s": rollout_s, "update_s": update_s,
-        "tokens_per_s": sum(lengths) / (rollout_s + update_s)}
+        "no_spread": fmean(not has_spread(g) for g in groups),
+        "loss": learned["loss"] / args.updates,
+        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
 
 
 def sample_records(groups, kind, tokenizer):
@@ -588,35 +578,37 @@ def sample_records(groups, kind, tokenizer):
                 "rewards": {name: values[i] for name, values in g.parts.items()},
                 "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
                 "right": g.right[i], "finish": c.finish})
-        prompt = tokenizer.decode(g.prompt, skip_special_tokens=False)
-        records.append({"kind": kind, "problem": g.problem["problem"],
-                        "answer": g.problem["answer"], "prompt": prompt,
-                        "completions": completions})
+        records.append({
+            "kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
+            "prompt": tokenizer.decode(g.prompt, skip_special_tokens=False),
+            "completions": completions})
     return records
 
 
-def evaluate(policy, dev, groups, args, run, step, reward_fn):
+def evaluate(policy, dev, groups, args, run, step):
     """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
-    answered = roll_out(policy, list(enumerate(dev)), args, reward_fn, greedy=True)
+    answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
     return fmean(g.right[0] is True for g in answered)
 
 
-def measure_test(policy, test, args, run, rows, method, reward_fn, preset=None):
+def measure_test(policy, test, args, run, rows, method, preset=None):
     """Add the accuracy on the test split to `rows`, and write these as results.md."""
-    groups = roll_out(policy, list(enumerate(test)), args, reward_fn, preset=preset, greedy=True)
+    if not test:
+        return
+    groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
     accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
+    head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
+    lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
+              f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
     if run.rank == 0:
-        head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
-        lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
-                  f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
-        optim.write_whole(run.dir / "results.md", markdown(head, lines) + "\n")
-        print(markdown(head, lines[-1:]), flush=True)
+        optim.write_whole(run.dir / "results.md", markdown(head, lines))
+        print(markdown(head, lines), flush=True)
 
 
 def count_failures(failures, skipped, lr):
@@ -651,6 +643,7 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
+    parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
     if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
@@ -738,9 +731,27 @@ def make_trainable(base, config, args, device):
     return params, reference, optimizer
 
 
+def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
+    """One step of the algorithm: (its groups, metrics)."""
+    start = time.perf_counter()
+    groups = roll_out_step(policy, problems, step, args)
+    groups = with_advantages(groups, args.scale)
+    rolled = time.perf_counter()
+    rows, total = training_rows(groups, args)
+    learned = Counter()
+    if total:
+        learned = update(policy, ref_params, optimizer, rows, total, lr, args)
+    updated = time.perf_counter()
+    metrics = step_metrics(groups, learned, args)
+    num_tokens = sum(len(c.tokens) for g in groups for c in g.completions)
+    peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
+    return groups, metrics | {
+        "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
+        "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
+
+
 def main(args):
     config = model.load_config(model.resolve_model(args.model, config_only=True))
-    reward_fn = functools.partial(reward_group, coefficients=parse_rewards(args.reward))
     settle_flags(args, config)
     optim.check_run_dir(args)
     path = model.resolve_model(args.model)
@@ -759,56 +770,44 @@ def main(args):
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
 
+    done, best_step = 0, None
+    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": []}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
-    else:
-        state = {"step": 0, "best_step": None,
-                 "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
-        evaluate(policy, dev[:8], [], args, run, 0, reward_fn)
-    extra, best_step = state["extra"], state["best_step"]
+        done, best_step, extra = state["step"], state["best_step"], state["extra"]
     measure = functools.partial(measure_test, policy, test, args, run, extra["rows"])
-    if test and not extra["rows"]:
-        measure("before", reward_fn)
+    if not checkpoint:
+        evaluate(policy, dev[:8], [], args, run, 0)
+        measure("before")
         if args.prompt != "cot":
-            measure("before, asked to think step by step", reward_fn, "cot")
+            measure("before, asked to think step by step", preset="cot")
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, extra["taken"], None)
 
+    began = time.perf_counter()
     with optim.stop_signals() as stop_requested:
-        began = time.perf_counter()
-        for step in range(state["step"] + 1, steps + 1):
-            start = time.perf_counter()
-            groups = roll_out_step(policy, problems, step, args, reward_fn)
-            groups = with_advantages(groups, args.scale)
-            rolled = time.perf_counter()
-            rows, total = training_rows(groups, args)
+        for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            learned = Counter()
-            if total:
-                learned = update(policy, ref_params, optimizer, rows, total, lr, args)
-            updated = time.perf_counter()
-
+            groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
             extra["taken"] += len(groups)
-            metrics = step_metrics(groups, learned, args.updates, rolled - start, updated - rolled)
-            metrics |= {
-                "step": step, "steps": steps, "epoch": extra["taken"] / num_problems, "lr": lr,
-                "left_min": (updated - began) / (step - state["step"]) * (steps - step) / 60,
-                "peak_memory_gib": max(gather_objects(optim.peak_memory_gib(device)))}
-            line = STEP_LINE
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
+            line = STEP_LINE
             if evaluating:
                 line += " | dev accuracy {dev_accuracy:.3f}"
-                accuracy = evaluate(policy, dev, groups, args, run, step, reward_fn)
+                accuracy = evaluate(policy, dev, groups, args, run, step)
                 metrics["dev_accuracy"] = accuracy
                 if accuracy > extra["best"]:
                     extra["best"] = accuracy
                     best_step = step
-            optim.log_step(run, line, metrics)
-            extra["failures"] = count_failures(extra["failures"], learned["skipped"], args.lr)
-            if test and (last or step in epoch_ends):
-                measure("after" if last else f"after epoch {epoch_ends[step]}", reward_fn)
+            mean_s = (time.perf_counter() - began) / (step - done)
+            optim.log_step(run, line, metrics | {
+                "steps": steps, "epoch": extra["taken"] / num_problems,
+                "left_min": mean_s * (steps - step) / 60})
+            extra["failures"] = count_failures(extra["failures"], metrics["skipped"], args.lr)
+            if last or step in epoch_ends:
+                measure("after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
                                       args.keep, best_step)

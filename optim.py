@@ -89,8 +89,8 @@ def add_device_flags(parser):
     add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--processes", type=at_least(1), help="fork into so many of one thread each, on a CPU "
-        "under Linux (default: one per core, at most 8 and as many as memory holds)")
+    add("--processes", type=at_least(1), help="forks of one thread each, on a CPU under Linux "
+        "(default: one per core, at most 8 and as many as memory holds)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
@@ -108,10 +108,9 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of "
-                       "--run-dir, with the run's own flags; from the start when there is none yet")
-    again.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir first")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    add("--overwrite", action="store_true", help="delete the run in --run-dir first")
 
 
 def parse_train_args(parser, argv=None):
@@ -157,7 +156,7 @@ def find_device(name):
     found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not found:
         raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
-    index = int(os.environ["LOCAL_RANK"] if rank_and_world()[1] > 1 else found[1] or 0)
+    index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
                          "pass --device cpu")
@@ -179,9 +178,8 @@ def default_processes(device, gib_each, gib_shared=0.0):
 def init_distributed(device="auto", processes=1):
     """(rank, world, device), the process group set up: torchrun's, or forks of this process.
 
-    device: as for find_device. processes: how many to become without torchrun, on a CPU under
-    Linux. What was loaded before, such as frozen weights, they share. A process that fails says
-    why and leaves at once; the others follow.
+    device: as for find_device. processes: how many to become without torchrun. They share what was
+    loaded before, such as frozen weights. When one fails, all end.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -306,9 +304,9 @@ def peak_memory_gib(device):
 
 class MemoryPlan(NamedTuple):
     """What each process of a run needs, in GiB."""
-    shared: float  # of both: frozen weights, which forks share
     update: float
     rollouts: float
+    shared: float  # of both: frozen weights, which forks share
 
     @property
     def peak(self):
@@ -320,8 +318,7 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that their keys and values take. reference: a frozen copy is
-    held. The update and the rollouts take turns.
+    that decode at once. cache_slots: that they take. reference: a frozen copy is held.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -333,8 +330,7 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
         linears = [shape for name, shape in shapes.items() if "proj.weight" in name]
         trained = lora_rank * sum(map(sum, linears))
 
-    held = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"] * 2**30 + size * weights
-    held += 4 * trained  # gradients
+    held = size * weights + 4 * trained  # and gradients
     if lora_rank:
         held += 4 * trained  # the adapter itself
     elif reference:
@@ -350,16 +346,19 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     head = (8 + size) * V * min(row_tokens, head_slice(V, device))
     if not lora_rank:
         head += (4 + 3 * size) * V * D  # the gradient of the embedding, and what it is made of
-    activations = L * row_tokens * layer + max(head, 2 * size * width * row_tokens)
+    again = 2 * size * width  # what the backward pass of one layer holds
     if checkpointing:
-        activations = L * row_tokens * size * D + max(head, row_tokens * (layer + 2 * size * width))
+        again += layer
+        layer = size * D
+    update = held + row_tokens * L * layer + max(head, row_tokens * again)
 
-    cache = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
-    sampler = size * weights if lora_rank or not on_gpu else 0  # merged, packed
-    logits = rows * V * (12 + size)
+    rollouts = held + rows * V * (12 + size)  # logits
+    rollouts += 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
+    if lora_rank or not on_gpu:
+        rollouts += size * weights  # the sampler's, merged or packed
+    allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
     shared = size * weights if lora_rank else 0
-    return MemoryPlan(*(n / 2**30 for n in (
-        shared, held + activations, held + sampler + cache + logits)))
+    return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)
 
 
 def plan_line(plan, there):
@@ -494,22 +493,10 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
 # ------------------------------------------------------------ files
 
 
-def sync(path):
-    """What was written to a file, or the names in a directory, are on the disk on return."""
-    if os.name == "nt":  # opens no directory, and syncs only what is open for writing
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_whole(path, text):
     """Write a small file, or replace it, at a stroke."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    sync(partial)
     os.replace(partial, path)
 
 
@@ -536,7 +523,9 @@ def disk_errors(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        there = next(p for p in Path(path).resolve().parents if p.is_dir())
+        for partial in path.parent.glob(f"{path.name}.*"):
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        there = next(p for p in path.resolve().parents if p.is_dir())
         free = shutil.disk_usage(there).free / 2**30
         raise ValueError(f"{path}: could not be written ({error}); {free:.2f} GiB are free there. "
                          "What was saved before is untouched: make room, then go on with --resume"
@@ -556,11 +545,6 @@ def list_checkpoints(run_dir):
     return sorted((p for p in found if p.name[5:].isdigit()), key=step_of)
 
 
-def latest_checkpoint(run_dir):
-    """The newest checkpoint of a run, or None."""
-    return (list_checkpoints(run_dir) or [None])[-1]
-
-
 def shard_name(rank, world):
     return f"trainer-{rank + 1:05d}-of-{world:05d}.safetensors"
 
@@ -568,12 +552,11 @@ def shard_name(rank, world):
 def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None):
     """Write run_dir/checkpoints/step_000100: a model directory, and the trainer's state beside it.
 
-    params, config, like: for save_model; `params | lora` saves a merged model, and the adapter in
-    the state. extra: counters, best score, ..., as JSON; load_checkpoint hands them back.
-    best_step: that of the best checkpoint, perhaps this one, to which `checkpoints/best` points.
-    The new one appears whole or not at all; then all but the best and the last `keep` are deleted.
-    Every process calls this, on a file system that all of them see. Raises ValueError when it
-    cannot be written.
+    params, config, like: for save_model. extra: counters, best score, ..., as JSON, which
+    load_checkpoint hands back. best_step: that of the best checkpoint, perhaps this one, to which
+    `checkpoints/best` points. The new one appears whole or not at all; then all but the best and
+    the last `keep` are deleted. Every process calls this, on a file system that all of them see.
+    Raises ValueError when it cannot be written.
     """
     rank, world = rank_and_world()
     home = Path(run_dir, "checkpoints")
@@ -584,40 +567,29 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                "extra": extra, "world": world, "shard": len(optimizer.master),
                "spans": optimizer.spans}
     with disk_errors(path):
-        try:
-            if rank == 0:
-                home.mkdir(parents=True, exist_ok=True)
-                remove_partials(home)  # of a process that was killed here
-                save_model(partial, params, config, like)
-                write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
-            gather_objects(None)  # the directory is there
-            save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
-            shutil.copymode(partial / "config.json", shard)
-            sync(shard)
-            sums = dict(gather_objects((shard.name, fingerprint(shard))))
-            if rank == 0:
-                others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
-                sums |= {p.name: fingerprint(p) for p in others}
-                write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
-                sync(partial)
-                if path.exists():
-                    remove_whole(path)
-                os.replace(partial, path)
-                sync(home)
-                point_to_best(home, best_step)
-                for old in list_checkpoints(run_dir)[:-keep]:
-                    if step_of(old) != best_step:
-                        remove_whole(old)
-        except (OSError, SafetensorError):
-            remove_partials(home)  # they may be what fills the disk
-            raise
+        if rank == 0:
+            home.mkdir(parents=True, exist_ok=True)
+            for left in home.glob("step_*.*"):  # by a process that was killed here
+                shutil.rmtree(left)
+            save_model(partial, params, config, like)
+            write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
+        gather_objects(None)  # the directory is there
+        save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
+        shutil.copymode(partial / "config.json", shard)
+        sums = dict(gather_objects((shard.name, fingerprint(shard))))
+        if rank == 0:
+            others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
+            sums |= {p.name: fingerprint(p) for p in others}
+            write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
+            if path.exists():
+                remove_whole(path)
+            os.replace(partial, path)
+            point_to_best(home, best_step)
+            for old in list_checkpoints(run_dir)[:-keep]:
+                if step_of(old) != best_step:
+                    remove_whole(old)
     gather_objects(None)  # it has its name
     return path
-
-
-def remove_partials(home):
-    for left in home.glob("step_*.*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def point_to_best(home, best_step):
@@ -676,9 +648,6 @@ def load_checkpoint(path, optimizer):
             dist.all_gather_single(optimizer.params, shard)
     if rank == 0:
         point_to_best(path.parent, trainer["best_step"])  # a kill may have come before its link
-    if world != trainer["world"]:
-        say(f"{path} was written by {trainer['world']} processes; on {world}, results will differ "
-            "by rounding")
     return trainer
 
 
@@ -695,9 +664,8 @@ def start_run(args):
     """Open the directory of a run: (Run, the checkpoint to go on from or None).
 
     Without --resume the directory must be empty, or --overwrite given. With it, the logs are cut
-    back to the checkpoint, so that no step stands in them twice; ValueError for a flag that
-    differs from flags.json and is not one of FREE_FLAGS, as the run would not go on as it began.
-    Process 0 writes, the others wait.
+    back to the checkpoint; ValueError for a flag that differs from flags.json and is not one of
+    FREE_FLAGS, as the run would not go on as it began. Process 0 writes, the others wait.
     """
     rank, _ = rank_and_world()
     run_dir = Path(args.run_dir)
@@ -706,7 +674,7 @@ def start_run(args):
         check_run_dir(args)
         if args.overwrite and (run_dir / "checkpoints").exists():
             remove_whole(run_dir / "checkpoints")
-        checkpoint = latest_checkpoint(run_dir)
+        checkpoint = (list_checkpoints(run_dir) or [None])[-1]
         if args.resume:
             print("resuming from", checkpoint or f"the start: {run_dir} holds no checkpoint")
         save_flags(args, run_dir / "flags.json", checkpoint)
@@ -759,7 +727,8 @@ def start_wandb(args):
         raise ValueError("--wandb needs a package: pip install wandb") from None
     known = run_dir / "wandb_id"
     run = wandb.init(project=args.wandb, name=run_dir.name, dir=run_dir, config=vars(args),
-                     resume="allow", id=known.read_text() if known.is_file() else None)
+                     resume="allow",
+                     id=known.read_text() if args.resume and known.is_file() else None)
     write_whole(known, run.id)
     return run
 
@@ -786,8 +755,7 @@ def log_step(run, line, metrics):
     """Print `line`, a format string over `metrics`, and append `metrics` to metrics.jsonl.
 
     metrics: {"step": int, name: number, ...}; what is not finite becomes null in the file. Log a
-    step before saving its checkpoint: a run killed in between then repeats the step, and its record
-    is not missing. Process 0 only.
+    step before saving its checkpoint, or a kill in between loses its record. Process 0 only.
     """
     if run.rank == 0:
         print(line.format(**metrics), flush=True)
@@ -817,8 +785,7 @@ def draw_curves(run_dir, names=()):
         axes = figure.add_subplot(-(-len(names) // 4), 4, place, title=name, xlabel="step")
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         axes.plot(*zip(*points), marker=".")
-    with disk_errors(path):
-        figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------ stopping
@@ -828,9 +795,8 @@ def draw_curves(run_dir, names=()):
 def stop_signals():
     """Inside, Ctrl-C and SIGTERM only ask to stop: yields a function that says whether to.
 
-    It is called at the end of a step, and all processes get the same answer. A second signal quits
-    at once. torchrun passes the first on and kills after 30 s; `torchrun --shutdown-timeout 600`
-    leaves a longer step the time to end.
+    All processes get the same answer. A second signal quits at once. torchrun kills 30 s after
+    the first; `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
     """
     received = []
 

@@ -653,7 +653,7 @@ def test_grpo_a_problem_twice_in_a_step_draws_its_own_noise_each_time():
                          model.load_tokenizer(tiny), None)
     problem = {"id": "one", "problem": "What is 17 * 6 - 48?", "answer": "54"}
     args = _args("--group", 4, "--prompt", "cot")
-    first, second = grpo.roll_out(policy, [(0, problem), (1, problem)], args, lambda group: group)
+    first, second = grpo.roll_out(policy, [(0, problem), (1, problem)], args)
     assert [c.tokens for c in first.completions] != [c.tokens for c in second.completions]
 
 
