@@ -73,17 +73,16 @@ def add_flags(parser):
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
     add("--temperature", type=optim.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
-    add("--sampler-dtype", choices=("float32", "bfloat16"), help="(default that of the weights)")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
         help=f"of {', '.join(REWARDS)}, summed")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
-    add("--level", default="token", choices=("token", "sequence"),
-        help="of the ratio; GSPO is sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
-    add("--scale", default="group", choices=("group", "batch", "none"),
-        help="whose standard deviation divides the advantages")
+    add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
+        "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
+    add("--scale", default="group", choices=("group", "batch", "none"), help="of the advantages: "
+        "by whose standard deviation they are divided")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
@@ -183,8 +182,7 @@ def overlong(group, share=0.2):
 
 
 # A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. The penalties lie in [-1, 0]. So long as their coefficients and that of "format"
-# sum to less than that of "accuracy", the worst right answer scores above the best wrong one.
+# more name here. The penalties lie in [-1, 0].
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
@@ -223,10 +221,9 @@ def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 
     rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: what the difference is divided by: the standard deviation (n - 1) of the "group" or of
-    the "batch", plus 1e-4, or "none". Raises ValueError when G < 2: one alone has no baseline.
-    GRPO, arXiv:2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv:2503.20783; "batch" is
-    REINFORCE++-baseline, arXiv:2501.03262.
+    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
+    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, or "none" (Dr. GRPO,
+    arXiv:2503.20783). Raises ValueError when G < 2: one alone has no baseline.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
@@ -335,10 +332,10 @@ def encode_problem(policy, problem, args, preset=None):
 
 
 def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
-    """A Group with its rewards for each (place, problem): dealt out, and known to all processes.
+    """A Group for each (place, problem): dealt out to the processes, and known to all of them.
 
-    A completion's noise derives from (seed, place, sample) alone. preset: how to put the problems,
-    instead of as --prompt says. greedy: one completion each, without noise.
+    A completion's noise derives from (seed, place, sample) alone. preset: instead of --prompt.
+    greedy: one completion each, without noise.
     """
     rank, world = rank_and_world()
     problems = problems[rank::world]
@@ -373,8 +370,7 @@ def roll_out_step(policy, problems, step, args):
     Up to --refill times, as many new problems are asked as there were groups without spread
     (dynamic sampling, DAPO, section 3.2).
     """
-    dtype = getattr(torch, args.sampler_dtype) if args.sampler_dtype else None
-    sampler = policy._replace(params=sampling_params(policy.params, policy.config, dtype))
+    sampler = policy._replace(params=sampling_params(policy.params, policy.config))
     seed = zlib.crc32(f"{args.seed} {step}".encode())
     groups = []
     missing = args.prompts
@@ -439,13 +435,16 @@ def pack_groups(groups, micro_tokens):
 
 def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
-    learned = []
-    for g in filter(has_spread, groups):
-        learned.append((g.prompt, [
-            Sequence(c.tokens, c.logprobs, advantage, c.finish == "stop" or not args.mask_truncated)
-            for c, advantage in zip(g.completions, g.advantages)]))
-    lengths = [len(s.tokens) for _, sequences in learned for s in sequences if s.counts]
     rank, world = rank_and_world()
+    learned = []
+    lengths = []
+    for g in filter(has_spread, groups):
+        sequences = []
+        for c, advantage in zip(g.completions, g.advantages):
+            counts = c.finish == "stop" or not args.mask_truncated
+            sequences.append(Sequence(c.tokens, c.logprobs, advantage, counts))
+        learned.append((g.prompt, sequences))
+        lengths += [len(s.tokens) for s in sequences if s.counts]
     total = loss_total(args.loss, lengths, args.max_new_tokens)
     return pack_groups(learned[rank::world], args.micro_tokens), total
 
@@ -611,16 +610,6 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
         print(markdown(head, lines), flush=True)
 
 
-def count_failures(failures, skipped, lr):
-    """Updates skipped running, this step's included; ValueError for the third."""
-    failures = failures + skipped if skipped else 0
-    if failures >= 3:
-        raise ValueError(f"the gradient was not finite in {failures} updates running, which were "
-                         "skipped; start another --run-dir from the last checkpoint, with --lr "
-                         f"below {lr:g} or --dtype float32")
-    return failures
-
-
 # ------------------------------------------------------------ the run
 
 
@@ -670,19 +659,19 @@ def settle_flags(args, config):
     lr = args.lr
     fill_defaults(args, config)
     plan = memory_plan(config, args, world, device)
-    trained = f"an adapter of rank {args.lora_rank}" if args.lora_rank else "all weights"
     if args.lora_rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
         plan = memory_plan(config, args, world, device)
-        trained = f"an adapter of rank {LORA_RANK} (--lora-rank 0: all weights)"
         if plan.peak > there:
             raise ValueError(
                 f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} "
                 f"GiB, and there are {there:.1f}. Try a smaller --micro-tokens or --max-batch, or "
                 f"more GPUs; `python bench.py plan --model {args.model}` shows what they save")
+    trained = "all weights"
     args.lora_rank = args.lora_rank or 0
-    if args.lora_rank and lr is None:
-        args.lr = LORA_LR
+    if args.lora_rank:
+        trained = f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights)"
+        args.lr = lr or LORA_LR
     optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
         args.processes = optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
@@ -711,14 +700,6 @@ def count_steps(args, num_problems):
     return args.steps or math.ceil(epochs * epoch), ends
 
 
-def load_base(model_dir, args):
-    """The weights that training starts from: frozen under an adapter, else float32 on the CPU."""
-    if not args.lora_rank:
-        return model.load_params(model_dir)
-    device = optim.find_device(args.device)
-    return model.load_params(model_dir, device, optim.compute_dtype(args.dtype, device))
-
-
 def make_trainable(base, config, args, device):
     """(params, reference or None, optimizer). An adapter's reference is the base, for free."""
     if args.lora_rank:
@@ -743,8 +724,8 @@ def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
         learned = update(policy, ref_params, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
-    num_tokens = sum(len(c.tokens) for g in groups for c in g.completions)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
+    num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
     return groups, metrics | {
         "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
         "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
@@ -761,7 +742,11 @@ def main(args):
     dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
     num_problems = sum(map(len, sets))
     steps, epoch_ends = count_steps(args, num_problems)
-    base = load_base(path, args)  # before this process forks: frozen weights are shared
+    if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
+        device = optim.find_device(args.device)
+        base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
+    else:
+        base = model.load_params(path)
     _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
     params, ref_params, optimizer = make_trainable(base, config, args, device)
@@ -805,7 +790,7 @@ def main(args):
             optim.log_step(run, line, metrics | {
                 "steps": steps, "epoch": extra["taken"] / num_problems,
                 "left_min": mean_s * (steps - step) / 60})
-            extra["failures"] = count_failures(extra["failures"], metrics["skipped"], args.lr)
+            extra["failures"] = optim.count_failures(extra["failures"], metrics["skipped"], args.lr)
             if last or step in epoch_ends:
                 measure("after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:

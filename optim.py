@@ -490,6 +490,16 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
     return {"grad_norm": norm, "skipped": int(not math.isfinite(norm))}
 
 
+def count_failures(failures, skipped, lr):
+    """Updates skipped running, this step's included; ValueError for the third."""
+    failures = failures + skipped if skipped else 0
+    if failures >= 3:
+        raise ValueError(f"the gradient was not finite in {failures} updates running, which were "
+                         "skipped; start another --run-dir from the last checkpoint, with --lr "
+                         f"below {lr:g} or --dtype float32")
+    return failures
+
+
 # ------------------------------------------------------------ files
 
 

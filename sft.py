@@ -388,11 +388,7 @@ def main(args):
                     extra |= {"best": found.get("val_loss", loss), "waited": 0}
                     best_step = step
             optim.log_step(run, line, metrics)
-            extra["failures"] = extra["failures"] + 1 if stats["skipped"] else 0
-            if extra["failures"] == 3:
-                raise ValueError("the gradient was not finite in 3 steps running, which were "
-                                 "skipped; start another --run-dir from the last checkpoint, with "
-                                 f"--lr below {args.lr:g} or --dtype float32")
+            extra["failures"] = optim.count_failures(extra["failures"], stats["skipped"], args.lr)
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
                                       extra, args.keep, best_step)

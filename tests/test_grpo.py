@@ -174,14 +174,9 @@ def test_grpo_advantages():
     assert torch.allclose(a[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
     assert torch.allclose(grpo.group_advantages(rewards, "batch")[0, 0],
                           0.75 / (rewards.std() + 1e-4))
-    for bad in (lambda: grpo.group_advantages(torch.ones(3, 1)),
-                lambda: grpo.group_advantages(rewards, "std")):
-        try:
-            bad()
-        except ValueError as error:
-            assert "expected" in str(error)
-        else:
-            raise AssertionError("no error")
+    for bad in ((torch.ones(3, 1),), (rewards, "std")):
+        with raises(ValueError, "expected"):
+            grpo.group_advantages(*bad)
 
 
 def _group(texts, answers=None, lengths=None, limit=100):
@@ -207,12 +202,8 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
         bonus = coefficients["format"]
         penalties = sum(coefficients.values()) - coefficients["accuracy"] - bonus
         assert coefficients["accuracy"] - penalties > bonus, coefficients
-    try:
+    with raises(ValueError, "wrong answer"):
         grpo.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
-    except ValueError as error:
-        assert "wrong answer" in str(error)
-    else:
-        raise AssertionError("weights that reward wrong answers were accepted")
     right = "<think>\nla la la la la la 的的的的\n</think>\n\\boxed{4} 的"
     group = _group([right, "<think>\nthought\n</think>\n\\boxed{5}"], lengths=[100, 40])
     group = group._replace(completions=[group.completions[0]._replace(tokens=[7] * 100),
@@ -491,11 +482,8 @@ def test_grpo_and_sft_pass_offload_on():
 def test_grpo_and_sft_help():
     """--help died of a default that is only known with the model."""
     for script, shown in (("grpo", "'lr': 0.0005"), ("sft", "all weights 1e-5")):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            try:
-                __import__(script).parse_args(["--help"])
-            except SystemExit as done:
-                assert done.code == 0
+        with contextlib.redirect_stdout(io.StringIO()) as out, raises(SystemExit, "0"):
+            __import__(script).parse_args(["--help"])
         assert shown in out.getvalue() and out.getvalue().count("  --lr LR") == 1
 
 
