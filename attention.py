@@ -244,7 +244,7 @@ def cached_attention(cache, positions):
 
 
 def prefill_attention(store, rows, begin):
-    """Write tokens from `begin` on of prompts into `rows` [n] of the store; each sees all before it.
+    """Write tokens from `begin` on of prompts into `rows` [n] of the store; they see those before.
 
     store: for each layer [keys, values], each [K, rows, slots, head_dim]. Padding beyond the slots
     is dropped.
@@ -273,15 +273,15 @@ class Layout(NamedTuple):
     #                       0, 1, ..., B - 1 and nothing need be gathered
 
 
-def decode_attention(own, shared, layout):
+def decode_attention(own, prompts, layout):
     """One new token for each row: q [B, H, 1, head_dim]. Its key and value go into `own` first.
 
-    own, shared: stores as for prefill_attention, of the rows and of their prompts (None: rows hold
-    those, too). The rows of a prompt ask it together, in one product; both parts of a row's scores
-    share one softmax.
+    own, prompts: stores as for prefill_attention, of what the rows have said and of their prompts.
+    The rows of a prompt ask it together, in one product; both parts of a row's scores share one
+    softmax.
     """
     K, B, S = own[0][0].shape[:3]
-    N, g = layout.members.shape if shared else (0, 0)
+    N, g = layout.members.shape
     slots = torch.arange(S, device=layout.lengths.device)
     unseen = slots > layout.lengths[:, None]  # [B, S]; the new token sees itself
     own_bias = torch.zeros(unseen.shape, device=slots.device).masked_fill_(unseen, -torch.inf)
@@ -305,14 +305,11 @@ def decode_attention(own, shared, layout):
             held.view(-1, head_dim).index_copy_(0, layout.slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
         scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
-        if shared is None:
-            out = torch.bmm(scores.softmax(-1).to(q.dtype), values)
-        else:
-            prompt_keys, prompt_values = (held.flatten(0, 1) for held in shared[layer])
-            prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)
-            both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
-            of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
-            out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
+        prompt_keys, prompt_values = (held.flatten(0, 1) for held in prompts[layer])
+        prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)
+        both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
+        of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
+        out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
         return out.view(K, B, -1, head_dim).transpose(0, 1).reshape(B, -1, 1, head_dim)
 
     return attend_fn

@@ -97,14 +97,10 @@ def row_key(seed, prompt_seed, sample):
 def inverse_cdf(weights, noise):
     """The index at which the cumulative sum passes the noise: [B, V], [B, 1] in [0, 1) -> [B, 1].
 
-    A large vocabulary is searched in two levels, blocks of 64 and within one.
+    Searched in two levels, blocks of 64 and within one: a large vocabulary's sum takes long.
     """
-    B, V = weights.shape
-    if V <= 4096:
-        cdf = weights.cumsum(-1)
-        return torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
-    width = math.gcd(V, 64)
-    blocks = weights.view(B, -1, width)
+    width = math.gcd(weights.shape[1], 64)
+    blocks = weights.unflatten(1, (-1, width))
     cdf = blocks.sum(-1).cumsum(-1)  # [B, V / width]
     point = noise * cdf[:, -1:]
     which = torch.searchsorted(cdf, point, right=True).clamp_(max=cdf.shape[1] - 1)
@@ -217,14 +213,14 @@ class Sampling(NamedTuple):
 @dataclass(eq=False)
 class Row:
     """One completion on its way."""
-    prompt: int = -1
-    sample: int = -1
-    key: int = 0  # of its noise
-    limit: int = 0  # of its tokens
-    first: int = 0  # the last token of its prompt, which is the first that it feeds
-    shared: int = 0  # tokens of its prompt in the shared part of the cache
-    private: int = 0  # tokens of its prompt in its own part
-    thought_begin: int | None = None  # how many tokens it had when its thinking block opened
+    prompt: int
+    sample: int
+    key: int  # of its noise
+    limit: int  # of its tokens
+    first: int  # the last token of its prompt, which is the first that it feeds
+    held: int  # tokens of its prompt that are in the cache
+    thought_begin: int | None  # how many tokens it had when its thinking block opened
+    shares: bool  # the prompt in the cache with its other samples
     thought_closed: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -233,9 +229,9 @@ class Row:
     draws: int = 0
 
     @property
-    def length(self):
-        """Slots that it holds in its own part of the cache."""
-        return self.private + len(self.tokens)
+    def prompt_owner(self):
+        """Who holds its prompt in the cache."""
+        return self.prompt, 0 if self.shares else self.sample
 
     def extend(self, tokens, logprobs):
         if self.queue:
@@ -297,123 +293,94 @@ def finish_reason(row, sampling):
     return "length" if len(row.tokens) >= row.limit else None
 
 
-# ------------------------------------------------------------ the scheduler
+# ------------------------------------------------------------ the cache and the scheduler
 
 
-def new_store(config, rows, slots, like):
-    """Keys and values, zeros: for each layer [keys, values] of [K, rows, slots, head_dim] each.
+@dataclass
+class Store:
+    """Keys and values of owners, one row each: of the running rows, or of their prompts."""
+    layers: list  # [keys, values] of each layer, [K, rows, slots, head_dim] each
+    rows: dict  # owner: its row
+
+
+def new_store(config, like):
+    """An empty Store like the tensor `like`.
 
     With the heads outside, rows of a prompt that stand side by side are one product with its keys.
-    Of the tensor `like`; but a CPU has no bfloat16 product with float32 results, and keeps the keys
-    in float32 instead of turning them at every step.
+    A CPU has no bfloat16 product with float32 results: it keeps keys in float32 instead of turning
+    them at every step.
     """
-    shape = (config.num_key_value_heads, rows, slots, config.head_dim)
     key_dtype = like.dtype if like.is_cuda else torch.float32
-    return [[like.new_zeros(shape, dtype=key_dtype), like.new_zeros(shape)]
-            for _ in range(config.num_hidden_layers)]
-
-
-def store_gib(store):
-    return sum(tensor.nbytes for layer in store for tensor in layer) / 2**30
+    keys = like.new_zeros(config.num_key_value_heads, 0, 0, config.head_dim, dtype=key_dtype)
+    layers = [[keys, keys.to(like.dtype)] for _ in range(config.num_hidden_layers)]
+    return Store(layers, {})
 
 
 @dataclass
 class Batch:
-    """The rows that decode together, and what they have cached."""
-    places: list  # the Row in each place of the batch, None in free ones
-    own: list  # store of what each row has said, and of its prompt unless that is shared
-    shared: list | None  # store of the prompts that running rows share
-    prompts: dict  # prompt: its row in `shared`
+    """The rows that decode together: what they have said, and their prompts."""
+    own: Store
+    prompts: Store
+    graphs: dict  # of the decode step, as long as the stores stay where they are
     on_cpu: bool  # elsewhere shapes are few, for few CUDA graphs
-    graphs: dict = field(default_factory=dict)  # of the decode step, while the stores stay in place
-
-    @property
-    def running(self):
-        return [row for row in self.places if row]
-
-    def padded_rows(self, n):
-        return n if self.on_cpu else 1 << max(0, n - 1).bit_length()
-
-    def padded_slots(self, length):
-        """Slots for rows of this length, with room to go on."""
-        block = 32 if self.on_cpu else 256
-        return -(-(length + 1 + length // 16) // block) * block
-
-    def slots_needed(self, rows):
-        """Slots that `rows` and their prompts take."""
-        longest = max(row.length for row in rows)
-        needed = self.padded_rows(len(rows)) * self.padded_slots(longest)
-        if self.shared:
-            longest = max(row.shared for row in rows)
-            prompts = self.padded_rows(len({row.prompt for row in rows}))
-            needed += prompts * self.padded_slots(longest)
-        return needed
 
 
-def resize_store(store, rows, slots, kept):
-    """Make it `rows` rows of `slots` slots, in place, the rows `kept` first. Layer by layer."""
-    for layer in store:
-        for i, old in enumerate(layer):
-            both = min(slots, old.shape[2])
-            layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
-            layer[i][:, :len(kept), :both] = old[:, kept, :both]
+def padded_rows(n, on_cpu):
+    return n if on_cpu else 1 << max(0, n - 1).bit_length()
+
+
+def padded_slots(length, on_cpu):
+    """Slots for rows of this length, with room to go on."""
+    block = 32 if on_cpu else 256
+    return -(-(length + 1 + length // 16) // block) * block
 
 
 def cache_slots(rows, group, prompt, completion, on_cpu):
-    """Slots of the cache at most, for so many rows, `group` to a prompt. For a plan of memory."""
-    batch = Batch([], None, None, {}, on_cpu)
-    own = batch.padded_rows(rows) * batch.padded_slots(completion)
-    return own + batch.padded_rows(-(-rows // group)) * batch.padded_slots(prompt)
+    """Slots that the cache takes at most, for rows that come `group` to a prompt."""
+    own = padded_rows(rows, on_cpu) * padded_slots(completion, on_cpu)
+    return own + padded_rows(-(-rows // group), on_cpu) * padded_slots(prompt, on_cpu)
+
+
+def slots_needed(rows, on_cpu):
+    longest = max(len(row.tokens) for row in rows)
+    own = padded_rows(len(rows), on_cpu) * padded_slots(longest, on_cpu)
+    prompts = padded_rows(len({row.prompt_owner for row in rows}), on_cpu)
+    return own + prompts * padded_slots(max(row.held for row in rows), on_cpu)
 
 
 def schedule(batch, waiting, max_batch, budget):
-    """Preempt rows while over `budget` slots are needed, admit waiting ones. Returns the latter."""
-    running = batch.running
-    while len(running) > 1 and batch.slots_needed(running) > budget:
+    """The rows to run: preempts some while over `budget` slots are needed, admits waiting ones."""
+    running = list(batch.own.rows)
+    while len(running) > 1 and slots_needed(running, batch.on_cpu) > budget:
         youngest = min(running, key=lambda row: len(row.tokens))
         running.remove(youngest)
-        batch.places[batch.places.index(youngest)] = None
         waiting.appendleft(youngest.restarted())
-    entering = []
     while waiting and len(running) < max_batch:
-        if running and batch.slots_needed([*running, waiting[0]]) > budget:
+        if running and slots_needed([*running, waiting[0]], batch.on_cpu) > budget:
             break
-        entering.append(waiting.popleft())
-        running.append(entering[-1])
-    return entering
+        running.append(waiting.popleft())
+    return running
 
 
-def fit(batch, store, rows, length, kept):
-    """Resize a store for so many rows of this length, unless it fits. Returns whether it did."""
-    needed = rows, batch.padded_slots(length)
-    held = store[0][0].shape[1:3]
-    if all(0.75 * have < need <= have for need, have in zip(needed, held)):
-        return False
-    batch.graphs.clear()
-    resize_store(store, *needed, kept)
-    return True
+def allocate(batch, store, owners, length):
+    """Give every owner a row of the store for `length` tokens, others none. Returns the new ones.
 
-
-def allocate(batch, entering):
-    """Places for the entering rows, and for their prompts: [(prompt, row of its store)] to fill."""
-    rows = batch.running + entering
-    places = batch.padded_rows(len(rows))
-    kept = [place for place, row in enumerate(batch.places) if row]
-    if fit(batch, batch.own, places, max(row.length for row in rows), kept):
-        batch.places = batch.running + [None] * (places - len(kept))
-    for row in entering:
-        batch.places[batch.places.index(None)] = row
-    if not batch.shared:
-        return [(row.prompt, batch.places.index(row)) for row in entering]
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    batch.prompts = {prompt: at for prompt, at in batch.prompts.items() if prompt in prompts}
-    longest = max(row.shared for row in rows)
-    kept = list(batch.prompts.values())
-    if fit(batch, batch.shared, batch.padded_rows(len(prompts)), longest, kept):
-        batch.prompts = {prompt: at for at, prompt in enumerate(batch.prompts)}
-    free = sorted(set(range(batch.shared[0][0].shape[1])) - set(batch.prompts.values()))
-    fresh = list(zip((prompt for prompt in prompts if prompt not in batch.prompts), free))
-    batch.prompts.update(fresh)
+    The store is made anew, layer by layer, where it is too small, or a quarter too large.
+    """
+    store.rows = {owner: row for owner, row in store.rows.items() if owner in owners}
+    rows, slots = padded_rows(len(owners), batch.on_cpu), padded_slots(length, batch.on_cpu)
+    _, old_rows, old_slots, _ = store.layers[0][0].shape
+    if not (0.75 * old_rows < rows <= old_rows and 0.75 * old_slots < slots <= old_slots):
+        kept, both = list(store.rows.values()), min(slots, old_slots)
+        for layer in store.layers:
+            for i, old in enumerate(layer):
+                layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
+                layer[i][:, :len(kept), :both] = old[:, kept, :both]
+        store.rows = {owner: row for row, owner in enumerate(store.rows)}
+        batch.graphs.clear()
+    fresh = [owner for owner in owners if owner not in store.rows]
+    free = sorted(set(range(store.layers[0][0].shape[1])) - set(store.rows.values()))
+    store.rows.update(zip(fresh, free))
     return fresh
 
 
@@ -434,40 +401,41 @@ class State(NamedTuple):
 
 
 def batch_layout(batch):
-    """The Layout of a batch; places without a row hold zeros, and what they draw is thrown away."""
-    K, B, slots, _ = batch.own[0][0].shape
-    N, P = batch.shared[0][0].shape[1:3] if batch.shared else (0, 0)
-    lengths = torch.tensor([row.length if row else 0 for row in batch.places])
-    groups = [[] for _ in range(N)]  # the places of each prompt's rows
-    for place, row in enumerate(batch.places):
-        if row and N:
-            groups[batch.prompts[row.prompt]].append(place)
-    held = [max((batch.places[i].shared for i in group), default=0) for group in groups]
-    unseen = torch.arange(P) >= torch.tensor(held).view(N, 1)
-    prompt_bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-
-    g = batch.padded_rows(max(map(len, groups), default=1))
-    members = [group + [0] * (g - len(group)) for group in groups]
+    """The Layout of a batch; rows of the stores without an owner hold zeros."""
+    K, B, slots, _ = batch.own.layers[0][0].shape
+    N, P = batch.prompts.layers[0][0].shape[1:3]
+    lengths, held = [0] * B, [0] * N
+    groups = [[] for _ in range(N)]  # the rows of each prompt
+    for row, at in sorted(batch.own.rows.items(), key=lambda item: item[1]):
+        prompt = batch.prompts.rows[row.prompt_owner]
+        lengths[at], held[prompt] = len(row.tokens), row.held
+        groups[prompt].append(at)
+    g = padded_rows(max(map(len, groups)), batch.on_cpu)
     places = [0] * B
-    for at, group in enumerate(groups):
-        for j, i in enumerate(group):
-            places[i] = at * g + j
-    by_prompt = [i for group in groups for i in group]
-    if N and B % N == 0 and all(len(group) == B // N for group in groups) and by_prompt == sorted(
-            by_prompt):  # side by side: nothing need be gathered
-        members, places = torch.arange(B).view(N, -1), []
-    next_slots = (torch.arange(K * B).view(-1, B) * slots + lengths).flatten()
+    for prompt, group in enumerate(groups):
+        for i, at in enumerate(group):
+            places[at] = prompt * g + i
+    members = [group + [0] * (g - len(group)) for group in groups]
+    if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
+        places = []
+    lengths = torch.tensor(lengths)
+    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
+    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
+    next_slots = (torch.arange(K * B).view(K, B) * slots + lengths).flatten()
     columns = (next_slots, lengths, prompt_bias, members, places)
-    return Layout(*(torch.as_tensor(column).to(batch.own[0][0].device) for column in columns))
+    device = batch.own.layers[0][0].device
+    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
 
 
 def batch_state(batch, states):
     """The State of a batch's rows. states: {shapes: State}: a graph reads where it was captured."""
-    rows = [row or Row() for row in batch.places]
-    columns = [[row.tokens[-1] if row.tokens else row.first for row in rows],
-               [row.shared + row.length for row in rows], [row.key for row in rows],
-               [row.draws for row in rows], [-1] * len(rows)]
-    device = batch.own[0][0].device
+    columns = [[0] * batch.own.layers[0][0].shape[1] for _ in range(5)]
+    for row, at in batch.own.rows.items():
+        last = row.tokens[-1] if row.tokens else row.first
+        values = (last, row.held + len(row.tokens), row.key, row.draws, -1)
+        for column, value in zip(columns, values):
+            column[at] = value
+    device = batch.own.layers[0][0].device
     now = State(*(torch.tensor(column, device=device) for column in columns), batch_layout(batch))
     state = states.setdefault(tuple(tensor.shape for tensor in now.tensors()), now)
     for tensor, value in zip(state.tensors(), now.tensors()):
@@ -475,11 +443,11 @@ def batch_state(batch, states):
     return state
 
 
-def prefill(params, config, store, rows, prompts, chunk):
-    """Write keys and values of `prompts` into `rows` of the store, about `chunk` tokens a time."""
-    todo = sorted(((prompt, row) for prompt, row in zip(prompts, rows) if prompt),
-                  key=lambda pair: -len(pair[0]))
-    device = store[0][0].device
+def prefill(params, config, store, owners, prompts, chunk):
+    """Write the keys and values of the owners' prompts, about `chunk` tokens at a time."""
+    todo = [(prompts[owner[0]][:-1], store.rows[owner]) for owner in owners]
+    todo = sorted((pair for pair in todo if pair[0]), key=lambda pair: -len(pair[0]))
+    device = store.layers[0][0].device
     while todo:
         longest = len(todo[0][0])
         width = min(padded_length(longest), chunk)
@@ -487,17 +455,17 @@ def prefill(params, config, store, rows, prompts, chunk):
         now, todo = todo[:chunk // width], todo[chunk // width:]
         tokens = [prompt + [0] * (padded - len(prompt)) for prompt, _ in now]
         tokens = torch.tensor(tokens, device=device)
-        at = torch.tensor([row for _, row in now], device=device)
+        rows = torch.tensor([row for _, row in now], device=device)
         for begin in range(0, longest, width):
             part = tokens[:, begin:begin + width]
             positions = torch.arange(begin, begin + width, device=device).expand(part.shape)
-            attend_fn = prefill_attention(store, at, begin)
+            attend_fn = prefill_attention(store.layers, rows, begin)
             model.hidden_states(params, config, part, positions, attend_fn)
 
 
-def decode_step(params, config, state, own, shared, sampling):
-    """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and `own`."""
-    attend_fn = decode_attention(own, shared, state.layout)
+def decode_step(params, config, state, batch, sampling):
+    """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache."""
+    attend_fn = decode_attention(batch.own.layers, batch.prompts.layers, state.layout)
     tokens, positions = state.tokens[:, None], state.positions[:, None]  # [B, 1]
     hidden = model.hidden_states(params, config, tokens, positions, attend_fn)
     logits = model.lm_head(hidden[:, 0], model.head_weight(params))  # [B, V]
@@ -510,10 +478,11 @@ def decode_step(params, config, state, own, shared, sampling):
     return tokens, logprobs
 
 
-def captured(step_fn, state, graphs, shape):
+def captured(step_fn, state, graphs):
     """step_fn(), on a GPU as a CUDA graph, captured once per shape; its tensors stay in place."""
     if state.tokens.device.type != "cuda":
         return step_fn()
+    shape = tuple(tensor.shape for tensor in state.tensors())
     if shape not in graphs:
         before = [tensor.clone() for tensor in state.tensors()]
         side = torch.cuda.Stream()
@@ -534,19 +503,20 @@ def captured(step_fn, state, graphs, shape):
 
 def decode(params, config, batch, state, sampling, stride, step_fn):
     """At most `stride` steps for all rows: [(tokens [B], logprobs [B]), ...]."""
-    running = batch.running
-    room = batch.own[0][0].shape[2] - max(row.length for row in running)
+    _, B, slots, _ = batch.own.layers[0][0].shape
     if sampling.bounds_thinking:
-        next_tokens = [row.queue[0] if row and row.queue else -1 for row in batch.places]
+        next_tokens = [-1] * B
+        for row, at in batch.own.rows.items():
+            next_tokens[at] = row.queue[0] if row.queue else -1
         state.forced.copy_(torch.tensor(next_tokens))
-    shape = (batch.own[0][0].shape, *(tensor.shape for tensor in state.tensors()))
 
     def run_step():
-        return step_fn(params, config, state, batch.own, batch.shared, sampling)
+        return step_fn(params, config, state, batch, sampling)
 
+    room = [min(row.limit, slots) - len(row.tokens) for row in batch.own.rows]
     drawn = []
-    for _ in range(min(stride, room, *(row.limit - len(row.tokens) for row in running))):
-        drawn.append(captured(run_step, state, batch.graphs, shape))
+    for _ in range(min(stride, *room)):
+        drawn.append(captured(run_step, state, batch.graphs))
         if batch.on_cpu and not sampling.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
             break
     return drawn
@@ -560,21 +530,19 @@ def harvest(batch, drawn, sampling, results, on_token):
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     reopened = False
-    for place, row in enumerate(batch.places):
-        if row is None:
-            continue
-        ends = (n for n, token in enumerate(tokens[place], 1) if token in sampling.stop_tokens)
+    for row, at in list(batch.own.rows.items()):
+        ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = next(ends, len(drawn))
-        row.extend(tokens[place][:end], logprobs[place][:end])
-        length = row.length
+        row.extend(tokens[at][:end], logprobs[at][:end])
+        length = len(row.tokens)
         finish = finish_reason(row, sampling)
-        reopened |= row.length < length
+        reopened |= len(row.tokens) < length
         if on_token:
             on_token(row.prompt, row.sample, row.tokens)
         if finish:
             completion = Completion(row.tokens, row.logprobs, finish, row.forced)
             results[row.prompt][row.sample] = completion
-            batch.places[place] = None
+            del batch.own.rows[row]
     return reopened
 
 
@@ -609,11 +577,10 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
             tail, tag = sampling.text(prompts[p][-32:]), f"{sampling.think_tag}>"
             thought_begin = 0 if tail.rfind("<" + tag) > tail.rfind("</" + tag) else None
         held = len(prompts[p]) - 1  # rows feed the last token themselves: only decode makes logits
-        shared, private = (held, 0) if shares else (0, held)
         for sample, limit in enumerate(limits[p]):
             key = row_key(seed, p if seeds is None else seeds[p], sample)
             limit = min(limit, config.max_context - len(prompts[p]))
-            row = Row(p, sample, key, limit, prompts[p][-1], shared, private, thought_begin)
+            row = Row(p, sample, key, limit, prompts[p][-1], held, thought_begin, shares)
             waiting.append(row)
     return waiting
 
@@ -663,33 +630,38 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     step_fn = decode_step
     if compile_backend:
         step_fn = torch.compile(decode_step, backend=compile_backend)
-    shares = share_prompts and num_samples > 1
-    waiting = new_rows(config, prompts, limits, seed, seeds, shares, sampling)
-    shared = new_store(config, 0, 0, embedding) if shares else None
     on_cpu = embedding.device.type == "cpu"
-    batch = Batch([], new_store(config, 0, 0, embedding), shared, {}, on_cpu)
-    budget = cache_gib / store_gib(new_store(config, 1, 1, embedding))  # in slots
+    batch = Batch(new_store(config, embedding), new_store(config, embedding), {}, on_cpu)
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    slot_bytes = width * sum(tensor.element_size() for tensor in batch.own.layers[0])
+    budget = cache_gib * 2**30 / slot_bytes
+    waiting = new_rows(config, prompts, limits, seed, seeds, share_prompts, sampling)
     # steps between two looks at what was drawn; on a CPU, looking for stop tokens is free
     stride = 1 if on_token or sampling.reads_text else 8
     states = {}
-    while waiting or batch.running:
+    while waiting or batch.own.rows:
         begin = time.perf_counter()
-        fresh = allocate(batch, schedule(batch, waiting, max_batch, budget))
-        prefill(params, config, batch.shared or batch.own, [at for _, at in fresh],
-                [prompts[p][:-1] for p, _ in fresh], chunk)
+        running = schedule(batch, waiting, max_batch, budget)
+        allocate(batch, batch.own, running, max(len(row.tokens) for row in running))
+        owners = dict.fromkeys(row.prompt_owner for row in running)
+        fresh = allocate(batch, batch.prompts, owners, max(row.held for row in running))
+        prefill(params, config, batch.prompts, fresh, prompts, chunk)
         state = batch_state(batch, states)
         decoding = time.perf_counter()
         stats["prefill_s"] += decoding - begin
-        stats["cache_gib"] = max(stats["cache_gib"], store_gib(batch.own + (batch.shared or [])))
+        layers = batch.own.layers + batch.prompts.layers
+        held = sum(tensor.nbytes for layer in layers for tensor in layer)
+        stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
         while not changed:
             drawn = decode(params, config, batch, state, sampling, stride, step_fn)
             stats["steps"] += len(drawn)
             reopened = harvest(batch, drawn, sampling, results, on_token)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
-            enough = max(1, len(batch.places) // (16 if waiting else 4))
-            full = max((row.length for row in batch.running), default=0) == batch.own[0][0].shape[2]
-            changed = reopened or full or batch.places.count(None) >= enough
+            _, B, slots, _ = batch.own.layers[0][0].shape
+            ended = B - len(batch.own.rows) >= max(1, B // (16 if waiting else 4))
+            full = any(len(row.tokens) == slots for row in batch.own.rows)
+            changed = reopened or ended or full
         stats["decode_s"] += time.perf_counter() - decoding
     return results
 

@@ -94,7 +94,7 @@ def linear(params, name, x):
     if (down := params.get(name + ".lora_A.weight")) is not None:
         # float32, and added: merged into bfloat16 weights, small updates would be lost
         up = params[name + ".lora_B.weight"]
-        out = out + F.linear(F.linear(x.float(), down), up).to(out.dtype)
+        out = out + F.linear(F.linear(x.to(down.dtype), down), up).to(out.dtype)
     return out
 
 

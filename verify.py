@@ -30,7 +30,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,21 +88,22 @@ VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:o
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*")  # 5! is none
 LETTER_IN_PROSE = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?([A-J])\b"
-    r"(?!\)?,?\s*(?:or|and)\b)"
+    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
+    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
-LAST_LETTER = re.compile(r"(?:^|\n)[\s*$(]*([A-J])[\s*$).]*$")
+LAST_LETTER = re.compile(r"[\s*$(]*([A-J])[\s*$).]*")
 PLACEHOLDER = re.compile(
-    r"(?:\s|[?.…_$]|\\[lc]?dots|\\square|\\text\s*\{[\s?._]*\}"
+    r"(?:\s|[?.…_$]|\\[lc]?dots|\\q?quad|\\square|\\text\s*\{[\s?._]*\}"
     r"|(?:\\text\s*\{)?(?:your |final |the )?answer(?: here)?\}?)*", re.I,
 )  # fmt: skip
 STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
 WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
 ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
-NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf infinity sin cos tan cot sec csc log ln exp".split())
+NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf sin cos tan cot sec csc log ln exp".split())
 MATH_WORD = (
-    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z]"
-    r"(?![a-zA-Z])|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z])|[^\sa-zA-Z–—&])+(?!\S))"
+    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)"  # $18/day
+    r"|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z](?![a-zA-Z])|[^\sa-zA-Z–—&]"
+    r"|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z]))+(?!\S))"
 )
 MATH_RUN = re.compile(rf"(?<!\S){MATH_WORD}(?:\s+{MATH_WORD})*")
 OPTION = re.compile(  # (C) 12 or B, since ... or C - 12; but not (C) or (D), and not A: 5, B: 7
@@ -126,7 +127,7 @@ def box_span(text):
     r"""(begin, end) of the content of the last `\boxed{}`; None if there is none or it is open.
 
     >>> box_span(r"\boxed{1} or \boxed{23}")
-    (17, 19)
+    (20, 22)
     """
     last = deque(BOX.finditer(text), maxlen=1)
     begin = last[0].end() if last else len(text)
@@ -187,7 +188,8 @@ def is_formula(text):
 def number_in_prose(text, first):
     """The first or last run of mathematics that has a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
     found = None
-    for sentence in re.split(r"(?:[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
+    text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
+    for sentence in re.split(r"(?:(?<![.,;:?])[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
         for run in MATH_RUN.finditer(sentence):
             value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
             if not re.search(r"\d", value) or first and found:
@@ -249,7 +251,8 @@ def extract_answer(text, strict=False):
     tail = text[closes[0].end() :] if closes else text
     if strict and THINK_OPEN.search(tail):
         return None
-    tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:].replace("<|im_start|>assistant", "").lstrip()
+    tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:]
+    tail = tail.replace("<|im_start|>assistant", "").lstrip()
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
@@ -262,8 +265,10 @@ def extract_answer(text, strict=False):
             return found
     if is_formula(tail):
         return tail.strip()
-    if letters := LETTER_IN_PROSE.findall(tail) or LAST_LETTER.findall(tail):
+    if letters := LETTER_IN_PROSE.findall(tail):
         return letters[-1]
+    if letter := LAST_LETTER.fullmatch(tail.rstrip().rpartition("\n")[2]):
+        return letter[1]
     bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
     return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
 
@@ -306,29 +311,31 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
 TEXT, ROMAN = "\x02", "\x03"  # stand before a word of \text{} and of \mathrm{}
 STYLED = re.compile(
-    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
+    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
+    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
     (r"\s*\.\.\.+", r"\\ldots "), (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),
     (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|pm)\b)", r"\\"),
-    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})|\{{\s*\^\s*{CIRCLE}\s*\}}", r"\\degree "),
-    (r"\^\s*\{\s*(?:(?:\\prime|')\s*)+\}|\^\s*\\prime", lambda m: "'" * len(re.findall("p|'", m[0]))),
+    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
+    (rf"\{{\s*(?:\^\s*{CIRCLE}|\\degree)\s*\}}", r"\\degree "),
+    (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
     (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"(?<!\\)\$\s+\$(?=.)|\\\)\s+\\\(", r"\\quad "),  # formulas side by side
     (r"\{\s*\\?\$\s*\}|\\(?:text|mbox)\s*\{\s*\\?\$\s*\}|\\(?:math|text)dollar(?![a-z])", r"\\$"),
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"),
-    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|mathrm|mbox|q?quad|pmod))", ", "),
+    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|math|mbox|q?quad|pmod))", ", "),
     (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "), (r"\bper cent\b", "percent"),
     (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
     (r"(\\mathbb\s*\{?R\}?|\\R)\s*[\^_]\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+)", r"(0,\\infty)"),
-    (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
+    (r"[,;]?\s*(?:\(\s*)?[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
-    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"), (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
+    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"),
+    (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
     (r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$", ""),
 ]]  # fmt: skip
 
@@ -341,8 +348,8 @@ PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
 DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
 LAYOUT = (
     "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
-    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat|widehat"
-    "|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
+    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
+    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
     "|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|quad|qquad|angle|measuredangle"
     "|sphericalangle|triangle|overrightarrow"
 )
@@ -353,9 +360,10 @@ LEXEME = re.compile(
     r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
-    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)",
-    re.S,
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
+    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
 
 BIG = ("sum", "prod", "int", "iint", "oint", "lim")
@@ -367,8 +375,9 @@ KINDS = {  # of symbols and commands, each with its spellings
         "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom pmod"
     ).split()},
     **{name: kind for kind, names in {
-        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash", ":": "colon",
-        "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace", "[": "lbrack",
+        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash",
+        ":": "colon", "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace",
+        "[": "lbrack",
         "]": "rbrack", "newline": "cr", "%": "percent", "frac": "dfrac tfrac cfrac sfrac nicefrac",
         "binom": "dbinom tbinom", "inf": "infty", "empty": "emptyset varnothing", "sqrt": "surd",
         "deg": "degree textdegree", "and": "land wedge", "or": "lor vee", "bar": "overline bar",
@@ -408,7 +417,8 @@ NAMES = {  # runs of letters that are mathematics without a backslash
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
     **{name: ("sym", name) for name in GREEK}, "pi": ("const", "pi"), "in": ("rel", "in"),
     **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)), "union": ("cup", None),
-    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")}, "binomial": ("binom", None),
+    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
+    "binomial": ("binom", None),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -416,31 +426,38 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMERALS = {word: value for value, word in enumerate(
     ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
 )}  # fmt: skip
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = {name: line.split()[0] for line in (  # every spelling by the first of its line
     "cm centimeter centimetre centimeters centimetres|mm millimeter millimetre millimeters|km "
-    "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in inch "
-    "inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg milligram|lb lbs "
-    "pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter milliliters|h hr "
-    "hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day days|week weeks|month "
-    "months|yr year years|mph|kph|hz Hz|degree degrees deg|F|C|K kelvin|J joule joules|kJ kj|N "
-    "newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa pa|mol|gal gallon gallons|rad "
-    "radian radians|pt pts point points|dollar dollars usd|cent cents|eur euro euros|gbp|inr|rpm|^2 "
-    "square sq squared|^3 cubic cu cubed|/ per"
+    "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in "
+    "inch inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg "
+    "milligram|lb lbs pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter "
+    "milliliters|h hr hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day "
+    "days|week weeks|month months|yr year years|hz Hz|degree degrees deg|F fahrenheit|C celsius|K "
+    "kelvin|J joule joules|kJ kj|N newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa "
+    "pa|mol|gal gallon gallons|rad radian radians|pt pts point points|dollar dollars usd|cent "
+    "cents|eur euro euros|gbp|inr|rpm |^2 square sq squared|^3 cubic cu cubed|/ per"
 ).split("|") for name in line.split()}  # fmt: skip
+UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h"}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
-    "is are was were be has have had does do not no non never none isn't aren't doesn't cannot even "
-    "odd prime composite increase increases increased increasing decrease decreases decreased "
-    "decreasing gain gained loss lost more less fewer greater least most than over under above below "
-    "before after ago later earlier up down left right north south east west northeast northwest "
-    "southeast southwest clockwise counterclockwise anticlockwise higher lower longer shorter faster "
-    "slower older younger larger smaller bigger positive negative true false rise fall growth decline "
-    "drop profit deficit surplus discount off ahead behind forward forwards backward backwards debit "
-    "credit rational irrational converges diverges real imaginary if when where only except without "
-    "reduced reduction raised won equal equals exceeds at between or from".split()
+    "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
+    "even odd prime composite increase increases increased increasing decrease decreases "
+    "decreased decreasing gain gained loss lost more less fewer greater least most than over "
+    "under above below before after ago later earlier up down left right north south east west "
+    "northeast northwest southeast southwest clockwise counterclockwise anticlockwise higher "
+    "lower longer shorter faster slower older younger larger smaller bigger positive negative "
+    "true false rise fall growth decline drop profit deficit surplus discount off ahead behind "
+    "forward forwards backward backwards debit credit rational irrational converges diverges real "
+    "imaginary if when where only except without reduced reduction raised won equal equals "
+    "exceeds at between or from".split()
 )
-WORDS = set("yes no not odd even true false none all the red dne if for any is are of to we us usd old per".split())
+WORDS = set(
+    "yes no not odd even true false none all the red dne if for any is are of to we us usd".split()
+)
+
+
+MIXED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 
 
 def read_number(text, at, inside):
@@ -496,8 +513,8 @@ def read_letters(run, mark, space, before, alone):
         kind, value = NAMES[low]
     elif mark or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
         kind = "word"
-    elif mixed := re.fullmatch(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)", run):
-        parts = filter(None, mixed.groups())  # xsin, lnx
+    elif mixed := MIXED.fullmatch(run):
+        parts = filter(None, mixed.groups())
     elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
         kind = "word"
     elif low not in ALPHABET or run.isupper():  # abcd and xyz are products
@@ -577,18 +594,19 @@ CLOSING = {  # what closes each bracket
     "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
 }  # fmt: skip
 OPERANDS = {
-    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split(),
+    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split()
 }  # fmt: skip
 TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
 LEAD_IN = set(
-    "the a an answer final is are was so thus hence therefore equals equal to value result solution "
-    "solutions we get have choice option approximately about roughly exactly that it be of all point "
-    "points pair pairs ordered vector interval values numbers roots domain range us usd rs".split()
+    "the a an answer final is are was so thus hence therefore equals equal to value result "
+    "solution solutions we get have choice option approximately about roughly exactly that it be "
+    "of all point points pair pairs ordered vector interval values numbers roots domain range us "
+    "usd rs".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys("no solution|no solutions|no real solution|no real solutions|no real roots|"
                     "empty set|none".split("|"), ("empty",)),
-    **dict.fromkeys("all real numbers|all reals|real numbers|reals|all real x".split("|"), ("reals",)),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
 }  # fmt: skip
@@ -683,12 +701,14 @@ def quantity(value, words):
         value = value[1]
     for name in SCALES.keys() & set(names):
         value = chain("mul", value, number(SCALES[name]))
-    units = [UNITS[name] for name in names if name in UNITS]
+    units = " ".join(UNITS[name] for name in names if name in UNITS).split()
     nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
     nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
-    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns)) if units or nouns else value
+    if not units and not nouns:
+        return value
+    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
 
 
 def unit_text(node):
@@ -731,6 +751,11 @@ class Parser:
             found = self.tokens[self.at].text or self.kind
             raise Unreadable(f"found {found!r} where {' or '.join(kinds)} was expected")
         return token
+
+    def deepen(self):
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
 
     def closed(self, *closers, level=1, context="open"):
         """What stands up to a closing token, which is taken too."""
@@ -829,9 +854,9 @@ class Parser:
 
     def ratio(self, left):
         """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
-        if left[0] == "words" or left[0] == "sym" and left[1][0].isupper():
-            if self.kind not in ("sym", "set{"):
-                return ("rel", ("=",), (left, self.expression(CLAUSE)))
+        label = left[0] == "sym" and left[1][0].isupper() and self.kind not in ("sym", "set{")
+        if label or left[0] == "words":
+            return ("rel", ("=",), (left, self.expression(CLAUSE)))
         begin = self.at
         parts = [left, self.expression(SIDE + 1)]
         while self.accept(":"):
@@ -891,8 +916,8 @@ class Parser:
         first, second, third = self.tokens[begin : begin + 3]
         if first.kind == "frac" or first.kind == "{" and second.kind == "frac":
             part = self.atom()
-            if len(part) == 3 and is_integer(part[1]) and part[2][0] == "pow" and is_integer(part[2][1]):
-                share = exact(part)
+            bottom = part[2][1] if len(part) == 3 and part[2][0] == "pow" else part
+            share = exact(part) if is_integer(part[1]) and is_integer(bottom) else None
         elif first.kind == third.kind == "number" and first.space and second.kind == "/":
             self.at += 3
             share = first.value[0] / (third.value[0] or 1)
@@ -941,7 +966,9 @@ class Parser:
         sign = self.accept("-", "+")
         value = self.atom()
         if self.accept("^"):
+            self.deepen()
             value = ("pow", value, self.script())
+            self.depth -= 1
         return negate(value) if sign and sign.kind == "-" else value
 
     def argument(self):
@@ -968,9 +995,7 @@ class Parser:
         token = self.tokens[self.at]
         kind = token.kind
         self.at += 1
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+        self.deepen()
         if kind in CLOSING:
             value = self.bracket(kind)
         elif kind in ("number", "sym", "fn", "big", "begin"):
@@ -1040,7 +1065,8 @@ class Parser:
         arguments = items_of(self.closed(")"))
         if name == "C" and len(arguments) == 2:
             return ("binomial", *arguments)
-        named = first and self.kind == "rel" and all(a[0] == "sym" and a[1] != name for a in arguments)
+        variables = all(part[0] == "sym" and part[1] != name for part in arguments)
+        named = first and self.kind == "rel" and variables
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
         if function or named or literal and (len(arguments) == 1 or name.isupper()):
             return ("call", name, *arguments)
@@ -1088,12 +1114,13 @@ class Parser:
                 below = self.argument()
         body = self.expression(TERM)
         variable = None
-        if below[0] == "rel":
+        if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if name in ("sum", "prod") and (terms := written_out(body, variable, below, above)):
-            return ("add" if name == "sum" else "mul", *terms)
+        finite = name in ("sum", "prod") and written_out(name, body, variable, below, above)
+        if finite:
+            return finite
         bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
         return ("call", name, below, above, replaced(body, variable, bound))
 
@@ -1114,7 +1141,7 @@ class Parser:
             return ("tuple", *items)
         rows = [item[1:3] if item[3:] == ("[", "]") else item[1:] for item in items]
         nested = all(item[0] == "array" or item[3:] == ("[", "]") for item in items)
-        if nested and len(set(map(len, rows))) == 1:
+        if nested and kinds == "[]" and len(set(map(len, rows))) == 1:
             return ("matrix", *rows)
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
@@ -1141,16 +1168,20 @@ class Parser:
             return self.closed("end", context="aligned")
         if name.startswith(("v", "V")):
             raise Unreadable("a determinant")
+        outer = self.context
+        self.context = "open"
         rows = [[]]
-        while not rows[-1] or self.tokens[self.at - 1].kind != "end":
-            rows[-1].append(self.closed("newline", "&", "end", level=CLAUSE))
-            while self.tokens[self.at - 1].kind != "end" and self.kind in ("newline", "&", "end"):
-                self.at += 1
-            newline = "newline" in (self.tokens[self.at - 1].kind, self.tokens[self.at - 2].kind)
-            rows += [[]] if newline and self.tokens[self.at - 1].kind != "end" else []
+        while not self.accept("end"):
+            rows[-1].append(self.expression(CLAUSE))
+            if self.kind == "newline":
+                rows.append([])
+            while self.accept("newline", "&"):
+                pass
+        self.context = outer
+        rows = [tuple(row) for row in rows if row]
         if len(set(map(len, rows))) != 1:
             raise Unreadable("rows of different length")
-        return ("matrix", *map(tuple, rows))
+        return ("matrix", *rows)
 
 
 def radians(node):
@@ -1159,19 +1190,25 @@ def radians(node):
     return node
 
 
+@lru_cache(maxsize=1024)
 def size(node):
     return 1 + sum(map(size, children(node)))
 
 
-def written_out(body, variable, below, above):
-    """The terms or factors between numeric bounds; None if the bounds are none or far apart."""
+def written_out(name, body, variable, below, above):
+    """The value of a sum or product between numeric bounds, or its terms if there are few."""
     low, high = exact(below), exact(above)
     if None in (variable, low, high) or low.denominator * high.denominator != 1:
         return None
     count = int(high - low) + 1
     if not 0 < count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
         return None
-    return [replaced(body, variable, number(low + k)) for k in range(count)]
+    terms = [replaced(body, variable, number(low + k)) for k in range(count)]
+    values = list(map(exact, terms))
+    if None not in values:
+        return number(sum(values) if name == "sum" else math.prod(values))
+    few = count * size(body) <= MAX_TERMS
+    return ("add" if name == "sum" else "mul", *terms) if few else None
 
 
 def normalised(text):
@@ -1201,11 +1238,13 @@ def marked(match):
 
 
 def raw(text):
-    """What two unreadable texts are compared by: blanks count only between letters or digits."""
+    """What two unreadable texts are compared by: blanks count only between letters or digits,
+    and case only in formulas."""
     plain = re.sub(f"(?:[{TEXT}{ROMAN}~\\s]|\\\\[,;:! ])+", " ", text)
     plain = re.sub(r"\{(\w)\}", r"\1", plain)
     plain = re.sub(r"(?<![\w\\])\s|\s(?![\w\\])|[.,]+$", "", plain).strip()
-    return ("raw", plain.lower() if is_prose(plain) else plain)
+    words = r"(?<![\\a-zA-Z])(?:[A-Z]?[a-z]+|[A-Z]{3,})(?![a-zA-Z])"
+    return ("raw", re.sub(words, lambda word: word[0].lower(), plain))
 
 
 @lru_cache(maxsize=1024)
@@ -1237,8 +1276,9 @@ ROOT = pow(2, (P - 1) // 4, P)
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
 
 
-def spend(steps):
-    LOCAL.steps = getattr(LOCAL, "steps", 0) - steps
+def spend(a, b, bits=0):
+    """Counts the evaluation of two trees; as if none were cached, since verdicts must not vary."""
+    LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (1 + bits // 20)
     if LOCAL.steps < 0:
         raise TooHard("out of steps")
 
@@ -1255,13 +1295,16 @@ def exact_power(base, exponent, real_root=False):
         if None in parts:
             return None
         base = Fraction(*parts)
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length()) - 1
+    bits = max(map(int.bit_length, base.as_integer_ratio())) - 1
     if bits * abs(exponent.numerator) > MAX_BITS:
         raise OverflowError("too many digits")
     return sign * base**exponent.numerator
 
 
 def integer_root(value, degree):
+    """The natural number whose power `value` is, or None."""
+    if degree > value.bit_length():
+        return value if value in (0, 1) else None
     low = 0
     high = 1 << (value.bit_length() // degree + 1)
     while low < high:
@@ -1270,15 +1313,9 @@ def integer_root(value, degree):
     return low if low**degree == value else None
 
 
-def counted(function, most):
-    """A function of natural numbers, for `exact`."""
-
-    def call(*values):
-        if not all(value.denominator == 1 and 0 <= value < most for value in values):
-            return None
-        return Fraction(function(*map(int, values)))
-
-    return call
+def of_naturals(function, most, *values):
+    natural = all(value.denominator == 1 and 0 <= value < most for value in values)
+    return Fraction(function(*map(int, values))) if natural else None
 
 
 def real_part(x):
@@ -1339,9 +1376,10 @@ OPS = {
     "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
     "min": (lambda *v: min(v), lambda m, *v: m.complex(min(map(real_part, v)))),
     "max": (lambda *v: max(v), lambda m, *v: m.complex(max(map(real_part, v)))),
-    "factorial": (counted(math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
-    "binomial": (counted(math.comb, 20_000), binomial),
-    "gcd": (counted(math.gcd, 10**999), None), "lcm": (counted(math.lcm, 10**999), None),
+    "factorial": (partial(of_naturals, math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
+    "binomial": (partial(of_naturals, math.comb, 20_000), binomial),
+    "gcd": (partial(of_naturals, math.gcd, 10**999), None),
+    "lcm": (partial(of_naturals, math.lcm, 10**999), None),
 }  # fmt: skip
 
 
@@ -1360,9 +1398,8 @@ def exact(node):
         value = function(*values) if function else None
     except (ArithmeticError, ValueError, TypeError):
         return None
-    if value is None or max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        return None
-    return value
+    long = value is not None and max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS
+    return None if long else value
 
 
 @lru_cache(maxsize=4096)
@@ -1381,13 +1418,13 @@ def residue(node):
     if tag in ("sym", "const"):
         return ROOT if node == ("const", "i") else chance(*node)
     if tag == "pow":
-        exponent = exact(node[2])
-        base = residue(node[1])
-        if base is None or exponent is None or exponent.denominator > 1 or not base and exponent < 0:
+        base, exponent = residue(node[1]), exact(node[2])
+        if base is None or exponent is None or exponent.denominator > 1:
             return None
-        return pow(base, exponent.numerator % (P - 1) if base else exponent.numerator, P)
+        if base == 0:
+            return None if exponent < 0 else int(exponent == 0)
+        return pow(base, exponent.numerator % (P - 1), P)
     if tag in ("add", "mul", "call"):
-        spend(1)
         values = [residue(child) for child in children(node)]
         if None in values or tag == "call":
             return None if None in values else chance(node[1], *values)
@@ -1410,8 +1447,6 @@ def coordinate(name, point):
     rng = random.Random(f"{name} {index}")
     radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
     if real:
-        if index % 4 in (1, 3):  # floors care for integers, and for what is just below one
-            radius = round(radius) + 1 - 1e-6 * (index % 4 == 1)
         return complex(radius if index % 2 == 0 else rng.choice((radius, -radius)))
     return cmath.rect(radius, rng.uniform(-3.1, 3.1))
 
@@ -1435,12 +1470,12 @@ DOUBLES = SimpleNamespace(
         "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp log pi e isfinite"
     ).split()}, floor=math.floor, ceil=math.ceil, complex=complex, rational=complex, tiny=1e-9,
     tame=tame_double, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
-    gamma=lambda x: complex(math.gamma(real_part(x))), prec=0,
+    gamma=lambda x: complex(math.gamma(real_part(x))),
 )  # fmt: skip
 
 
 def arithmetic(bits):
-    """DOUBLES, or mpmath at a precision; one for each thread, as functions change it for a while."""
+    """DOUBLES, or mpmath at a precision; one for each thread, as some functions change it."""
     if not bits:
         return DOUBLES
     if not hasattr(LOCAL, "m"):
@@ -1465,15 +1500,18 @@ def evaluate(node, point, m, sizes):
         return m.complex(coordinate(node[1], point))
     if tag == "const":
         return m.complex({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
-    spend(1 + m.prec // 20)
     if tag == "num":
         result = m.rational(node[1])
     else:
-        values = [evaluate(child, point, m, sizes) for child in children(node) if child != ("empty",)]
+        inner = [child for child in children(node) if child != ("empty",)]
+        values = [evaluate(child, point, m, sizes) for child in inner]
         if tag == "call":
             result = m.complex(unknown(node[1], values, point, m))
         elif tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
+        elif tag in ("floor", "ceiling") and symbols(node):
+            sign = 1 if tag == "floor" else -1
+            result = values[0] + sign * wave(m, sign * values[0])
         else:
             result = OPS[tag][1](m, *values)
         if tag == "pow" and point[1] and values[0].real < 0 == values[0].imag:
@@ -1489,6 +1527,12 @@ def evaluate(node, point, m, sizes):
     return result
 
 
+def wave(m, x):
+    """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
+    turn = m.tame(2 * m.pi * x)
+    return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
+
+
 def unknown(name, values, point, m):
     """An unknown function: an analytic one given by its name, another at every sample point."""
     point = (point[0], True, 1)
@@ -1501,12 +1545,10 @@ def unknown(name, values, point, m):
 
 @lru_cache(maxsize=2048)
 def sample(node, point, bits=0):
-    """(value, the largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
+    """(value, largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
     sizes = [0]
     try:
         return evaluate(node, point, arithmetic(bits), sizes), max(sizes)
-    except TooHard:
-        raise
     except OverflowError:
         return None, 1
     except (ArithmeticError, ValueError, TypeError):
@@ -1523,28 +1565,31 @@ def agree(a, b, point):
 
     Raises TooHard if both are too large to tell.
     """
-    (x, size), (y, other) = sample(a, point), sample(b, point)
+    spend(a, b)
+    (x, digits), (y, others) = sample(a, point), sample(b, point)
     if x is not None and y is not None:
-        size = max(size, other)
+        digits = max(digits, others)
         gap = abs(x - y)
-        if gap > 1e-10 * 2.0 ** min(size, 900) and gap > 1e-7 * max(abs(x), abs(y)):
+        if gap > 1e-10 * 2.0 ** min(digits, 900) and gap > 1e-7 * max(abs(x), abs(y)):
             return False
-        if point[0] >= 2 and size < 30:  # two points to many digits are enough
+        if point[0] >= 2 and digits < 30 and x and y:  # two points to many digits are enough
             return True
     bits = 200
     for _ in range(2):
-        (x, size), (y, other) = sample(a, point, bits), sample(b, point, bits)
-        if x is None and y is None and size and other:
+        spend(a, b, bits)
+        (x, digits), (y, others) = sample(a, point, bits), sample(b, point, bits)
+        if x is None and y is None and digits and others:
             raise TooHard("both are too large")
         if x is None or y is None:
-            return False if (size or other) and not symbols(a) | symbols(b) else None
-        size = max(size, other)
-        if size < 20 or bits > 200:
+            return False if (digits or others) and not symbols(a) | symbols(b) else None
+        digits = max(digits, others)
+        if digits < 20 or bits > 200:
             break
-        bits = 200 + 4 * size
-        if bits > MAX_PRECISION:
+        bits = 200 + 4 * digits
+        slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
+        if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
-    return x == y or arithmetic(bits).mag(x - y) < 2 * size + 60 - bits
+    return x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
 
 
 def largest_number(node):
@@ -1555,17 +1600,17 @@ def largest_number(node):
 
 
 def same_function(a, b):
-    """Whether two trees agree at complex points, or else, among reals, wherever both are defined."""
+    """Whether two trees agree at complex points, or else, among reals, where both are defined."""
     if not symbols(a) | symbols(b):
         return agree(a, b, (0, False, 1)) is True
-    digits = len(str(int(max(largest_number(a), largest_number(b)))))
+    digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
     complex_only = has(a, "conjugate", "re", "im") or has(b, "conjugate", "re", "im")
     for real in (False,) if complex_only else (False, True):
         hits = 0
         hard = None
         for index in range(24 if real else 15):
             try:
-                verdict = agree(a, b, (index, real, 10 ** min(digits, 12)))
+                verdict = agree(a, b, (index, real, 10**digits))
             except TooHard as error:
                 hard = error
                 verdict = None
@@ -1597,7 +1642,8 @@ def near(decimal, node):
         other = Fraction(int(m.floor(m.ldexp(precise.real, 300))), 2**300)
     if other is None or other.denominator == 1:
         return False
-    return abs(other - value) <= unit / 2 or other * value > 0 and 0 < abs(other) - abs(value) < unit
+    cut_off = other * value > 0 and 0 < abs(other) - abs(value) < unit
+    return cut_off or abs(other - value) <= unit / 2
 
 
 def same_value(a, b):
@@ -1646,9 +1692,8 @@ def ray(operator, end, place, top):
     below = set(range(at))
     here = {at} & set(range(top))
     above = set(range(top)) - below - here
-    return {
-        "<": below, "<=": below | here, "=": here, "!=": below | above, ">": above, ">=": here | above,
-    }[operator]  # fmt: skip
+    parts = {"<": below, ">": above, "=": here, "!": below | above}
+    return parts[operator[0]] | (here if operator in ("<=", ">=") else set())
 
 
 def solutions(operator, left, right, variable, place, top):
@@ -1674,13 +1719,12 @@ def places(node, names, place, top):
         return set(range(top if tag == "reals" else 0))
     if tag == "interval" or tag == "tuple" and len(node) == 3:
         low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        closed = opening == "[", closing == "]"
-        if infinite(low) and (closed[0] or infinite(low) > 0):
-            raise ValueError("closed at infinity")
-        if infinite(high) and (closed[1] or infinite(high) < 0):
-            raise ValueError("closed at infinity")
-        found = ray(">=" if closed[0] else ">", low, place, top)
-        found &= ray("<=" if closed[1] else "<", high, place, top)
+        if infinite(low) and (infinite(low), opening) != (-1, "("):
+            raise ValueError("no interval")
+        if infinite(high) and (infinite(high), closing) != (1, ")"):
+            raise ValueError("no interval")
+        found = ray(">=" if opening == "[" else ">", low, place, top)
+        found &= ray("<=" if closing == "]" else "<", high, place, top)
         if top and not found:
             raise ValueError("an empty interval")
         return found
@@ -1724,7 +1768,8 @@ def order(ends):
     last = None
     for end, value in sorted(values.items(), key=lambda pair: pair[1].real):
         close = last and abs(value - values[last]) < 1e-6 * (1 + abs(value))
-        found[end] = found[last] if close and same_value(end, last) else 2 * len(set(found.values())) + 1
+        new = 2 * len(set(found.values())) + 1
+        found[end] = found[last] if close and same_value(end, last) else new
         last = end
     return found
 
@@ -1732,11 +1777,11 @@ def order(ends):
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
     names = set(), set()
-    ends = set()
+    ends = []
 
     def note(end):
         if not infinite(end):
-            ends.add(end)
+            ends.append(end)
         return 0
 
     def place(end):
@@ -1759,7 +1804,9 @@ def same_set(a, b):
     if a[0] == "rel":
         return same_items(*(list(zip(n[1], n[2], n[2][1:])) for n in (a, b)), same_relation)
     parts = children(a), children(b)
-    return len(parts[0]) == len(parts[1]) and all(map(same, *parts)) or a[0] == "list" and same_items(*parts)
+    if a[0] == "list":
+        return same_items(*parts)
+    return len(parts[0]) == len(parts[1]) and all(map(same, *parts))
 
 
 def same_relation(a, b):
@@ -1772,7 +1819,8 @@ def same_relation(a, b):
     if operator in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
         return all(map(same, sides, others))
     f, g = minus(*sides), minus(*others)
-    if symbols(f) != symbols(g) or not symbols(f) or same_value(f, number(0)) or same_value(g, number(0)):
+    zero = number(0)
+    if not symbols(f) or symbols(f) != symbols(g) or same_value(f, zero) or same_value(g, zero):
         return False
     if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
@@ -1805,7 +1853,7 @@ def is_name(node):
         return upper or big or node[1] == ("sym", "d")
     if node[0] in ("sym", "call", "words"):
         return True
-    return bool(symbols(node)) and not has(node, "num", "add", "rel", "list", "mul" if node[0] == "ratio" else "rel")
+    return bool(symbols(node)) and not has(node, "num", "add", "rel", "list")
 
 
 def statement(node):
@@ -1856,7 +1904,8 @@ def signs_chosen(node):
 
 def chosen(node, signs, last):
     if node[:1] not in (("pm",), ("mp",)):
-        return tuple(chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
+        part = (chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
+        return tuple(part)
     left = chosen(node[1], signs, last)
     last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
     right = chosen(node[2], signs, last)
@@ -1906,7 +1955,8 @@ def cells(node):
             total = total or inner
             if not inner or inner.keys() != total.keys():
                 return None
-            total = inner if total is inner else {at: chain("add", total[at], inner[at]) for at in total}
+            if total is not inner:
+                total = {at: chain("add", total[at], inner[at]) for at in total}
         elif inner and total:
             total = matrix_product(total, inner)
         else:
@@ -1941,13 +1991,14 @@ def same_ratio(a, b):
     """Ratios by proportion, with their zeros in the same places; 3:4 is 3/4."""
     if a[0] != b[0]:
         ratio, other = (a, b) if a[0] == "ratio" else (b, a)
-        value = exact(other)
-        return len(ratio) == 3 and value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
+        value = exact(other) if len(ratio) == 3 else None
+        return value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
     zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
     if zeros[0] != zeros[1] or all(zeros[0]):
         return False
     at = zeros[0].index(False) + 1
-    return all(same_value(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:]))
+    products = [(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:])]
+    return all(same_value(*pair) for pair in products)
 
 
 def same_quantity(a, b):
@@ -1967,8 +2018,9 @@ def converted(one, other):
     if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
         return all(same(item, other) for item in one[2:]) or None
     if one[0] == "words" and other[0] in ("sym", "const", "mul"):
-        letters = [part[1] for part in other[1:] if part[0] == "sym"] if other[0] == "mul" else [other[1]]
-        return "".join(letters).lower() == one[1].lower() and max(map(len, letters)) == 1
+        parts = other[1:] if other[0] == "mul" else [other]
+        letters = [part[1] if part[0] in ("sym", "const") else "" for part in parts]
+        return "".join(letters).lower() == one[1].lower() and set(map(len, letters)) == {1}
     if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
         items = list(map(statement, children(other)))
         named = {show(item.name): item.value for item in items if item.name}
@@ -1989,8 +2041,9 @@ def same(a, b):
     x, y = (one.value, *one.rough), (other.value, *other.rough)
     if one.name and other.name:
         if compatible(one.name, other.name):
-            if len(one.between) == len(other.between) and not all(map(same, one.between, other.between)):
-                return False
+            if len(one.between) == len(other.between):
+                if not all(map(same, one.between, other.between)):
+                    return False
             if any(same_plain(u, v) for u in x for v in y):
                 return True
             if not symbols(one.name) & (symbols(one.value) | symbols(other.value)):
@@ -2029,7 +2082,8 @@ def same_plain(a, b):
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
     if has(a, "matrix", "tuple") or has(b, "matrix", "tuple"):
         one, other = cells(a), cells(b)
-        return bool(one and other) and one.keys() == other.keys() and all(same(one[at], other[at]) for at in one)
+        shape = bool(one and other) and one.keys() == other.keys()
+        return shape and all(same(one[at], other[at]) for at in one)
     return "rel" not in tags and same_value(a, b)
 
 
@@ -2039,19 +2093,20 @@ def same_plain(a, b):
 def words_of(text):
     """An answer's words in lower case if it is nothing but words or one letter; else ""."""
     plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ")
-    plain = re.sub(r"\\(?:left|right)(?![a-z])|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
+    plain = re.sub(r"\\left|\\right|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
     plain = re.sub(r"^'(.*)'$", r"\1", plain.strip(" .*\"`\n\t"))
     plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain)
     plain = " ".join(plain.split())
     if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
         return ""
     plain = re.sub(r"(?i)^(?:the|an?|option|choice) (?=\w)", "", plain)
-    return plain if len(plain) == 1 and plain.lower() not in "abcdefghij" else plain.lower()
+    option = len(plain) == 1 and plain.lower() in "abcdefghij"
+    return plain.lower() if option or max(map(len, plain.split())) > 1 else plain
 
 
+UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    r"(?<=\d)(?:\s|\\[ ,;])*((?:[mshgLNJWVAK]|[kcm]m|kg)(?:\^\{?-?\d\}?)?(?:(?:\s*[/*]\s*|\s*\\cdot\s*)"
-    r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?)*)$"
+    rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
 )
 
 
@@ -2066,7 +2121,8 @@ def base_e(node):
 def readings(text, is_answer):
     """The trees that a text may stand for, the likeliest first."""
     if option := OPTION.match(WRAPPER.sub(r"\1", text)):
-        return [("option", option[1].lower(), tree) for tree in readings(option[2].strip(), is_answer)]
+        trees = readings(option[2].strip(), is_answer)
+        return [("option", option[1].lower(), tree) for tree in trees]
     texts = [text]
     if re.search(r",[1-9](?!.*,0\d)", text):  # is 100,200 a number or a list?
         texts.append(re.sub(r",(?=[1-9])", ", ", text))
@@ -2102,8 +2158,8 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
         return compare(answer, reference)
-    except TooHard:
-        return None
+    except (ArithmeticError, RecursionError, ValueError):
+        return None  # TooHard; no known text leads to the others, and none shall end a training run
 
 
 def equivalent(answer, reference, timeout_s=TIMEOUT_S):
@@ -2148,23 +2204,25 @@ def accuracy_reward(text, reference):
 
 
 def format_reward(text, think_tag="think"):
-    r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end, else 0.0.
+    r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end.
 
-    The thinking block may be missing. If there is one it comes first, is closed, holds a thought
-    and is the only one. After it stands exactly one box, closed and not empty; after the box
-    nothing but punctuation, white space, `*`, the end of a formula and tokens that end the turn.
-    A prompt that ends in "<think>" is part of `text`.
+    0.0 for any other. The thinking block may be missing. If there is one it comes first, is closed,
+    holds a thought and is the only one. After it stands exactly one box, closed and not empty;
+    after the box nothing but punctuation, white space, `*`, the end of a formula and tokens that
+    end the turn. A prompt that ends in "<think>" is part of `text`.
     """
-    tail = re.sub(rf"(?:\s|{CONTROL.pattern})+$", "", text.strip())
+    tail, *rest = CONTROL.split(text.strip())
+    if any(part.strip() for part in rest):
+        return 0.0
     tags = re.findall(rf"</?{think_tag}>", tail)
     if tags:
         thought, _, tail = tail.removeprefix(tags[0]).partition(tags[-1])
         block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
-        if not block or not thought.strip() or CONTROL.search(thought):
+        if not block or not thought.strip():
             return 0.0
     boxes = list(islice(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail), 2))
     end = group_end(tail, boxes[0].end() - 1) if len(boxes) == 1 else None
-    if end is None or CONTROL.search(tail) or not tail[boxes[0].end() : end - 1].strip():
+    if end is None or not tail[boxes[0].end() : end - 1].strip():
         return 0.0
     return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)
 
@@ -2175,59 +2233,49 @@ def format_reward(text, think_tag="think"):
 def show(node):
     """A tree on one line; a long number is rounded."""
     if isinstance(node, Fraction):
-        long = max(node.numerator.bit_length(), node.denominator.bit_length()) >= 400
+        long = max(map(int.bit_length, node.as_integer_ratio())) >= 400
         return "(a long number)" if long else str(node)
     if isinstance(node, tuple):
         return show(node[1]) if node and node[0] == "num" else f"({' '.join(map(show, node))})"
     return str(node)
 
 
-def read_rows(path):
-    """(rows, [(text, reference)]) of a .jsonl file; an answer beside a reference is a text."""
+def grade_file(path, strict, explain, timeout_s):
+    """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    pairs = []
-    for line, row in enumerate(rows, 1):
-        references = [key for key in ("reference", "gold", "answer") if key in row]
-        texts = [key for key in ("pred", "completion", "answer") if key in row and [key] != references]
-        if not texts or not references:
+    seconds = 0.0
+    counts = Counter()
+    table = {}
+    for line, row in enumerate(map(json.loads, filter(str.strip, lines)), 1):
+        reference = next((row[key] for key in ("reference", "gold", "answer") if key in row), None)
+        text = next((row[key] for key in ("pred", "completion", "answer") if key in row), None)
+        if text is None or reference is None or len(row) < 2:
             expected = "expected pred|completion|answer, gold|reference"
             raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
-        pairs.append((row[texts[0]], str(row[references[0]])))
-    return rows, pairs
-
-
-def grade_file(path, strict, explain, timeout_s):
-    """Prints the verdicts on a file: the total, and where `expected` is given the errors."""
-    rows, pairs = read_rows(path)
-    begin = time.process_time()
-    verdicts = verify_many(pairs, timeout_s, strict)
-    rate = len(rows) / (time.process_time() - begin + 1e-9)
-    table = {}
-    for row, (text, reference), verdict in zip(rows, pairs, verdicts):
-        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: false positive, -1: negative
+        begin = time.process_time()
+        answer = extract_answer(text, strict)
+        verdict = judge(answer, str(reference), timeout_s)
+        seconds += time.process_time() - begin
+        counts[verdict] += 1
+        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: accepted, -1: refused
+        table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
         if explain or mistake:
-            answer = extract_answer(text, strict)
-            print(f"{'WRONG ' * abs(mistake)}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
-        if "expected" in row:
-            table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
-    counts = Counter(verdicts)
-    print(f"{len(rows)} answers | {counts[True]} right | {counts[None]} undecided | {rate:.0f} per second")
-    if not table:
-        return
-    print(f"\n{'category':24} {'cases':>6} {'agree %':>8} {'false +':>8} {'false -':>8}")
-    table = {**dict(sorted(table.items())), "all": sum(table.values(), Counter())}
-    shares = [100 * counts[0] / counts.total() for counts in table.values()]
-    for (name, counts), share in zip(table.items(), shares):
-        print(f"{name:24} {counts.total():6} {share:8.2f} {counts[1]:8} {counts[-1]:8}")
-    print(f"{'mean over categories':24} {'':6} {sum(shares[:-1]) / len(shares[:-1]):8.2f}")
+            wrong = "WRONG " * abs(mistake)
+            print(f"{wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
+    total = counts.total()
+    rate = f"{total / (seconds + 1e-9):.0f} per second"
+    print(f"{total} answers | {counts[True]} right | {counts[None]} undecided | {rate}")
+    for name, found in sorted(table.items()):
+        share = 100 * found[0] / found.total()
+        errors = f"{found[1]} false + | {found[-1]} false -"
+        print(f"{name:24} {found.total():6} | {share:.2f} % agree | {errors}")
 
 
 def main(args):
     if args.file:
         return grade_file(args.file, args.strict, args.explain, args.timeout_s)
     if args.answer is None or args.reference is None:
-        raise ValueError("found neither --file nor both --answer and --reference; give one of the two")
+        raise ValueError("found neither --file nor both --answer and --reference; give either")
     answer = extract_answer(args.answer, args.strict)
     verdict = judge(answer, args.reference, args.timeout_s)
     for name, text in (("answer", answer), ("reference", args.reference)):

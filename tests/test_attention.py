@@ -11,21 +11,22 @@ import model
 from tests.common import FORMULA_TOKENS, formula_model
 
 
-def test_model_attention_is_causal_and_positions_shift():
-    """A later token never moves an earlier logit; without YaRN's scale, only distances between positions count."""
+def test_attention_is_causal_and_positions_shift():
+    """A later token never changes an earlier logit, and only distances between positions count."""
     params, config = formula_model()
     other = FORMULA_TOKENS.clone()
     other[0, 25] = (other[0, 25] + 1) % 96
+    positions = torch.arange(40)[None]
     a, b = (model.forward(params, config, t) for t in (FORMULA_TOKENS, other))
     assert torch.equal(a[:, :25], b[:, :25]) and (a[:, 25:] - b[:, 25:]).abs().max() > 1e-2
-    shifted = model.forward(params, config, FORMULA_TOKENS, positions=torch.arange(40)[None] + 1000)
+    shifted = model.forward(params, config, FORMULA_TOKENS, positions=positions + 1000)
     assert (shifted - a).abs().max() < 1e-3
-    spread = model.forward(params, config, FORMULA_TOKENS, positions=torch.arange(40)[None] * 2)
+    spread = model.forward(params, config, FORMULA_TOKENS, positions=positions * 2)
     assert (spread - a).abs().max() > 1e-2
 
 
 def test_attention_equals_its_definition_both_ways():
-    """The CPU's way and the GPU's, values and gradients, in float64 and head by head."""
+    """Values and gradients of the CPU's and the GPU's kernels match the formula in float64."""
     generator = torch.Generator().manual_seed(4)
     for T, S, given in ((40, 40, 0), (300, 300, 0), (5, 40, 2), (5, 1100, 2), (5, 40, 3)):
         q, k, v = (torch.randn(2, heads, rows, 8, generator=generator)
@@ -50,29 +51,32 @@ def test_attention_equals_its_definition_both_ways():
 
 
 def test_attention_scores_are_float32():
-    """Scores of the real Qwen-2.5 reach 13,000, where bfloat16 counts in steps of 64.
+    """Scores of the real Qwen-2.5 reach 13,000, where bfloat16 values are 64 apart.
 
-    A large offset common to all keys leaves the softmax as it is; rounded scores lost it.
+    An offset that all keys share leaves the softmax as it is, unless scores are rounded.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, generator=generator).bfloat16() for _ in "qkv")
-    q[..., 0], k[..., 0] = 128, k[..., 0] + 64  # exact in bfloat16, and so is their product
+    q[..., 0] = 128
+    k[..., 0] += 64
     seen = torch.ones(64, 64, dtype=torch.bool).tril()
     scores = (q.double() @ k.double().mT / 4).masked_fill(~seen, -torch.inf)
     exact = scores.softmax(-1) @ v.double()
-    for way in (attention.attention, attention.causal_attention):
-        got = way(q, k, v) if way is attention.attention else way(0, q, k, v)
+    for got in (attention.attention(q, k, v), attention.causal_attention(0, q, k, v)):
         assert (got.double() - exact).abs().max() < 0.02
-    store = [[k.transpose(0, 1).float(), v.transpose(0, 1).clone()]]  # [K, 1, 64, 16] each
-    layout = attention.Layout(torch.tensor([63, 127]), torch.tensor([63]), torch.empty(0),
-                              torch.empty(0, 0), torch.empty(0))
-    decode = attention.decode_attention(store, None, layout)
+    keys = k.transpose(0, 1).float()  # [K, B, S, head_dim]
+    values = v.transpose(0, 1)
+    own = [[keys[:, :, 40:].clone(), values[:, :, 40:].clone()]]
+    prompts = [[keys[:, :, :40].clone(), values[:, :, :40].clone()]]
+    layout = attention.Layout(torch.tensor([23, 47]), torch.tensor([23]), torch.zeros(2, 1, 40),
+                              torch.tensor([[0]]), torch.empty(0))
+    decode = attention.decode_attention(own, prompts, layout)
     got = decode(0, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
     assert (got.double() - exact[:, :, -1:]).abs().max() < 0.02
 
 
 class _RowCounts(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the number of rows of every matrix product, and of each of a batch of them."""
+    """Counts the sizes of the matrices that go into products, batched ones included."""
 
     def __init__(self):
         super().__init__()
@@ -86,16 +90,19 @@ class _RowCounts(torch.utils._python_dispatch.TorchDispatchMode):
         return fn(*args, **(kwargs or {}))
 
 
-def test_model_packed_rows_have_few_shapes():
-    """Texts of any lengths make products of few shapes: for each new one oneDNN keeps a kernel, and memory grows."""
+def test_attention_packed_rows_have_few_shapes():
+    """Texts of any lengths make products of few shapes. oneDNN keeps a kernel for every shape that
+    it meets, so memory used to grow."""
     assert [attention.padded_length(n) for n in (0, 1, 32, 33, 511, 513, 1000, 1025, 16000)] == \
         [0, 32, 32, 64, 512, 544, 1024, 1088, 16384]
     assert all(n <= attention.padded_length(n) <= max(n + 31, n * 17 / 16 + 1) for n in range(5000))
     params, config = formula_model()
-    params, rng = {k: v.requires_grad_() for k, v in params.items()}, random.Random(0)
+    params = {name: tensor.requires_grad_() for name, tensor in params.items()}
+    rng = random.Random(0)
     with _RowCounts() as rows:
         for _ in range(5):
-            groups = [(rng.randint(0, 70), [rng.randint(1, 90) for _ in range(3)]) for _ in range(2)]
+            groups = [(rng.randint(0, 70), [rng.randint(1, 90) for _ in range(3)])
+                      for _ in range(2)]
             total = sum(prompt + sum(lengths) for prompt, lengths in groups)
             tokens = torch.randint(0, config.vocab_size, (total,))
             hidden = model.packed_hidden_states(params, config, tokens, groups)
