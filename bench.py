@@ -5,8 +5,7 @@
     python bench.py step --load mixed --size 30m             # a step of grpo.py, random weights
     python bench.py plan --model qwen2.5-1.5b --gpus 1:24    # the memory that grpo.py would need
 
-`step` and `plan` take the flags of grpo.py, too; `plan` reads config.json alone. The rows of a load
-are dealt out to --processes, which start each measurement together.
+`step` and `plan` take the flags of grpo.py, too; `plan` reads config.json alone.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import functools
 import math
 import random
 import re
-import sys
 import time
 
 import torch
@@ -53,30 +51,33 @@ def gpus_and_gib(text):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
-    sample, step, plan = (
-        commands.add_parser(name, description=fn.__doc__, formatter_class=optim.HelpFormatter)
-        for name, fn in (("sample", bench_sample), ("step", bench_step), ("plan", bench_plan)))
-    sample.set_defaults(bench_fn=bench_sample)
+    sample = add_command(commands, "sample", bench_sample)
     sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")
     sample.add_argument("--load", nargs="+", choices=SAMPLE_LOADS, default=SAMPLE_LOADS)
     sample.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 8, 32, 64],
                         help="rows of the fixed load; of the mixed load, the most")
     sample.add_argument("--new-tokens", type=at_least(1), default=64,
                         help="length of prompt and completion in the fixed load")
-    sample.add_argument("--repeat", type=at_least(1), default=5,
-                        help="runs of each measurement, of which the median counts")
+    sample.add_argument("--repeat", type=at_least(1), default=5, help="runs; the median counts")
     sample.add_argument("--compile", action="store_true", help="torch.compile the decode step")
     optim.add_device_flags(sample)
     sample.set_defaults(processes=1)
-    step.set_defaults(bench_fn=bench_step)
+    step = add_command(commands, "step", bench_step)
     step.add_argument("--load", choices=STEP_LOADS, default="fixed")
     step.add_argument("--size", choices=SIZES, default="tiny", help="of the random weights")
     grpo.add_flags(step)
-    plan.set_defaults(bench_fn=bench_plan)
-    plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB", help="on so many GPUs of so "
-                      "many GiB, such as 1:24 or 8:80 (default: on this machine)")
+    plan = add_command(commands, "plan", bench_plan)
+    plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB",
+                      help="on so many GPUs of so many GiB, such as 8:80 (default: this machine)")
     grpo.add_flags(plan)
     return parser.parse_args(argv)
+
+
+def add_command(commands, name, bench_fn):
+    parser = commands.add_parser(name, description=bench_fn.__doc__,
+                                 formatter_class=optim.HelpFormatter)
+    parser.set_defaults(bench_fn=bench_fn)
+    return parser
 
 
 # ------------------------------------------------------------ sample
@@ -112,36 +113,49 @@ def machine_ceiling(like, repeat=5, size=2048):
 
 def step_floor_s(config, like, rows, context, ceiling):
     """Seconds of a decode step at the roofline: weights and keys are read once, and multiplied."""
-    shapes = model.param_shapes(config)
-    matrices = sum(math.prod(shape) for name, shape in shapes.items() if "proj" in name)
-    matrices += config.vocab_size * config.hidden_size
+    weights = sum(map(math.prod, model.param_shapes(config).values()))
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size
     width = config.num_key_value_heads * config.head_dim
     cached = 2 * config.num_hidden_layers * width * rows * context
+    read = rank_and_world()[1] * weights + cached  # each process reads the weights
     attended = 4 * config.num_hidden_layers * config.hidden_size * rows * context
-    read = rank_and_world()[1] * matrices + cached  # each process reads the weights
-    flops = 2 * matrices * rows + attended
+    flops = 2 * weights * rows + attended
     return max(read * like.element_size() / ceiling[0], flops / ceiling[1])
 
 
-def time_sampling(params, config, args, prompts, limits, max_batch, **settings):
-    """The stats of the median run by its sampled tokens per second, `tok_s`, prefill included.
+def sample_loads(args, config):
+    """(name, length of each prompt, of each completion [prompt][sample], rows at once), ..."""
+    rng = random.Random(0)
+    if "fixed" in args.load:
+        for rows in args.batch:
+            yield "fixed", [args.new_tokens] * rows, [[args.new_tokens]] * rows, rows
+    if "mixed" in args.load:
+        limits = [[rng.randint(16, 256) for _ in range(8)] for _ in range(64)]
+        yield "mixed", [rng.randint(50, 400) for _ in limits], limits, max(args.batch)
+    if "context" in args.load:
+        for length in (1024, 2048, 4096, 8192):
+            if length + 32 <= config.max_context:
+                yield f"context {length}", [length], [[32]], 1
 
-    limits: the length of each completion, [prompt][sample].
-    """
+
+def time_sampling(params, config, args, lengths, limits, max_batch):
+    """The stats of the median run, of the slowest process; "cache_gib" is of all."""
     rank, world = rank_and_world()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths]
     runs = []
     for _ in range(args.repeat + 1):
         gather_objects(None)
         stats = {}
         generate.generate(params, config, prompts[rank::world], max_new_tokens=limits[rank::world],
                           num_samples=len(limits[0]), max_batch=-(-max_batch // world), stats=stats,
-                          compile_backend="inductor" if args.compile else None, **settings)
+                          compile_backend="inductor" if args.compile else None)
+        stats["total_s"] = stats["prefill_s"] + stats["decode_s"]
         shares = gather_objects(stats)
-        slowest = max(shares, key=lambda share: share["prefill_s"] + share["decode_s"])
-        seconds = slowest["prefill_s"] + slowest["decode_s"]
-        cache_gib = sum(share["cache_gib"] for share in shares)
-        runs.append(slowest | {"cache_gib": cache_gib, "tok_s": sum(map(sum, limits)) / seconds})
-    return sorted(runs[1:], key=lambda stats: stats["tok_s"])[args.repeat // 2]
+        runs.append(max(shares, key=lambda share: share["total_s"]))
+        runs[-1]["cache_gib"] = sum(share["cache_gib"] for share in shares)
+    return sorted(runs[1:], key=lambda stats: stats["total_s"])[args.repeat // 2]
 
 
 def bench_sample(args):
@@ -155,38 +169,19 @@ def bench_sample(args):
     ceiling = machine_ceiling(like, args.repeat)
     say(f"{args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | memory "
         f"{ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
-    rng = random.Random(0)
-
-    def random_prompt(length):
-        return [rng.randrange(3, config.vocab_size) for _ in range(length)]
-
-    def report(load, rows, prompt, completion):
-        prompts = [random_prompt(prompt) for _ in range(rows)]
-        stats = time_sampling(params, config, args, prompts, [[completion]] * rows, rows)
-        step_s = stats["decode_s"] / completion
-        floor_s = step_floor_s(config, like, rows, prompt + completion / 2, ceiling)
-        say(f"{load}, batch {rows:3d} | {stats['tok_s']:8.1f} sampled tok/s, prefill included | "
-            f"prefill {rows * prompt / stats['prefill_s']:8.1f} tok/s | decode "
-            f"{rows / step_s:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step, "
-            f"{floor_s / step_s:4.0%} of the roofline | "
-            f"peak memory {optim.peak_memory_gib(device):.2f} GiB")
-
-    if "fixed" in args.load:
-        for rows in args.batch:
-            report("fixed", rows, args.new_tokens, args.new_tokens)
-    if "mixed" in args.load:
-        prompts = [random_prompt(rng.randint(50, 400)) for _ in range(64)]
-        limits = [[rng.randint(16, 256) for _ in range(8)] for _ in prompts]
-        for share in (True, False):
-            stats = time_sampling(params, config, args, prompts, limits, max(args.batch),
-                                  share_prompts=share)
-            say(f"mixed, batch {max(args.batch):3d}, prompts {'' if share else 'not '}shared | "
-                f"{stats['tok_s']:8.1f} sampled tok/s | prefill {stats['prefill_s']:.1f} s, "
-                f"{stats['steps']} steps | cache {stats['cache_gib'] * 1024:.1f} MiB")
-    if "context" in args.load:
-        for length in (1024, 2048, 4096, 8192):
-            if length + 32 <= config.max_context:
-                report(f"context {length}", 1, length, 32)
+    for name, lengths, limits, rows in sample_loads(args, config):
+        stats = time_sampling(params, config, args, lengths, limits, rows)
+        sampled = sum(map(sum, limits))
+        step_s = stats["decode_s"] / stats["steps"]
+        line = (f"{name}, batch {rows:3d} | {sampled / stats['total_s']:8.1f} sampled tok/s, "
+                f"prefill included | prefill {sum(lengths) / stats['prefill_s']:8.1f} tok/s | "
+                f"decode {sampled / stats['decode_s']:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step")
+        if name != "mixed":
+            context = lengths[0] + limits[0][0] / 2
+            floor_s = step_floor_s(config, like, rows, context, ceiling)
+            line += f", {floor_s / step_s:4.0%} of the roofline"
+        say(f"{line} | cache {stats['cache_gib'] * 1024:.1f} MiB, peak "
+            f"{optim.peak_memory_gib(device):.2f} GiB")
 
 
 # ------------------------------------------------------------ step
@@ -216,7 +211,7 @@ def random_problems(tokenizer, count, shortest, longest, seed):
 
 
 def clock():
-    """[seconds by the wall, seconds of the processor]"""
+    """[seconds by the wall, seconds of this process's processors]"""
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
@@ -226,7 +221,7 @@ def bench_step(args, counted=3):
     if args.load == "mixed":
         config = config._replace(eos_token_id=tuple(range(1, 1 + config.vocab_size // 100)))
     flags, prompt_lengths = STEP_LOADS[args.load]
-    vars(args).update(flags, prompt="plain")
+    vars(args).update(flags, prompt="plain", refill=0)
     if args.size in ("tiny", "30m"):  # as for the tiny model
         args.micro_tokens = args.micro_tokens or grpo.TINY["micro_tokens"]
         args.checkpointing = bool(args.checkpointing)
@@ -234,69 +229,58 @@ def bench_step(args, counted=3):
     _, world, device = optim.init_distributed(args.device, args.processes)
     dtype = optim.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
-    weights = sum(tensor.numel() for tensor in base.values())
     params, ref_params, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None)
     problems = random_problems(tokenizer, args.prompts, *prompt_lengths, args.seed)
-    times = torch.zeros(2, 2, dtype=torch.float64)
-    prompt_tokens = completion_tokens = 0  # of this process
+    rollout, learning = torch.zeros(2, 2, dtype=torch.float64)
+    sampled = 0
     for step in range(1 + counted):
         begin = clock()
-        groups, _ = grpo.gather_rollouts(policy, enumerate(problems), step, args, odd)
+        groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
         rows, total = grpo.training_rows(grpo.with_advantages(groups, args.scale), args)
         rolled = clock()
         grpo.update(policy, ref_params, optimizer, rows, total, args.lr, args)
         if step:
-            times += torch.stack((rolled - begin, clock() - rolled)) / counted
-            prompt_tokens += sum(len(prompt) for row in rows for prompt, _ in row) / counted
-            completion_tokens += sum(len(c.tokens) for g in groups for c in g.completions) / counted
-    (rollout_s, rollout_cpu_s), (update_s, update_cpu_s) = times.tolist()
-    head = config.vocab_size * config.hidden_size
-    layers = weights - head * (1 if config.tie_word_embeddings else 2)
-    flops = 6 * (layers * (prompt_tokens + completion_tokens) + head * completion_tokens)
-    peak_gib = optim.peak_memory_gib(device)
-    rate = machine_ceiling(params["model.norm.weight"].detach().to(dtype))[1] / world
-    plan = grpo.memory_plan(config, args, args.lora_rank, world, device.type, prompt_lengths[1])
-    [sampled] = all_sum([completion_tokens])
-    say(f"{args.size} {weights:,} parameters | {args.load} | {args.prompts * args.group} rows, "
-        f"{sampled:.0f} sampled tokens a step | {world} x {torch.get_num_threads()} threads, the "
-        f"figures of one | {dtype} | --micro-tokens {args.micro_tokens}"
+            rollout += (rolled - begin) / counted
+            learning += (clock() - rolled) / counted
+            sampled += sum(len(c.tokens) for g in groups for c in g.completions) / counted
+    plan = grpo.memory_plan(config, args, world, device.type, prompt_lengths[1])
+    say(f"{args.size} | {args.load} | {args.prompts * args.group} rows, {sampled:.0f} sampled "
+        f"tokens a step | {world} x {torch.get_num_threads()} threads, the figures of one | "
+        f"{dtype} | --micro-tokens {args.micro_tokens}"
         + (" --checkpointing" if args.checkpointing else ""))
-    for unit, rollout, learning in (("s", rollout_s, update_s),
-                                    ("cpu_s", rollout_cpu_s, update_cpu_s)):
-        say(f"{unit} per step {rollout + learning:.2f} | rollout {rollout:.2f} | update "
-            f"{learning:.2f} | {sampled / (rollout + learning):.0f} tokens/{unit}")
-    say(f"update: {flops / update_s / 1e9:.0f} GFLOP/s in its matrix products, "
-        f"{flops / update_s / rate:.0%} of the {rate / 1e9:.0f} of a large product by itself")
-    say(f"peak memory {peak_gib:.2f} GiB, planned {max(optim.plan_peaks(plan)):.2f}")
+    for i, unit in enumerate(("s", "cpu_s")):
+        seconds = rollout[i] + learning[i]
+        say(f"{unit} per step {seconds:.2f} | rollout {rollout[i]:.2f} | update {learning[i]:.2f} "
+            f"| {sampled / seconds:.0f} tokens/{unit}")
+    say(f"peak memory {optim.peak_memory_gib(device):.2f} GiB, planned {plan.peak:.2f}")
 
 
 # ------------------------------------------------------------ plan
 
 
 def bench_plan(args):
-    """The memory that a run of grpo.py would need on each device, part by part."""
+    """The memory that a run of grpo.py would need on each device."""
     config = model.load_config(model.resolve_model(args.model, config_only=True))
     grpo.fill_defaults(args, config)
-    device, world = optim.find_device(args.device).type, args.processes or 1
+    device = optim.find_device(args.device).type
+    world = args.processes or 1
     there = optim.memory_there(device, world)
     if args.gpus:
-        device, (world, there) = "cuda", args.gpus
-    for lora_rank in (0, grpo.LORA_RANK) if args.lora_rank is None else (args.lora_rank,):
-        plan = grpo.memory_plan(config, args, lora_rank, world, device)
-        print(f"an adapter of rank {lora_rank}:" if lora_rank else "all weights:",
-              optim.plan_line(plan, there, world))
-        for when, parts in plan.items():
-            for name, gib in parts.items():
-                print(f"    {when:10s} {gib:9.2f}  {name}")
+        device = "cuda"
+        world, there = args.gpus
+    for rank in (0, grpo.LORA_RANK) if args.lora_rank is None else (args.lora_rank,):
+        args.lora_rank = rank
+        plan = grpo.memory_plan(config, args, world, device)
+        print(f"an adapter of rank {rank}:" if rank else "all weights:",
+              optim.plan_line(plan, there))
+
+
+def main(args):
+    args.bench_fn(args)
 
 
 if __name__ == "__main__":
-    try:
-        args = parse_args()
-        args.bench_fn(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    optim.run_main(main, parse_args)

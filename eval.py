@@ -37,7 +37,7 @@ from data import load_problems
 from data.files import read_rows
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
 from generate import add_sampling_flags, completion_text, generate, sampling_params
-from optim import at_least, gather_objects, rank_and_world, say
+from optim import at_least, gather_objects, rank_and_world, run_main, say
 from verify import canonical, equivalent, extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
@@ -597,17 +597,6 @@ def report(args):
     (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
     print(f"\n{text}\nwritten to {out}/results.md")
     draw_cost(rows, out / "report.png")
-
-
-def run_main(main, parse_args):
-    """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        if rank_and_world()[0] > 0:
-            time.sleep(2)  # if process 0 fails for the same reason, this one is over before
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(args):

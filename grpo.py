@@ -26,7 +26,6 @@ import functools
 import itertools
 import math
 import re
-import sys
 import time
 import zlib
 from collections import Counter
@@ -42,88 +41,67 @@ from data.mixture import load_held_out, load_mixture, problem_order, split_numbe
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
 from eval import interval, markdown, percent
 from generate import cache_slots, completion_text, generate, sampling_params
-from optim import all_sum, at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
+from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import format_reward, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
-        "micro_tokens": 2048, "checkpointing": False}
+        "lr": 5e-4, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
-          "micro_tokens": 16384, "checkpointing": True}
+          "lr": 1e-6, "micro_tokens": 16384, "checkpointing": True}
 LORA_RANK = 32  # where all weights do not fit the memory
-TINY_LR, LR, LORA_LR = 5e-4, 1e-6, 3e-5  # an adapter stands larger steps
+LORA_LR = 3e-5  # an adapter stands larger steps
 # A problem is asked by itself, and only the box earns the reward.
 PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
-def default_of(name):
-    return f"(default {TINY[name]} for a tiny model, else {OTHERS[name]})"
-
-
 def add_flags(parser):
+    parser.epilog = f"Flags left out mean, for a tiny model, {TINY}; for any other, {OTHERS}."
     add = parser.add_argument
-    add("--model", default="tiny",
-        help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
-    add("--data", nargs="+", help="problem sets or .jsonl files to train on, each NAME or "
-        f"NAME=PROPORTION {default_of('data')}")
+    add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--data", nargs="+", help="problem sets or .jsonl files, each NAME or NAME=PROPORTION")
     add("--eval-data", help="held-out problems (default the first of --data)")
-    add("--eval-limit", type=at_least(1), default=200,
-        help="problems of their dev split, asked every --eval-every steps")
-    add("--test-limit", type=at_least(0), default=500,
-        help="problems of their test split, asked before and after training; 0: never")
-    add("--eval-every", type=at_least(1), default=25,
-        help="steps between evaluations; the best one's checkpoint is kept")
-    add("--prompt", choices=PROMPTS, help=f"how a problem is put {default_of('prompt')}")
+    add("--eval-limit", type=at_least(1), default=200, help="dev problems, for choosing")
+    add("--test-limit", type=at_least(0), default=500, help="test problems, before and after")
+    add("--eval-every", type=at_least(1), default=25, help="steps between evaluations on dev")
+    add("--prompt", choices=PROMPTS, help="how a problem is put")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
     add("--group", type=at_least(2), default=8, help="G: completions of each")
-    add("--max-new-tokens", type=at_least(1),
-        help=f"tokens of the longest completion {default_of('max_new_tokens')}")
-    add("--temperature", type=optim.above(0.0), default=1.0,
-        help="of sampling, and of every log-probability")
+    add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
+    add("--temperature", type=optim.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
-    add("--sampler-dtype", choices=("float32", "bfloat16"),
-        help="precision that samples (default that of the weights)")
-    add("--refill", type=at_least(0), default=2,
-        help="times that groups of equal rewards are replaced by new problems")
+    add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
         help=f"of {', '.join(REWARDS)}, summed")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
-    add("--level", default="token", choices=("token", "sequence"), help="of the ratio; sequence: "
-        "GSPO (with --loss grpo --clip-low 3e-4 --clip-high 4e-4)")
-    add("--scale", default="group", choices=("group", "batch", "none"),
-        help="whose standard deviation divides the advantages")
+    add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
+        "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
+    add("--scale", default="group", choices=("group", "batch", "none"), help="of the advantages: "
+        "by whose standard deviation they are divided")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
-    add("--clip-hard", type=optim.above(1.0),
-        help="bound of the ratio where the advantage is negative, too (INTELLECT-2: 4)")
-    add("--beta", type=at_least(0.0), default=0.0,
-        help="factor of the KL divergence from the start; 0: no reference is held")
+    add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
+    add("--beta", type=at_least(0.0), default=0.0, help="of the KL divergence from the start")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
-    add("--updates", type=at_least(1), default=1,
-        help="mu: optimizer steps on each batch of rollouts")
-    add("--sampler-cap", type=at_least(1.0), default=2.0,
-        help="the most that a token counts where sampler and trainer differ")
-    add("--mask-truncated", action="store_true",
-        help="leave completions that reached --max-new-tokens out of the loss")
+    add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
+    add("--sampler-cap", type=at_least(1.0), default=2.0, help="the most that a token counts")
+    add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
     add = parser.add_argument_group("size and length").add_argument
-    add("--steps", type=at_least(1), help=f"batches of rollouts {default_of('steps')}")
-    add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the training "
-        "problems, without those that --refill asks")
+    add("--steps", type=at_least(1), help="batches of rollouts")
+    add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the problems")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
-    add("--lora-rank", type=at_least(0), help="train an adapter of this rank on every linear "
-        f"layer; 0: all weights (default 0 where memory allows, else {LORA_RANK})")
-    add("--micro-tokens", type=at_least(1),
-        help=f"tokens in one packed row of training {default_of('micro_tokens')}")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
-        f"the backward pass: less memory, a third more time {default_of('checkpointing')}")
-    optim.add_train_flags(parser, lr=None, run_dir="runs/grpo", lr_help="peak learning rate "
-                          f"(default {TINY_LR} for a tiny model, else {LR}; adapter {LORA_LR})")
+    add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
+        f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
+    add("--micro-tokens", type=at_least(1), help="tokens in one packed row of training")
+    add("--checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass: less memory, a third more time")
+    optim.add_train_flags(parser, lr=None, run_dir="runs/grpo")
 
 
 def parse_args(argv=None):
@@ -138,14 +116,13 @@ def parse_args(argv=None):
 class Group(NamedTuple):
     """A problem and its G completions, as the reward functions see them, and their grades."""
     problem: dict
-    prompt: str
+    prompt: list[int]  # tokens
     texts: list[str]  # without end tokens, and without what the prompt opened of the thinking block
     completions: list  # of generate.Completion: tokens, logprobs, finish
     right: list[bool | None]  # None: undecided
     max_new_tokens: int
     think_tag: str
     place: int = 0  # of the problem in the order of the run
-    prompt_tokens: list[int] = ()
     parts: dict[str, list[float]] = {}  # each reward by name, [G]
     rewards: list[float] = ()  # [G] their sum, each times its coefficient
     advantages: list[float] = ()  # [G]
@@ -171,16 +148,14 @@ def brevity(group):
             for n, right in zip(lengths, group.right)]
 
 
-def repeated_share(tokens, n):
-    """The share of n-grams that were there before."""
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def repetition(group, n=4, free=0.2):
     """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
-    shares = [repeated_share(c.tokens, n) for c in group.completions]
-    return [-max(0.0, share - free) / (1 - free) for share in shares]
+    rewards = []
+    for c in group.completions:
+        grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
+        share = 1 - len(set(grams)) / max(1, len(grams))
+        rewards.append(-max(0.0, share - free) / (1 - free) if grams else 0.0)
+    return rewards
 
 
 def script_of(letter):
@@ -207,8 +182,7 @@ def overlong(group, share=0.2):
 
 
 # A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. The penalties lie in [-1, 0]. So long as their coefficients and that of "format"
-# sum to less than that of "accuracy", the worst right answer scores above the best wrong one.
+# more name here. The penalties lie in [-1, 0].
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
@@ -234,9 +208,10 @@ def parse_rewards(words):
 def reward_group(group, coefficients):
     """The group with `parts` and `rewards`."""
     parts = {name: REWARDS[name](group) for name in coefficients}
-    totals = [sum(c * parts[name][i] for name, c in coefficients.items())
-              for i in range(len(group.texts))]
-    return group._replace(parts=parts, rewards=totals)
+    rewards = [0.0] * len(group.texts)
+    for name, coefficient in coefficients.items():
+        rewards = [total + coefficient * part for total, part in zip(rewards, parts[name])]
+    return group._replace(parts=parts, rewards=rewards)
 
 
 # ------------------------------------------------------------ the loss
@@ -246,10 +221,9 @@ def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 
     rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: what the difference is divided by: the standard deviation (n - 1) of the "group" or of
-    the "batch", plus 1e-4, or "none". Raises ValueError when G < 2: one alone has no baseline.
-    GRPO, arXiv:2402.03300, section 4.1.2; "none" is Dr. GRPO, arXiv:2503.20783; "batch" is
-    REINFORCE++-baseline, arXiv:2501.03262.
+    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
+    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, or "none" (Dr. GRPO,
+    arXiv:2503.20783). Raises ValueError when G < 2: one alone has no baseline.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
@@ -282,14 +256,13 @@ def kl_divergence(gap, ratio, kl):
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
                 level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
-                max_completion_tokens=None, total=None, weights=None, bonus=None):
+                max_completion_tokens=None, total=None, weights=None, bonus=0.0):
     """The loss whose gradient improves the policy, and what to log of it.
 
     logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
     the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
     weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
-    objective (entropy), or None. loss: how the terms become the loss, one of LOSSES.
-    level: "token", or "sequence" for the ratio of GSPO. kl: as for kl_divergence.
+    objective (entropy). loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO.
     total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
     rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
     Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
@@ -315,12 +288,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
     if beta:
         gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
         divergence = kl_divergence(gap, token_ratio, kl)
-    per_token = beta * divergence - objective  # [B, T]
-    if bonus is not None:
-        per_token = per_token - bonus
+    per_token = (beta * divergence - objective - bonus) * mask  # [B, T]
     if weights is not None:
         per_token = per_token * weights
-    per_token = per_token * mask
     if loss == "grpo":  # arXiv:2402.03300, eq. 3: the mean over tokens, then over completions
         value = (per_token.sum(1) / lengths).sum() / (total or len(mask))
     elif loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
@@ -341,9 +311,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
 
 def loss_total(loss, lengths, max_completion_tokens):
     """`total` of policy_loss for an optimizer step over completions of these lengths."""
-    rows = len(lengths)
-    totals = {"grpo": rows, "dr_grpo": rows * max_completion_tokens}
-    return totals.get(loss, sum(lengths)) or 1
+    if loss == "grpo":
+        return len(lengths)
+    return len(lengths) * max_completion_tokens if loss == "dr_grpo" else sum(lengths)
 
 
 # ------------------------------------------------------------ rollouts
@@ -362,32 +332,29 @@ def encode_problem(policy, problem, args, preset=None):
 
 
 def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
-    """A Group, graded but without rewards, for each (place, problem).
+    """A Group for each (place, problem): dealt out to the processes, and known to all of them.
 
-    A completion's noise derives from (seed, place, sample) alone. greedy: one, without noise.
-    preset: how to put the problems, instead of as --prompt says.
+    A completion's noise derives from (seed, place, sample) alone. preset: instead of --prompt.
+    greedy: one completion each, without noise.
     """
-    tokenizer = policy.tokenizer
+    rank, world = rank_and_world()
+    problems = problems[rank::world]
+    G = 1 if greedy else args.group
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
-    ends = model.end_tokens(tokenizer, policy.config)
-    rows = generate(policy.params, policy.config, prompts, num_samples=1 if greedy else args.group,
+    ends = model.end_tokens(policy.tokenizer, policy.config)
+    rows = generate(policy.params, policy.config, prompts, num_samples=G,
                     max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
                     temperature=0.0 if greedy else args.temperature, seed=seed,
                     seeds=[place for place, _ in problems])
-    texts = [[completion_text(tokenizer, c, ends) for c in row] for row in rows]
+    texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = iter(verify_many(pairs, strict=True))
+    verdicts = verify_many(pairs, strict=True)
+    coefficients = parse_rewards(args.reward)
     groups = []
-    for (place, problem), prompt, row, said in zip(problems, prompts, rows, texts):
-        right = list(itertools.islice(verdicts, len(row)))
-        shown = tokenizer.decode(prompt, skip_special_tokens=False)
-        groups.append(Group(problem, shown, said, row, right, args.max_new_tokens, args.think_tag,
-                            place, prompt))
-    return groups
-
-
-def gather_groups(groups):
-    """The groups of all processes, in the order of their places."""
+    for i, (place, problem) in enumerate(problems):
+        group = Group(problem, prompts[i], texts[i], rows[i], verdicts[i * G:(i + 1) * G],
+                      args.max_new_tokens, args.think_tag, place)
+        groups.append(reward_group(group, coefficients))
     shares = gather_objects(groups)
     return sorted(itertools.chain(*shares), key=lambda group: group.place)
 
@@ -397,40 +364,36 @@ def has_spread(group):
     return max(group.rewards) - min(group.rewards) > 1e-6
 
 
-def gather_rollouts(policy, problems, step, args, reward_fn):
-    """This process's share of a step: (groups with rewards, problems taken by all processes).
+def roll_out_step(policy, problems, step, args):
+    """The groups of a step, one for each problem taken from the iterator `problems`.
 
     Up to --refill times, as many new problems are asked as there were groups without spread
-    (dynamic sampling, DAPO, section 3.2). Which ones does not depend on the number of processes.
-    reward_fn(group): the group with its rewards.
+    (dynamic sampling, DAPO, section 3.2).
     """
-    rank, world = rank_and_world()
-    dtype = getattr(torch, args.sampler_dtype) if args.sampler_dtype else None
-    sampler = policy._replace(params=sampling_params(policy.params, policy.config, dtype))
+    sampler = policy._replace(params=sampling_params(policy.params, policy.config))
     seed = zlib.crc32(f"{args.seed} {step}".encode())
-    groups, taken, missing = [], 0, args.prompts
+    groups = []
+    missing = args.prompts
     for _ in range(1 + args.refill):
         batch = list(itertools.islice(problems, missing))
-        taken += missing
-        groups += map(reward_fn, roll_out(sampler, batch[rank::world], args, seed))
-        missing = args.prompts - round(all_sum([sum(map(has_spread, groups))])[0])
+        groups += roll_out(sampler, batch, args, seed)
+        missing = args.prompts - sum(map(has_spread, groups))
         if missing == 0:
             break
-    return groups, taken
+    return groups
 
 
 def with_advantages(groups, scale):
-    """This process's groups with their advantages, which may depend on those of all processes.
+    """The groups with their advantages.
 
-    Groups without spread get zeros, and no part in the deviation of the batch.
+    Those without spread get zeros, and have no part in the deviation of the batch.
     """
-    rank, _ = rank_and_world()
-    shares = gather_objects([g.rewards for g in groups if has_spread(g)])
-    rewards = torch.tensor([row for share in shares for row in share])  # [N, G]
-    rows = iter(group_advantages(rewards, scale).tolist() if len(rewards) else [])
-    own = itertools.islice(rows, sum(map(len, shares[:rank])), None)
-    return [g._replace(advantages=next(own) if has_spread(g) else [0.0] * len(g.rewards))
-            for g in groups]
+    rewards = torch.tensor([g.rewards for g in groups])  # [N, G]
+    spread = torch.tensor([has_spread(g) for g in groups])  # [N]
+    advantages = torch.zeros_like(rewards)
+    if spread.any():
+        advantages[spread] = group_advantages(rewards[spread], scale)
+    return [g._replace(advantages=row) for g, row in zip(groups, advantages.tolist())]
 
 
 # ------------------------------------------------------------ learning
@@ -447,42 +410,43 @@ class Sequence(NamedTuple):
 def pack_groups(groups, micro_tokens):
     """[(prompt tokens, [Sequence, ...]), ...] -> rows of groups, of at most `micro_tokens` tokens.
 
-    A group that is longer by itself is divided; each part pays for the prompt, and the gradient is
-    the same. A completion that is longer by itself has its own row.
+    A group that does not fit the rest of a row is divided; each part pays for the prompt, and the
+    gradient is the same. A completion that is longer by itself has its own row.
     """
-    pieces = []
+    rows = []
+    size = math.inf  # of the last row
     for prompt, sequences in groups:
-        size = math.inf
+        if size + len(prompt) + sum(len(s.tokens) for s in sequences) > micro_tokens:
+            size = math.inf
+        in_row = False  # the prompt
         for sequence in sequences:
-            if size + len(sequence.tokens) > micro_tokens:
-                pieces.append((prompt, []))
-                size = len(prompt)
-            pieces[-1][1].append(sequence)
+            if size + len(prompt) * (not in_row) + len(sequence.tokens) > micro_tokens:
+                rows.append([])
+                size = 0
+                in_row = False
+            if not in_row:
+                rows[-1].append((prompt, []))
+                size += len(prompt)
+                in_row = True
+            rows[-1][-1][1].append(sequence)
             size += len(sequence.tokens)
-    rows, size = [], math.inf
-    for prompt, piece in pieces:
-        length = len(prompt) + sum(len(s.tokens) for s in piece)
-        if size + length > micro_tokens:
-            rows.append([])
-            size = 0
-        rows[-1].append((prompt, piece))
-        size += length
     return rows
 
 
 def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
+    rank, world = rank_and_world()
     learned = []
+    lengths = []
     for g in filter(has_spread, groups):
-        learned.append((g.prompt_tokens, [
-            Sequence(c.tokens, c.logprobs, advantage, c.finish == "stop" or not args.mask_truncated)
-            for c, advantage in zip(g.completions, g.advantages)]))
-    lengths = [len(s.tokens) for _, sequences in learned for s in sequences if s.counts]
-    lengths = list(itertools.chain(*gather_objects(lengths)))
-    if not lengths:
-        return [], 0
+        sequences = []
+        for c, advantage in zip(g.completions, g.advantages):
+            counts = c.finish == "stop" or not args.mask_truncated
+            sequences.append(Sequence(c.tokens, c.logprobs, advantage, counts))
+        learned.append((g.prompt, sequences))
+        lengths += [len(s.tokens) for s in sequences if s.counts]
     total = loss_total(args.loss, lengths, args.max_new_tokens)
-    return pack_groups(learned, args.micro_tokens), total
+    return pack_groups(learned[rank::world], args.micro_tokens), total
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
@@ -505,7 +469,7 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
     tokens = torch.tensor(tokens, device=device)  # [row]
     hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [row, D]
     flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature,
-                         entropy_grad=entropy_grad)
+                               entropy_grad=entropy_grad)
     lengths = [len(s.tokens) for s in sequences]
     logprobs, entropy = (pad_sequence(x.split(lengths), batch_first=True) for x in flat)  # [B, T]
     lengths = torch.tensor([len(s.tokens) * s.counts for s in sequences], device=device)  # [B]
@@ -513,48 +477,55 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
     return logprobs, entropy, mask
 
 
+def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
+    """policy_loss of one packed row: (loss, stats); old_logprobs None: those of this pass."""
+    logprobs, entropy, mask = row_logprobs(params, config, row, args.temperature,
+                                           args.checkpointing, args.entropy_bonus != 0)  # [B, T]
+    if old_logprobs is None:  # on policy: no rounding can be clipped
+        old_logprobs = logprobs.detach()
+    new = logprobs.new_tensor
+    sequences = [s for _, piece in row for s in piece]
+    sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
+    mismatch = (old_logprobs - sampled) * mask  # [B, T]
+    loss, stats = policy_loss(
+        logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
+        loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
+        max_completion_tokens=args.max_new_tokens, bonus=args.entropy_bonus * entropy,
+        weights=mismatch.exp().clamp(max=args.sampler_cap))
+    return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
+                          "entropy": (entropy.detach() * mask).sum()}
+
+
 def update(policy, ref_params, optimizer, rows, total, lr, args):
     """--updates optimizer steps on this process's rows.
 
-    Returns sums of statistics, with "grad_norm" of the last step and the number of steps "skipped".
+    Returns sums of policy_loss's statistics over the tokens of all processes, with "grad_norm" of
+    the last step and the number of steps "skipped".
     """
     params, config, *_ = policy
     settings = (args.temperature, args.checkpointing)
-    start = time.perf_counter()
-    old, ref = [None] * len(rows), [None] * len(rows)
+    old = ref = [None] * len(rows)
     with torch.no_grad():
         if args.beta:
             ref = [row_logprobs(ref_params, config, row, *settings)[0] for row in rows]
         if args.updates > 1:
             old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
-    sums = Counter(score_s=time.perf_counter() - start)
+    own = Counter()  # of tensors, so that the device is not waited for
+    skipped = 0
     for _ in range(args.updates):
         for row, old_logprobs, ref_logprobs in zip(rows, old, ref):
-            sequences = [s for _, piece in row for s in piece]
-            logprobs, entropy, mask = row_logprobs(params, config, row, *settings,
-                                                   entropy_grad=args.entropy_bonus != 0)  # [B, T]
-            if old_logprobs is None:  # on policy: no rounding can be clipped
-                old_logprobs = logprobs.detach()
-            new = logprobs.new_tensor
-            sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
-            mismatch = (old_logprobs - sampled) * mask  # [B, T]
-            advantages = new([s.advantage for s in sequences])  # [B]
-            loss, stats = policy_loss(
-                logprobs, old_logprobs, ref_logprobs, advantages, mask, loss=args.loss,
-                level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-                clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
-                max_completion_tokens=args.max_new_tokens,
-                weights=mismatch.exp().clamp(max=args.sampler_cap),
-                bonus=args.entropy_bonus * entropy if args.entropy_bonus else None)
+            loss, stats = row_loss(params, config, row, old_logprobs, ref_logprobs, total, args)
             loss.backward()
-            stats |= {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
-                      "entropy": (entropy.detach() * mask).sum()}
-            sums.update({name: value.item() for name, value in stats.items()})
-            sums["mismatch_max"] = max(sums["mismatch_max"], mismatch.abs().max().item())
-        stats = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
-                                     weight_decay=args.weight_decay)
-        sums["grad_norm"] = stats["grad_norm"]
-        sums["skipped"] += stats["skipped"]
+            own.update(stats)
+        norms = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
+                               weight_decay=args.weight_decay)
+        skipped += norms["skipped"]
+    sums = Counter()
+    for share in gather_objects({name: value.item() for name, value in own.items()}):
+        sums.update(share)
+    sums["grad_norm"] = norms["grad_norm"]
+    sums["skipped"] = skipped
     return sums
 
 
@@ -571,133 +542,89 @@ SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
 
-def count_completions(groups):
-    """Sums over this process's completions, of which step_metrics makes means."""
-    sums = Counter(groups=len(groups), spread=sum(map(has_spread, groups)))
+def step_metrics(groups, learned, args):
+    """What a step's groups and its update were like. learned: from update."""
+    rows = []  # of a completion each
     for g in groups:
         for i, completion in enumerate(g.completions):
-            right = g.right[i] is True
-            length = len(completion.tokens)
-            sums.update({
-                "completions": 1, "reward": g.rewards[i], "accuracy": right, "length": length,
-                "length_right": length * right, "truncated": completion.finish != "stop",
-                "undecided": g.right[i] is None,
+            rows.append({
+                "reward": g.rewards[i], "accuracy": g.right[i] is True,
+                "undecided": g.right[i] is None, "length": len(completion.tokens),
+                "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
-            sums.update({f"reward_{name}": values[i] for name, values in g.parts.items()})
-    return sums
-
-
-def step_metrics(groups, learned, args, rollout_s, update_s):
-    """What a step's rollouts and update were like, over all processes. learned: from update."""
-    own = count_completions(groups)
-    own.update(learned)
-    shares = gather_objects(own)
-    s = Counter()
-    for share in shares:
-        s.update(share)
-    n, tokens, sampled = max(1, s["completions"]), max(1, s["tokens"]), s["length"]
-    means = ["reward", "accuracy", "length", "truncated", "undecided", "second_thoughts"]
-    means += [name for name in s if name.startswith("reward_")]
-    per_token = ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch")
-    metrics = {name: s[name] / n for name in means}
-    metrics |= {name: s[name] / tokens for name in per_token}
-    score_s = learned["score_s"]
+            rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
+    metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    for name, right in (("length_right", True), ("length_wrong", False)):
+        lengths = [row["length"] for row in rows if row["accuracy"] == right]
+        metrics[name] = fmean(lengths) if lengths else 0.0
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch"):
+        metrics[name] = learned[name] / max(1, learned["tokens"])
     return metrics | {
-        "length_right": s["length_right"] / max(1, s["accuracy"]),
-        "length_wrong": (sampled - s["length_right"]) / max(1, n - s["accuracy"]),
-        "no_spread": 1 - s["spread"] / max(1, s["groups"]), "loss": s["loss"] / args.updates,
-        "mismatch_max": max(share["mismatch_max"] for share in shares),
-        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"], "rollout_s": rollout_s,
-        "score_s": score_s, "update_s": update_s - score_s,
-        "tokens_per_s": sampled / (rollout_s + update_s),
-        "sampled_tokens_per_s": sampled / rollout_s,
-        "learned_tokens_per_s": s["tokens"] / update_s}
+        "no_spread": fmean(not has_spread(g) for g in groups),
+        "loss": learned["loss"] / args.updates,
+        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
 
 
-def answer_greedily(policy, problems, args, preset=None):
-    """A Group of one greedy completion for each problem, all of them on every process."""
-    rank, world = rank_and_world()
-    mine = list(enumerate(problems))[rank::world]
-    return gather_groups(roll_out(policy, mine, args, preset=preset, greedy=True))
-
-
-def sample_records(groups, kind):
+def sample_records(groups, kind, tokenizer):
     """Groups, whole, as samples.jsonl holds them."""
-    return [
-        {"kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
-         "prompt": g.prompt, "completions": [
-             {"text": g.texts[i], "tokens": c.tokens, "logprobs": [round(x, 4) for x in c.logprobs],
-              "rewards": {name: values[i] for name, values in g.parts.items()},
-              "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
-              "right": g.right[i], "finish": c.finish} for i, c in enumerate(g.completions)]}
-        for g in groups]
+    records = []
+    for g in groups:
+        completions = []
+        for i, c in enumerate(g.completions):
+            completions.append({
+                "text": g.texts[i], "tokens": c.tokens,
+                "logprobs": [round(x, 4) for x in c.logprobs],
+                "rewards": {name: values[i] for name, values in g.parts.items()},
+                "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
+                "right": g.right[i], "finish": c.finish})
+        records.append({
+            "kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
+            "prompt": tokenizer.decode(g.prompt, skip_special_tokens=False),
+            "completions": completions})
+    return records
 
 
-def log_evaluation(policy, dev, groups, args, run, step, reward_fn):
+def evaluate(policy, dev, groups, args, run, step):
     """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
-    answered = answer_greedily(policy, dev, args)
-    rolled_out = gather_groups(groups[:4])[:4]
-    held_out = list(map(reward_fn, answered[:8]))
-    optim.log_samples(run, step, sample_records(rolled_out, "rollout")
-                      + sample_records(held_out, "held_out"))
+    answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
+    optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
+                      + sample_records(answered[:8], "held_out", policy.tokenizer))
     return fmean(g.right[0] is True for g in answered)
 
 
-def warn(metrics, extra, args):
-    """Count the updates that were skipped running in `extra`; ValueError for the third."""
-    if metrics["truncated"] > 0.5:
-        optim.say("more than half of the completions were cut off at --max-new-tokens "
-                  f"{args.max_new_tokens}: they earn nothing and teach little; raise it")
-    extra["failures"] = extra["failures"] + metrics["skipped"] if metrics["skipped"] else 0
-    if extra["failures"] >= 3:
-        raise ValueError(f"the gradient was not finite in {extra['failures']} updates running, "
-                         "which were skipped; start another --run-dir from the last checkpoint, "
-                         f"with --lr below {args.lr:g} or --dtype float32")
-
-
-def measure_test(policy, problems, args, rows, method, preset=None):
-    """Add a row to `rows`, of which results.md is made: the accuracy on the test split."""
-    groups = answer_greedily(policy, problems, args, preset)
+def measure_test(policy, test, args, run, rows, method, preset=None):
+    """Add the accuracy on the test split to `rows`, and write these as results.md."""
+    if not test:
+        return
+    groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
     accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
-
-
-def write_results(run, rows):
-    """results.md: one row per measurement on the test split. Process 0 only."""
-    if run.rank == 0 and rows:
-        head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
-        text = markdown(head, [
-            [r["method"], str(r["n"]), percent(r["accuracy"], r["low"], r["high"]),
-             f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows])
-        (run.dir / "results.md").write_text(text + "\n", encoding="utf-8")
-        print(text, flush=True)
-
-
-def measure_before(policy, problems, args, run, rows):
-    """What the model answers before training, and when it is asked to think step by step."""
-    measure_test(policy, problems, args, rows, "before")
-    if args.prompt != "cot":
-        measure_test(policy, problems, args, rows, "before, asked to think step by step", "cot")
-    write_results(run, rows)
+    head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
+    lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
+              f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
+    if run.rank == 0:
+        optim.write_whole(run.dir / "results.md", markdown(head, lines))
+        print(markdown(head, lines), flush=True)
 
 
 # ------------------------------------------------------------ the run
 
 
-def memory_plan(config, args, lora_rank, world=1, device="cpu", prompt=200):
+def memory_plan(config, args, world=1, device="cpu", prompt=200):
     """optim.plan_memory of a run. prompt: tokens of a problem; of GSM8K's, with template, 200."""
     groups = math.ceil(args.prompts / world)
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     slots = cache_slots(rows, args.group, prompt, args.max_new_tokens, device == "cpu")
-    load = optim.Load(
-        prompt, args.max_new_tokens, min(max(args.micro_tokens, longest), in_all), rows, slots,
-        lora_rank, args.checkpointing, reference=args.beta > 0, offload=args.offload)
-    return optim.plan_memory(config, load, optim.compute_dtype(args.dtype, device), device, world)
+    return optim.plan_memory(
+        config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
+        row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
+        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=args.beta > 0,
+        offload=args.offload)
 
 
 def fill_defaults(args, config):
@@ -705,16 +632,18 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
+    parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
     if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
         raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
                          f"{args.clip_high}")
-    for name, value in (TINY if model.is_tiny(config) else OTHERS).items():
+    defaults = dict(TINY if model.is_tiny(config) else OTHERS)
+    if args.epochs:
+        del defaults["steps"]
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.epochs:
-        args.steps = None
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 
@@ -724,35 +653,28 @@ def settle_flags(args, config):
     Writes into `args`. Raises ValueError for flags that contradict each other, and when neither
     all weights nor an adapter can be trained in the memory.
     """
-    fill_defaults(args, config)
-    device = optim.find_device(args.device)
+    device = optim.find_device(args.device).type
     world = max(rank_and_world()[1], args.processes or 1)
     there = optim.memory_there(device, world)
-    ranks = (0, LORA_RANK) if args.lora_rank is None else (args.lora_rank,)
-    for lora_rank in ranks:
-        plan = memory_plan(config, args, lora_rank, world, device.type)
-        peak = max(optim.plan_peaks(plan))
-        if peak <= there:
-            break
-    if len(ranks) > 1 and peak > there:
-        raise ValueError(
-            f"not even an adapter of rank {LORA_RANK} can be trained: it takes {peak:.1f} GiB, and "
-            f"there are {there:.1f}. `python bench.py plan --model {args.model}` lists the parts; "
-            "try a smaller --micro-tokens or --max-batch, or more GPUs")
-    args.lora_rank = lora_rank
-    if args.lr is None:
-        args.lr = TINY_LR if model.is_tiny(config) else LR
-        if lora_rank:
-            args.lr = LORA_LR
+    lr = args.lr
+    fill_defaults(args, config)
+    plan = memory_plan(config, args, world, device)
+    if args.lora_rank is None and plan.peak > there:
+        args.lora_rank = LORA_RANK
+        plan = memory_plan(config, args, world, device)
+        if plan.peak > there:
+            raise ValueError(
+                f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} "
+                f"GiB, and there are {there:.1f}. Try a smaller --micro-tokens or --max-batch, or "
+                f"more GPUs; `python bench.py plan --model {args.model}` shows what they save")
+    trained = "all weights"
+    args.lora_rank = args.lora_rank or 0
+    if args.lora_rank:
+        trained = f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights)"
+        args.lr = lr or LORA_LR
+    optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
-        shared = plan["throughout"]["weights"] if lora_rank else 0.0
-        args.processes = optim.default_processes(args.device, peak - shared, shared)
-        world = max(world, args.processes)
-        plan = memory_plan(config, args, lora_rank, world, device.type)
-    trained = f"an adapter of rank {lora_rank}" if lora_rank else "all weights"
-    way_out = " (--lora-rank 0: all weights)" if lora_rank and len(ranks) > 1 else ""
-    memory = optim.plan_line(plan, optim.memory_there(device, args.processes), world)
-    optim.say(f"training {trained}{way_out}: about {memory}")
+        args.processes = optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 def drop_long_prompts(problems, policy, args):
@@ -778,14 +700,6 @@ def count_steps(args, num_problems):
     return args.steps or math.ceil(epochs * epoch), ends
 
 
-def load_base(model_dir, args):
-    """The weights that training starts from: frozen under an adapter, else float32 on the CPU."""
-    if not args.lora_rank:
-        return model.load_params(model_dir)
-    device = optim.find_device(args.device)
-    return model.load_params(model_dir, device, optim.compute_dtype(args.dtype, device))
-
-
 def make_trainable(base, config, args, device):
     """(params, reference or None, optimizer). An adapter's reference is the base, for free."""
     if args.lora_rank:
@@ -798,9 +712,27 @@ def make_trainable(base, config, args, device):
     return params, reference, optimizer
 
 
+def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
+    """One step of the algorithm: (its groups, metrics)."""
+    start = time.perf_counter()
+    groups = roll_out_step(policy, problems, step, args)
+    groups = with_advantages(groups, args.scale)
+    rolled = time.perf_counter()
+    rows, total = training_rows(groups, args)
+    learned = Counter()
+    if total:
+        learned = update(policy, ref_params, optimizer, rows, total, lr, args)
+    updated = time.perf_counter()
+    metrics = step_metrics(groups, learned, args)
+    peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
+    num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
+    return groups, metrics | {
+        "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
+        "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
+
+
 def main(args):
     config = model.load_config(model.resolve_model(args.model, config_only=True))
-    reward_fn = functools.partial(reward_group, coefficients=parse_rewards(args.reward))
     settle_flags(args, config)
     optim.check_run_dir(args)
     path = model.resolve_model(args.model)
@@ -810,61 +742,57 @@ def main(args):
     dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
     num_problems = sum(map(len, sets))
     steps, epoch_ends = count_steps(args, num_problems)
-
-    base = load_base(path, args)  # before this process forks: frozen weights are shared
+    if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
+        device = optim.find_device(args.device)
+        base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
+    else:
+        base = model.load_params(path)
     _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params)
-    state = {"step": 0, "best_step": None,
-             "extra": {"best": -1.0, "taken": 0, "failures": 0, "rows": []}}
-    if checkpoint:
-        state = optim.load_checkpoint(checkpoint, optimizer)
-    best_step, extra = state["best_step"], state["extra"]
-    problems = problem_order(sets, proportions, args.seed, args.curriculum)
-    problems = itertools.islice(problems, extra["taken"], None)
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
+
+    done, best_step = 0, None
+    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": []}
+    if checkpoint:
+        state = optim.load_checkpoint(checkpoint, optimizer)
+        done, best_step, extra = state["step"], state["best_step"], state["extra"]
+    measure = functools.partial(measure_test, policy, test, args, run, extra["rows"])
     if not checkpoint:
-        log_evaluation(policy, dev[:8], [], args, run, 0, reward_fn)
-    if test and not extra["rows"]:
-        measure_before(policy, test, args, run, extra["rows"])
+        evaluate(policy, dev[:8], [], args, run, 0)
+        measure("before")
+        if args.prompt != "cot":
+            measure("before, asked to think step by step", preset="cot")
+    problems = problem_order(sets, proportions, args.seed, args.curriculum)
+    problems = itertools.islice(problems, extra["taken"], None)
 
     began = time.perf_counter()
     with optim.stop_signals() as stop_requested:
-        for step in range(state["step"] + 1, steps + 1):
-            start = time.perf_counter()
-            groups, taken = gather_rollouts(policy, problems, step, args, reward_fn)
-            groups = with_advantages(groups, args.scale)
-            rolled = time.perf_counter()
-            rows, total = training_rows(groups, args)
+        for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            learned = Counter()
-            if total:
-                learned = update(policy, ref_params, optimizer, rows, total, lr, args)
-            updated = time.perf_counter()
-
-            extra["taken"] += taken
-            metrics = step_metrics(groups, learned, args, rolled - start, updated - rolled) | {
-                "peak_memory_gib": max(gather_objects(optim.peak_memory_gib(device)))}
-            stopping, last = stop_requested(), step == steps
+            groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
+            extra["taken"] += len(groups)
+            last = step == steps
+            stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
             line = STEP_LINE
             if evaluating:
                 line += " | dev accuracy {dev_accuracy:.3f}"
-                accuracy = log_evaluation(policy, dev, groups, args, run, step, reward_fn)
+                accuracy = evaluate(policy, dev, groups, args, run, step)
                 metrics["dev_accuracy"] = accuracy
                 if accuracy > extra["best"]:
-                    extra["best"], best_step = accuracy, step
-            mean_s = (time.perf_counter() - began) / (step - state["step"])
-            place = {"step": step, "steps": steps, "epoch": extra["taken"] / num_problems, "lr": lr,
-                     "left_min": mean_s * (steps - step) / 60}
-            optim.log_step(run, line, place | metrics)
-            warn(metrics, extra, args)
-            if test and (last or step in epoch_ends):
-                method = "after" if last else f"after epoch {epoch_ends[step]}"
-                measure_test(policy, test, args, extra["rows"], method)
+                    extra["best"] = accuracy
+                    best_step = step
+            mean_s = (time.perf_counter() - began) / (step - done)
+            optim.log_step(run, line, metrics | {
+                "steps": steps, "epoch": extra["taken"] / num_problems,
+                "left_min": mean_s * (steps - step) / 60})
+            extra["failures"] = optim.count_failures(extra["failures"], metrics["skipped"], args.lr)
+            if last or step in epoch_ends:
+                measure("after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
                                       args.keep, best_step)
@@ -872,16 +800,9 @@ def main(args):
                 optim.draw_curves(run.dir, CURVES)
             if stopping and not last:
                 return optim.say(f"stopped; go on with: {optim.resume_command()}")
-    write_results(run, extra["rows"])
     optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
               f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"grpo.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # once it learns, Ctrl-C saves
-        sys.exit("grpo.py: interrupted before the first step; there is nothing to save")
+    optim.run_main(main, parse_args)

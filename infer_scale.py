@@ -25,7 +25,7 @@ import eval
 from data.prompts import load_shots
 from eval import maj_at_k, paired, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
 from model import is_tiny
-from optim import HelpFormatter, above, at_least, between, say
+from optim import HelpFormatter, above, at_least, between, run_main, say
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -247,4 +247,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    eval.run_main(main, parse_args)
+    run_main(main, parse_args)

@@ -511,7 +511,7 @@ def config_json(config):
 
 def param_shapes(config):
     """{name: shape} of every tensor of a checkpoint, in the order of the published files."""
-    D, I, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    D, MLP, V = config.hidden_size, config.intermediate_size, config.vocab_size
     KV = config.num_key_value_heads * config.head_dim
     of_layer = {
         "input_layernorm.weight": (D,),
@@ -520,8 +520,8 @@ def param_shapes(config):
         "self_attn.v_proj.weight": (KV, D), "self_attn.v_proj.bias": (KV,),
         "self_attn.o_proj.weight": (D, D),
         "post_attention_layernorm.weight": (D,),
-        "mlp.gate_proj.weight": (I, D), "mlp.up_proj.weight": (I, D),
-        "mlp.down_proj.weight": (D, I)}
+        "mlp.gate_proj.weight": (MLP, D), "mlp.up_proj.weight": (MLP, D),
+        "mlp.down_proj.weight": (D, MLP)}
     shapes = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}

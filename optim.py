@@ -1,17 +1,5 @@
 """Trains a dict of tensors on one process or many: AdamW, checkpoints that resume exactly, the log.
 
-    rank, world, device = init_distributed(args.device, args.processes or default_processes(...))
-    run, checkpoint = start_run(args)                                   # what --resume goes on from
-    params, optimizer = init_optimizer(load_params(model_dir), device, dtype)
-    done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
-    with stop_signals() as stop_requested:
-        for step in range(done + 1, steps + 1):
-            loss_fn(params).backward()                                  # once per micro-batch
-            stats = optimizer_step(optimizer, learning_rate(step, steps, args.lr, args.warmup))
-            log_step(run, "step {step} | loss {loss:.3f} nat", {"step": step, ...} | stats)
-            if stop_requested() or step % args.save_every == 0:
-                save_checkpoint(run.dir, step, params, config, model_dir, optimizer, extra={})
-
 Parameters are views into one flat buffer. Gradients are summed in a second and reduce-scattered;
 each process holds the float32 master and the Adam moments of its shard; the updated buffer is
 all-gathered in place (ZeRO, arXiv:1910.02054). One process runs the same code as a world of one.
@@ -21,6 +9,7 @@ import argparse
 import atexit
 import ctypes
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -46,8 +35,10 @@ from model import head_slice, param_shapes, read_json, save_model
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products round alike
 SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU's cache
-FREE_FLAGS = {  # may change on --resume
-    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps"}
+STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
+NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
+FREE_FLAGS = (  # may change on --resume
+    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps")
 
 # ------------------------------------------------------------ flags
 
@@ -65,17 +56,14 @@ def bounded(kind, fits, expected):
 
 
 def at_least(low):
-    """An argparse type: low or more; integers when `low` is one."""
     return bounded(type(low), lambda value: value >= low, f"at least {low}")
 
 
 def above(low):
-    """An argparse type: more than low; integers when `low` is one."""
     return bounded(type(low), lambda value: value > low, f"more than {low}")
 
 
 def between(low, high):
-    """An argparse type: from low to high, both included; integers when `low` is one."""
     return bounded(type(low), lambda value: low <= value <= high, f"{low} to {high}")
 
 
@@ -101,8 +89,8 @@ def add_device_flags(parser):
     add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
-    add("--processes", type=at_least(1), help="fork into so many of one thread each, on a CPU "
-        "under Linux (default: one per core, at most 8 and as many as memory holds)")
+    add("--processes", type=at_least(1), help="forks of one thread each, on a CPU under Linux "
+        "(default: one per core, at most 8 and as many as memory holds)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
@@ -120,10 +108,9 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of "
-                       "--run-dir, with the run's own flags; from the start when there is none yet")
-    again.add_argument("--overwrite", action="store_true", help="delete the run in --run-dir first")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    add("--overwrite", action="store_true", help="delete the run in --run-dir first")
 
 
 def parse_train_args(parser, argv=None):
@@ -135,6 +122,19 @@ def parse_train_args(parser, argv=None):
         parser.set_defaults(**flags | {"run_dir": args.run_dir})
         args = parser.parse_args(argv)
     return args
+
+
+def run_main(main, parse_args):
+    """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
+    try:
+        main(parse_args())
+    except (ValueError, FileNotFoundError) as error:
+        if rank_and_world()[0] > 0:
+            time.sleep(2)  # if process 0 fails for the same reason, this one is over before
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
 
 
 # ------------------------------------------------------------ processes
@@ -156,7 +156,7 @@ def find_device(name):
     found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not found:
         raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
-    index = int(os.environ["LOCAL_RANK"] if rank_and_world()[1] > 1 else found[1] or 0)
+    index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
                          "pass --device cpu")
@@ -178,9 +178,8 @@ def default_processes(device, gib_each, gib_shared=0.0):
 def init_distributed(device="auto", processes=1):
     """(rank, world, device), the process group set up: torchrun's, or forks of this process.
 
-    device: as for find_device. processes: how many to become without torchrun, on a CPU under
-    Linux. What was loaded before, such as frozen weights, they share. A process that fails says
-    why and leaves at once; the others follow.
+    device: as for find_device. processes: how many to become without torchrun. They share what was
+    loaded before, such as frozen weights. When one fails, all end.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -209,43 +208,36 @@ def fork_into(count):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
-    parent, rank, forks = os.getpid(), 0, []
+    parent = os.getpid()
+    rank = 0
+    forks = []
     while rank == 0 and len(forks) < count - 1:
         forks.append(os.fork())
         if forks[-1] == 0:
-            end_with_parent(parent)
-            rank, forks = len(forks), []
+            rank = len(forks)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:  # it had ended before
+                os._exit(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "TOKENIZERS_PARALLELISM": "false"}  # the tokenizer's threads are not forked
     torch.set_num_threads(1)
-    return forks
-
-
-def end_with_parent(parent):
-    """Called in a fork of process `parent`, under Linux: it is killed when the parent ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it had ended before
-        os._exit(1)
+    return forks if rank == 0 else []
 
 
 def leave_at_once(forks, kind, error, trace):
-    """The excepthook of one process among many, without the clean-up that could wait for ever.
-
-    Those that only lost a peer wait to be ended: the first error is the one to read.
-    """
+    """The excepthook of one process among many, without the clean-up that could wait for ever."""
+    rank, world = rank_and_world()
     text = "".join(traceback.format_exception(kind, error, trace))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        time.sleep(5)
-        cause = str(error).splitlines()[0]
-        text = f"it lost another process, whose error is the one to read ({cause})\n"
-        for rank, fork in enumerate(forks, 1):
+        time.sleep(5)  # the process that failed first ends this one, when its error is shown
+        text = f"it lost another process, whose error is the one to read: {error}\n"
+        for number, fork in enumerate(forks, 1):
             gone, status = os.waitpid(fork, os.WNOHANG)
             if gone and os.WIFSIGNALED(status):
-                text = (f"process {rank} was ended by signal {os.WTERMSIG(status)}; 9 often means "
-                        "that memory ran out\n")
-    rank, world = rank_and_world()
+                text = (f"process {number} was ended by signal {os.WTERMSIG(status)}; 9 often "
+                        "means that memory ran out\n")
     sys.stdout.flush()
     sys.stderr.write(f"process {rank} of {world} failed: {text}")
     sys.stderr.flush()
@@ -310,84 +302,73 @@ def peak_memory_gib(device):
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-class Load(NamedTuple):
-    """What a run asks of one process, as far as memory is concerned."""
-    prompt: int  # tokens of a problem, chat template included
-    completion: int  # tokens, the most
-    row_tokens: int  # of a packed row of training
-    rows: int  # that decode at once
-    cache_slots: int  # that their keys and values take
-    lora_rank: int = 0  # 0: all weights are trained
-    checkpointing: bool = True
-    reference: bool = False  # a frozen copy is held for a KL divergence
-    offload: bool = False
+class MemoryPlan(NamedTuple):
+    """What each process of a run needs, in GiB."""
+    update: float
+    rollouts: float
+    shared: float  # of both: frozen weights, which forks share
+
+    @property
+    def peak(self):
+        return max(self.update, self.rollouts)
 
 
-def plan_memory(config, load, dtype, device="cpu", world=1):
-    """What a run needs at most on each device, part by part, in GiB, before it starts.
+def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, rows, cache_slots,
+                lora_rank=0, checkpointing=True, reference=False, offload=False):
+    """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
-    Returns {"throughout": {part: GiB}, "update": ..., "rollouts": ..., "host": ...}. The update and
-    the rollouts take turns: the peak is what is held throughout and the larger of the two. "host":
-    of each process, beside its GPU. Completions are taken to be as long as they may be.
+    longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
+    that decode at once. cache_slots: that they take. reference: a frozen copy is held.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
-    Q = config.num_attention_heads * config.head_dim
-    KV = config.num_key_value_heads * config.head_dim
-    L, size, tokens = config.num_hidden_layers, dtype.itemsize, load.row_tokens
-    on_gpu, tied, rank = device == "cuda", config.tie_word_embeddings, load.lora_rank
+    L, size = config.num_hidden_layers, dtype.itemsize
+    on_gpu = torch.device(device).type == "cuda"
     shapes = param_shapes(config)
     weights = sum(map(math.prod, shapes.values()))
     trained = weights
-    if rank:
-        trained = rank * sum(sum(shape) for name, shape in shapes.items() if "proj.weight" in name)
-    has_masters = not rank and (size < 4 or load.offload)  # what is float32 is its own master
-    throughout = {
-        "weights": size * weights, "adapter": 4 * trained * bool(rank), "gradients": 4 * trained,
-        "reference": size * weights * (load.reference and not rank)}
-    host = {"weights in float32, while they are loaded": 4 * weights * (on_gpu and not rank)}
-    state = host if load.offload and on_gpu else throughout
-    state["masters and Adam's moments"] = (8 + 4 * has_masters) * trained / world
+    if lora_rank:
+        linears = [shape for name, shape in shapes.items() if "proj.weight" in name]
+        trained = lora_rank * sum(map(sum, linears))
 
-    # bytes that autograd keeps of a token and layer, in the order of model.block
-    inputs = 4 * (5 * D + Q + width) if rank else size * (2 * D + Q + width)  # adapters: float32
-    seen = load.prompt + load.completion
-    copied = 2 * seen / load.completion  # keys and values of the prompt, a completion's share
-    attention = size * (Q + (2 + copied) * KV + config.num_attention_heads * seen)
-    if on_gpu:  # a fused kernel keeps what it is given and what it returns, and no scores
-        attention = size * ((3 + copied) * Q + 2 * KV)
-    layer = 2 * size * D + inputs + attention + 3 * size * width
-    kept, again = (size * D, layer) if load.checkpointing else (layer, 0)
-    head = (8 + size) * V * min(tokens, head_slice(V, device)) + (4 + size) * V * D * (not rank)
-    in_layers = weights - V * D * (2 - tied)
-    update = {
-        "activations": tokens * L * kept,
-        "gradient of the embedding": size * V * D * (tied and not rank),
-        "the head, or one layer, backward": max(head, tokens * (2 * size * width + again))}
-    rollouts = {
-        "the sampler's weights": size * (in_layers * bool(rank) if on_gpu else in_layers + V * D),
-        "key/value cache": 2 * size * L * KV * load.cache_slots,
-        "logits of a step": load.rows * V * (12 + size)}
-    plan = {"throughout": throughout, "update": update, "rollouts": rollouts, "host": host}
-    plan = {when: {name: n / 2**30 for name, n in parts.items()} for when, parts in plan.items()}
-    plan["throughout"]["libraries and fragmentation"] = ALLOWANCE_GIB[device]
-    return plan
+    held = size * weights + 4 * trained  # and gradients
+    if lora_rank:
+        held += 4 * trained  # the adapter itself
+    elif reference:
+        held += size * weights
+    if not (offload and on_gpu):  # moments, and masters of what is not float32
+        held += (12 if size < 4 and not lora_rank else 8) * trained / world
 
+    layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
+    if lora_rank:
+        layer += 4 * (5 * D + width)  # float32 inputs of the adapter
+    if not on_gpu:  # a fused kernel keeps no scores
+        layer += size * config.num_attention_heads * longest
+    head = (8 + size) * V * min(row_tokens, head_slice(V, device))
+    if not lora_rank:
+        head += (4 + 3 * size) * V * D  # the gradient of the embedding, and what it is made of
+    again = 2 * size * width  # what the backward pass of one layer holds
+    if checkpointing:
+        again += layer
+        layer = size * D
+    update = held + row_tokens * L * layer + max(head, row_tokens * again)
 
-def plan_peaks(plan):
-    """(GiB at the update's peak, GiB at the rollouts' peak) of plan_memory's parts."""
-    throughout, update, rollouts, _ = (sum(parts.values()) for parts in plan.values())
-    return throughout + update, throughout + rollouts
+    rollouts = held + rows * V * (12 + size)  # logits
+    rollouts += 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
+    if lora_rank or not on_gpu:
+        rollouts += size * weights  # the sampler's, merged or packed
+    allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
+    shared = size * weights if lora_rank else 0
+    return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)
 
 
-def plan_line(plan, there, world=1):
+def plan_line(plan, there):
     """What a plan comes to, with a warning when it exceeds the GiB that are there."""
-    update, rollouts = plan_peaks(plan)
-    line = (f"{update:.1f} GiB in the update, {rollouts:.1f} in the rollouts, of {there:.1f} GiB "
-            f"for each of {world} processes")
-    if max(update, rollouts) > there:
+    line = (f"about {plan.update:.1f} GiB in the update, {plan.rollouts:.1f} in the rollouts, "
+            f"of {there:.1f} GiB")
+    if plan.peak > there:
         line += ("\nwarning: that is more than there is; what helps: --checkpointing, a smaller "
                  "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more "
-                 "GPUs; `bench.py plan` lists the parts")
+                 "GPUs")
     return line
 
 
@@ -509,31 +490,30 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
     return {"grad_norm": norm, "skipped": int(not math.isfinite(norm))}
 
 
+def count_failures(failures, skipped, lr):
+    """Updates skipped running, this step's included; ValueError for the third."""
+    failures = failures + skipped if skipped else 0
+    if failures >= 3:
+        raise ValueError(f"the gradient was not finite in {failures} updates running, which were "
+                         "skipped; start another --run-dir from the last checkpoint, with --lr "
+                         f"below {lr:g} or --dtype float32")
+    return failures
+
+
 # ------------------------------------------------------------ files
-
-
-def sync(path):
-    """What was written to a file, or the names in a directory, are on the disk on return."""
-    if os.name == "nt":  # opens no directory, and syncs only what is open for writing
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_whole(path, text):
     """Write a small file, or replace it, at a stroke."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    sync(partial)
     os.replace(partial, path)
 
 
 def remove_whole(path):
     """Delete a directory so that a kill in between leaves no half of it under its name."""
     doomed = path.with_name(path.name + ".deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
@@ -553,7 +533,9 @@ def disk_errors(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        there = next(p for p in Path(path).resolve().parents if p.is_dir())
+        for partial in path.parent.glob(f"{path.name}.*"):
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        there = next(p for p in path.resolve().parents if p.is_dir())
         free = shutil.disk_usage(there).free / 2**30
         raise ValueError(f"{path}: could not be written ({error}); {free:.2f} GiB are free there. "
                          "What was saved before is untouched: make room, then go on with --resume"
@@ -563,15 +545,14 @@ def disk_errors(path):
 # ------------------------------------------------------------ checkpoints
 
 
+def step_of(checkpoint):
+    return int(checkpoint.name[5:])
+
+
 def list_checkpoints(run_dir):
     """A run's checkpoints, the newest last. Half written or deleted ones bear other names."""
     found = Path(run_dir, "checkpoints").glob("step_*")
-    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-
-
-def latest_checkpoint(run_dir):
-    """The newest checkpoint of a run, or None."""
-    return (list_checkpoints(run_dir) or [None])[-1]
+    return sorted((p for p in found if p.name[5:].isdigit()), key=step_of)
 
 
 def shard_name(rank, world):
@@ -581,12 +562,11 @@ def shard_name(rank, world):
 def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None):
     """Write run_dir/checkpoints/step_000100: a model directory, and the trainer's state beside it.
 
-    params, config, like: for save_model; `params | lora` saves a merged model, and the adapter in
-    the state. extra: counters, best score, ..., as JSON; load_checkpoint hands them back.
-    best_step: that of the best checkpoint, perhaps this one, to which `checkpoints/best` points.
-    The new one appears whole or not at all; then all but the best and the last `keep` are deleted.
-    Every process calls this, on a file system that all of them see. Returns the path. Raises
-    ValueError when it cannot be written.
+    params, config, like: for save_model. extra: counters, best score, ..., as JSON, which
+    load_checkpoint hands back. best_step: that of the best checkpoint, perhaps this one, to which
+    `checkpoints/best` points. The new one appears whole or not at all; then all but the best and
+    the last `keep` are deleted. Every process calls this, on a file system that all of them see.
+    Raises ValueError when it cannot be written.
     """
     rank, world = rank_and_world()
     home = Path(run_dir, "checkpoints")
@@ -597,36 +577,27 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                "extra": extra, "world": world, "shard": len(optimizer.master),
                "spans": optimizer.spans}
     with disk_errors(path):
-        try:
-            if rank == 0:
-                home.mkdir(parents=True, exist_ok=True)
-                for left in home.glob("step_*.*"):  # by a process that was killed here
-                    shutil.rmtree(left)
-                save_model(partial, params, config, like)
-                write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
-            gather_objects(None)  # the directory is there
-            state = {name: getattr(optimizer, name).cpu() for name in ("master", "m", "v")}
-            save_file(state, shard)
-            shutil.copymode(partial / "config.json", shard)
-            sync(shard)
-            sums = dict(gather_objects((shard.name, fingerprint(shard))))
-            if rank == 0:
-                others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
-                sums |= {p.name: fingerprint(p) for p in others}
-                write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
-                sync(partial)
-                if path.exists():
-                    remove_whole(path)
-                os.replace(partial, path)
-                sync(home)
-                point_to_best(home, best_step)
-                for old in list_checkpoints(run_dir)[:-keep]:
-                    if best_step is None or int(old.name[5:]) != best_step:
-                        remove_whole(old)
-        except (OSError, SafetensorError):
-            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-            shutil.rmtree(f"{partial}.writing", ignore_errors=True)
-            raise
+        if rank == 0:
+            home.mkdir(parents=True, exist_ok=True)
+            for left in home.glob("step_*.*"):  # by a process that was killed here
+                shutil.rmtree(left)
+            save_model(partial, params, config, like)
+            write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
+        gather_objects(None)  # the directory is there
+        save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
+        shutil.copymode(partial / "config.json", shard)
+        sums = dict(gather_objects((shard.name, fingerprint(shard))))
+        if rank == 0:
+            others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
+            sums |= {p.name: fingerprint(p) for p in others}
+            write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
+            if path.exists():
+                remove_whole(path)
+            os.replace(partial, path)
+            point_to_best(home, best_step)
+            for old in list_checkpoints(run_dir)[:-keep]:
+                if step_of(old) != best_step:
+                    remove_whole(old)
     gather_objects(None)  # it has its name
     return path
 
@@ -640,18 +611,19 @@ def point_to_best(home, best_step):
         os.replace(link, home / "best")
 
 
-def find_damage(path, part=0, parts=1):
-    """What is wrong with a checkpoint, naming the file, or None. Reads every `parts`-th file."""
-    listing = path / "checksums.json"
+def check_files(path, part=0, parts=1):
+    """Raises ValueError, naming the file, when a checkpoint is damaged. Reads each `parts`-th."""
+    damaged = path / "checksums.json"
     try:
-        sums = sorted(json.loads(listing.read_text(encoding="utf-8")).items())
+        sums = sorted(json.loads(damaged.read_text(encoding="utf-8")).items())
         for name, expected in sums[part::parts]:
-            found = fingerprint(path / name)
+            damaged = path / name
+            found = fingerprint(damaged)
             if found != expected:
-                return f"{path / name} is damaged: bytes and CRC-32 {found}, expected {expected}"
+                raise ValueError(f"bytes and CRC-32 are {found}, expected {expected}")
     except (OSError, ValueError, AttributeError) as error:
-        return f"{listing}: {error}"
-    return None
+        raise ValueError(f"{damaged} is damaged: {error}. Remove {path}; then --resume goes on "
+                         "from the checkpoint before it, or from the start") from None
 
 
 def load_checkpoint(path, optimizer):
@@ -662,24 +634,19 @@ def load_checkpoint(path, optimizer):
     """
     path = Path(path)
     rank, world = rank_and_world()
-    damage = find_damage(path, rank, world)
-    if damage:
-        whole = [p for p in list_checkpoints(path.parents[1]) if not find_damage(p)]
-        rest = f"{whole[-1].name}, which is whole" if whole else "the start: no other one is whole"
-        raise ValueError(f"{damage}. Remove {path}; then --resume goes on from {rest}")
+    check_files(path, rank, world)
     trainer = read_json(path / "trainer.json")
     spans = {name: tuple(span) for name, span in trainer["spans"].items()}
-    differing = set(spans.items()) ^ set(optimizer.spans.items())
-    if differing:
-        raise ValueError(f"{path}: holds the state of other parameters than are to be trained "
-                         f"({min(differing)[0]}, ...); resume with the run's model and LoRA rank")
+    if spans != optimizer.spans:
+        raise ValueError(f"{path}: holds the state of other parameters than are to be trained; "
+                         "resume with the run's model and LoRA rank")
     first = rank * len(optimizer.master)
     for index in range(trainer["world"]):
         begin = index * trainer["shard"]
         mine = slice(max(0, begin - first), max(0, begin + trainer["shard"] - first))
         start = max(0, first - begin)
         with safe_open(path / shard_name(index, trainer["world"]), framework="pt") as file:
-            for name in ("master", "m", "v"):
+            for name in STATE:
                 target = getattr(optimizer, name)[mine]
                 if len(target):
                     target.copy_(file.get_slice(name)[start:start + len(target)])
@@ -691,9 +658,6 @@ def load_checkpoint(path, optimizer):
             dist.all_gather_single(optimizer.params, shard)
     if rank == 0:
         point_to_best(path.parent, trainer["best_step"])  # a kill may have come before its link
-        if world != trainer["world"]:
-            print(f"{path} was written by {trainer['world']} processes; on {world}, results will "
-                  "differ by rounding")
     return trainer
 
 
@@ -706,40 +670,31 @@ class Run(NamedTuple):
     wandb: Any = None  # the run of Weights & Biases, on process 0
 
 
-def start_run(args, free_flags=()):
+def start_run(args):
     """Open the directory of a run: (Run, the checkpoint to go on from or None).
 
     Without --resume the directory must be empty, or --overwrite given. With it, the logs are cut
-    back to the checkpoint, so that no step stands in them twice. free_flags: flags of the script,
-    beside FREE_FLAGS, that may change on --resume; ValueError for another that differs from those
-    in flags.json, as the run would not go on as it began. Process 0 writes, the others wait.
+    back to the checkpoint; ValueError for a flag that differs from flags.json and is not one of
+    FREE_FLAGS, as the run would not go on as it began. Process 0 writes, the others wait.
     """
     rank, _ = rank_and_world()
     run_dir = Path(args.run_dir)
-    saved = run_dir / "flags.json"
-    checkpoint = None
+    checkpoint = wandb_run = None
     if rank == 0:
         check_run_dir(args)
-        if args.overwrite:
-            for path in list_checkpoints(run_dir):
-                remove_whole(path)
-            for name in ("checkpoints/best", "curves.png", "results.md", "wandb_id"):
-                (run_dir / name).unlink(missing_ok=True)
-        checkpoint = latest_checkpoint(run_dir)
-        flags = {k: v for k, v in vars(args).items() if k not in ("resume", "overwrite")}
-        flags = json.loads(json.dumps(flags, default=str))  # as they will be read back
+        if args.overwrite and (run_dir / "checkpoints").exists():
+            remove_whole(run_dir / "checkpoints")
+        checkpoint = (list_checkpoints(run_dir) or [None])[-1]
         if args.resume:
             print("resuming from", checkpoint or f"the start: {run_dir} holds no checkpoint")
-        if args.resume and saved.is_file():
-            compare_flags(flags, read_json(saved), checkpoint, FREE_FLAGS.union(free_flags))
-        with disk_errors(saved):
-            run_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_log(run_dir / name, int(checkpoint.name[5:]) if checkpoint else -1)
-            write_whole(saved, json.dumps(flags, indent=1) + "\n")
-        print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
-    checkpoint = gather_objects(checkpoint)[0]
-    return Run(run_dir, rank, start_wandb(args) if args.wandb and rank == 0 else None), checkpoint
+        save_flags(args, run_dir / "flags.json", checkpoint)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_log(run_dir / name, step_of(checkpoint) if checkpoint else -1)
+        if args.wandb:
+            wandb_run = start_wandb(args)
+        if not importlib.util.find_spec("matplotlib"):
+            print("curves.png is not drawn: pip install matplotlib")
+    return Run(run_dir, rank, wandb_run), gather_objects(checkpoint)[0]
 
 
 def check_run_dir(args):
@@ -754,16 +709,23 @@ def check_run_dir(args):
                          "--run-dir takes another directory")
 
 
-def compare_flags(flags, saved, checkpoint, free):
-    """Say which flags differ from the saved ones; ValueError for one that is not free to."""
+def save_flags(args, path, checkpoint):
+    """Print the flags and write them to flags.json; compare them with what stood there before."""
+    flags = {name: value for name, value in vars(args).items() if name not in NO_FLAGS}
+    flags = json.loads(json.dumps(flags, default=str))  # as they will be read back
+    saved = read_json(path) if args.resume and path.is_file() else {}
     for name in flags.keys() & saved.keys():
-        flag, now, before = f"--{name.replace('_', '-')}", flags[name], saved[name]
-        if now != before and checkpoint and name not in free:
-            raise ValueError(f"{flag} is {now}, and the run was started with {before}; leave it "
-                             f"out, or start a new run with --model {checkpoint} and another "
-                             "--run-dir")
-        if now != before:
-            print(f"{flag} is now {now}; it was {before}")
+        flag = f"--{name.replace('_', '-')}"
+        if flags[name] != saved[name]:
+            if checkpoint and name not in FREE_FLAGS:
+                raise ValueError(f"{flag} is {flags[name]}, and the run was started with "
+                                 f"{saved[name]}; leave it out, or start a new run with --model "
+                                 f"{checkpoint} and another --run-dir")
+            print(f"{flag} is now {flags[name]}; it was {saved[name]}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(flags, indent=1) + "\n")
+    print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
 
 
 def start_wandb(args):
@@ -775,7 +737,8 @@ def start_wandb(args):
         raise ValueError("--wandb needs a package: pip install wandb") from None
     known = run_dir / "wandb_id"
     run = wandb.init(project=args.wandb, name=run_dir.name, dir=run_dir, config=vars(args),
-                     resume="allow", id=known.read_text() if known.is_file() else None)
+                     resume="allow",
+                     id=known.read_text() if args.resume and known.is_file() else None)
     write_whole(known, run.id)
     return run
 
@@ -793,22 +756,21 @@ def cut_log(path, step):
     os.replace(partial, path)
 
 
-def append_record(path, record):
+def append_records(path, records):
     with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def log_step(run, line, metrics):
     """Print `line`, a format string over `metrics`, and append `metrics` to metrics.jsonl.
 
     metrics: {"step": int, name: number, ...}; what is not finite becomes null in the file. Log a
-    step before saving its checkpoint: a run killed in between then repeats the step, and its record
-    is not missing. Process 0 only.
+    step before saving its checkpoint, or a kill in between loses its record. Process 0 only.
     """
     if run.rank == 0:
         print(line.format(**metrics), flush=True)
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        append_record(run.dir / "metrics.jsonl", record)
+        append_records(run.dir / "metrics.jsonl", [record])
         if run.wandb:
             run.wandb.log(record, step=metrics["step"])
 
@@ -816,18 +778,14 @@ def log_step(run, line, metrics):
 def log_samples(run, step, samples):
     """Append whole completions, a dict each, to samples.jsonl. Process 0 only."""
     if run.rank == 0:
-        for sample in samples:
-            append_record(run.dir / "samples.jsonl", {"step": step} | sample)
+        append_records(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
 
 
 def draw_curves(run_dir, names=()):
     """Draw metrics.jsonl as curves.png, a panel for each of `names`; none: all. Process 0 only."""
-    if rank_and_world()[0]:
+    if rank_and_world()[0] or not importlib.util.find_spec("matplotlib"):
         return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("curves.png is not drawn: pip install matplotlib")
+    from matplotlib.figure import Figure
     path = Path(run_dir, "curves.png")
     lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -837,8 +795,7 @@ def draw_curves(run_dir, names=()):
         axes = figure.add_subplot(-(-len(names) // 4), 4, place, title=name, xlabel="step")
         points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
         axes.plot(*zip(*points), marker=".")
-    with disk_errors(path):
-        figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------ stopping
@@ -848,9 +805,8 @@ def draw_curves(run_dir, names=()):
 def stop_signals():
     """Inside, Ctrl-C and SIGTERM only ask to stop: yields a function that says whether to.
 
-    It is called at the end of a step, and all processes get the same answer. A second signal quits
-    at once. torchrun passes the first on and kills after 30 s; `torchrun --shutdown-timeout 600`
-    leaves a longer step the time to end.
+    All processes get the same answer. A second signal quits at once. torchrun kills 30 s after
+    the first; `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
     """
     received = []
 

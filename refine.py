@@ -32,7 +32,7 @@ from data.prompts import AGAIN, AGAIN_LONG, ALL_RIGHT, CHECK, CHECK_LONG, PRESET
 from eval import maj_at_k, percent, votes_of
 from generate import completion_text, generate
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from optim import HelpFormatter, at_least, gather_objects, rank_and_world, say
+from optim import HelpFormatter, at_least, gather_objects, rank_and_world, run_main, say
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
@@ -299,4 +299,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    eval.run_main(main, parse_args)
+    run_main(main, parse_args)

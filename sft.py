@@ -30,7 +30,7 @@ import optim
 from data import load_problems
 from data.files import read_rows
 from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate, run_main
+from eval import evaluate
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -254,11 +254,11 @@ def load_examples(args, config, tokenizer, system):
 
 def count_processes(args, config, dtype):
     """What --processes means when it is left out."""
-    load = optim.Load(0, args.max_tokens, args.micro_tokens, 64, cache_slots(
-        64, 1, args.max_tokens, args.max_new_tokens, True), args.lora_rank, args.checkpointing)
-    plan = optim.plan_memory(config, load, dtype)
-    frozen = max(plan["throughout"].values()) if args.lora_rank else 0.0
-    return optim.default_processes(args.device, max(optim.plan_peaks(plan)) - frozen, frozen)
+    slots = cache_slots(64, 1, args.max_tokens, args.max_new_tokens, True)
+    plan = optim.plan_memory(
+        config, dtype, longest=args.max_tokens, row_tokens=args.micro_tokens, rows=64,
+        cache_slots=slots, lora_rank=args.lora_rank, checkpointing=args.checkpointing)
+    return optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 def load_trainable(args, model_dir, config):
@@ -360,11 +360,7 @@ def main(args):
                     best = loss
                     best_step = step
             optim.log_step(run, line, metrics)
-            skipped = skipped + 1 if metrics["skipped"] else 0
-            if skipped == 3:
-                raise ValueError("the gradient was not finite in 3 steps running, which were "
-                                 "skipped; start another --run-dir from the last checkpoint, with "
-                                 f"--lr below {args.lr:g} or --dtype float32")
+            skipped = optim.count_failures(skipped, metrics["skipped"], args.lr)
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
                                       {"best": best}, args.keep, best_step)
@@ -379,4 +375,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args)
+    optim.run_main(main, parse_args)

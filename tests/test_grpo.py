@@ -174,14 +174,9 @@ def test_grpo_advantages():
     assert torch.allclose(a[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
     assert torch.allclose(grpo.group_advantages(rewards, "batch")[0, 0],
                           0.75 / (rewards.std() + 1e-4))
-    for bad in (lambda: grpo.group_advantages(torch.ones(3, 1)),
-                lambda: grpo.group_advantages(rewards, "std")):
-        try:
-            bad()
-        except ValueError as error:
-            assert "expected" in str(error)
-        else:
-            raise AssertionError("no error")
+    for bad in ((torch.ones(3, 1),), (rewards, "std")):
+        with raises(ValueError, "expected"):
+            grpo.group_advantages(*bad)
 
 
 def _group(texts, answers=None, lengths=None, limit=100):
@@ -192,7 +187,7 @@ def _group(texts, answers=None, lengths=None, limit=100):
     lengths = lengths or [len(t) for t in texts]
     completions = [generate.Completion(list(range(n)), [0.0] * n, "stop") for n in lengths]
     right = [verify.accuracy_reward(text, "4") == 1 for text in texts]
-    return grpo.Group(problem, "", texts, completions, right, limit, "think")
+    return grpo.Group(problem, [], texts, completions, right, limit, "think")
 
 
 def test_grpo_worst_right_answer_beats_best_wrong_one():
@@ -207,12 +202,8 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
         bonus = coefficients["format"]
         penalties = sum(coefficients.values()) - coefficients["accuracy"] - bonus
         assert coefficients["accuracy"] - penalties > bonus, coefficients
-    try:
+    with raises(ValueError, "wrong answer"):
         grpo.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
-    except ValueError as error:
-        assert "wrong answer" in str(error)
-    else:
-        raise AssertionError("weights that reward wrong answers were accepted")
     right = "<think>\nla la la la la la 的的的的\n</think>\n\\boxed{4} 的"
     group = _group([right, "<think>\nthought\n</think>\n\\boxed{5}"], lengths=[100, 40])
     group = group._replace(completions=[group.completions[0]._replace(tokens=[7] * 100),
@@ -332,7 +323,7 @@ def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     _, sums = _update(params, config, groups, 10_000)
     assert sums["ratio"] == sums["tokens"] and sums["clipped_low"] == sums["clipped_high"] == 0
-    assert sums["mismatch_max"] < 1e-4
+    assert sums["mismatch"] / sums["tokens"] < 1e-5
     _, sums = _update(params, config, groups, 10_000, updates=3)
     assert abs(sums["ratio"] / sums["tokens"] - 1) > 1e-6
 
@@ -391,8 +382,7 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         out = run("grpo.py", "--run-dir", broken, "--resume")
         assert "resuming from" in out and f"step {steps}/{steps}" in out, out
         assert weights_of(whole, steps) == weights_of(broken, steps)
-        timed = ("rollout_s", "score_s", "update_s", "tokens_per_s", "sampled_tokens_per_s",
-                 "learned_tokens_per_s", "left_min", "peak_memory_gib")
+        timed = ("rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
         logs = [[{k: v for k, v in json.loads(line).items() if k not in timed}
                  for line in open(run / "metrics.jsonl")]
                 for run in (whole, broken)]
@@ -468,37 +458,32 @@ def test_grpo_held_out_problems_are_not_trained_on():
 
 def test_grpo_and_sft_pass_offload_on():
     """--offload was read, printed and saved, and changed nothing."""
+    import sft
+
     config, told = model.load_config(ROOT / "data" / "tiny"), []
 
     def stop(trainable, device="cpu", dtype=None, offload=False):
         told.append(offload)
         raise InterruptedError
 
-    with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "examples.jsonl"
-        data.write_text('{"problem": "1+1", "response": "2"}\n')
-        for rank in ("0", "2"):
-            flags = ["--offload", "--lora-rank", rank, "--run-dir", f"{scratch}/{rank}"]
-            with mock.patch.object(grpo, "init_optimizer", stop), \
-                    mock.patch.object(optim, "init_optimizer", stop):
-                for run in (lambda: grpo.make_trainable({}, config, _args(*flags), "cpu"),
-                            lambda: in_process("sft", "--data", data, "--validation", 0,
-                                               "--processes", 1, *flags)):
-                    try:
-                        run()
-                    except InterruptedError:
-                        pass
+    for rank in (0, 2):
+        args = _args("--offload", "--lora-rank", rank)
+        for script in (grpo, sft):
+            with mock.patch.object(script, "init_optimizer", stop), raises(InterruptedError):
+                if script is grpo:
+                    grpo.make_trainable({}, config, args, "cpu")
+                else:
+                    words = ["--offload", "--lora-rank", str(rank), "--processes", "1"]
+                    args = sft.parse_args(["--data", "none", *words])
+                    sft.load_trainable(args, ROOT / "data" / "tiny", config)
     assert told == [True] * 4
 
 
 def test_grpo_and_sft_help():
     """--help died of a default that is only known with the model."""
-    for script, shown in (("grpo", "0.0005 for a tiny model"), ("sft", "all weights 1e-5")):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            try:
-                __import__(script).parse_args(["--help"])
-            except SystemExit as done:
-                assert done.code == 0
+    for script, shown in (("grpo", "'lr': 0.0005"), ("sft", "all weights 1e-5")):
+        with contextlib.redirect_stdout(io.StringIO()) as out, raises(SystemExit, "0"):
+            __import__(script).parse_args(["--help"])
         assert shown in out.getvalue() and out.getvalue().count("  --lr LR") == 1
 
 
@@ -597,17 +582,17 @@ CONFIG_1_5B = model.Config(151936, 1536, 8960, 28, 12, 2)
 CONFIG_7B = model.Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False)
 
 
-def test_grpo_plan_equals_the_traced_memory_of_an_update():
-    """1.5b with an adapter for 24 GB; four layers of 7b with all weights: a plan within a tenth."""
+def test_grpo_plan_errs_upward_by_a_fifth_at_most():
+    """1.5b with an adapter for 24 GB; four layers of 7b with all weights: as traced, or more."""
     four_layers = CONFIG_7B._replace(num_hidden_layers=4)
     for config, words in ((CONFIG_1_5B, ["--lora-rank", 32]),
                           (four_layers, ["--no-checkpointing", "--lora-rank", 0]),
                           (four_layers, ["--lora-rank", 0])):
         args = _args(*words, "--max-new-tokens", 500, "--group", 8, "--prompts", 4, config=config)
         traced = _traced_peak_gib(config, args)
-        plan = grpo.memory_plan(config, args, args.lora_rank, 1, "cuda", prompt=96)
-        planned = optim.plan_peaks(plan)[0] - optim.ALLOWANCE_GIB["cuda"]
-        assert abs(planned / traced - 1) < 0.1, (words, planned, traced)
+        plan = grpo.memory_plan(config, args, 1, "cuda", prompt=96)
+        planned = plan.update - optim.ALLOWANCE_GIB["cuda"]
+        assert 1.0 <= planned / traced < 1.2, (words, planned, traced)
 
 
 def _settled(config, gib, *words):

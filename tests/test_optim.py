@@ -26,7 +26,7 @@ from tests.common import ROOT, raises
 
 _OPTIM_CONFIG = model.Config(61, 32, 64, 2, 4, 2)
 _OPTIM_SCRIPT = '''  # a training run in small: data and weights follow from (seed, step)
-import argparse, sys, time, torch
+import argparse, optim, sys, time, torch
 from model import Config, init_params, token_logprobs
 from optim import *
 parser = argparse.ArgumentParser()
@@ -35,7 +35,8 @@ parser.add_argument("--fail-at", type=int, default=0)
 args = parse_train_args(parser)
 torch.set_num_threads(1)
 rank, world, device = init_distributed("cpu", args.processes or 1)
-run, checkpoint = start_run(args, free_flags=["fail_at"])
+optim.FREE_FLAGS += ("fail_at",)
+run, checkpoint = start_run(args)
 config = Config(61, 32, 64, 2, 4, 2)
 params, optimizer = init_optimizer(init_params(config, seed=0), device)
 done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
@@ -281,8 +282,7 @@ def test_optim_killed_at_every_write():
             for file in list(Path(path).glob("*"))[:2]:
                 file.unlink()
 
-        points = [(os, "replace", lambda *_: None), (os, "fsync", lambda *_: None),
-                  (shutil, "rmtree", half_removed),
+        points = [(os, "replace", lambda *_: None), (shutil, "rmtree", half_removed),
                   (Path, "write_text", lambda path, *_, **__: path.touch()),
                   (Path, "symlink_to", lambda *_: None),
                   (model, "save_file", lambda _, path, **__: Path(path).write_bytes(b"half")),
@@ -300,8 +300,9 @@ def test_optim_killed_at_every_write():
                     finished = True
                 except _Killed:
                     pass
-            newest = optim.latest_checkpoint(run_dir)
-            assert not any(map(optim.find_damage, optim.list_checkpoints(run_dir))), last
+            newest = optim.list_checkpoints(run_dir)[-1]
+            for checkpoint in optim.list_checkpoints(run_dir):
+                optim.check_files(checkpoint)
             _, loaded = optim.init_optimizer(params)
             optim.load_checkpoint(newest, loaded)
             assert _optim_equal(loaded, old if newest.name == "step_000001" else new), last
@@ -314,7 +315,7 @@ def test_optim_killed_at_every_write():
 
 def test_optim_full_disk():
     full = OSError(errno.ENOSPC, "No space left on device")
-    for owner, name in ((model, "save_file"), (optim, "save_file"), (os, "fsync")):
+    for owner, name in ((model, "save_file"), (optim, "save_file")):
         with _optim_dir() as run_dir:
             params, optimizer = _optim_state(1)
             _optim_save(run_dir, 1, params, optimizer)
@@ -322,11 +323,11 @@ def test_optim_full_disk():
                 with raises(ValueError, "No space left", "GiB", "--resume"):
                     _optim_save(run_dir, 2, params, optimizer)
             assert _names(run_dir / "checkpoints") == ["step_000001"]  # nothing else takes up room
-            assert optim.find_damage(optim.latest_checkpoint(run_dir)) is None
+            optim.check_files(optim.list_checkpoints(run_dir)[-1])
 
 
 def test_optim_damaged_checkpoint():
-    """Each kind of damage names its file and the checkpoint to go on from."""
+    """Each kind of damage names its file and what to remove."""
     def flip(path):  # one bit, which keeps the size and the format
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
@@ -341,13 +342,9 @@ def test_optim_damaged_checkpoint():
                          ("checksums.json", lambda p: p.write_text("[]"))):
         with _optim_dir() as run_dir:
             params, optimizer = _optim_state(1)
-            for step in (1, 2):
-                path = _optim_save(run_dir, step, params, optimizer)
+            path = _optim_save(run_dir, 2, params, optimizer)
             damage(path / name)
-            with raises(ValueError, f"step_000002/{name}", "step_000001, which is whole"):
-                optim.load_checkpoint(path, optimizer)
-            shutil.rmtree(optim.list_checkpoints(run_dir)[0])
-            with raises(ValueError, "the start"):
+            with raises(ValueError, f"step_000002/{name} is damaged", f"Remove {path}"):
                 optim.load_checkpoint(path, optimizer)
 
 
@@ -386,7 +383,7 @@ def test_optim_run_directory():
             assert sum(1 for _ in open(run.dir / "samples.jsonl")) == 4
         assert json.loads((run.dir / "flags.json").read_text())["steps"] == 20
         _, checkpoint = optim.start_run(_optim_args(*flags, "--overwrite"))
-        assert checkpoint is None and not list((run.dir / "checkpoints").iterdir())
+        assert checkpoint is None and not (run.dir / "checkpoints").exists()
         assert not (run.dir / "metrics.jsonl").read_bytes()
         assert (run.dir / "notes.txt").read_text() == "mine"
         (run.dir / "flags.json").unlink()
@@ -458,7 +455,7 @@ def test_optim_killed_and_resumed():
             time.sleep(random.random() * 0.05)
             process.kill()
             process.communicate()
-        assert 1 < int(optim.latest_checkpoint(home / "run").name[5:]) < 12
+        assert 1 < int(optim.list_checkpoints(home / "run")[-1].name[5:]) < 12
         _optim_finish(_optim_command(home, "run", "--save-every", "1", "--resume"))
         _optim_finish(unbroken)
         first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
@@ -476,9 +473,7 @@ def test_optim_many_processes():
                                               processes=3), code=1)
         assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err, err
         assert err.count("failed: Traceback") == 1, err
-        out, _ = _optim_finish(_optim_command(home, "run", "--fail-at", "0", "--resume",
-                                              processes=2))
-        assert "written by 3 processes" in out
+        _optim_finish(_optim_command(home, "run", "--fail-at", "0", "--resume", processes=2))
         _optim_finish(alone)
         one, many = (model.load_params(home / run / "checkpoints" / "step_000012")
                      for run in ("alone", "run"))
