@@ -503,6 +503,15 @@ def count_failures(failures, skipped, lr):
 # ------------------------------------------------------------ files
 
 
+def sync(*paths):
+    """What was written to these files and directories is on the disk when this returns."""
+    for path in paths:
+        with suppress(PermissionError):  # Windows opens no directories
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+
 def write_whole(path, text):
     """Write a small file, or replace it, at a stroke."""
     partial = path.with_name(path.name + ".partial")
@@ -591,9 +600,11 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
             others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
             sums |= {p.name: fingerprint(p) for p in others}
             write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
+            sync(*partial.iterdir(), partial)
             if path.exists():
                 remove_whole(path)
             os.replace(partial, path)
+            sync(home)
             point_to_best(home, best_step)
             for old in list_checkpoints(run_dir)[:-keep]:
                 if step_of(old) != best_step:
