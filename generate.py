@@ -152,32 +152,42 @@ def truncated_draw(probs, noise, top_p, top_k):
 # ------------------------------------------------------------ weights
 
 
+JOINED = {"self_attn.": ("q_proj", "k_proj", "v_proj"), "mlp.": ("gate_proj", "up_proj")}
+
+
 def sampling_params(params, config, dtype=None, device=None, packed=None):
-    """The form of the weights that `generate` runs on: a new dict under the same names.
+    """The form of the weights that `generate` runs on: a new dict, under the same names.
 
     Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the
-    last bit for (almost) any number of rows; `packed` False keeps them. What has its form already
-    is shared with `params`: the second time this costs nothing. Call it again after an update.
+    last bit for (almost) any number of rows, and those of one input are joined, as model.linears
+    knows; `packed` False leaves that out. Weights that stay as they are, are shared with `params`;
+    what is packed already is returned. Call it again after an update.
     """
+    if model.head_weight(params).is_mkldnn:
+        return params
     like = params["model.norm.weight"]
-    dtype = dtype or like.dtype
     device = torch.device(device or like.device)
     if packed is None:
         packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
-
-    def pack(weight):
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
-
+    sources = {name: [name] for name in params if ".lora_" not in name}
+    if packed:
+        sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
+        for layer in range(config.num_hidden_layers):
+            for part, names in JOINED.items():
+                pre = f"model.layers.{layer}.{part}"
+                for kind in (".weight", ".bias"):
+                    found = [pre + name + kind for name in names]
+                    if found[0] in sources:  # the MLP has no biases
+                        sources = {k: v for k, v in sources.items() if k not in found}
+                        sources[pre + "+".join(names) + kind] = found
     form = {}
-    for name, weight in params.items():
-        if ".lora_" in name or weight.is_mkldnn:
-            continue
-        weight = model.merged_weight(params, name).detach().to(device, dtype)
-        matrix = weight.dim() == 2 and name != "model.embed_tokens.weight"
-        form[name] = pack(weight) if packed and matrix else weight
-    form |= {name: weight for name, weight in params.items() if weight.is_mkldnn}
-    if packed and "lm_head.weight" not in form:  # a tied head needs a form of its own
-        form["lm_head.weight"] = pack(form["model.embed_tokens.weight"])
+    for name, parts in sources.items():  # one after the other: never a second copy of all weights
+        parts = [model.merged_weight(params, part).detach() for part in parts]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        weight = weight.to(device, dtype or like.dtype)
+        if packed and weight.dim() == 2 and name != "model.embed_tokens.weight":
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+        form[name] = weight
     return form
 
 

@@ -98,6 +98,13 @@ def linear(params, name, x):
     return out
 
 
+def linears(params, pre, names, sizes, x):
+    """Linear layers of one input: an output of each size. The sampler joins their weights."""
+    if pre + "+".join(names) + ".weight" in params:
+        return linear(params, pre + "+".join(names), x).split(sizes, -1)
+    return [linear(params, pre + name, x) for name in names]
+
+
 def rms_norm(x, weight, eps):
     """x / rms(x) * weight over the last dimension, computed in float32."""
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -139,22 +146,20 @@ def rotate(x, cos, sin):
 
 def block(params, config, layer, x, cos, sin, attend_fn):
     """One transformer layer: x [B, T, D] -> [B, T, D]. The only one: the sampler calls it, too."""
-    B, T, _ = x.shape
+    B, T, D = x.shape
+    KV, MLP = config.num_key_value_heads * config.head_dim, config.intermediate_size
     pre = f"model.layers.{layer}."
 
-    def heads_of(name, h):
-        return linear(params, pre + name, h).view(B, T, -1, config.head_dim).transpose(1, 2)
-
     h = rms_norm(x, params[pre + "input_layernorm.weight"], config.rms_norm_eps)
-    q = rotate(heads_of("self_attn.q_proj", h), cos, sin)  # [B, H, T, head_dim]
-    k = rotate(heads_of("self_attn.k_proj", h), cos, sin)  # [B, K, T, head_dim]
-    v = heads_of("self_attn.v_proj", h)  # [B, K, T, head_dim]
-    out = attend_fn(layer, q, k, v).transpose(1, 2).reshape(B, T, -1)  # [B, T, H * head_dim]
+    qkv = linears(params, pre + "self_attn.", ("q_proj", "k_proj", "v_proj"), (D, KV, KV), h)
+    q, k, v = (part.view(B, T, -1, config.head_dim).transpose(1, 2) for part in qkv)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, head_dim], [B, K, T, head_dim]
+    out = attend_fn(layer, q, k, v).transpose(1, 2).reshape(B, T, D)
     x = x + linear(params, pre + "self_attn.o_proj", out)
 
     h = rms_norm(x, params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate = F.silu(linear(params, pre + "mlp.gate_proj", h))  # [B, T, I]
-    return x + linear(params, pre + "mlp.down_proj", gate * linear(params, pre + "mlp.up_proj", h))
+    gate, up = linears(params, pre + "mlp.", ("gate_proj", "up_proj"), (MLP, MLP), h)  # [B, T, MLP]
+    return x + linear(params, pre + "mlp.down_proj", F.silu(gate) * up)
 
 
 def hidden_states(params, config, tokens, positions=None, attend_fn=causal_attention,
