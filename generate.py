@@ -152,9 +152,6 @@ def truncated_draw(probs, noise, top_p, top_k):
 # ------------------------------------------------------------ weights
 
 
-JOINED = {"self_attn.": ("q_proj", "k_proj", "v_proj"), "mlp.": ("gate_proj", "up_proj")}
-
-
 def sampling_params(params, config, dtype=None, device=None, packed=None):
     """The form of the weights that `generate` runs on: a new dict, under the same names.
 
@@ -173,7 +170,7 @@ def sampling_params(params, config, dtype=None, device=None, packed=None):
     if packed:
         sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
         for layer in range(config.num_hidden_layers):
-            for part, names in JOINED.items():
+            for part, names in model.JOINED.items():
                 pre = f"model.layers.{layer}.{part}"
                 for kind in (".weight", ".bias"):
                     found = [pre + name + kind for name in names]
@@ -345,17 +342,16 @@ def padded_slots(length, on_cpu):
     return -(-(length + 1 + length // 16) // block) * block
 
 
-def cache_slots(rows, group, prompt, completion, on_cpu):
-    """Slots that the cache takes at most, for rows that come `group` to a prompt."""
+def cache_slots(rows, prompts, prompt, completion, on_cpu):
+    """Slots of so many rows and prompts, the longest of `completion` and `prompt` tokens."""
     own = padded_rows(rows, on_cpu) * padded_slots(completion, on_cpu)
-    return own + padded_rows(-(-rows // group), on_cpu) * padded_slots(prompt, on_cpu)
+    return own + padded_rows(prompts, on_cpu) * padded_slots(prompt, on_cpu)
 
 
 def slots_needed(rows, on_cpu):
+    prompts = len({row.prompt_owner for row in rows})
     longest = max(len(row.tokens) for row in rows)
-    own = padded_rows(len(rows), on_cpu) * padded_slots(longest, on_cpu)
-    prompts = padded_rows(len({row.prompt_owner for row in rows}), on_cpu)
-    return own + prompts * padded_slots(max(row.held for row in rows), on_cpu)
+    return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, on_cpu)
 
 
 def schedule(batch, waiting, max_batch, budget):

@@ -619,7 +619,8 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
-    slots = cache_slots(rows, args.group, prompt, args.max_new_tokens, device == "cpu")
+    prompts = math.ceil(rows / args.group)
+    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cpu")
     return optim.plan_memory(
         config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,

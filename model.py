@@ -98,11 +98,16 @@ def linear(params, name, x):
     return out
 
 
-def linears(params, pre, names, sizes, x):
-    """Linear layers of one input: an output of each size. The sampler joins their weights."""
-    if pre + "+".join(names) + ".weight" in params:
-        return linear(params, pre + "+".join(names), x).split(sizes, -1)
-    return [linear(params, pre + name, x) for name in names]
+# layers of one input, whose weights the sampler joins; one that `block` calls alone must leave
+JOINED = {"self_attn.": ("q_proj", "k_proj", "v_proj"), "mlp.": ("gate_proj", "up_proj")}
+
+
+def linears(params, pre, part, sizes, x):
+    """The JOINED layers of a part of layer `pre`: an output of each size."""
+    names = JOINED[part]
+    if pre + part + "+".join(names) + ".weight" in params:
+        return linear(params, pre + part + "+".join(names), x).split(sizes, -1)
+    return [linear(params, pre + part + name, x) for name in names]
 
 
 def rms_norm(x, weight, eps):
@@ -151,14 +156,14 @@ def block(params, config, layer, x, cos, sin, attend_fn):
     pre = f"model.layers.{layer}."
 
     h = rms_norm(x, params[pre + "input_layernorm.weight"], config.rms_norm_eps)
-    qkv = linears(params, pre + "self_attn.", ("q_proj", "k_proj", "v_proj"), (D, KV, KV), h)
+    qkv = linears(params, pre, "self_attn.", (D, KV, KV), h)
     q, k, v = (part.view(B, T, -1, config.head_dim).transpose(1, 2) for part in qkv)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, head_dim], [B, K, T, head_dim]
     out = attend_fn(layer, q, k, v).transpose(1, 2).reshape(B, T, D)
     x = x + linear(params, pre + "self_attn.o_proj", out)
 
     h = rms_norm(x, params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate, up = linears(params, pre + "mlp.", ("gate_proj", "up_proj"), (MLP, MLP), h)  # [B, T, MLP]
+    gate, up = linears(params, pre, "mlp.", (MLP, MLP), h)  # [B, T, MLP] each
     return x + linear(params, pre + "mlp.down_proj", F.silu(gate) * up)
 
 

@@ -254,7 +254,7 @@ def load_examples(args, config, tokenizer, system):
 
 def count_processes(args, config, dtype):
     """What --processes means when it is left out."""
-    slots = cache_slots(64, 1, args.max_tokens, args.max_new_tokens, True)
+    slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, True)
     plan = optim.plan_memory(
         config, dtype, longest=args.max_tokens, row_tokens=args.micro_tokens, rows=64,
         cache_slots=slots, lora_rank=args.lora_rank, checkpointing=args.checkpointing)
