@@ -18,7 +18,9 @@ Where this departs from the GRPO paper, and what undoes it:
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
    --sampler-cap times (truncated importance sampling): 1 but for rounding.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
-Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585.
+Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
+arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
+--reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
 """
 
 import argparse
@@ -53,7 +55,6 @@ LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
 # A problem is asked by itself, and only the box earns the reward.
 PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
 def add_flags(parser):
@@ -77,20 +78,26 @@ def add_flags(parser):
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
         help=f"of {', '.join(REWARDS)}, summed")
+    add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
+        "each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
         "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
-    add("--scale", default="group", choices=("group", "batch", "none"), help="of the advantages: "
-        "by whose standard deviation they are divided")
+    add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
+        "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
-    add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
+    add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
+        "whose bounds are of the probability's change)")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
     add("--beta", type=at_least(0.0), default=0.0, help="of the KL divergence from the start")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
-    add("--sampler-cap", type=at_least(1.0), default=2.0, help="the most that a token counts")
+    add("--sampler-level", default="token", choices=("token", "sequence"), help="where the sampler "
+        "and the trainer disagree: token truncates what a token counts, sequence leaves out the "
+        "whole completion")
+    add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default 2; of sequence 3)")
     add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
@@ -222,98 +229,148 @@ def group_advantages(rewards, scale="group"):
 
     rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
     scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
-    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, or "none" (Dr. GRPO,
-    arXiv:2503.20783). Raises ValueError when G < 2: one alone has no baseline.
+    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, by "none" (Dr. GRPO,
+    arXiv:2503.20783), or by the group's "mean" (MaxRL, arXiv:2602.02710: for rewards of 0 and 1).
+    Raises ValueError when G < 2: one alone has no baseline.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
-    advantages = rewards - rewards.mean(1, keepdim=True)  # [N, G]
+    mean = rewards.mean(1, keepdim=True)  # [N, 1]
+    advantages = rewards - mean  # [N, G]
     if scale == "none":
         return advantages
     if scale == "group":
         return advantages / (rewards.std(1, keepdim=True) + 1e-4)
     if scale == "batch":
         return advantages / (rewards.std() + 1e-4)
-    raise ValueError(f"scale is {scale!r}, expected group, batch or none")
+    if scale == "mean":
+        return advantages / mean.clamp(min=1e-6)  # all wrong: 0 / 1e-6
+    raise ValueError(f"scale is {scale!r}, expected group, batch, none or mean")
+
+
+def ppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291.
+
+    As every objective, it returns of each token what is to grow, and whether it has no gradient as
+    its ratio is too low, or too high: [B, T] each. A: [B, 1], the advantages.
+    """
+    bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(bounded * A, clipped * A)
+    return objective, (ratio < 1 - clip_low) & (A < 0), (ratio > 1 + clip_high) & (A > 0)
+
+
+def cispo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2506.13585, eq. 4: a factor that is clipped from above; every token has a gradient."""
+    high = ratio > 1 + clip_high  # whatever the advantage
+    return ratio.detach().clamp(max=1 + clip_high) * A * logprobs, torch.zeros_like(high), high
+
+
+def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2602.04879, by total variation: the bounds are of the probability, not of its ratio."""
+    moved = logprobs.detach().exp() - old_logprobs.exp()
+    low = (moved < -clip_low) & (A <= 0)
+    high = (moved > clip_high) & (A > 0)
+    return ratio.detach().clamp(max=20) * ~(low | high) * A * logprobs, low, high
+
+
+def sapo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2511.20347: a gate that closes softly, and sooner on what is to become unlikelier."""
+    sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
+    open_everywhere = torch.zeros_like(ratio)
+    gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
+    return gate * A, open_everywhere, open_everywhere
+
+
+LOSSES = {"dapo": ppo, "grpo": ppo, "bnpo": ppo, "dr_grpo": ppo, "cispo": cispo, "dppo": dppo,
+          "sapo": sapo}
 
 
 def kl_divergence(gap, ratio, kl):
     """Estimates of KL(policy || reference) for each token, [B, T].
 
-    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html.
+    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html;
+    k3: GRPO, eq. 4; k3_corrected, whose gradient is unbiased: DeepSeek-V3.2, arXiv:2512.02556.
     """
-    if kl == "k1":
-        return -gap
-    if kl == "k2":
-        return gap.square() / 2
-    k3 = gap.exp() - gap - 1  # GRPO, eq. 4
-    if kl == "k3":
-        return k3
-    if kl == "k3_corrected":  # DeepSeek-V3.2, arXiv:2512.02556: its gradient is unbiased
-        return ratio * k3
-    raise ValueError(f"kl is {kl!r}, expected k1, k2, k3 or k3_corrected")
+    k3 = gap.exp() - gap - 1
+    estimates = {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}
+    if kl not in estimates:
+        raise ValueError(f"kl is {kl!r}, expected one of {', '.join(estimates)}")
+    return estimates[kl]
+
+
+class Total(NamedTuple):
+    """What sums over the completions of an optimizer step are divided by."""
+    loss: int
+    tokens: int
+
+
+def loss_total(loss, lengths, max_completion_tokens):
+    """The Total of completions of these lengths: their number, what they could hold, or tokens."""
+    tokens = sum(lengths)
+    if loss in ("grpo", "sapo"):  # the mean over completions, each the mean over its tokens
+        return Total(len(lengths), tokens)
+    if loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
+        if max_completion_tokens is None:
+            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
+        return Total(len(lengths) * max_completion_tokens, tokens)
+    return Total(tokens, tokens)  # the mean over all tokens (DAPO, eq. 8)
 
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
                 level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
-                max_completion_tokens=None, total=None, weights=None, bonus=0.0):
+                max_completion_tokens=None, total=None, weights=None):
     """The loss whose gradient improves the policy, and what to log of it.
 
     logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
     the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
-    weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
-    objective (entropy). loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO.
-    total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
-    rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
+    loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO. weights: [B, T] or
+    [B, 1], factors of the objective, not of the divergence; or None. total: what the sum is divided
+    by, over the whole optimizer step; None: by loss_total of this call (so "bnpo" is "dapo").
     Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
     """
     if loss not in LOSSES or level not in ("token", "sequence"):
         raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
                          "and token or sequence")
     mask = mask.to(logprobs.dtype)  # [B, T]
-    lengths = mask.sum(1).clamp(min=1)  # [B]
+    lengths = mask.sum(1)  # [B]
     log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
-    token_ratio = log_ratio.exp()  # [B, T]
-    ratio = token_ratio
+    ratio = token_ratio = log_ratio.exp()  # [B, T]
     if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
-        ratio = (log_ratio.sum(1) / lengths).exp()[:, None].expand_as(token_ratio)  # [B, T]
-    A = advantages[:, None]  # [B, 1]
-    if loss == "cispo":  # arXiv:2506.13585, eq. 4: a clipped factor; every token keeps its gradient
-        objective = ratio.detach().clamp(max=1 + clip_high) * A * logprobs  # [B, T]
-    else:  # PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291
-        bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-        objective = torch.minimum(bounded * A, clipped * A)  # [B, T]
+        mean = log_ratio.sum(1) / lengths.clamp(min=1)  # [B]
+        ratio = mean.exp()[:, None].expand_as(token_ratio)  # [B, T]
+    objective, low, high = LOSSES[loss](ratio, logprobs, old_logprobs, advantages[:, None],
+                                        clip_low, clip_high, clip_hard)  # [B, T] each
+    if weights is not None:
+        objective = objective * weights
     divergence = torch.zeros_like(logprobs)  # [B, T]
     if beta:
         gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
         divergence = kl_divergence(gap, token_ratio, kl)
-    per_token = (beta * divergence - objective - bonus) * mask  # [B, T]
-    if weights is not None:
-        per_token = per_token * weights
-    if loss == "grpo":  # arXiv:2402.03300, eq. 3: the mean over tokens, then over completions
-        value = (per_token.sum(1) / lengths).sum() / (total or len(mask))
-    elif loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
-        if max_completion_tokens is None:
-            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
-        value = per_token.sum() / (total or len(mask) * max_completion_tokens)
-    else:  # the mean over all tokens: of the batch (bnpo), of the whole step (DAPO, eq. 8)
-        value = per_token.sum() / (total or mask.sum().clamp(min=1))
-    with torch.no_grad():
-        low = (ratio < 1 - clip_low) & (A < 0)
-        high = (ratio > 1 + clip_high) & (A > 0)
-        if loss == "cispo":  # whatever the advantage, and from above only
-            low, high = torch.zeros_like(low), ratio > 1 + clip_high
-        sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
-        stats = {name: (each * mask).sum() for name, each in sums.items()}
+    per_token = (beta * divergence - objective) * mask  # [B, T]
+    if loss in ("grpo", "sapo"):  # arXiv:2402.03300, eq. 3: first the mean over each completion
+        per_token = per_token / lengths.clamp(min=1)[:, None]
+    if total is None:
+        total = max(1, loss_total(loss, lengths, max_completion_tokens).loss)
+    value = per_token.sum() / total
+    sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
+    stats = {name: (each.detach() * mask).sum() for name, each in sums.items()}
     return value, stats | {"tokens": mask.sum()}
 
 
-def loss_total(loss, lengths, max_completion_tokens):
-    """`total` of policy_loss for an optimizer step over completions of these lengths."""
-    if loss == "grpo":
-        return len(lengths)
-    return len(lengths) * max_completion_tokens if loss == "dr_grpo" else sum(lengths)
+def sampler_weights(log_ratio, cap, level="token"):
+    """How much each token counts as the sampler and the trainer disagree on its probability.
+
+    log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token. "token":
+    the ratio, at most `cap` (truncated importance sampling), [B, T]. "sequence": the ratio of the
+    whole completion, or 0 where that is not from 1 / cap to cap (a sequence mask), [B, 1].
+    They belong on the policy's objective, whose mean over the trainer's samples is what the sampler
+    only estimates. A penalty should hold the policy in every sample, those left out included.
+    """
+    if level == "token":
+        return log_ratio.exp().clamp(max=cap)
+    whole = log_ratio.sum(1, keepdim=True)  # [B, 1]
+    return torch.where(whole.abs() <= math.log(cap), whole.exp(), 0.0)
 
 
 # ------------------------------------------------------------ rollouts
@@ -383,7 +440,17 @@ def roll_out_step(policy, problems, step, args):
     return groups
 
 
-def with_advantages(groups, scale):
+def combined_advantages(parts, coefficients, scale):
+    """GDPO, arXiv:2601.05242: each reward by itself in its group, then their sum over the batch.
+
+    So a reward counts by its coefficient, however little it differs. parts: {name: [N, G]}.
+    """
+    advantages = sum(coefficient * group_advantages(parts[name], scale)
+                     for name, coefficient in coefficients.items())  # [N, G]
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-4)
+
+
+def with_advantages(groups, args):
     """The groups with their advantages.
 
     Those without spread get zeros, and have no part in the deviation of the batch.
@@ -391,8 +458,12 @@ def with_advantages(groups, scale):
     rewards = torch.tensor([g.rewards for g in groups])  # [N, G]
     spread = torch.tensor([has_spread(g) for g in groups])  # [N]
     advantages = torch.zeros_like(rewards)
-    if spread.any():
-        advantages[spread] = group_advantages(rewards[spread], scale)
+    if spread.any() and args.combine == "normalise":
+        parts = {name: torch.tensor([g.parts[name] for g in groups])[spread]
+                 for name in groups[0].parts}
+        advantages[spread] = combined_advantages(parts, parse_rewards(args.reward), args.scale)
+    elif spread.any():
+        advantages[spread] = group_advantages(rewards[spread], args.scale)
     return [g._replace(advantages=row) for g, row in zip(groups, advantages.tolist())]
 
 
@@ -487,13 +558,18 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     sequences = [s for _, piece in row for s in piece]
     sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
     mismatch = (old_logprobs - sampled) * mask  # [B, T]
+    weights = sampler_weights(mismatch, args.sampler_cap, args.sampler_level)
+    if args.loss == "dppo":  # its bounds are around the sampler itself
+        old_logprobs, weights = sampled, torch.ones_like(weights)
     loss, stats = policy_loss(
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
-        max_completion_tokens=args.max_new_tokens, bonus=args.entropy_bonus * entropy,
-        weights=mismatch.exp().clamp(max=args.sampler_cap))
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss,
+        max_completion_tokens=args.max_new_tokens, weights=weights)
+    if args.entropy_bonus:  # the mean over the step's tokens, whatever the loss divides by
+        loss = loss - args.entropy_bonus * (entropy * mask).sum() / total.tokens
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
+                          "sampler_weight": (weights * mask).sum(),
                           "entropy": (entropy.detach() * mask).sum()}
 
 
@@ -557,7 +633,8 @@ def step_metrics(groups, learned, args):
     for name, right in (("length_right", True), ("length_wrong", False)):
         lengths = [row["length"] for row in rows if row["accuracy"] == right]
         metrics[name] = fmean(lengths) if lengths else 0.0
-    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch"):
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
+                 "sampler_weight"):
         metrics[name] = learned[name] / max(1, learned["tokens"])
     return metrics | {
         "no_spread": fmean(not has_spread(g) for g in groups),
@@ -633,18 +710,23 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
-    parse_rewards(args.reward)
+    coefficients = parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
-    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
-        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
-                         f"{args.clip_high}")
+    if args.scale == "mean" and list(coefficients) != ["accuracy"]:
+        raise ValueError(f"--scale mean is for rewards of 0 and 1 and --reward is "
+                         f"{' '.join(args.reward)}; pass --reward accuracy")
     defaults = dict(TINY if model.is_tiny(config) else OTHERS)
+    defaults["clip_high"] = 0.2 if args.loss == "dppo" else 0.28
+    defaults["sampler_cap"] = 2.0 if args.sampler_level == "token" else 3.0
     if args.epochs:
         del defaults["steps"]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
+        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
+                         f"{args.clip_high}")
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 
@@ -717,11 +799,11 @@ def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
     groups = roll_out_step(policy, problems, step, args)
-    groups = with_advantages(groups, args.scale)
+    groups = with_advantages(groups, args)
     rolled = time.perf_counter()
     rows, total = training_rows(groups, args)
     learned = Counter()
-    if total:
+    if total.tokens:
         learned = update(policy, ref_params, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)

@@ -4,9 +4,11 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,7 +39,7 @@ from tests.common import (
 
 
 def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high, hard, beta, kl,
-                    longest, total):
+                    longest, total, weights):
     """The formulas of the papers, a token at a time."""
     (B, T), number = mask.shape, lambda x: torch.tensor(x, dtype=torch.float64)
     rows = []
@@ -53,10 +55,18 @@ def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high
             r = mean_ratio if level == "sequence" else own
             if loss == "cispo":
                 term = -min(r.item(), 1 + high) * A * logprobs[i, t]
+            elif loss == "dppo":
+                moved = (torch.exp(logprobs[i, t]) - torch.exp(old[i, t])).item()
+                dropped = moved > high if A > 0 else moved < -low
+                term = number(0.0) if dropped else -A * min(r.item(), 20.0) * logprobs[i, t]
+            elif loss == "sapo":
+                tau = 1.0 if A > 0 else 1.05
+                term = -A * (4 / tau) / (1 + torch.exp(-tau * (r - 1)))
             else:
                 unclipped = (r if hard is None or r <= hard else number(hard)) * A
                 clipped = min(max(r, number(1 - low)), number(1 + high)) * A
                 term = -(unclipped if unclipped <= clipped else clipped)
+            term = term * weights[i, t]
             if beta:
                 d = ref[i, t] - logprobs[i, t]
                 k3 = torch.exp(d) - 1 - d
@@ -65,7 +75,7 @@ def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high
             terms.append(term)
         rows.append(terms)
     tokens = sum(map(len, rows))
-    if loss == "grpo":
+    if loss in ("grpo", "sapo"):
         return sum(sum(terms) / len(terms) for terms in rows if terms) / (total or B)
     if loss == "dr_grpo":
         return sum(sum(terms) for terms in rows) / (total or B * longest)
@@ -87,25 +97,26 @@ def _loss_case(seed=0, B=5, T=6):
 
 def test_grpo_every_loss_equals_its_formula():
     """Value and gradient, float64, against a loop over tokens: every loss, level, bound, divergence
-    and normaliser."""
+    and normaliser. The weights are the objective's alone."""
     logprobs, old, ref, advantages, mask = _loss_case()
+    weights = logprobs.detach().exp() + 0.5
     checked = 0
     for loss, level, hard, (beta, kl), total in itertools.product(
-            ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"), ("token", "sequence"), (None, 1.5),
+            grpo.LOSSES, ("token", "sequence"), (None, 1.5),
             ((0.0, "k3"), (0.3, "k1"), (0.3, "k2"), (0.3, "k3"), (0.3, "k3_corrected")),
             (None, 37)):
         ours, theirs = (logprobs.clone().requires_grad_() for _ in range(2))
         value, _ = grpo.policy_loss(ours, old, ref if beta else None, advantages, mask, loss=loss,
                                     level=level, clip_hard=hard, beta=beta, kl=kl,
-                                    max_completion_tokens=6, total=total)
+                                    max_completion_tokens=6, total=total, weights=weights)
         wanted = _reference_loss(theirs, old, ref, advantages, mask, loss, level, 0.2, 0.28, hard,
-                                 beta, kl, 6, total)
+                                 beta, kl, 6, total, weights)
         value.backward(), wanted.backward()
         assert abs(value.item() - wanted.item()) < 1e-12, (loss, level, hard, beta, kl, total)
         worst = (ours.grad - theirs.grad).abs().max()
         assert worst < 1e-12, (loss, level, hard, beta, kl, total)
         checked += 1
-    assert checked == 200
+    assert checked == 280
 
 
 def test_grpo_negative_advantage_keeps_its_gradient_above_the_clip():
@@ -127,7 +138,7 @@ def test_grpo_loss_survives_degenerate_rows():
     logprobs, old, ref, advantages, mask = _loss_case()
     spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
               for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for loss in grpo.LOSSES:
         kw = {"loss": loss, "beta": 0.1, "max_completion_tokens": 6}
         spoilt[0].requires_grad_()
         a, b = (grpo.policy_loss(*case, advantages, mask, **kw)[0]
@@ -166,7 +177,7 @@ def test_grpo_k1_in_the_loss_has_no_mean_gradient():
 
 def test_grpo_advantages():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
-    for scale in ("group", "batch", "none"):
+    for scale in ("group", "batch", "none", "mean"):
         a = grpo.group_advantages(rewards, scale)
         assert a.sum(1).abs().max() < 1e-5 and not a[1].any()
     a = grpo.group_advantages(rewards)
@@ -177,6 +188,46 @@ def test_grpo_advantages():
     for bad in ((torch.ones(3, 1),), (rewards, "std")):
         with raises(ValueError, "expected"):
             grpo.group_advantages(*bad)
+
+
+def test_grpo_maxrl_advantages():
+    """A right completion weighs the more, the rarer it is; float64, a completion at a time."""
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0] * 4, [1] * 4], dtype=torch.float64)
+    for row, found in zip(rewards.tolist(), grpo.group_advantages(rewards, "mean").tolist()):
+        mean = sum(row) / 4
+        assert found == [(r - mean) / mean if mean else 0.0 for r in row]
+    with raises(ValueError, "--reward accuracy"):
+        _args("--scale", "mean")
+    assert _args("--scale", "mean", "--reward", "accuracy").scale == "mean"
+
+
+def test_grpo_gdpo_advantages():
+    """Against the formula, a completion at a time: a reward that hardly differs counts as much."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {"accuracy": torch.randint(2, (5, 4), generator=generator).double(),
+             "brevity": 0.01 * torch.rand(5, 4, generator=generator, dtype=torch.float64)}
+    coefficients = {"accuracy": 1.0, "brevity": 0.5}
+    summed = []
+    for n, i in itertools.product(range(5), range(4)):
+        terms = []
+        for name, coefficient in coefficients.items():
+            row = parts[name][n].tolist()
+            terms.append(coefficient * (row[i] - statistics.mean(row))
+                         / (statistics.stdev(row) + 1e-4))
+        summed.append(sum(terms))
+    scale = statistics.stdev(summed) + 1e-4
+    wanted = [(x - statistics.mean(summed)) / scale for x in summed]
+    found = grpo.combined_advantages(parts, coefficients, "group").flatten().tolist()
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-12
+
+    args = _args("--combine", "normalise", "--reward", "accuracy=1", "brevity=0.5")
+    groups = [_group(["\\boxed{4}", "\\boxed{5}", "\\boxed{4}"], lengths=[10, 12, 40]),
+              _group(["no", "no", "no"], lengths=[3, 4, 5])]
+    groups = [grpo.reward_group(g, grpo.parse_rewards(args.reward)) for g in groups]
+    first, second = grpo.with_advantages(groups, args)
+    parts = {name: torch.tensor([values]) for name, values in groups[0].parts.items()}
+    wanted = grpo.combined_advantages(parts, coefficients, "group")[0].tolist()
+    assert first.advantages == wanted and second.advantages == [0.0] * 3
 
 
 def _group(texts, answers=None, lengths=None, limit=100):
@@ -309,7 +360,7 @@ def test_grpo_update_does_not_depend_on_micro_batches():
     #5619)."""
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for loss in grpo.LOSSES:
         _, sums = _update(params, config, groups, 10_000, loss=loss, beta=0.05)
         norm = sums["grad_norm"]
         for micro_tokens in (60, 18):
@@ -390,26 +441,67 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         assert (whole / "results.md").read_text() == (broken / "results.md").read_text()
 
 
-def test_grpo_entropy_bonus_is_of_a_token_in_every_loss():
-    """It was divided by the loss's normaliser, rows for "grpo": a bonus as many times larger as a
-    row has tokens."""
-    logprobs, old, ref, advantages, mask = (x[:4] for x in _loss_case())
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
-        value, _ = grpo.policy_loss(logprobs, old, ref, 0 * advantages, mask, loss=loss,
-                                    max_completion_tokens=6,
-                                    bonus=torch.ones_like(logprobs))
-        expected = mask.sum().item() / 24 if loss == "dr_grpo" else 1
-        assert abs(value.item() + expected) < 1e-12, (loss, value)
+def test_grpo_entropy_bonus_is_the_tokens_mean_in_every_loss():
+    """It had the loss's normaliser: rows for "grpo", so that it grew with the length, and what the
+    rows could hold for "dr_grpo", so that it shrank with --max-new-tokens."""
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     groups = [(prompt, [s._replace(advantage=0.0) for s in sequences])
               for prompt, sequences in groups]
+    _, first = _update(params, config, groups, 10_000, entropy_bonus=0.5)
+    for loss, micro_tokens in itertools.product(grpo.LOSSES, (10_000, 18)):
+        _, sums = _update(params, config, groups, micro_tokens, loss=loss, entropy_bonus=0.5)
+        assert abs(sums["loss"] + 0.5 * sums["entropy"] / sums["tokens"]) < 1e-5, loss
+        assert abs(sums["grad_norm"] / first["grad_norm"] - 1) < 1e-4, loss
     for bonus in (0.5, -0.5):  # entropy goes up, or down
         after, sums = _update(params, config, groups, 10_000, entropy_bonus=bonus)
-        assert sums["grad_norm"] > 0
-        assert abs(sums["loss"] + bonus * sums["entropy"] / sums["tokens"]) < 1e-4
         _, then = _update(after, config, groups, 10_000, entropy_bonus=bonus)
         assert (then["entropy"] - sums["entropy"]) * bonus > 0
+
+
+def test_grpo_sampler_weights():
+    """The formula of either level, a row at a time; a ratio beyond all bounds leaves no NaN."""
+    log_ratio = torch.tensor([[0.5, 0.4, 0.0], [0.5, 0.7, 0.0], [-0.6, -0.6, 0.0],
+                              [900.0, 0.0, 0.0], [-900.0, 0.0, 0.0]], dtype=torch.float64)
+    token = grpo.sampler_weights(log_ratio, 1.5)
+    for weight, x in zip(token.flatten().tolist(), log_ratio.flatten().tolist()):
+        assert abs(weight - (1.5 if x > 0.405 else math.exp(x))) < 1e-12
+    for row, weight in zip(log_ratio.tolist(), grpo.sampler_weights(log_ratio, 3.0, "sequence")):
+        inside = 1 / 3 <= math.exp(min(700, sum(row))) <= 3
+        assert abs(weight.item() - (math.exp(sum(row)) if inside else 0.0)) < 1e-12
+
+
+def test_grpo_sequence_that_the_sampler_doubts_is_left_out():
+    """Of the policy's objective alone: the divergence and the entropy bonus still hold it."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    odd = [(prompt, [s._replace(logprobs=[x - 3 for x in s.logprobs]) for s in sequences])
+           for prompt, sequences in groups]
+    flags = {"sampler_level": "sequence", "max_new_tokens": 12}
+    _, right = _update(params, config, groups, 10_000, **flags)
+    _, wrong = _update(params, config, odd, 10_000, **flags)
+    assert abs(right["sampler_weight"] / right["tokens"] - 1) < 1e-4 and right["grad_norm"] > 0
+    assert wrong["sampler_weight"] == wrong["grad_norm"] == 0
+    bonus = _update(params, config, odd, 10_000, entropy_bonus=0.1, **flags)[1]["grad_norm"]
+    zeros = [(prompt, [s._replace(advantage=0.0) for s in sequences])
+             for prompt, sequences in groups]
+    alone = _update(params, config, zeros, 10_000, entropy_bonus=0.1, **flags)[1]["grad_norm"]
+    assert abs(bonus - alone) < 1e-4 * alone
+
+
+def test_grpo_dppo_is_bounded_around_the_sampler():
+    """Also in the only update of a batch, and by the change of the probability, not of its ratio:
+    a rare token may become three times as likely."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    said = [math.exp(x) for _, sequences in groups for s in sequences for x in s.logprobs]
+    lower = [(prompt, [s._replace(logprobs=[x - 1.1 for x in s.logprobs], advantage=1.0)
+                       for s in sequences]) for prompt, sequences in groups]
+    _, sums = _update(params, config, lower, 10_000, loss="dppo")
+    assert sums["clipped_high"] == sum(p - p * math.exp(-1.1) > 0.2 for p in said)
+    assert 0 < sums["clipped_high"] < sums["tokens"]
+    assert abs(sums["ratio"] / sums["tokens"] - math.exp(1.1)) < 1e-3
+    assert (_args("--loss", "dppo").clip_high, _args().clip_high) == (0.2, 0.28)
 
 
 def test_grpo_cispo_counts_what_it_clips():
@@ -574,7 +666,7 @@ def _traced_peak_gib(config, args):
         row = [([1] * 96, [completion] * 8)] * 4  # 16,384 tokens
         counter.peak = counter.now
         policy = grpo.Policy(params, config, None, None)
-        grpo.update(policy, None, optimizer, [row], 16000, 1e-6, args)
+        grpo.update(policy, None, optimizer, [row], grpo.Total(16000, 16000), 1e-6, args)
         return counter.peak / 2**30
 
 
