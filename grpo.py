@@ -26,6 +26,7 @@ arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02
 import argparse
 import functools
 import itertools
+import json
 import math
 import re
 import time
@@ -41,10 +42,10 @@ import model
 import optim
 from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from eval import interval, markdown, percent
+from eval import interval, markdown, pass_at_k, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
-from verify import format_reward, verify_many
+from verify import extract_answer, format_reward, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
@@ -76,6 +77,8 @@ def add_flags(parser):
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
+    add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+        help="before training, ask each problem G times and keep those solved this often")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
         help=f"of {', '.join(REWARDS)}, summed")
     add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
@@ -102,6 +105,7 @@ def add_flags(parser):
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
     add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the problems")
+    add("--until", type=optim.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
@@ -623,9 +627,11 @@ def step_metrics(groups, learned, args):
     rows = []  # of a completion each
     for g in groups:
         for i, completion in enumerate(g.completions):
+            boxed = extract_answer(g.texts[i], strict=True) is not None
             rows.append({
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
-                "undecided": g.right[i] is None, "length": len(completion.tokens),
+                "undecided": g.right[i] is None, "no_box": not boxed,
+                "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
                 "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
             rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
@@ -636,7 +642,13 @@ def step_metrics(groups, learned, args):
     for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
                  "sampler_weight"):
         metrics[name] = learned[name] / max(1, learned["tokens"])
+    right = [sum(x is True for x in g.right) for g in groups]
+    for k in (2, 4, 8, 16, 32):
+        if k <= args.group:
+            metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
     return metrics | {
+        "solved_never": fmean(count == 0 for count in right),
+        "solved_always": fmean(count == args.group for count in right),
         "no_spread": fmean(not has_spread(g) for g in groups),
         "loss": learned["loss"] / args.updates,
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
@@ -659,6 +671,24 @@ def sample_records(groups, kind, tokenizer):
             "prompt": tokenizer.decode(g.prompt, skip_special_tokens=False),
             "completions": completions})
     return records
+
+
+def count_right(groups, counts):
+    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
+    for g in groups:
+        count = counts.setdefault(g.problem["id"], [0, 0])
+        count[0] += sum(right is True for right in g.right)
+        count[1] += len(g.right)
+
+
+def list_solved(run, counts):
+    """Writes problems.json: which of the problems asked were never solved, and which always."""
+    solved = {"never": [name for name, (right, _) in counts.items() if right == 0],
+              "always": [name for name, (right, asked) in counts.items() if right == asked]}
+    if run.rank == 0:
+        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
 
 
 def evaluate(policy, dev, groups, args, run, step):
@@ -775,6 +805,32 @@ def drop_long_prompts(problems, policy, args):
     return kept
 
 
+def filter_by_pass_rate(sets, policy, args, counts):
+    """The sets without the problems that the policy solves too rarely or too often.
+
+    counts: as of count_right; if it is empty, all problems are asked, and it is filled.
+    Raises ValueError when nothing is left of a set.
+    """
+    low, high = args.filter_by_pass_rate
+    problems = list(enumerate(itertools.chain(*sets)))
+    if not counts:
+        optim.say(f"asking {len(problems)} problems {args.group} times each")
+        sampler = policy._replace(params=sampling_params(policy.params, policy.config))
+        seed = zlib.crc32(f"{args.seed} 0".encode())
+        for begin in range(0, len(problems), args.prompts):
+            batch = problems[begin:begin + args.prompts]
+            count_right(roll_out(sampler, batch, args, seed), counts)
+    rates = {name: right / asked for name, (right, asked) in counts.items()}
+    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
+    never, always = (sum(rate == bound for rate in rates.values()) for bound in (0, 1))
+    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
+            f"{len(problems)} problems; {never} were never solved and {always} always")
+    if not all(kept):
+        raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
+    optim.say(said)
+    return kept
+
+
 def count_steps(args, num_problems):
     """(steps of the run, {last step of an epoch: epoch}), the end of the run not among these."""
     epoch = num_problems / args.prompts  # in steps
@@ -823,8 +879,6 @@ def main(args):
     sets, proportions = load_mixture(args.data, args.train_limit)
     sets = [drop_long_prompts(problems, policy, args) for problems in sets]
     dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
-    num_problems = sum(map(len, sets))
-    steps, epoch_ends = count_steps(args, num_problems)
     if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
         device = optim.find_device(args.device)
         base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
@@ -835,14 +889,22 @@ def main(args):
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params)
+    done, best_step = 0, None
+    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": [], "right": {}, "pass_rates": {}}
+    if checkpoint:
+        state = optim.load_checkpoint(checkpoint, optimizer)
+        done, best_step = state["step"], state["best_step"]
+        extra |= state["extra"]
+    if args.filter_by_pass_rate:
+        sets = filter_by_pass_rate(sets, policy, args, extra["pass_rates"])
+    num_problems = sum(map(len, sets))
+    steps, epoch_ends = count_steps(args, num_problems)
+    until = args.until or math.inf
+    if extra["best"] >= until:
+        steps = done
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
 
-    done, best_step = 0, None
-    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": []}
-    if checkpoint:
-        state = optim.load_checkpoint(checkpoint, optimizer)
-        done, best_step, extra = state["step"], state["best_step"], state["extra"]
     measure = functools.partial(measure_test, policy, test, args, run, extra["rows"])
     if not checkpoint:
         evaluate(policy, dev[:8], [], args, run, 0)
@@ -858,6 +920,7 @@ def main(args):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
             groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
             extra["taken"] += len(groups)
+            count_right(groups, extra["right"])
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
@@ -869,6 +932,7 @@ def main(args):
                 if accuracy > extra["best"]:
                     extra["best"] = accuracy
                     best_step = step
+                last = last or extra["best"] >= until
             mean_s = (time.perf_counter() - began) / (step - done)
             optim.log_step(run, line, metrics | {
                 "steps": steps, "epoch": extra["taken"] / num_problems,
@@ -881,8 +945,11 @@ def main(args):
                                       args.keep, best_step)
             if evaluating:
                 optim.draw_curves(run.dir, CURVES)
-            if stopping and not last:
+            if last:
+                break
+            if stopping:
                 return optim.say(f"stopped; go on with: {optim.resume_command()}")
+    list_solved(run, extra["right"])
     optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
               f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
 

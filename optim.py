@@ -38,7 +38,7 @@ SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU'
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
-    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps")
+    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until")
 
 # ------------------------------------------------------------ flags
 

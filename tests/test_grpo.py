@@ -1,5 +1,6 @@
 """Tests of grpo.py."""
 
+import collections
 import contextlib
 import io
 import itertools
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -771,6 +773,61 @@ def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
                 rewards = torch.tensor([[c["reward"] for c in completions]])
                 expected = grpo.group_advantages(rewards)[0]
                 assert torch.allclose(torch.tensor(advantages), expected, atol=1e-5), sample
+
+
+def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
+    groups = [_group(["\\boxed{4}", "\\boxed{5}", "the answer is 4", "\\boxed{4"]),
+              _group(["\\boxed{4}"] * 4), _group(["no"] * 4)]
+    for i, group in enumerate(groups):
+        right = [None, *group.right[1:]] if i == 1 else group.right  # one is undecided
+        group = group._replace(right=right, problem=group.problem | {"id": f"p{i}"})
+        groups[i] = grpo.reward_group(group, {"accuracy": 1.0})
+    learned = collections.Counter(tokens=1)
+    metrics = grpo.step_metrics(groups, learned, _args("--group", 4))
+    wanted = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
+              "solved_never": 1 / 3, "solved_always": 0, "pass@4": 2 / 3, "pass@2": (1 / 2 + 1) / 3}
+    for name, value in wanted.items():
+        assert abs(metrics[name] - value) < 1e-12, (name, metrics[name])
+    counts = {}
+    for _ in range(2):
+        grpo.count_right(groups, counts)
+    assert counts == {"p0": [2, 8], "p1": [6, 8], "p2": [0, 8]}
+    with tempfile.TemporaryDirectory() as scratch:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            grpo.list_solved(optim.Run(Path(scratch), 0), counts | {"p3": [8, 8]})
+        assert "of 4 problems asked, 1 were never solved and 1 always" in said.getvalue()
+        solved = json.loads(Path(scratch, "problems.json").read_text())
+    assert solved == {"never": ["p2"], "always": ["p3"]}
+
+
+def test_grpo_stops_at_an_accuracy():
+    """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = [*GRPO_RUN[1:], "--run-dir", f"{scratch}/run", "--eval-every", 1]
+        out = in_process("grpo", *flags, "--until", 0.01, "--eval-limit", 40)
+        assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
+        resume = ["--run-dir", f"{scratch}/run", "--resume"]
+        assert "step 2/4" not in in_process("grpo", *resume)
+        assert "step 4/4" in in_process("grpo", *resume, "--until", 1.0)
+
+
+def test_grpo_filter_by_pass_rate():
+    """Only what the policy solves now and then is trained on; a resumed run knows it by heart."""
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = [*GRPO_RUN[1:], "--steps", 2, "--test-limit", 0, "--run-dir", scratch]
+        out = in_process("grpo", *flags, "--filter-by-pass-rate", 0.2, 0.8)
+        kept = int(re.search(r"0.2 0.8 keeps (\d+) of 40 problems", out)[1])
+        assert 0 < kept < 40 and f"{kept} training problems" in out, out
+        saved = Path(scratch, "checkpoints", "step_000002", "trainer.json").read_text()
+        extra = json.loads(saved)["extra"]
+        assert all(asked == 4 for _, asked in extra["pass_rates"].values())
+        for name in extra["right"]:
+            assert 0.2 <= extra["pass_rates"][name][0] / 4 <= 0.8
+        with mock.patch.object(grpo, "roll_out", side_effect=InterruptedError):
+            with raises(InterruptedError):  # at the first step
+                in_process("grpo", "--run-dir", scratch, "--resume", "--steps", 3)
+        said = error_of("grpo", *flags, "--overwrite", "--filter-by-pass-rate", 0.99, 0.99)
+        assert "keeps 0 of 40" in said and "widen" in said, said
 
 
 def test_grpo_old_runs_resume_with_their_flags():
