@@ -42,6 +42,7 @@ import model
 import optim
 from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
+from data.rewards import brevity, language, overlong, repetition
 from eval import interval, markdown, pass_at_k, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
@@ -148,52 +149,8 @@ def well_formed(group):
     return [format_reward(text, group.think_tag) for text in group.texts]
 
 
-def brevity(group):
-    """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
-
-    Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
-    """
-    lengths = [len(c.tokens) for c in group.completions]
-    shortest = min((n for n, right in zip(lengths, group.right) if right), default=0)
-    return [-min(1.0, (n - shortest) / (2 * shortest)) if right else 0.0
-            for n, right in zip(lengths, group.right)]
-
-
-def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
-    rewards = []
-    for c in group.completions:
-        grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
-        share = 1 - len(set(grams)) / max(1, len(grams))
-        rewards.append(-max(0.0, share - free) / (1 - free) if grams else 0.0)
-    return rewards
-
-
-def script_of(letter):
-    if ord(letter) < 0x250:
-        return "latin"
-    return ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
-
-
-def language(group):
-    """Down to -1 with the share of letters of scripts that the problem does not use.
-
-    Latin is free: formulas need it.
-    """
-    home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
-    letters = [[c for c in text if c.isalpha()] for text in group.texts]
-    return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
-
-
-def overlong(group, share=0.2):
-    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
-    start = (1 - share) * group.max_new_tokens
-    return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
-            for c in group.completions]
-
-
 # A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. The penalties lie in [-1, 0].
+# more name here. Those of data/rewards.py are penalties in [-1, 0].
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
@@ -219,9 +176,8 @@ def parse_rewards(words):
 def reward_group(group, coefficients):
     """The group with `parts` and `rewards`."""
     parts = {name: REWARDS[name](group) for name in coefficients}
-    rewards = [0.0] * len(group.texts)
-    for name, coefficient in coefficients.items():
-        rewards = [total + coefficient * part for total, part in zip(rewards, parts[name])]
+    rewards = [sum(coefficients[name] * part[i] for name, part in parts.items())
+               for i in range(len(group.texts))]
     return group._replace(parts=parts, rewards=rewards)
 
 
@@ -681,14 +637,10 @@ def count_right(groups, counts):
         count[1] += len(g.right)
 
 
-def list_solved(run, counts):
-    """Writes problems.json: which of the problems asked were never solved, and which always."""
-    solved = {"never": [name for name, (right, _) in counts.items() if right == 0],
-              "always": [name for name, (right, asked) in counts.items() if right == asked]}
-    if run.rank == 0:
-        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
-    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
-              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+def list_solved(counts):
+    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
+    return {"never": [name for name, (right, _) in counts.items() if right == 0],
+            "always": [name for name, (right, asked) in counts.items() if right == asked]}
 
 
 def evaluate(policy, dev, groups, args, run, step):
@@ -822,9 +774,10 @@ def filter_by_pass_rate(sets, policy, args, counts):
             count_right(roll_out(sampler, batch, args, seed), counts)
     rates = {name: right / asked for name, (right, asked) in counts.items()}
     kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
-    never, always = (sum(rate == bound for rate in rates.values()) for bound in (0, 1))
+    solved = list_solved(counts)
     said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
-            f"{len(problems)} problems; {never} were never solved and {always} always")
+            f"{len(problems)} problems: {len(solved['never'])} were never solved, "
+            f"{len(solved['always'])} always")
     if not all(kept):
         raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
     optim.say(said)
@@ -949,7 +902,11 @@ def main(args):
                 break
             if stopping:
                 return optim.say(f"stopped; go on with: {optim.resume_command()}")
-    list_solved(run, extra["right"])
+    solved = list_solved(extra["right"])
+    if run.rank == 0:
+        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    optim.say(f"of {len(extra['right'])} problems asked, {len(solved['never'])} were never solved "
+              f"and {len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
     optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
               f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
 

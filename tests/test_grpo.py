@@ -792,11 +792,7 @@ def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
     for _ in range(2):
         grpo.count_right(groups, counts)
     assert counts == {"p0": [2, 8], "p1": [6, 8], "p2": [0, 8]}
-    with tempfile.TemporaryDirectory() as scratch:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            grpo.list_solved(optim.Run(Path(scratch), 0), counts | {"p3": [8, 8]})
-        assert "of 4 problems asked, 1 were never solved and 1 always" in said.getvalue()
-        solved = json.loads(Path(scratch, "problems.json").read_text())
+    solved = grpo.list_solved(counts | {"p3": [8, 8]})
     assert solved == {"never": ["p2"], "always": ["p3"]}
 
 
@@ -806,6 +802,11 @@ def test_grpo_stops_at_an_accuracy():
         flags = [*GRPO_RUN[1:], "--run-dir", f"{scratch}/run", "--eval-every", 1]
         out = in_process("grpo", *flags, "--until", 0.01, "--eval-limit", 40)
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
+        asked, never, always = map(int, re.search(
+            r"of (\d+) problems asked, (\d+) were never solved and (\d+) always", out).groups())
+        solved = json.loads(Path(scratch, "run", "problems.json").read_text())
+        assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
+        assert 4 <= asked <= 12
         resume = ["--run-dir", f"{scratch}/run", "--resume"]
         assert "step 2/4" not in in_process("grpo", *resume)
         assert "step 4/4" in in_process("grpo", *resume, "--until", 1.0)

@@ -1,0 +1,48 @@
+"""Rewards beside accuracy and format: what grpo.py takes off for length, loops and languages.
+
+A reward takes a grpo.Group and returns a float for each of its completions. These lie in [-1, 0].
+"""
+
+
+def brevity(group):
+    """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
+
+    Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
+    """
+    lengths = [len(c.tokens) for c in group.completions]
+    shortest = min((n for n, right in zip(lengths, group.right) if right), default=0)
+    return [-min(1.0, (n - shortest) / (2 * shortest)) if right else 0.0
+            for n, right in zip(lengths, group.right)]
+
+
+def repetition(group, n=4, free=0.2):
+    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
+    rewards = []
+    for c in group.completions:
+        grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
+        share = 1 - len(set(grams)) / max(1, len(grams))
+        rewards.append(-max(0.0, share - free) / (1 - free) if grams else 0.0)
+    return rewards
+
+
+def script_of(letter):
+    if ord(letter) < 0x250:
+        return "latin"
+    return ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
+
+
+def language(group):
+    """Down to -1 with the share of letters of scripts that the problem does not use.
+
+    Latin is free: formulas need it.
+    """
+    home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
+    letters = [[c for c in text if c.isalpha()] for text in group.texts]
+    return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
+
+
+def overlong(group, share=0.2):
+    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
+    start = (1 - share) * group.max_new_tokens
+    return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
+            for c in group.completions]
