@@ -39,7 +39,7 @@ import model
 import optim
 from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from eval import interval, markdown, percent
+from eval import fit_context, interval, markdown, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import format_reward, verify_many
@@ -679,18 +679,9 @@ def settle_flags(args, config):
 
 
 def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context.
-
-    Raises ValueError when none does.
-    """
-    room = policy.config.max_context - args.max_new_tokens
-    kept = [p for p in problems if len(encode_problem(policy, p, args)) <= room]
-    if not kept:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
-                         f"the context of {policy.config.max_context}")
-    if len(kept) < len(problems):
-        optim.say(f"{len(problems) - len(kept)} problems are too long for the context: left out")
-    return kept
+    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    prompts = [encode_problem(policy, problem, args) for problem in problems]
+    return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
 
 
 def count_steps(args, num_problems):
@@ -740,7 +731,8 @@ def main(args):
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
     sets, proportions = load_mixture(args.data, args.train_limit)
     sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
     num_problems = sum(map(len, sets))
     steps, epoch_ends = count_steps(args, num_problems)
     if args.lora_rank:  # frozen; loaded before this process forks, so that all share them

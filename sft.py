@@ -29,8 +29,8 @@ import model
 import optim
 from data import load_problems
 from data.files import read_rows
-from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, render_prompt
+from eval import evaluate, fit_context
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -328,6 +328,9 @@ def main(args):
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     examples, validation = load_examples(args, config, tokenizer, system)
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
+    prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
+                             think_tag=args.think_tag) for problem in problems]
+    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer = load_trainable(args, model_dir, config)

@@ -779,6 +779,14 @@ def test_data_traces_of_a_local_model():
         with raises(ValueError, "no trace is left"):
             _traces(home, *flags)
         assert path.read_text() == raw  # the same samples, one by one
+        _write_lines(Path(home) / "long.jsonl", [
+            {"problem": "1+" * 600 + "1", "answer": "601"}, {"problem": "1+1", "answer": "2"}])
+        with raises(ValueError, "no trace is left", "outcome 1"):
+            _traces(home, "--data", Path(home) / "long.jsonl", "--split", "test", *flags[4:-3], 4,
+                    "--instruction", "", "--samples", 1, "--out", path.with_name("long"))
+        with raises(ValueError, "GPU 99"):
+            _traces(home, *flags, "--seed", 1, "--out", path.with_name("gpu"),
+                    "--device", "cuda:99")
 
 
 def test_data_judge_tells_right_answers_from_right_thoughts():
