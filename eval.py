@@ -234,7 +234,7 @@ def read_records(path, settings=None):
     settings: those of the run that would go on; ValueError if the records have others.
     """
     records = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
             records[record["id"]] = record

@@ -61,7 +61,8 @@ def read_verdicts(path):
         raise ValueError(f"{path} holds no records of eval.py; run it with --records {path}")
     settings = next(iter(records.values()))["settings"]
     name = settings["data"]
-    limit = len(records) * len(name.split(","))  # at least what was asked of each set
+    asked = settings.get("asked", len(records))  # more than were not too long
+    limit = asked * len(name.split(","))  # at least what was asked of each set
     problems = load_problems(name, settings["split"], limit, settings["data_seed"])
     problems = {problem["id"]: problem for problem in problems}
     missing = [i for i in records if i not in problems]
