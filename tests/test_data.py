@@ -13,6 +13,7 @@ import re
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from fractions import Fraction
 from importlib import import_module
@@ -434,7 +435,14 @@ def test_data_programs_run_nothing_and_stay_small():
     ):
         with raises(ValueError, word):
             programs.trace(f"def f(n):\n {body}", [9])
+    for body in ("n = [" + "1, " * 1300 + "1]", "return n + " + "9" * 3000,
+                 "r = range(1000)\n while 1:\n  n = " + "+".join(["sum(r)"] * 28)):
+        with raises(ValueError):
+            programs.trace(f"def f(n):\n {body}", [9])
     assert time.perf_counter() - begin < 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a model's text prints nothing on the terminal
+        assert programs.trace("def f(n):\n return '\\d'", [9])[1] == "\\d"
 
 
 # ---- steps of free text
