@@ -715,6 +715,7 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
 
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
+    text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
     ids, begin = [], 0
     for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
         ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids

@@ -250,6 +250,12 @@ def say(*words):
         print(*words, flush=True)
 
 
+def printable(text):
+    """A model's or a server's text without the codes that a terminal would obey, spelled out."""
+    codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return re.sub(codes, lambda code: ascii(code[0])[1:-1], text)
+
+
 def all_sum(values):
     """The sums of a list of floats over all processes, in float64, known to every process."""
     if not dist.is_initialized():
