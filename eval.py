@@ -11,7 +11,6 @@ that could have been asked, so every rate has a 95 % interval over problems, and
 compared problem by problem (Miller 2024, arXiv:2411.00640). pass@k: Chen 2021, arXiv:2107.03374.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -71,7 +70,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add_eval_flags(p)
     add = p.add_argument
     add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")

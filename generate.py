@@ -14,7 +14,6 @@ and waiting ones take their places (Orca, OSDI 2022). The layers are `model.bloc
 step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 """
 
-import argparse
 import hashlib
 import math
 import sys
@@ -29,7 +28,7 @@ from tokenizers import Tokenizer
 import model
 from attention import Layout, decode_attention, padded_length, prefill_attention
 from optim import (
-    HelpFormatter,
+    Parser,
     add_device_flags,
     at_least,
     between,
@@ -53,7 +52,7 @@ def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     add("--prompt", help="what to ask; without it, an interactive chat")

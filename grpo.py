@@ -23,12 +23,14 @@ Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import math
 import re
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -76,7 +78,7 @@ def add_flags(parser):
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"of {', '.join(REWARDS)}, summed")
+        help=f"summed, of {', '.join(REWARDS)}; mine.py:short is def short(group) in your mine.py")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
@@ -105,7 +107,7 @@ def add_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
 
@@ -182,21 +184,42 @@ def overlong(group, share=0.2):
 
 
 # A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. The penalties lie in [-1, 0].
+# more name here, or a function in a file of yours. The penalties lie in [-1, 0].
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
 
+@functools.cache
+def load_function(path, name):
+    """A function of a Python file. Raises FileNotFoundError, or ValueError when there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--reward {path}:{name}: no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--reward {path}:{name}: the file has no function {name!r}"
+                         f"{model.did_you_mean(name, vars(module))}")
+    return getattr(module, name)
+
+
+def reward_fn(name):
+    """The function behind a name of REWARDS, or behind FILE.py:FUNCTION; None for another name."""
+    path, _, function = name.rpartition(":")
+    return load_function(path, function) if path.endswith(".py") else REWARDS.get(name)
+
+
 def parse_rewards(words):
-    """["accuracy=1", "format=0.1"] -> {name: coefficient}.
+    """["accuracy=1", "mine.py:short=0.1"] -> {name: coefficient}.
 
     Raises ValueError for unknown names, and when a wrong answer could score above a right one.
     """
     coefficients = dict(map(split_number, words))
     for name in coefficients:
-        if name not in REWARDS:
+        if reward_fn(name) is None:
             raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}")
+                             f"0 and a name of {', '.join(REWARDS)}, or FILE.py:FUNCTION"
+                             f"{model.did_you_mean(name, REWARDS)}")
     of_accuracy = coefficients.get("accuracy", math.inf)
     others = sum(c for name, c in coefficients.items() if name != "accuracy")
     if others >= of_accuracy:
@@ -207,7 +230,7 @@ def parse_rewards(words):
 
 def reward_group(group, coefficients):
     """The group with `parts` and `rewards`."""
-    parts = {name: REWARDS[name](group) for name in coefficients}
+    parts = {name: reward_fn(name)(group) for name in coefficients}
     rewards = [0.0] * len(group.texts)
     for name, coefficient in coefficients.items():
         rewards = [total + coefficient * part for total, part in zip(rewards, parts[name])]

@@ -12,6 +12,7 @@ from pathlib import Path
 from data import gsm8k, math500
 from data.families import SIZES, split_of  # noqa: F401 (split_of: for users of the package)
 from data.files import choose, hold_out, read_rows
+from model import did_you_mean
 
 FAMILIES = ("arithmetic", "words", "knights", "algebra", "debugging", "science")
 TEXTS = {"id", "problem", "answer", "solution", "subject", "key"}
@@ -112,8 +113,9 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
             raise FileNotFoundError(f"no file {name}")
         found = hold_out(read_problems(name), split)
     else:
-        known = ", ".join((*FAMILIES, *PUBLISHED))
-        raise ValueError(f"no problem set {name!r}; there are {known}, or a .jsonl file")
+        known = (*FAMILIES, *PUBLISHED)
+        raise ValueError(f"no problem set {name!r}; there are {', '.join(known)}, or a .jsonl file"
+                         f"{did_you_mean(name, known)}")
     reason = "the file is too small to be divided"
     if first:
         found = [problem for problem in found if problem.get("level") in levels]

@@ -92,7 +92,7 @@ def test_data_files_name_line_and_field():
             load_problems(path)
         with raises(FileNotFoundError, "no file"):
             load_problems(Path(home) / "other.jsonl")
-        with raises(ValueError, "gsm9k", "knights", "jsonl"):
+        with raises(ValueError, "gsm9k", "knights", "jsonl", "did you mean gsm8k?"):
             load_problems("gsm9k")
         with raises(ValueError, "'half'", "train"):
             load_problems("words", "half")
