@@ -42,8 +42,8 @@ import model
 import optim
 from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from data.rewards import brevity, language, overlong, repetition
-from eval import interval, markdown, pass_at_k, percent
+from data.rewards import brevity, language, load_function, overlong, repetition
+from eval import fit_context, interval, markdown, pass_at_k, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import extract_answer, format_reward, verify_many
@@ -81,7 +81,7 @@ def add_flags(parser):
     add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"of {', '.join(REWARDS)}, summed")
+        help=f"of {', '.join(REWARDS)}; mine.py:short is def short(group) in your mine.py")
     add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
         "each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
@@ -117,7 +117,7 @@ def add_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
 
@@ -150,21 +150,28 @@ def well_formed(group):
 
 
 # A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. Those of data/rewards.py are penalties in [-1, 0].
+# more name here, or a function in a file of yours; data/rewards.py has examples.
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
 
+def reward_fn(name):
+    """The function behind a name of REWARDS, or behind FILE.py:FUNCTION; None for another name."""
+    path, _, function = name.rpartition(":")
+    return load_function(path, function) if path.endswith(".py") else REWARDS.get(name)
+
+
 def parse_rewards(words):
-    """["accuracy=1", "format=0.1"] -> {name: coefficient}.
+    """["accuracy=1", "mine.py:short=0.1"] -> {name: coefficient}.
 
     Raises ValueError for unknown names, and when a wrong answer could score above a right one.
     """
     coefficients = dict(map(split_number, words))
     for name in coefficients:
-        if name not in REWARDS:
+        if reward_fn(name) is None:
             raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}")
+                             f"0 and a name of {', '.join(REWARDS)}, or FILE.py:FUNCTION"
+                             f"{model.did_you_mean(name, REWARDS)}")
     of_accuracy = coefficients.get("accuracy", math.inf)
     others = sum(c for name, c in coefficients.items() if name != "accuracy")
     if others >= of_accuracy:
@@ -175,7 +182,7 @@ def parse_rewards(words):
 
 def reward_group(group, coefficients):
     """The group with `parts` and `rewards`."""
-    parts = {name: REWARDS[name](group) for name in coefficients}
+    parts = {name: reward_fn(name)(group) for name in coefficients}
     rewards = [sum(coefficients[name] * part[i] for name, part in parts.items())
                for i in range(len(group.texts))]
     return group._replace(parts=parts, rewards=rewards)
@@ -743,18 +750,9 @@ def settle_flags(args, config):
 
 
 def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context.
-
-    Raises ValueError when none does.
-    """
-    room = policy.config.max_context - args.max_new_tokens
-    kept = [p for p in problems if len(encode_problem(policy, p, args)) <= room]
-    if not kept:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
-                         f"the context of {policy.config.max_context}")
-    if len(kept) < len(problems):
-        optim.say(f"{len(problems) - len(kept)} problems are too long for the context: left out")
-    return kept
+    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    prompts = [encode_problem(policy, problem, args) for problem in problems]
+    return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
 
 
 def filter_by_pass_rate(sets, policy, args, counts):
@@ -831,7 +829,8 @@ def main(args):
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
     sets, proportions = load_mixture(args.data, args.train_limit)
     sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
     if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
         device = optim.find_device(args.device)
         base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))

@@ -12,7 +12,6 @@ included; the tokens of the final answer count --answer-weight times. The loss i
 optimizer step: neither the packing nor the number of processes changes the gradient.
 """
 
-import argparse
 import hashlib
 import math
 import random
@@ -29,8 +28,8 @@ import model
 import optim
 from data import load_problems
 from data.files import read_rows
-from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, render_prompt
+from eval import evaluate, fit_context
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -44,7 +43,7 @@ STEP_LINE = ("step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
     add("--from-scratch", action="store_true", help="random weights in the shape of --model")
@@ -58,7 +57,8 @@ def parse_args(argv=None):
     add("--max-tokens", type=at_least(2), default=2048, help="longer examples are left out")
     add("--lora-rank", type=at_least(0), default=0, help="of an adapter; 0: all weights")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--validation", type=at_least(0), default=200, help="examples that are held out; 0: none")
+    add("--validation", type=at_least(0), help="examples that are held out; 0: none (default: a "
+        "fifth, at most 200)")
     add("--eval-data", help="problem set or .jsonl whose dev split is answered and graded, too")
     add("--eval-limit", type=at_least(1), default=200, help="problems of it")
     add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
@@ -245,11 +245,14 @@ def load_examples(args, config, tokenizer, system):
     max_tokens = min(args.max_tokens, config.max_context)
     examples = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt,
                              system=system, think_tag=args.think_tag)
-    if len(examples) <= args.validation:
+    held_out = args.validation
+    if held_out is None:
+        held_out = min(200, len(examples) // 5)
+    if len(examples) <= held_out:
         raise ValueError(f"--data {args.data} has {len(examples)} examples of at most {max_tokens} "
-                         f"tokens, expected more than --validation {args.validation}")
+                         f"tokens, expected more than --validation {held_out}")
     random.Random(args.seed).shuffle(examples)
-    return examples[args.validation:], examples[:args.validation]
+    return examples[held_out:], examples[:held_out]
 
 
 def count_processes(args, config, dtype):
@@ -324,10 +327,13 @@ def main(args):
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
     args.lr = args.lr or default_lr(config, args.lora_rank)
+    examples, validation = load_examples(args, config, tokenizer, system)
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
-    examples, validation = load_examples(args, config, tokenizer, system)
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
+    prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
+                             think_tag=args.think_tag) for problem in problems]
+    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer = load_trainable(args, model_dir, config)

@@ -3,6 +3,12 @@
 A reward takes a grpo.Group and returns a float for each of its completions. These lie in [-1, 0].
 """
 
+import functools
+import importlib.util
+from pathlib import Path
+
+from model import did_you_mean
+
 
 def brevity(group):
     """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
@@ -46,3 +52,17 @@ def overlong(group, share=0.2):
     start = (1 - share) * group.max_new_tokens
     return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
             for c in group.completions]
+
+
+@functools.cache
+def load_function(path, name):
+    """A function of a Python file. Raises FileNotFoundError, or ValueError when there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--reward {path}:{name}: no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(f"--reward {path}:{name}: the file has no function {name!r}"
+                         f"{did_you_mean(name, vars(module))}")
+    return getattr(module, name)

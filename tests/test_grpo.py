@@ -533,6 +533,29 @@ def test_grpo_truncated_rows_alone_make_no_update():
             assert json.loads(trainer)["updates"] == updates
 
 
+def test_grpo_problems_and_a_reward_of_your_own():
+    """Two files of three lines each, and nothing of ours edited."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data, code = Path(scratch) / "mine.jsonl", Path(scratch) / "mine.py"
+        data.write_text("".join(f'{{"problem": "{i}+{i}", "answer": {2 * i}}}\n'
+                                for i in range(40)))
+        code.write_text("def short(group):\n"
+                        "    return [1 / len(c.tokens) for c in group.completions]\n")
+        words = [*GRPO_RUN[1:], "--data", data, "--steps", 1, "--test-limit", 0, "--run-dir",
+                 f"{scratch}/run", "--reward", "accuracy=1", f"{code}:short=0.2"]
+        in_process("grpo", *words)
+        for line in Path(scratch, "run", "samples.jsonl").read_text().splitlines():
+            for completion in json.loads(line)["completions"]:
+                short = completion["rewards"][f"{code}:short"]
+                assert short == 1 / len(completion["tokens"])
+                accuracy = completion["rewards"]["accuracy"]
+                assert abs(completion["reward"] - accuracy - 0.2 * short) < 1e-9
+        for reward, expected in ((f"{code}:shrt", "did you mean short?"),
+                                 (f"{scratch}/no.py:short", "no file"),
+                                 ("acuracy=1", "did you mean accuracy?")):
+            assert expected in error_of("grpo", "--reward", reward)
+
+
 def test_grpo_held_out_problems_are_not_trained_on():
     """--data ./mine.jsonl --eval-data mine.jsonl: taken for two files, and measured on what was
     trained on."""
