@@ -34,6 +34,7 @@ import model
 import optim
 from data import load_problems
 from data.files import read_rows
+from data.mixture import keys_of
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
 from generate import add_sampling_flags, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, rank_and_world, run_main, say
@@ -332,6 +333,22 @@ def fit_context(problems, prompts, config, reply_tokens):
     return [p for p, _ in kept], [prompt for _, prompt in kept]
 
 
+def leave_out(problems, keys, held_out, name):
+    """The training problems of `name`, with these keys, but for those that are in `held_out`.
+
+    The number of the others is said. Raises ValueError when there are only others.
+    """
+    held_out = set(held_out)
+    kept = [problem for problem, key in zip(problems, keys) if key not in held_out]
+    if left_out := len(problems) - len(kept):
+        say(f"{left_out} of {len(problems)} training problems of {name} are also held out for "
+            "evaluation: they are left out of training")
+    if problems and not kept:
+        raise ValueError(f"every training problem of {name} is also held out for evaluation; "
+                         "expected others: change --data or --eval-data")
+    return kept
+
+
 def load_setup(args, replies=1):
     """The Setup that these flags name, in each of --processes; a context holds so many replies."""
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
@@ -463,6 +480,21 @@ def summarize(records, *, grade, **settings):
                 scores[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
                 scores[f"maj@{k}"] = [maj_at_k(*v, k) for v in votes]
     return row | {"rates": {name: interval(found) for name, found in scores.items()}}
+
+
+def say_trained_on(setup, rows):
+    """How many of the problems the model is known to have been trained on, and what is left of
+    each row's accuracy without them."""
+    known = optim.read_trained_on(model.resolve_model(setup.settings["model"]))
+    keys = keys_of(setup.problems)
+    others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
+    if len(others) == len(setup.problems):
+        return
+    say(f"warning: the model was trained on {len(setup.problems) - len(others)} of these "
+        f"{len(setup.problems)} problems")
+    for row in rows if others else []:
+        scores = [row["scores"][i] for i in others]
+        say(f"{row['method']}: {percent(*interval(scores))} % without them")
 
 
 def append_row(path, row):
@@ -629,6 +661,7 @@ def main(args):
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
     append_row(args.results, row)
     say(table([row]))
+    say_trained_on(setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():

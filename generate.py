@@ -116,7 +116,8 @@ def inverse_cdf(weights, noise):
     point = point - (cdf.gather(1, which) - inner[:, -1:])
     # rounding may put the point just outside its block; a token of weight zero must not be drawn
     point = point.clamp_(min=0).minimum(inner[:, -1:] * (1 - 2**-24))
-    return which * width + torch.searchsorted(inner, point, right=True)
+    inside = torch.searchsorted(inner, point, right=True).clamp_(max=width - 1)  # were it nan
+    return which * width + inside
 
 
 def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=None):
@@ -154,7 +155,8 @@ def truncated_draw(probs, noise, top_p, top_k):
         total = weights.sum(-1, keepdim=True) if top_k else 1
         weights = weights * (likelier < top_p * total)
     cdf = weights.cumsum(-1)
-    return ids.gather(1, torch.searchsorted(cdf, noise * cdf[:, -1:], right=True))
+    places = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
+    return ids.gather(1, places.clamp_(max=ids.shape[1] - 1))
 
 
 # ------------------------------------------------------------ weights
@@ -548,6 +550,9 @@ def harvest(batch, drawn, sampling, results, on_token):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = next(ends, len(drawn))
         row.extend(tokens[at][:end], logprobs[at][:end])
+        if math.isnan(sum(logprobs[at][:end])):
+            raise ValueError("the model's log-probabilities are not finite: its weights are "
+                             "damaged, or a training run has ruined them; use another checkpoint")
         length = len(row.tokens)
         finish = finish_reason(row, sampling)
         reopened |= len(row.tokens) < length

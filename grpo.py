@@ -40,10 +40,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 import optim
-from data.mixture import load_held_out, load_mixture, problem_order, split_number
+from data.mixture import (
+    data_hash,
+    files_of,
+    keys_of,
+    load_held_out,
+    load_mixture,
+    problem_order,
+    split_number,
+)
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
 from data.rewards import brevity, language, load_function, overlong, repetition
-from eval import fit_context, interval, markdown, pass_at_k, percent
+from eval import fit_context, interval, leave_out, markdown, paired_bootstrap, pass_at_k, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import extract_answer, format_reward, verify_many
@@ -135,13 +143,13 @@ class Group(NamedTuple):
     max_new_tokens: int
     think_tag: str
     place: int = 0  # of the problem in the order of the run
-    parts: dict[str, list[float]] = {}  # each reward by name, [G]
-    rewards: list[float] = ()  # [G] their sum, each times its coefficient
-    advantages: list[float] = ()  # [G]
+    parts: dict[str, list] = {}  # each reward by name, [G]
+    rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
+    advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
 
 
 def accuracy(group):
-    return [float(right is True) for right in group.right]
+    return [None if right is None else float(right) for right in group.right]
 
 
 def well_formed(group):
@@ -149,8 +157,8 @@ def well_formed(group):
     return [format_reward(text, group.think_tag) for text in group.texts]
 
 
-# A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here, or a function in a file of yours; data/rewards.py has examples.
+# A reward takes a Group and returns a float for each completion, or None where it cannot say: yours
+# is one more function and one more name here, or a function in a file; data/rewards.py has some.
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
@@ -180,11 +188,26 @@ def parse_rewards(words):
     return coefficients
 
 
+def reward_by(name, group):
+    """What a reward says of each completion. Raises ValueError, with its name, unless it may."""
+    values = list(reward_fn(name)(group))
+    if len(values) != len(group.texts):
+        raise ValueError(f"--reward {name} returned {len(values)} values for {len(group.texts)} "
+                         "completions, expected one for each")
+    for value in values:
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"--reward {name} returned {value} for a completion, expected a "
+                             "finite number, or None where it cannot say")
+    return values
+
+
 def reward_group(group, coefficients):
-    """The group with `parts` and `rewards`."""
-    parts = {name: reward_fn(name)(group) for name in coefficients}
-    rewards = [sum(coefficients[name] * part[i] for name, part in parts.items())
-               for i in range(len(group.texts))]
+    """The group with `parts` and `rewards`; a completion with an undecided part has no reward."""
+    parts = {name: reward_by(name, group) for name in coefficients}
+    rewards = []
+    for values in zip(*parts.values()):
+        weighted = [c * v for c, v in zip(coefficients.values(), values) if v is not None]
+        rewards.append(None if None in values else sum(weighted))
     return group._replace(parts=parts, rewards=rewards)
 
 
@@ -194,7 +217,8 @@ def reward_group(group, coefficients):
 def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 
-    rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
+    rewards: [N, G] float, nan where undecided, which stays nan and has no part in the others.
+    Returns [N, G] float: rows sum to zero; equal rewards give zeros.
     scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
     the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, by "none" (Dr. GRPO,
     arXiv:2503.20783), or by the group's "mean" (MaxRL, arXiv:2602.02710: for rewards of 0 and 1).
@@ -202,14 +226,15 @@ def group_advantages(rewards, scale="group"):
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
-    mean = rewards.mean(1, keepdim=True)  # [N, 1]
+    mean = rewards.nanmean(1, keepdim=True)  # [N, 1]
     advantages = rewards - mean  # [N, G]
     if scale == "none":
         return advantages
     if scale == "group":
-        return advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        deviations = torch.stack([row[~row.isnan()].std() for row in rewards])
+        return advantages / (deviations[:, None] + 1e-4)
     if scale == "batch":
-        return advantages / (rewards.std() + 1e-4)
+        return advantages / (rewards[~rewards.isnan()].std() + 1e-4)
     if scale == "mean":
         return advantages / mean.clamp(min=1e-6)  # all wrong: 0 / 1e-6
     raise ValueError(f"scale is {scale!r}, expected group, batch, none or mean")
@@ -384,8 +409,9 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
 
 
 def has_spread(group):
-    """Groups whose rewards are all equal have no gradient."""
-    return max(group.rewards) - min(group.rewards) > 1e-6
+    """Groups whose rewards are all equal have no gradient, nor have those with one or none."""
+    decided = [reward for reward in group.rewards if reward is not None]
+    return len(decided) > 1 and max(decided) - min(decided) > 1e-6
 
 
 def roll_out_step(policy, problems, step, args):
@@ -414,24 +440,35 @@ def combined_advantages(parts, coefficients, scale):
     """
     advantages = sum(coefficient * group_advantages(parts[name], scale)
                      for name, coefficient in coefficients.items())  # [N, G]
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-4)
+    return advantages / (advantages[~advantages.isnan()].std() + 1e-4)  # their mean is 0 already
+
+
+def with_nan(rows):
+    """Lists of floats as a tensor, with nan for None."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
 
 
 def with_advantages(groups, args):
     """The groups with their advantages.
 
-    Those without spread get zeros, and have no part in the deviation of the batch.
+    Those without spread get zeros, and have no part in the deviation of the batch. What is
+    undecided gets None, and has none in the baseline of its group.
     """
-    rewards = torch.tensor([g.rewards for g in groups])  # [N, G]
+    rewards = with_nan([g.rewards for g in groups])  # [N, G]
     spread = torch.tensor([has_spread(g) for g in groups])  # [N]
     advantages = torch.zeros_like(rewards)
     if spread.any() and args.combine == "normalise":
-        parts = {name: torch.tensor([g.parts[name] for g in groups])[spread]
-                 for name in groups[0].parts}
+        parts = {}
+        for name in groups[0].parts:
+            part = with_nan([g.parts[name] for g in groups])
+            parts[name] = torch.where(rewards.isnan(), math.nan, part)[spread]
         advantages[spread] = combined_advantages(parts, parse_rewards(args.reward), args.scale)
     elif spread.any():
         advantages[spread] = group_advantages(rewards[spread], args.scale)
-    return [g._replace(advantages=row) for g, row in zip(groups, advantages.tolist())]
+    rows = []
+    for g, row in zip(groups, advantages.tolist()):
+        rows.append([None if r is None else a for r, a in zip(g.rewards, row)])
+    return [g._replace(advantages=row) for g, row in zip(groups, rows)]
 
 
 # ------------------------------------------------------------ learning
@@ -479,6 +516,8 @@ def training_rows(groups, args):
     for g in filter(has_spread, groups):
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
+            if advantage is None:
+                continue
             counts = c.finish == "stop" or not args.mask_truncated
             sequences.append(Sequence(c.tokens, c.logprobs, advantage, counts))
         learned.append((g.prompt, sequences))
@@ -578,9 +617,11 @@ CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_s
           "second_thoughts", "grad_norm")
 STEP_LINE = (
     "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
-    " | truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
+    " | entropy {entropy:.3f} nat"
     " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
     " | update {update_s:.1f} s | {left_min:.0f} min left")
+DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
 SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
@@ -593,12 +634,15 @@ def step_metrics(groups, learned, args):
             boxed = extract_answer(g.texts[i], strict=True) is not None
             rows.append({
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
-                "undecided": g.right[i] is None, "no_box": not boxed,
+                "undecided": g.rewards[i] is None, "no_box": not boxed,
                 "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
                 "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
             rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
-    metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    metrics = {}
+    for name in rows[0]:
+        decided = [row[name] for row in rows if row[name] is not None]
+        metrics[name] = fmean(decided) if decided else 0.0
     for name, right in (("length_right", True), ("length_wrong", False)):
         lengths = [row["length"] for row in rows if row["accuracy"] == right]
         metrics[name] = fmean(lengths) if lengths else 0.0
@@ -650,12 +694,49 @@ def list_solved(counts):
             "always": [name for name, (right, asked) in counts.items() if right == asked]}
 
 
+def save_solved(run, counts):
+    """Write list_solved as problems.json, and say how many these are."""
+    solved = list_solved(counts)
+    if run.rank == 0:
+        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+
+
+def right_answers(groups):
+    """For each problem 1 where its one answer is right, else 0; undecided is not right."""
+    return [int(g.right[0] is True) for g in groups]
+
+
 def evaluate(policy, dev, groups, args, run, step):
-    """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+    """right_answers on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
     answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
-    return fmean(g.right[0] is True for g in answered)
+    return right_answers(answered)
+
+
+def keep_first_and_best(evaluations):
+    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def reached(evaluations, accuracy):
+    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
+    return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
+
+
+def whether_it_helped(evaluations):
+    """What training came to, in words, by keep_first_and_best."""
+    first, before = evaluations[0]
+    step, after = evaluations[-1]
+    accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
+    if step == first:
+        return f"training did not help: no later step exceeds the {accuracy}"
+    change, low, high = (100 * value for value in paired_bootstrap(before, after))
+    verdict = "training helped" if low > 0 else "whether training helped cannot be told"
+    return (f"{verdict}: {accuracy}, {fmean(after):.3f} at step {step}, {change:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
 
 
 def measure_test(policy, test, args, run, rows, method, preset=None):
@@ -663,7 +744,7 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     if not test:
         return
     groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
-    accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
+    accuracy, low, high = interval(right_answers(groups))
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
@@ -674,6 +755,13 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     if run.rank == 0:
         optim.write_whole(run.dir / "results.md", markdown(head, lines))
         print(markdown(head, lines), flush=True)
+
+
+def measure_start(policy, dev, args, run, step):
+    """right_answers on `dev` before any training, logged as a step's."""
+    right = evaluate(policy, dev, [], args, run, step)
+    optim.log_step(run, "step {step}" + DEV_ACCURACY, {"step": step, "dev_accuracy": fmean(right)})
+    return right
 
 
 # ------------------------------------------------------------ the run
@@ -782,6 +870,33 @@ def filter_by_pass_rate(sets, policy, args, counts):
     return kept
 
 
+def load_data(policy, args):
+    """(sets to train on, their proportions, dev, test), whose problems are not trained on."""
+    sets, proportions = load_mixture(args.data, args.train_limit)
+    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
+    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
+    for path in files_of(args.data) & files_of([args.eval_data]):
+        optim.say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
+                  "for dev and test alike")
+    shared = set(keys_of(dev)).intersection(keys_of(test))
+    if shared:
+        optim.say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
+                  "checkpoint is chosen by them")
+    held_out = keys_of(dev + test)
+    sets = [leave_out(problems, keys_of(problems), held_out, word)
+            for problems, word in zip(sets, args.data)]
+    return sets, proportions, dev, test
+
+
+def load_base(path, args):
+    """The weights to start from. Frozen ones are loaded as they are computed with."""
+    if not args.lora_rank:
+        return model.load_params(path)
+    device = optim.find_device(args.device)
+    return model.load_params(path, device, optim.compute_dtype(args.dtype, device))
+
+
 def count_steps(args, num_problems):
     """(steps of the run, {last step of an epoch: epoch}), the end of the run not among these."""
     epoch = num_problems / args.prompts  # in steps
@@ -827,87 +942,76 @@ def main(args):
     optim.check_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
-    sets, proportions = load_mixture(args.data, args.train_limit)
-    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
-    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
-    if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
-        device = optim.find_device(args.device)
-        base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
-    else:
-        base = model.load_params(path)
+    sets, proportions, dev, test = load_data(policy, args)
+    args.data_sha256 = data_hash(*sets, dev, test)  # a flag, as --resume must find the same
+    base = load_base(path, args)  # before this process forks, so that all share what is frozen
     _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params)
-    done, best_step = 0, None
-    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": [], "right": {}, "pass_rates": {}}
+    done = 0
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
-        done, best_step = state["step"], state["best_step"]
-        extra |= state["extra"]
+        done = state["step"]
+        progress |= state["extra"]
     if args.filter_by_pass_rate:
-        sets = filter_by_pass_rate(sets, policy, args, extra["pass_rates"])
+        sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
     num_problems = sum(map(len, sets))
     steps, epoch_ends = count_steps(args, num_problems)
-    until = args.until or math.inf
-    if extra["best"] >= until:
-        steps = done
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
-
-    measure = functools.partial(measure_test, policy, test, args, run, extra["rows"])
+    measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    save = functools.partial(
+        optim.save_checkpoint, run.dir, params=params, config=config, like=path,
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+    if not progress["dev"]:  # of a new run, or one of an earlier version
+        progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
     if not checkpoint:
-        evaluate(policy, dev[:8], [], args, run, 0)
         measure("before")
         if args.prompt != "cot":
             measure("before, asked to think step by step", preset="cot")
+        save(step=0, best_step=0)
+    if reached(progress["dev"], args.until):
+        steps = done
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
-    problems = itertools.islice(problems, extra["taken"], None)
+    problems = itertools.islice(problems, progress["taken"], None)
 
     began = time.perf_counter()
     with optim.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
             groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
-            extra["taken"] += len(groups)
-            count_right(groups, extra["right"])
+            progress["taken"] += len(groups)
+            count_right(groups, progress["right"])
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
-            line = STEP_LINE
             if evaluating:
-                line += " | dev accuracy {dev_accuracy:.3f}"
-                accuracy = evaluate(policy, dev, groups, args, run, step)
-                metrics["dev_accuracy"] = accuracy
-                if accuracy > extra["best"]:
-                    extra["best"] = accuracy
-                    best_step = step
-                last = last or extra["best"] >= until
+                right = evaluate(policy, dev, groups, args, run, step)
+                metrics["dev_accuracy"] = fmean(right)
+                progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+                last = last or reached(progress["dev"], args.until)
             mean_s = (time.perf_counter() - began) / (step - done)
-            optim.log_step(run, line, metrics | {
-                "steps": steps, "epoch": extra["taken"] / num_problems,
-                "left_min": mean_s * (steps - step) / 60})
-            extra["failures"] = optim.count_failures(extra["failures"], metrics["skipped"], args.lr)
+            metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
+                        "left_min": mean_s * (steps - step) / 60}
+            optim.log_step(run, STEP_LINE + evaluating * DEV_ACCURACY, metrics)
+            progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
+                                                        args.lr)
             if last or step in epoch_ends:
                 measure("after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:
-                optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
-                                      args.keep, best_step)
+                save(step=step, best_step=progress["dev"][-1][0])
             if evaluating:
                 optim.draw_curves(run.dir, CURVES)
             if last:
                 break
             if stopping:
-                return optim.say(f"stopped; go on with: {optim.resume_command()}")
-    solved = list_solved(extra["right"])
-    if run.rank == 0:
-        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
-    optim.say(f"of {len(extra['right'])} problems asked, {len(solved['never'])} were never solved "
-              f"and {len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
-    optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
-              f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
+                raise KeyboardInterrupt  # saved; run_main says how to go on
+    save_solved(run, progress["right"])
+    best = run.dir / "checkpoints" / "best"
+    optim.say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
 
 
 if __name__ == "__main__":

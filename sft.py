@@ -28,8 +28,9 @@ import model
 import optim
 from data import load_problems
 from data.files import read_rows
+from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, render_prompt
-from eval import evaluate, fit_context
+from eval import evaluate, fit_context, leave_out
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -81,6 +82,7 @@ def default_lr(config, lora_rank):
 class Example(NamedTuple):
     tokens: list[int]
     parts: list[int]  # for each token the index of its part in PARTS, or CONTEXT
+    key: str = ""  # of its problem
 
 
 def split_conversation(row, prompt, system, think_tag):
@@ -97,6 +99,13 @@ def split_conversation(row, prompt, system, think_tag):
             pieces += [(before[done:], False), (message["content"], True)]
             done = len(before) + len(message["content"] + "<|im_end|>")
     return pieces
+
+
+def problem_of(row):
+    """The problem of a row: of a conversation, what its user asks first."""
+    if "messages" not in row:
+        return row["problem"]
+    return next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
 
 
 def answer_span(text, think_tag="think"):
@@ -126,7 +135,7 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
             parts.append(PARTS.index("end"))
         else:
             parts += [CONTEXT] * len(encoded.ids)
-    return Example(tokens, parts)
+    return Example(tokens, parts, problem_key(problem_of(row)))
 
 
 def has_text(record, *names):
@@ -235,8 +244,23 @@ def batch_of_step(examples, step, batch, seed):
     return chosen
 
 
-def load_examples(args, config, tokenizer, system):
-    """(examples to learn, examples held out), chosen by the seed."""
+def hold_out(examples, count, seed):
+    """(examples to learn, at least `count` others), chosen by the seed; no problem is in both."""
+    examples = list(examples)
+    random.Random(seed).shuffle(examples)
+    of_problem = {}
+    for example in examples:
+        of_problem.setdefault(example.key, []).append(example)
+    held_out = []
+    learned = []
+    for group in of_problem.values():
+        chosen = held_out if len(held_out) < count else learned
+        chosen += group
+    return learned, held_out
+
+
+def load_examples(args, config, tokenizer, system, problems):
+    """(examples to learn, examples held out): neither has one of `problems` to be evaluated on."""
     text = PRESETS[args.prompt].text is not None
     end_token = tokenizer.token_to_id("<|endoftext|>" if text else "<|im_end|>")
     if end_token is None:
@@ -245,14 +269,17 @@ def load_examples(args, config, tokenizer, system):
     max_tokens = min(args.max_tokens, config.max_context)
     examples = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt,
                              system=system, think_tag=args.think_tag)
-    held_out = args.validation
-    if held_out is None:
-        held_out = min(200, len(examples) // 5)
-    if len(examples) <= held_out:
+    keys = [example.key for example in examples]
+    examples = leave_out(examples, keys, keys_of(problems), args.data)
+    count = args.validation
+    if count is None:
+        count = min(200, len(examples) // 5)
+    learned, held_out = hold_out(examples, count, args.seed)
+    if not learned:
+        problems = len({example.key for example in examples})
         raise ValueError(f"--data {args.data} has {len(examples)} examples of at most {max_tokens} "
-                         f"tokens, expected more than --validation {held_out}")
-    random.Random(args.seed).shuffle(examples)
-    return examples[held_out:], examples[:held_out]
+                         f"tokens, of {problems} problems, expected more than --validation {count}")
+    return learned, held_out
 
 
 def count_processes(args, config, dtype):
@@ -327,13 +354,13 @@ def main(args):
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
     args.lr = args.lr or default_lr(config, args.lora_rank)
-    examples, validation = load_examples(args, config, tokenizer, system)
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
     prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
                              think_tag=args.think_tag) for problem in problems]
     problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
+    examples, validation = load_examples(args, config, tokenizer, system, problems)
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer = load_trainable(args, model_dir, config)
@@ -344,6 +371,7 @@ def main(args):
     best = state["extra"]["best"]
     best_step = state["best_step"]
     skipped = 0
+    trained_on = {example.key for example in examples}
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:
@@ -369,11 +397,11 @@ def main(args):
             skipped = optim.count_failures(skipped, metrics["skipped"], args.lr)
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
-                                      {"best": best}, args.keep, best_step)
+                                      {"best": best}, args.keep, best_step, trained_on)
             if evaluating:
                 optim.draw_curves(run.dir)
             if stopping and step < steps:
-                return say(f"stopped; go on with: {optim.resume_command()}")
+                raise KeyboardInterrupt  # saved; run_main says how to go on
     path = run.dir / "checkpoints" / "best"
     kind = "validation" if validation else "training"
     say(f"best checkpoint, by {kind} loss {best:.4f}: {path} (step {best_step}); "

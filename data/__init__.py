@@ -82,6 +82,16 @@ def read_problems(path):
     return problems
 
 
+def split_levels(name):
+    """"mine.jsonl:1-3" -> ("mine.jsonl", "1", "3"); a level that is not there is None."""
+    return re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", name, re.DOTALL).groups()
+
+
+def split_names(names):
+    """"gsm8k,mine.jsonl:1-3" -> ["gsm8k", "mine.jsonl:1-3"]; the name of a file may have commas."""
+    return [names] if Path(split_levels(names)[0]).is_file() else names.split(",")
+
+
 def load_problems(name_or_path, split="test", limit=None, seed=0):
     """Problems: "id", "problem", "answer", where known "solution", "level" (1 to 5), "subject".
 
@@ -97,10 +107,9 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
         raise ValueError(f"split {split!r} is not one of {', '.join(SIZES)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: expected at least 1, or none for all problems")
-    asked = str(name_or_path)
-    name, first, last = re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", asked, re.DOTALL).groups()
-    if "," in name and not Path(name).is_file():
-        names = asked.split(",")
+    names = split_names(str(name_or_path))
+    name, first, last = split_levels(names[0])
+    if len(names) > 1:
         share = limit and max(1, limit // len(names))
         return [problem for each in names for problem in load_problems(each, split, share, seed)]
     levels = range(int(first or 1), int(last or first or 5) + 1)

@@ -1,6 +1,7 @@
 """Rewards beside accuracy and format: what grpo.py takes off for length, loops and languages.
 
-A reward takes a grpo.Group and returns a float for each of its completions. These lie in [-1, 0].
+A reward takes a grpo.Group and returns a float for each of its completions, or None where it cannot
+say. These lie in [-1, 0].
 """
 
 import functools
@@ -16,9 +17,10 @@ def brevity(group):
     Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
     """
     lengths = [len(c.tokens) for c in group.completions]
-    shortest = min((n for n, right in zip(lengths, group.right) if right), default=0)
-    return [-min(1.0, (n - shortest) / (2 * shortest)) if right else 0.0
-            for n, right in zip(lengths, group.right)]
+    shortest = min((n for n, right in zip(lengths, group.right) if right), default=1)
+    penalties = [-min(1.0, (n - shortest) / (2 * shortest)) for n in lengths]
+    return [None if right is None else right * penalty
+            for right, penalty in zip(group.right, penalties)]
 
 
 def repetition(group, n=4, free=0.2):

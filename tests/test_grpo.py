@@ -230,6 +230,10 @@ def test_grpo_gdpo_advantages():
     parts = {name: torch.tensor([values]) for name, values in groups[0].parts.items()}
     wanted = grpo.combined_advantages(parts, coefficients, "group")[0].tolist()
     assert first.advantages == wanted and second.advantages == [0.0] * 3
+    odd = groups[0]._replace(texts=[*groups[0].texts, "?"], right=[*groups[0].right, None],
+                             completions=[groups[0].completions[i] for i in (0, 1, 2, 0)])
+    odd = grpo.reward_group(odd, grpo.parse_rewards(args.reward))
+    assert grpo.with_advantages([odd], args)[0].advantages == [*wanted, None]  # undecided
 
 
 def _group(texts, answers=None, lengths=None, limit=100):
@@ -822,17 +826,19 @@ def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
 def test_grpo_stops_at_an_accuracy():
     """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
     with tempfile.TemporaryDirectory() as scratch:
-        flags = [*GRPO_RUN[1:], "--run-dir", f"{scratch}/run", "--eval-every", 1]
-        out = in_process("grpo", *flags, "--until", 0.01, "--eval-limit", 40)
+        words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
+        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0], [1, 0]]):
+            out = in_process("grpo", *words)
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
         asked, never, always = map(int, re.search(
             r"of (\d+) problems asked, (\d+) were never solved and (\d+) always", out).groups())
-        solved = json.loads(Path(scratch, "run", "problems.json").read_text())
+        solved = json.loads(Path(scratch, "problems.json").read_text())
         assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
         assert 4 <= asked <= 12
-        resume = ["--run-dir", f"{scratch}/run", "--resume"]
-        assert "step 2/4" not in in_process("grpo", *resume)
-        assert "step 4/4" in in_process("grpo", *resume, "--until", 1.0)
+        assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
+        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0]] * 3):
+            out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
+        assert "step 2/4" in out and "step 4/4" in out, out
 
 
 def test_grpo_filter_by_pass_rate():
