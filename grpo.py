@@ -50,11 +50,11 @@ from data.mixture import (
     split_number,
 )
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from data.rewards import brevity, language, load_function, overlong, repetition
+from data.rewards import REWARDS, parse_rewards, reward_group
 from eval import fit_context, interval, leave_out, markdown, paired_bootstrap, pass_at_k, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
-from verify import extract_answer, format_reward, verify_many
+from verify import extract_answer, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
@@ -128,87 +128,6 @@ def parse_args(argv=None):
     parser = optim.Parser(__doc__)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
-
-
-# ------------------------------------------------------------ rewards
-
-
-class Group(NamedTuple):
-    """A problem and its G completions, as the reward functions see them, and their grades."""
-    problem: dict
-    prompt: list[int]  # tokens
-    texts: list[str]  # without end tokens, and without what the prompt opened of the thinking block
-    completions: list  # of generate.Completion: tokens, logprobs, finish
-    right: list[bool | None]  # None: undecided
-    max_new_tokens: int
-    think_tag: str
-    place: int = 0  # of the problem in the order of the run
-    parts: dict[str, list] = {}  # each reward by name, [G]
-    rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
-    advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
-
-
-def accuracy(group):
-    return [None if right is None else float(right) for right in group.right]
-
-
-def well_formed(group):
-    """A well-formed thinking block at most, one boxed answer, nothing after it."""
-    return [format_reward(text, group.think_tag) for text in group.texts]
-
-
-# A reward takes a Group and returns a float for each completion, or None where it cannot say: yours
-# is one more function and one more name here, or a function in a file; data/rewards.py has some.
-REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
-           "repetition": repetition, "language": language, "overlong": overlong}
-
-
-def reward_fn(name):
-    """The function behind a name of REWARDS, or behind FILE.py:FUNCTION; None for another name."""
-    path, _, function = name.rpartition(":")
-    return load_function(path, function) if path.endswith(".py") else REWARDS.get(name)
-
-
-def parse_rewards(words):
-    """["accuracy=1", "mine.py:short=0.1"] -> {name: coefficient}.
-
-    Raises ValueError for unknown names, and when a wrong answer could score above a right one.
-    """
-    coefficients = dict(map(split_number, words))
-    for name in coefficients:
-        if reward_fn(name) is None:
-            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}, or FILE.py:FUNCTION"
-                             f"{model.did_you_mean(name, REWARDS)}")
-    of_accuracy = coefficients.get("accuracy", math.inf)
-    others = sum(c for name, c in coefficients.items() if name != "accuracy")
-    if others >= of_accuracy:
-        raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
-                         f"{of_accuracy:g}; it needs more, or a wrong answer may beat a right one")
-    return coefficients
-
-
-def reward_by(name, group):
-    """What a reward says of each completion. Raises ValueError, with its name, unless it may."""
-    values = list(reward_fn(name)(group))
-    if len(values) != len(group.texts):
-        raise ValueError(f"--reward {name} returned {len(values)} values for {len(group.texts)} "
-                         "completions, expected one for each")
-    for value in values:
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"--reward {name} returned {value} for a completion, expected a "
-                             "finite number, or None where it cannot say")
-    return values
-
-
-def reward_group(group, coefficients):
-    """The group with `parts` and `rewards`; a completion with an undecided part has no reward."""
-    parts = {name: reward_by(name, group) for name in coefficients}
-    rewards = []
-    for values in zip(*parts.values()):
-        weighted = [c * v for c, v in zip(coefficients.values(), values) if v is not None]
-        rewards.append(None if None in values else sum(weighted))
-    return group._replace(parts=parts, rewards=rewards)
 
 
 # ------------------------------------------------------------ the loss
@@ -366,6 +285,21 @@ def sampler_weights(log_ratio, cap, level="token"):
 
 
 # ------------------------------------------------------------ rollouts
+
+
+class Group(NamedTuple):
+    """A problem and its G completions, as the reward functions see them, and their grades."""
+    problem: dict
+    prompt: list[int]  # tokens
+    texts: list[str]  # without end tokens, and without what the prompt opened of the thinking block
+    completions: list  # of generate.Completion: tokens, logprobs, finish
+    right: list[bool | None]  # None: undecided
+    max_new_tokens: int
+    think_tag: str
+    place: int = 0  # of the problem in the order of the run
+    parts: dict[str, list] = {}  # each reward by name, [G]
+    rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
+    advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
 
 
 class Policy(NamedTuple):

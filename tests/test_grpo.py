@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 import grpo
 import model
 import optim
+from data import rewards
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -225,14 +226,14 @@ def test_grpo_gdpo_advantages():
     args = _args("--combine", "normalise", "--reward", "accuracy=1", "brevity=0.5")
     groups = [_group(["\\boxed{4}", "\\boxed{5}", "\\boxed{4}"], lengths=[10, 12, 40]),
               _group(["no", "no", "no"], lengths=[3, 4, 5])]
-    groups = [grpo.reward_group(g, grpo.parse_rewards(args.reward)) for g in groups]
+    groups = [rewards.reward_group(g, rewards.parse_rewards(args.reward)) for g in groups]
     first, second = grpo.with_advantages(groups, args)
     parts = {name: torch.tensor([values]) for name, values in groups[0].parts.items()}
     wanted = grpo.combined_advantages(parts, coefficients, "group")[0].tolist()
     assert first.advantages == wanted and second.advantages == [0.0] * 3
     odd = groups[0]._replace(texts=[*groups[0].texts, "?"], right=[*groups[0].right, None],
                              completions=[groups[0].completions[i] for i in (0, 1, 2, 0)])
-    odd = grpo.reward_group(odd, grpo.parse_rewards(args.reward))
+    odd = rewards.reward_group(odd, rewards.parse_rewards(args.reward))
     assert grpo.with_advantages([odd], args)[0].advantages == [*wanted, None]  # undecided
 
 
@@ -252,22 +253,22 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
     their best."""
     rng = random.Random(0)
     for _ in range(200):
-        raw = {name: rng.random() for name in grpo.REWARDS if name != "accuracy"}
+        raw = {name: rng.random() for name in rewards.REWARDS if name != "accuracy"}
         scale = rng.uniform(0.1, 0.999) / sum(raw.values())
         words = [f"{name}={value * scale:.6f}" for name, value in raw.items()]
-        coefficients = grpo.parse_rewards(["accuracy=1", *words])
+        coefficients = rewards.parse_rewards(["accuracy=1", *words])
         bonus = coefficients["format"]
         penalties = sum(coefficients.values()) - coefficients["accuracy"] - bonus
         assert coefficients["accuracy"] - penalties > bonus, coefficients
     with raises(ValueError, "wrong answer"):
-        grpo.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
+        rewards.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
     right = "<think>\nla la la la la la 的的的的\n</think>\n\\boxed{4} 的"
     group = _group([right, "<think>\nthought\n</think>\n\\boxed{5}"], lengths=[100, 40])
     group = group._replace(completions=[group.completions[0]._replace(tokens=[7] * 100),
                                         group.completions[1]])
     words = ["accuracy=1", "format=0.1", "brevity=0.2", "repetition=0.2", "language=0.1",
              "overlong=0.2"]
-    group = grpo.reward_group(group, grpo.parse_rewards(words))
+    group = rewards.reward_group(group, rewards.parse_rewards(words))
     assert group.rewards[0] > group.rewards[1], group.parts
     assert all(-1 <= v <= 1 for values in group.parts.values() for v in values)
 
@@ -276,18 +277,19 @@ def test_grpo_each_reward():
     box = "\\boxed{4}"
     texts = [f"<think>\n{t}\n</think>\n{box}" for t in ("a", "b", "c")] + ["\\boxed{5}"]
     group = _group(texts, lengths=[10, 20, 40, 5], limit=40)
-    assert grpo.accuracy(group) == [1, 1, 1, 0]
+    assert rewards.accuracy(group) == [1, 1, 1, 0]
     # relative to the shortest right one, of 10; the wrong one is not it
-    assert grpo.brevity(group) == [0, -0.5, -1, 0]
-    assert grpo.overlong(group) == [0, 0, -1, 0]
-    assert grpo.well_formed(group)[0] == 1
-    assert grpo.well_formed(_group(["<think>\nno end \\boxed{4}",
+    assert rewards.brevity(group) == [0, -0.5, -1, 0]
+    assert rewards.overlong(group) == [0, 0, -1, 0]
+    assert rewards.well_formed(group)[0] == 1
+    assert rewards.well_formed(_group(["<think>\nno end \\boxed{4}",
                                     f"{box} and more text {box}"])) == [0, 0]
     looped = _group(["x"])
     looped = looped._replace(completions=[looped.completions[0]._replace(tokens=[1, 2] * 50)])
-    assert grpo.repetition(looped)[0] < -0.9 and grpo.repetition(_group(["x"], lengths=[60])) == [0]
-    assert grpo.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
-    assert grpo.language(_group(["x"])._replace(problem={"problem": "Сколько?"},
+    assert rewards.repetition(looped)[0] < -0.9
+    assert rewards.repetition(_group(["x"], lengths=[60])) == [0]
+    assert rewards.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
+    assert rewards.language(_group(["x"])._replace(problem={"problem": "Сколько?"},
                                                 texts=["ответ x"])) == [0]
 
 
@@ -526,7 +528,7 @@ def test_grpo_truncated_rows_alone_make_no_update():
     def spread(group):
         return [float(i % 2) for i in range(len(group.texts))]
 
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(grpo.REWARDS, format=spread):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(rewards.REWARDS, format=spread):
         words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 2, "--reward",
                  "format=1"]
         for flags, updates in (([], 1), (["--mask-truncated"], 0)):
@@ -808,7 +810,7 @@ def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
     for i, group in enumerate(groups):
         right = [None, *group.right[1:]] if i == 1 else group.right  # one is undecided
         group = group._replace(right=right, problem=group.problem | {"id": f"p{i}"})
-        groups[i] = grpo.reward_group(group, {"accuracy": 1.0})
+        groups[i] = rewards.reward_group(group, {"accuracy": 1.0})
     learned = collections.Counter(tokens=1)
     metrics = grpo.step_metrics(groups, learned, _args("--group", 4))
     wanted = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
