@@ -645,6 +645,8 @@ def fill_defaults(args, config):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.adapter:
+        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 
@@ -705,8 +707,12 @@ def make_trainable(base, config, args, device):
     """(params, reference or None, optimizer). An adapter's reference is the base, for free."""
     if args.lora_rank:
         lora = model.init_lora(config, args.lora_rank, args.seed)
+        reference = base
+        if args.adapter:
+            lora = model.load_adapter(args.adapter, config, device)
+            reference = base | lora
         lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-        return base | lora, base, optimizer
+        return base | lora, reference, optimizer
     dtype = optim.compute_dtype(args.dtype, device)
     params, optimizer = init_optimizer(base, device, dtype, args.offload)
     reference = {name: t.detach().clone() for name, t in params.items()} if args.beta else None

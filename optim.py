@@ -97,6 +97,7 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     """The flags that sft.py and grpo.py share. lr, run_dir: defaults; lr_help says what None is."""
     add_device_flags(parser)
     add = parser.add_argument_group("training").add_argument
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) to go on from")
     add("--lr", type=above(0.0), default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
     add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
@@ -597,8 +598,8 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
         shutil.copymode(partial / "config.json", shard)
         sums = dict(gather_objects((shard.name, fingerprint(shard))))
         if rank == 0:
-            others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
-            sums |= {p.name: fingerprint(p) for p in others}
+            others = [p for p in partial.rglob("*.*") if not p.name.startswith("trainer-")]
+            sums |= {p.relative_to(partial).as_posix(): fingerprint(p) for p in others}
             write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
             sync(*partial.iterdir(), partial)
             if path.exists():

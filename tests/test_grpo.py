@@ -627,6 +627,29 @@ def test_grpo_trains_all_weights_where_they_fit():
     assert args.lr == 3e-5
 
 
+def test_grpo_goes_on_from_an_adapter():
+    """The reference is where the run starts; eval.py takes the adapter as the merged checkpoint."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 20]
+        in_process("grpo", *words, "--lora-rank", 4, "--lr", 0.02, "--warmup", 0,
+                   "--run-dir", f"{scratch}/a")
+        merged = f"{scratch}/a/checkpoints/best"
+        adapter = f"{merged}/adapter"
+        in_process("grpo", *words, "--adapter", adapter, "--beta", 0.1, "--run-dir", f"{scratch}/b")
+        assert json.loads(Path(scratch, "b", "flags.json").read_text())["lora_rank"] == 4
+        assert json.loads(Path(scratch, "b", "metrics.jsonl").read_text())["kl"] == 0
+        error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
+        assert "--lora-rank is 0" in error and "rank 4" in error, error
+        texts = []
+        for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
+            records = Path(scratch, f"{i}.jsonl")
+            in_process("eval", *flags, "--limit", 8, "--max-new-tokens", 20, "--processes", 1,
+                       "--records", records, "--results", f"{scratch}/results.jsonl")
+            lines = [json.loads(line) for line in records.read_text().splitlines()]
+            texts.append([line["samples"][0]["text"] for line in lines])
+        assert texts[0] == texts[1] != texts[2]
+
+
 def test_grpo_prompts_that_fill_the_context_are_left_out():
     long = {"id": "long", "problem": "What is " + "1 + " * 600 + "1?", "answer": "601"}
     short = {"id": "short", "problem": "What is 1 + 1?", "answer": "2"}
