@@ -630,7 +630,8 @@ def test_grpo_trains_all_weights_where_they_fit():
 def test_grpo_goes_on_from_an_adapter():
     """The reference is where the run starts; eval.py takes the adapter as the merged checkpoint."""
     with tempfile.TemporaryDirectory() as scratch:
-        words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 20]
+        words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 20,
+                 "--prompts", 2]
         in_process("grpo", *words, "--lora-rank", 4, "--lr", 0.02, "--warmup", 0,
                    "--run-dir", f"{scratch}/a")
         merged = f"{scratch}/a/checkpoints/best"
