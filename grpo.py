@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 grpo.py --model qwen2.5-7b   # one node, or several
     python grpo.py --model DIR --data mine.jsonl=2 gsm8k=1   # a mixture of problem sets, 2 to 1
     python grpo.py --run-dir runs/grpo --resume              # goes on after Ctrl-C or a crash
+    python grpo.py --teacher qwen2.5-math-7b-instruct --model qwen2.5-1.5b   # distillation
 
 A step: (1) roll out G completions of each of N problems; (2) grade them; (3) the advantage of a
 completion is how much better it did than its group; (4) one or more AdamW updates of the clipped
@@ -18,6 +19,8 @@ Where this departs from the GRPO paper, and what undoes it:
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
    --sampler-cap times (truncated importance sampling): 1 but for rounding.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
+On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
+from another model, and there are no rewards unless --reward names them.
 Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585.
 """
 
@@ -49,6 +52,7 @@ TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps
         "lr": 5e-4, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
           "lr": 1e-6, "micro_tokens": 16384, "checkpointing": True}
+REWARD = ["accuracy=1", "format=0.1"]
 LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
 # A problem is asked by itself, and only the box earns the reward.
@@ -75,8 +79,8 @@ def add_flags(parser):
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
-    add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"of {', '.join(REWARDS)}, summed")
+    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, summed "
+        f"(default {' '.join(REWARD)}; with --teacher none)")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
@@ -86,7 +90,9 @@ def add_flags(parser):
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
-    add("--beta", type=at_least(0.0), default=0.0, help="of the KL divergence from the start")
+    add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
+        "unless given, weighs the KL divergence from it")
+    add("--beta", type=at_least(0.0), help="of the KL divergence from the start (default 0)")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
@@ -378,7 +384,7 @@ def roll_out_step(policy, problems, step, args):
         batch = list(itertools.islice(problems, missing))
         groups += roll_out(sampler, batch, args, seed)
         missing = args.prompts - sum(map(has_spread, groups))
-        if missing == 0:
+        if missing == 0 or args.teacher:
             break
     return groups
 
@@ -438,7 +444,7 @@ def training_rows(groups, args):
     rank, world = rank_and_world()
     learned = []
     lengths = []
-    for g in filter(has_spread, groups):
+    for g in groups if args.teacher else filter(has_spread, groups):
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
             counts = c.finish == "stop" or not args.mask_truncated
@@ -497,8 +503,8 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
                           "entropy": (entropy.detach() * mask).sum()}
 
 
-def update(policy, ref_params, optimizer, rows, total, lr, args):
-    """--updates optimizer steps on this process's rows.
+def update(policy, reference, optimizer, rows, total, lr, args):
+    """--updates optimizer steps on this process's rows. reference: a Policy, for --beta.
 
     Returns sums of policy_loss's statistics over the tokens of all processes, with "grad_norm" of
     the last step and the number of steps "skipped".
@@ -508,7 +514,7 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
     old = ref = [None] * len(rows)
     with torch.no_grad():
         if args.beta:
-            ref = [row_logprobs(ref_params, config, row, *settings)[0] for row in rows]
+            ref = [row_logprobs(*reference[:2], row, *settings)[0] for row in rows]
         if args.updates > 1:
             old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
     own = Counter()  # of tensors, so that the device is not waited for
@@ -538,6 +544,7 @@ STEP_LINE = (
     " | truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat"
     " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
     " | update {update_s:.1f} s | {left_min:.0f} min left")
+KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
@@ -621,10 +628,13 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
     rows = min(args.max_batch, groups * args.group)
     prompts = math.ceil(rows / args.group)
     slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cpu")
+    reference = config if args.beta and not args.lora_rank else None
+    if args.teacher:
+        reference = model.load_config(model.resolve_model(args.teacher, config_only=True))
     return optim.plan_memory(
         config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
-        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=args.beta > 0,
+        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
         offload=args.offload)
 
 
@@ -633,6 +643,12 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
+    if args.reward is None:
+        args.reward = [] if args.teacher else REWARD
+    if args.beta is None:
+        args.beta = 1.0 if args.teacher else 0.0
+    if args.teacher and not args.beta:
+        raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
     parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
@@ -650,6 +666,16 @@ def fill_defaults(args, config):
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 
+def check_teacher(args):
+    """Raises ValueError unless the teacher reads the student's tokens as the student means them."""
+    paths = [model.resolve_model(name, config_only=True) for name in (args.model, args.teacher)]
+    student, teacher = (model.load_tokenizer(path).get_vocab() for path in paths)
+    if differing := len(dict(student.items() ^ teacher.items())):
+        raise ValueError(f"--teacher {args.teacher}: {differing} tokens of its tokenizer are not "
+                         f"those of --model {args.model}, expected none; take a teacher of the "
+                         "student's family")
+
+
 def settle_flags(args, config):
     """Fill in what was left out, by the model and the memory there is, and say what is trained.
 
@@ -661,6 +687,8 @@ def settle_flags(args, config):
     there = optim.memory_there(device, world)
     lr = args.lr
     fill_defaults(args, config)
+    if args.teacher:
+        check_teacher(args)
     plan = memory_plan(config, args, world, device)
     if args.lora_rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
@@ -704,22 +732,32 @@ def count_steps(args, num_problems):
 
 
 def make_trainable(base, config, args, device):
-    """(params, reference or None, optimizer). An adapter's reference is the base, for free."""
+    """(params, reference, optimizer). The reference is a Policy: --teacher, or else the start.
+
+    That of an adapter is the base, for free. Without --beta there may be none.
+    """
+    dtype = optim.compute_dtype(args.dtype, device)
+    start = None
     if args.lora_rank:
         lora = model.init_lora(config, args.lora_rank, args.seed)
-        reference = base
+        start = base
         if args.adapter:
             lora = model.load_adapter(args.adapter, config, device)
-            reference = base | lora
+            start = base | lora
         lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-        return base | lora, reference, optimizer
-    dtype = optim.compute_dtype(args.dtype, device)
-    params, optimizer = init_optimizer(base, device, dtype, args.offload)
-    reference = {name: t.detach().clone() for name, t in params.items()} if args.beta else None
-    return params, reference, optimizer
+        params = base | lora
+    else:
+        params, optimizer = init_optimizer(base, device, dtype, args.offload)
+        if args.beta and not args.teacher:
+            start = {name: tensor.detach().clone() for name, tensor in params.items()}
+    if args.teacher:
+        path = model.resolve_model(args.teacher)
+        start = model.load_params(path, device, dtype)
+        config = model.load_config(path)
+    return params, Policy(start, config, None, None), optimizer
 
 
-def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
+def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
     groups = roll_out_step(policy, problems, step, args)
@@ -728,7 +766,7 @@ def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
     rows, total = training_rows(groups, args)
     learned = Counter()
     if total:
-        learned = update(policy, ref_params, optimizer, rows, total, lr, args)
+        learned = update(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
@@ -756,7 +794,7 @@ def main(args):
         base = model.load_params(path)
     _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
-    params, ref_params, optimizer = make_trainable(base, config, args, device)
+    params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params)
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
@@ -780,12 +818,12 @@ def main(args):
     with optim.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
+            groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
             extra["taken"] += len(groups)
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
-            line = STEP_LINE
+            line = STEP_LINE + (KL if args.beta else "")
             if evaluating:
                 line += " | dev accuracy {dev_accuracy:.3f}"
                 accuracy = evaluate(policy, dev, groups, args, run, step)

@@ -315,11 +315,12 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, rows, cache_slots,
-                lora_rank=0, checkpointing=True, reference=False, offload=False):
+                lora_rank=0, checkpointing=True, reference=None, offload=False):
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that they take. reference: a frozen copy is held.
+    that decode at once. cache_slots: that they take. reference: the Config of a
+    frozen model that is held, too.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -334,8 +335,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     held = size * weights + 4 * trained  # and gradients
     if lora_rank:
         held += 4 * trained  # the adapter itself
-    elif reference:
-        held += size * weights
+    if reference:
+        held += size * sum(map(math.prod, param_shapes(reference).values()))
     if not (offload and on_gpu):  # moments, and masters of what is not float32
         held += (12 if size < 4 and not lora_rank else 8) * trained / world
 

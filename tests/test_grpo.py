@@ -164,6 +164,62 @@ def test_grpo_k1_in_the_loss_has_no_mean_gradient():
     assert not torch.allclose(mean_gradient("k3"), exact, atol=1e-2)
 
 
+def test_grpo_distillation_is_the_reverse_kl_of_each_token():
+    """The gradient of a token is (log p - log q) d log p, for the teacher's q, whose mean over the
+    student's tokens is that of KL(p || q). Float64, a teacher of another depth and width."""
+    params, config = double_model()
+    teacher_config = model.Config(64, 16, 24, 3, 2, 1, initializer_range=0.3)
+    teacher = model.init_params(teacher_config, seed=1, dtype=torch.float64)
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    groups = [(prompt, [s._replace(advantage=0.0) for s in sequences])
+              for prompt, sequences in groups]
+    sequences = [(prompt, s) for prompt, piece in groups for s in piece]
+    total = sum(len(s.tokens) for _, s in sequences)
+    args = _args("--teacher", "tiny", "--temperature", 0.8, "--sampler-cap", 1)
+    assert (args.beta, args.reward) == (1.0, [])
+
+    def packed(p):
+        with torch.no_grad():
+            ref, _, _ = grpo.row_logprobs(teacher, teacher_config, groups, 0.8)
+        grpo.row_loss(p, config, groups, None, ref, total, args)[0].backward()
+
+    def alone(p):
+        for prompt, s in sequences:
+            text = torch.tensor([prompt + s.tokens])
+            logp, logq = (model.forward(*m, text)[0, len(prompt) - 1:-1].div(0.8).log_softmax(-1)
+                          .gather(1, text[0, len(prompt):, None])
+                          for m in ((p, config), (teacher, teacher_config)))
+            ((logp - logq).detach() * logp / total).sum().backward()
+
+    assert_same_gradients(gradients(params, packed), gradients(params, alone), 1e-5)
+
+
+def test_grpo_distils_from_a_teacher_of_the_same_tokenizer():
+    """Without rewards, groups of equal ones teach, and none is replaced."""
+    tiny = ROOT / "data" / "tiny"
+    with tempfile.TemporaryDirectory() as scratch:
+        params, config = model.load_params(tiny), model.load_config(tiny)
+        noise = torch.Generator().manual_seed(0)
+        params = {k: v + 0.02 * torch.randn(v.shape, generator=noise) for k, v in params.items()}
+        model.save_model(f"{scratch}/teacher", params, config, tiny)
+        words = [*GRPO_RUN[1:], "--test-limit", 0, "--max-new-tokens", 20]
+        words += ["--teacher", f"{scratch}/teacher", "--steps", 1]
+        for flags in ([], ["--reward", "accuracy=1", "--lora-rank", 2]):
+            out = in_process("grpo", *words, *flags, "--run-dir", f"{scratch}/{len(flags)}")
+            [learned] = map(json.loads, open(f"{scratch}/{len(flags)}/metrics.jsonl"))
+            assert learned["kl"] > 0.01 and learned["grad_norm"] > 0.1, out
+            assert f"kl {learned['kl']:.4f} nat" in out, out
+            assert learned["epoch"] == 4 / 40 and ("reward_accuracy" in learned) == bool(flags)
+
+        path = Path(scratch) / "teacher" / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        swapped = dict(zip(raw["model"]["vocab"], reversed(raw["model"]["vocab"].values())))
+        path.write_text(json.dumps(raw | {"model": raw["model"] | {"vocab": swapped}}))
+        error = error_of("grpo", *words, "--run-dir", f"{scratch}/other")
+        assert "tokens of its tokenizer" in error and "family" in error, error
+        assert "--beta is 0" in error_of("grpo", *words, "--beta", 0)
+
+
 def test_grpo_advantages():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
     for scale in ("group", "batch", "none"):
@@ -300,6 +356,7 @@ def _update(params, config, groups, micro_tokens, **changes):
     reference = {k: v.float() for k, v in params.items()}
     rows = grpo.pack_groups(groups, micro_tokens)
     policy = grpo.Policy(trained, config, None, None)
+    reference = policy._replace(params=reference)
     sums = grpo.update(policy, reference, optimizer, rows, total, 1e-3, args)
     return {k: v.detach().clone() for k, v in trained.items()}, sums
 
