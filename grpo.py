@@ -52,11 +52,10 @@ TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps
         "lr": 5e-4, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
           "lr": 1e-6, "micro_tokens": 16384, "checkpointing": True}
-REWARD = ["accuracy=1", "format=0.1"]
+REWARDED = {"strict": ["accuracy=1", "format=0.1"], "lenient": ["accuracy=1"]}  # by the grade
 LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
-# A problem is asked by itself, and only the box earns the reward.
-PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
+PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
@@ -80,7 +79,8 @@ def add_flags(parser):
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, summed "
-        f"(default {' '.join(REWARD)}; with --teacher none)")
+        f"(default {' '.join(REWARDED['strict'])}, without the format where the prompt asks for no "
+        "box; with --teacher, none)")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
@@ -347,14 +347,16 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     problems = problems[rank::world]
     G = 1 if greedy else args.group
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
+    asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
     rows = generate(policy.params, policy.config, prompts, num_samples=G,
                     max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
                     temperature=0.0 if greedy else args.temperature, seed=seed,
-                    seeds=[place for place, _ in problems])
-    texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
+                    seeds=[place for place, _ in problems], stop_strings=asked.stop,
+                    tokenizer=policy.tokenizer)
+    texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(pairs, strict=True)
+    verdicts = verify_many(pairs, strict=asked.grade == "strict")
     coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
@@ -623,6 +625,7 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
 def memory_plan(config, args, world=1, device="cpu", prompt=200):
     """optim.plan_memory of a run. prompt: tokens of a problem; of GSM8K's, with template, 200."""
     groups = math.ceil(args.prompts / world)
+    prompt += len(PRESETS[args.prompt].text or "") // 3  # letters of worked examples in a token
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
@@ -643,13 +646,6 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
-    if args.reward is None:
-        args.reward = [] if args.teacher else REWARD
-    if args.beta is None:
-        args.beta = 1.0 if args.teacher else 0.0
-    if args.teacher and not args.beta:
-        raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
-    parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
     if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
@@ -661,6 +657,13 @@ def fill_defaults(args, config):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.beta is None:
+        args.beta = 1.0 if args.teacher else 0.0
+    if args.teacher and not args.beta:
+        raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
+    if args.reward is None:
+        args.reward = [] if args.teacher else REWARDED[PRESETS[args.prompt].grade]
+    parse_rewards(args.reward)
     if args.adapter:
         args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
     args.eval_data = args.eval_data or split_number(args.data[0])[0]

@@ -544,15 +544,41 @@ def test_grpo_and_sft_help():
         assert shown in out.getvalue() and out.getvalue().count("  --lr LR") == 1
 
 
-def test_grpo_prompts_can_earn_the_reward():
-    """Presets with worked examples, which training does not show, and those that ask for no box are
-    refused."""
-    import eval
-    assert "boxed" in grpo.PROMPTS and "few-shot-cot" not in grpo.PROMPTS
-    assert "minerva-math" not in grpo.PROMPTS
-    # roll_out would have to cut the text there
-    assert all(not eval.PRESETS[name].stop for name in grpo.PROMPTS)
+def test_grpo_asks_base_models_as_their_protocols_do():
+    """Without a chat, up to a stop string, which is learned but not read; graded as they grade."""
+    import generate
+
+    tiny = ROOT / "data/tiny"
+    policy = grpo.Policy(None, model.load_config(tiny), model.load_tokenizer(tiny), None)
+    said = "6 * 7 = 42. The answer is 42.\n\nQuestion: What is 1 + 1?\nAnswer: 2. The answer is 2."
+    asked = []
+
+    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, **_):
+        asked.append(policy.tokenizer.decode(prompts[0], skip_special_tokens=False))
+        cut = min((said.index(stop) + len(stop) for stop in stop_strings if stop in said),
+                  default=len(said))
+        tokens = tokenizer.encode(said[:cut], add_special_tokens=False).ids
+        return [[generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples]
+
+    problem = {"problem": "What is 6 * 7?", "answer": "42"}
+    with mock.patch.object(grpo, "generate", base_model):
+        for prompt, right, last in (("qwen-base-gsm8k", True, "42."), ("question", False, "2."),
+                                    ("minerva-math", False, "2.")):
+            args = _args("--prompt", prompt, "--group", 2)
+            [group] = grpo.roll_out(policy, [(0, problem)], args)
+            assert group.right == [right] * 2 and group.texts[0].strip().endswith(last), group
+            assert args.reward == (["accuracy=1", "format=0.1"] if prompt == "question"
+                                   else ["accuracy=1"])
+            text = policy.tokenizer.decode(group.completions[0].tokens)
+            assert text.endswith("Question:" if right else "2.")
+    assert asked[0].startswith("Question: There are 15") and asked[0].endswith("* 7?\nAnswer:")
+    assert asked[1] == "What is 6 * 7?"
+    assert "few-shot-cot" not in grpo.PROMPTS  # its examples would have to be chosen
     assert _args("--epochs", "2").steps is None
+    config = model.load_config(tiny)
+    bare, examples = (grpo.memory_plan(config, _args("--prompt", name, "--lora-rank", 0)).update
+                      for name in ("question", "qwen-base-gsm8k"))
+    assert examples > bare
 
 
 def test_grpo_result_does_not_depend_on_the_number_of_processes():
@@ -799,6 +825,6 @@ def test_grpo_bad_input():
             error = error_of("grpo", "--run-dir", f"{scratch}/run", *words)
             assert said in error, (words, error)
     for words in (["--group", 1], ["--temperature", 0], ["--lr", -1], ["--clip-low", 1],
-                  ["--prompt", "minerva-math"]):
+                  ["--prompt", "few-shot-cot"]):
         assert words[0] in _refused(*words), words
     assert "--group: 1 is out of range" in run("grpo.py", "--group", 1, ok=False)
