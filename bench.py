@@ -228,7 +228,7 @@ def bench_step(args, counted=3):
     _, world, device = optim.init_distributed(args.device, args.processes)
     dtype = optim.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
-    params, ref_params, optimizer = grpo.make_trainable(base, config, args, device)
+    params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None)
@@ -240,7 +240,7 @@ def bench_step(args, counted=3):
         groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
         rows, total = grpo.training_rows(grpo.with_advantages(groups, args), args)
         rolled = clock()
-        grpo.update(policy, ref_params, optimizer, rows, total, args.lr, args)
+        grpo.update(policy, reference, optimizer, rows, total, args.lr, args)
         if step:
             rollout += (rolled - begin) / counted
             learning += (clock() - rolled) / counted

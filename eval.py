@@ -53,6 +53,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     """The flags that eval.py, infer_scale.py and refine.py share."""
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--data", help="problem set or .jsonl file")
     add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
     add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
@@ -277,10 +278,11 @@ class Setup(NamedTuple):
     grade: str = "strict"  # which one counts
 
 
-def weights_hash(model_dir):
+def weights_hash(model_dir, adapter=None):
     """Eight characters that change with the weights; a path does not say which weights it held."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
+    adapters = Path(adapter).glob("*.safetensors") if adapter else []
+    for path in [*sorted(Path(model_dir).glob("*.safetensors")), *adapters]:
         content = np.memmap(path, mode="r")
         for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
             digest.update(content[begin:begin + 2**20])
@@ -372,12 +374,12 @@ def load_setup(args, replies=1):
     problems, prompts = fit_context(problems, prompts, config, replies * flags["max_new_tokens"])
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
     options = {name: flags[name] for name in names} | form | {"num_samples": 1}
-    settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
-                "split": args.split, "data_seed": args.data_seed, "device": device.type,
-                "dtype": str(dtype).removeprefix("torch.")}
+    settings = {"model": args.model, "weights": weights_hash(path, args.adapter),
+                "data": flags["data"], "split": args.split, "data_seed": args.data_seed,
+                "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if len(problems) < asked:
         settings["asked"] = asked
-    params = sampling_params(model.load_params(path, device, dtype), config)
+    params = sampling_params(model.load_params(path, device, dtype, args.adapter), config)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
@@ -617,6 +619,9 @@ def draw_cost(rows, path):
 
 def report(args):
     """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    if args.adapter:
+        raise ValueError(f"--adapter {args.adapter}: --report compares --model with --trained; "
+                         "pass the checkpoint with the adapter merged as --trained")
     models = {"base": args.model, "trained": args.trained}
     weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))

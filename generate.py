@@ -55,6 +55,7 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--prompt", help="what to ask; without it, an interactive chat")
     add("--system", help="the system turn; default: the model's own")
     add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
@@ -770,7 +771,7 @@ def main(args):
     config, tokenizer = model.load_config(path), model.load_tokenizer(path)
     system = args.system or model.load_system_prompt(path)
     device = find_device(args.device)
-    params = model.load_params(path, device, compute_dtype(args.dtype, device))
+    params = model.load_params(path, device, compute_dtype(args.dtype, device), args.adapter)
     params = sampling_params(params, config, packed=False if args.compile else None)
     policy = (params, config, tokenizer, system)
     if args.prompt is not None:

@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 grpo.py --model qwen2.5-7b   # one node, or several
     python grpo.py --model DIR --data mine.jsonl=2 gsm8k=1   # a mixture of problem sets, 2 to 1
     python grpo.py --run-dir runs/grpo --resume              # goes on after Ctrl-C or a crash
+    python grpo.py --teacher qwen2.5-math-7b-instruct --model qwen2.5-1.5b   # distillation
 
 A step: (1) roll out G completions of each of N problems; (2) grade them; (3) the advantage of a
 completion is how much better it did than its group; (4) one or more AdamW updates of the clipped
@@ -18,6 +19,8 @@ Where this departs from the GRPO paper, and what undoes it:
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
    --sampler-cap times (truncated importance sampling): 1 but for rounding.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
+On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
+from another model, and there are no rewards unless --reward names them.
 Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
 arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
 --reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
@@ -61,10 +64,10 @@ TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps
         "lr": 5e-4, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
           "lr": 1e-6, "micro_tokens": 16384, "checkpointing": True}
+REWARDED = ["accuracy=1", "format=0.1"]  # the format where a box is asked for
 LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
-# A problem is asked by itself, and only the box earns the reward.
-PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
+PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]
 
 
 def add_flags(parser):
@@ -88,8 +91,10 @@ def add_flags(parser):
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
-    add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"of {', '.join(REWARDS)}; mine.py:short is def short(group) in your mine.py")
+    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}; "
+        "mine.py:short is def short(group) in your mine.py "
+        f"(default {' '.join(REWARDED)}, without the format where the prompt asks for no "
+        "box or with --scale mean; with --teacher, none)")
     add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
         "each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
@@ -102,7 +107,9 @@ def add_flags(parser):
     add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
         "whose bounds are of the probability's change)")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
-    add("--beta", type=at_least(0.0), default=0.0, help="of the KL divergence from the start")
+    add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
+        "unless given, weighs the KL divergence from it")
+    add("--beta", type=at_least(0.0), help="of the KL divergence from the start (default 0)")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
@@ -324,14 +331,16 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     problems = problems[rank::world]
     G = 1 if greedy else args.group
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
+    asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
     rows = generate(policy.params, policy.config, prompts, num_samples=G,
                     max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
                     temperature=0.0 if greedy else args.temperature, seed=seed,
-                    seeds=[place for place, _ in problems])
-    texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
+                    seeds=[place for place, _ in problems], stop_strings=asked.stop,
+                    tokenizer=policy.tokenizer)
+    texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(pairs, strict=True)
+    verdicts = verify_many(pairs, strict=asked.grade == "strict")
     coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
@@ -362,7 +371,7 @@ def roll_out_step(policy, problems, step, args):
         batch = list(itertools.islice(problems, missing))
         groups += roll_out(sampler, batch, args, seed)
         missing = args.prompts - sum(map(has_spread, groups))
-        if missing == 0:
+        if missing == 0 or args.teacher:
             break
     return groups
 
@@ -447,7 +456,7 @@ def training_rows(groups, args):
     rank, world = rank_and_world()
     learned = []
     lengths = []
-    for g in filter(has_spread, groups):
+    for g in groups if args.teacher else filter(has_spread, groups):
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
             if advantage is None:
@@ -513,8 +522,8 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
                           "entropy": (entropy.detach() * mask).sum()}
 
 
-def update(policy, ref_params, optimizer, rows, total, lr, args):
-    """--updates optimizer steps on this process's rows.
+def update(policy, reference, optimizer, rows, total, lr, args):
+    """--updates optimizer steps on this process's rows. reference: a Policy, for --beta.
 
     Returns sums of policy_loss's statistics over the tokens of all processes, with "grad_norm" of
     the last step and the number of steps "skipped".
@@ -524,7 +533,7 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
     old = ref = [None] * len(rows)
     with torch.no_grad():
         if args.beta:
-            ref = [row_logprobs(ref_params, config, row, *settings)[0] for row in rows]
+            ref = [row_logprobs(*reference[:2], row, *settings)[0] for row in rows]
         if args.updates > 1:
             old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
     own = Counter()  # of tensors, so that the device is not waited for
@@ -556,16 +565,18 @@ STEP_LINE = (
     " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
     " | update {update_s:.1f} s | {left_min:.0f} min left")
 DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
+KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
 
 def step_metrics(groups, learned, args):
     """What a step's groups and its update were like. learned: from update."""
+    strict = PRESETS[args.prompt].grade == "strict"
     rows = []  # of a completion each
     for g in groups:
         for i, completion in enumerate(g.completions):
-            boxed = extract_answer(g.texts[i], strict=True) is not None
+            boxed = extract_answer(g.texts[i], strict) is not None
             rows.append({
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
                 "undecided": g.rewards[i] is None, "no_box": not boxed,
@@ -704,15 +715,19 @@ def measure_start(policy, dev, args, run, step):
 def memory_plan(config, args, world=1, device="cpu", prompt=200):
     """optim.plan_memory of a run. prompt: tokens of a problem; of GSM8K's, with template, 200."""
     groups = math.ceil(args.prompts / world)
+    prompt += len(PRESETS[args.prompt].text or "") // 3  # letters of worked examples in a token
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     prompts = math.ceil(rows / args.group)
     slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cpu")
+    reference = config if args.beta and not args.lora_rank else None
+    if args.teacher:
+        reference = model.load_config(model.resolve_model(args.teacher, config_only=True))
     return optim.plan_memory(
         config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
-        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=args.beta > 0,
+        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
         offload=args.offload)
 
 
@@ -721,12 +736,8 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
-    coefficients = parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
-    if args.scale == "mean" and list(coefficients) != ["accuracy"]:
-        raise ValueError(f"--scale mean is for rewards of 0 and 1 and --reward is "
-                         f"{' '.join(args.reward)}; pass --reward accuracy")
     defaults = dict(TINY if model.is_tiny(config) else OTHERS)
     defaults["clip_high"] = 0.2 if args.loss == "dppo" else 0.28
     defaults["sampler_cap"] = 2.0 if args.sampler_level == "token" else 3.0
@@ -735,10 +746,33 @@ def fill_defaults(args, config):
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.beta is None:
+        args.beta = 1.0 if args.teacher else 0.0
+    if args.teacher and not args.beta:
+        raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
+    if args.reward is None:
+        boxed = PRESETS[args.prompt].grade == "strict" and args.scale != "mean"
+        args.reward = [] if args.teacher else REWARDED[:1 + boxed]
+    coefficients = parse_rewards(args.reward)
+    if args.scale == "mean" and coefficients.keys() - {"accuracy"}:
+        raise ValueError(f"--scale mean is for rewards of 0 and 1, and --reward is "
+                         f"{' '.join(args.reward)}; expected accuracy alone")
     if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
         raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
                          f"{args.clip_high}")
+    if args.adapter:
+        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
+
+
+def check_teacher(args):
+    """Raises ValueError unless the teacher reads the student's tokens as the student means them."""
+    paths = [model.resolve_model(name, config_only=True) for name in (args.model, args.teacher)]
+    student, teacher = (model.load_tokenizer(path).get_vocab() for path in paths)
+    if differing := len(dict(student.items() ^ teacher.items())):
+        raise ValueError(f"--teacher {args.teacher}: {differing} tokens of its tokenizer are not "
+                         f"those of --model {args.model}, expected none; take a teacher of the "
+                         "student's family")
 
 
 def settle_flags(args, config):
@@ -752,6 +786,8 @@ def settle_flags(args, config):
     there = optim.memory_there(device, world)
     lr = args.lr
     fill_defaults(args, config)
+    if args.teacher:
+        check_teacher(args)
     plan = memory_plan(config, args, world, device)
     if args.lora_rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
@@ -840,18 +876,32 @@ def count_steps(args, num_problems):
 
 
 def make_trainable(base, config, args, device):
-    """(params, reference or None, optimizer). An adapter's reference is the base, for free."""
+    """(params, reference, optimizer). The reference is a Policy: --teacher, or else the start.
+
+    That of an adapter is the base, for free. Without --beta there may be none.
+    """
+    dtype = optim.compute_dtype(args.dtype, device)
+    start = None
     if args.lora_rank:
         lora = model.init_lora(config, args.lora_rank, args.seed)
+        start = base
+        if args.adapter:
+            lora = model.load_adapter(args.adapter, config, device)
+            start = base | lora
         lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-        return base | lora, base, optimizer
-    dtype = optim.compute_dtype(args.dtype, device)
-    params, optimizer = init_optimizer(base, device, dtype, args.offload)
-    reference = {name: t.detach().clone() for name, t in params.items()} if args.beta else None
-    return params, reference, optimizer
+        params = base | lora
+    else:
+        params, optimizer = init_optimizer(base, device, dtype, args.offload)
+        if args.beta and not args.teacher:
+            start = {name: tensor.detach().clone() for name, tensor in params.items()}
+    if args.teacher:
+        path = model.resolve_model(args.teacher)
+        start = model.load_params(path, device, dtype)
+        config = model.load_config(path)
+    return params, Policy(start, config, None, None), optimizer
 
 
-def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
+def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
     groups = roll_out_step(policy, problems, step, args)
@@ -860,7 +910,7 @@ def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
     rows, total = training_rows(groups, args)
     learned = Counter()
     if total.tokens:
-        learned = update(policy, ref_params, optimizer, rows, total, lr, args)
+        learned = update(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
@@ -881,7 +931,7 @@ def main(args):
     base = load_base(path, args)  # before this process forks, so that all share what is frozen
     _, world, device = optim.init_distributed(args.device, args.processes)
     run, checkpoint = optim.start_run(args)
-    params, ref_params, optimizer = make_trainable(base, config, args, device)
+    params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params)
     done = 0
@@ -916,7 +966,7 @@ def main(args):
     with optim.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
+            groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
             progress["taken"] += len(groups)
             count_right(groups, progress["right"])
             last = step == steps
@@ -930,7 +980,8 @@ def main(args):
             mean_s = (time.perf_counter() - began) / (step - done)
             metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
                         "left_min": mean_s * (steps - step) / 60}
-            optim.log_step(run, STEP_LINE + evaluating * DEV_ACCURACY, metrics)
+            line = STEP_LINE + bool(args.beta) * KL + evaluating * DEV_ACCURACY
+            optim.log_step(run, line, metrics)
             progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
                                                         args.lr)
             if last or step in epoch_ends:

@@ -120,6 +120,7 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     """The flags that sft.py and grpo.py share. lr, run_dir: defaults; lr_help says what None is."""
     add_device_flags(parser)
     add = parser.add_argument_group("training").add_argument
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) to go on from")
     add("--lr", type=above(0.0), default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
     add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
@@ -368,11 +369,12 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, rows, cache_slots,
-                lora_rank=0, checkpointing=True, reference=False, offload=False):
+                lora_rank=0, checkpointing=True, reference=None, offload=False):
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that they take. reference: a frozen copy is held.
+    that decode at once. cache_slots: that they take. reference: the Config of a
+    frozen model that is held, too.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -387,8 +389,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     held = size * weights + 4 * trained  # and gradients
     if lora_rank:
         held += 4 * trained  # the adapter itself
-    elif reference:
-        held += size * weights
+    if reference:
+        held += size * sum(map(math.prod, param_shapes(reference).values()))
     if not (offload and on_gpu):  # moments, and masters of what is not float32
         held += (12 if size < 4 and not lora_rank else 8) * trained / world
 
@@ -675,8 +677,8 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
         shutil.copymode(partial / "config.json", shard)
         sums = dict(gather_objects((shard.name, fingerprint(shard))))
         if rank == 0:
-            others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
-            sums |= {p.name: fingerprint(p) for p in others}
+            others = [p for p in partial.rglob("*.*") if not p.name.startswith("trainer-")]
+            sums |= {p.relative_to(partial).as_posix(): fingerprint(p) for p in others}
             write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
             sync(*partial.iterdir(), partial)
             if path.exists():

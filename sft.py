@@ -303,6 +303,8 @@ def load_trainable(args, model_dir, config):
     if not args.lora_rank:
         return init_optimizer(base, device, dtype, args.offload)
     lora = model.init_lora(config, args.lora_rank, args.seed)
+    if args.adapter:
+        lora = model.load_adapter(args.adapter, config)
     lora, optimizer = init_optimizer(lora, device, offload=args.offload)
     return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer
 
@@ -353,6 +355,8 @@ def main(args):
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
+    if args.adapter:
+        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank or None)
     args.lr = args.lr or default_lr(config, args.lora_rank)
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]

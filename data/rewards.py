@@ -132,7 +132,8 @@ def reward_group(group, coefficients):
     """The group with `parts` and `rewards`; a completion with an undecided part has no reward."""
     parts = {name: reward_by(name, group) for name in coefficients}
     rewards = []
-    for values in zip(*parts.values()):
+    for i in range(len(group.texts)):
+        values = [part[i] for part in parts.values()]
         weighted = (c * value for c, value in zip(coefficients.values(), values))
-        rewards.append(None if None in values else sum(weighted))
+        rewards.append(None if None in values else sum(weighted, 0.0))
     return group._replace(parts=parts, rewards=rewards)

@@ -178,6 +178,62 @@ def test_grpo_k1_in_the_loss_has_no_mean_gradient():
     assert not torch.allclose(mean_gradient("k3"), exact, atol=1e-2)
 
 
+def test_grpo_distillation_is_the_reverse_kl_of_each_token():
+    """The gradient of a token is (log p - log q) d log p, for the teacher's q, whose mean over the
+    student's tokens is that of KL(p || q). Float64, a teacher of another depth and width."""
+    params, config = double_model()
+    teacher_config = model.Config(64, 16, 24, 3, 2, 1, initializer_range=0.3)
+    teacher = model.init_params(teacher_config, seed=1, dtype=torch.float64)
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    groups = [(prompt, [s._replace(advantage=0.0) for s in sequences])
+              for prompt, sequences in groups]
+    sequences = [(prompt, s) for prompt, piece in groups for s in piece]
+    total = sum(len(s.tokens) for _, s in sequences)
+    args = _args("--teacher", "tiny", "--temperature", 0.8, "--sampler-cap", 1)
+    assert (args.beta, args.reward) == (1.0, [])
+
+    def packed(p):
+        with torch.no_grad():
+            ref, _, _ = grpo.row_logprobs(teacher, teacher_config, groups, 0.8)
+        grpo.row_loss(p, config, groups, None, ref, total, args)[0].backward()
+
+    def alone(p):
+        for prompt, s in sequences:
+            text = torch.tensor([prompt + s.tokens])
+            logp, logq = (model.forward(*m, text)[0, len(prompt) - 1:-1].div(0.8).log_softmax(-1)
+                          .gather(1, text[0, len(prompt):, None])
+                          for m in ((p, config), (teacher, teacher_config)))
+            ((logp - logq).detach() * logp / total).sum().backward()
+
+    assert_same_gradients(gradients(params, packed), gradients(params, alone), 1e-5)
+
+
+def test_grpo_distils_from_a_teacher_of_the_same_tokenizer():
+    """Without rewards, groups of equal ones teach, and none is replaced."""
+    tiny = ROOT / "data" / "tiny"
+    with tempfile.TemporaryDirectory() as scratch:
+        params, config = model.load_params(tiny), model.load_config(tiny)
+        noise = torch.Generator().manual_seed(0)
+        params = {k: v + 0.02 * torch.randn(v.shape, generator=noise) for k, v in params.items()}
+        model.save_model(f"{scratch}/teacher", params, config, tiny)
+        words = [*GRPO_RUN[1:], "--test-limit", 0, "--max-new-tokens", 20]
+        words += ["--teacher", f"{scratch}/teacher", "--steps", 1]
+        for flags in ([], ["--reward", "accuracy=1", "--lora-rank", 2]):
+            out = in_process("grpo", *words, *flags, "--run-dir", f"{scratch}/{len(flags)}")
+            *_, learned = map(json.loads, open(f"{scratch}/{len(flags)}/metrics.jsonl"))
+            assert learned["kl"] > 0.01 and learned["grad_norm"] > 0.1, out
+            assert f"kl {learned['kl']:.4f} nat" in out, out
+            assert learned["epoch"] == 4 / 40 and ("reward_accuracy" in learned) == bool(flags)
+
+        path = Path(scratch) / "teacher" / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        swapped = dict(zip(raw["model"]["vocab"], reversed(raw["model"]["vocab"].values())))
+        path.write_text(json.dumps(raw | {"model": raw["model"] | {"vocab": swapped}}))
+        error = error_of("grpo", *words, "--run-dir", f"{scratch}/other")
+        assert "tokens of its tokenizer" in error and "family" in error, error
+        assert "--beta is 0" in error_of("grpo", *words, "--beta", 0)
+
+
 def test_grpo_advantages():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
     for scale in ("group", "batch", "none", "mean"):
@@ -199,9 +255,10 @@ def test_grpo_maxrl_advantages():
     for row, found in zip(rewards.tolist(), grpo.group_advantages(rewards, "mean").tolist()):
         mean = sum(row) / 4
         assert found == [(r - mean) / mean if mean else 0.0 for r in row]
-    with raises(ValueError, "--reward accuracy"):
-        _args("--scale", "mean")
-    assert _args("--scale", "mean", "--reward", "accuracy").scale == "mean"
+    with raises(ValueError, "accuracy alone"):
+        _args("--scale", "mean", "--reward", "accuracy=1", "format=0.1")
+    assert _args("--scale", "mean").reward == ["accuracy=1"]
+    assert _args().reward == ["accuracy=1", "format=0.1"]
 
 
 def test_grpo_gdpo_advantages():
@@ -359,6 +416,7 @@ def _update(params, config, groups, micro_tokens, **changes):
     reference = {k: v.float() for k, v in params.items()}
     rows = grpo.pack_groups(groups, micro_tokens)
     policy = grpo.Policy(trained, config, None, None)
+    reference = policy._replace(params=reference)
     sums = grpo.update(policy, reference, optimizer, rows, total, 1e-3, args)
     return {k: v.detach().clone() for k, v in trained.items()}, sums
 
@@ -610,15 +668,41 @@ def test_grpo_and_sft_help():
         assert shown in out.getvalue() and out.getvalue().count("  --lr LR") == 1
 
 
-def test_grpo_prompts_can_earn_the_reward():
-    """Presets with worked examples, which training does not show, and those that ask for no box are
-    refused."""
-    import eval
-    assert "boxed" in grpo.PROMPTS and "few-shot-cot" not in grpo.PROMPTS
-    assert "minerva-math" not in grpo.PROMPTS
-    # roll_out would have to cut the text there
-    assert all(not eval.PRESETS[name].stop for name in grpo.PROMPTS)
+def test_grpo_asks_base_models_as_their_protocols_do():
+    """Without a chat, up to a stop string, which is learned but not read; graded as they grade."""
+    import generate
+
+    tiny = ROOT / "data/tiny"
+    policy = grpo.Policy(None, model.load_config(tiny), model.load_tokenizer(tiny), None)
+    said = "6 * 7 = 42. The answer is 42.\n\nQuestion: What is 1 + 1?\nAnswer: 2. The answer is 2."
+    asked = []
+
+    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, **_):
+        asked.append(policy.tokenizer.decode(prompts[0], skip_special_tokens=False))
+        cut = min((said.index(stop) + len(stop) for stop in stop_strings if stop in said),
+                  default=len(said))
+        tokens = tokenizer.encode(said[:cut], add_special_tokens=False).ids
+        return [[generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples]
+
+    problem = {"problem": "What is 6 * 7?", "answer": "42"}
+    with mock.patch.object(grpo, "generate", base_model):
+        for prompt, right, last in (("qwen-base-gsm8k", True, "42."), ("question", False, "2."),
+                                    ("minerva-math", False, "2.")):
+            args = _args("--prompt", prompt, "--group", 2)
+            [group] = grpo.roll_out(policy, [(0, problem)], args)
+            assert group.right == [right] * 2 and group.texts[0].strip().endswith(last), group
+            assert args.reward == (["accuracy=1", "format=0.1"] if prompt == "question"
+                                   else ["accuracy=1"])
+            text = policy.tokenizer.decode(group.completions[0].tokens)
+            assert text.endswith("Question:" if right else "2.")
+    assert asked[0].startswith("Question: There are 15") and asked[0].endswith("* 7?\nAnswer:")
+    assert asked[1] == "What is 6 * 7?"
+    assert "few-shot-cot" not in grpo.PROMPTS  # its examples would have to be chosen
     assert _args("--epochs", "2").steps is None
+    config = model.load_config(tiny)
+    bare, examples = (grpo.memory_plan(config, _args("--prompt", name, "--lora-rank", 0)).update
+                      for name in ("question", "qwen-base-gsm8k"))
+    assert examples > bare
 
 
 def test_grpo_result_does_not_depend_on_the_number_of_processes():
@@ -748,6 +832,30 @@ def test_grpo_trains_all_weights_where_they_fit():
     assert (args.lora_rank, args.lr, args.data) == (0, 5e-4, ["arithmetic"])
     args, _ = _settled(model.load_config(ROOT / "data" / "tiny"), 24.0, "--lora-rank", 8)
     assert args.lr == 3e-5
+
+
+def test_grpo_goes_on_from_an_adapter():
+    """The reference is where the run starts; eval.py takes the adapter as the merged checkpoint."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 20,
+                 "--prompts", 2]
+        in_process("grpo", *words, "--lora-rank", 4, "--lr", 0.02, "--warmup", 0,
+                   "--run-dir", f"{scratch}/a")
+        merged = f"{scratch}/a/checkpoints/best"
+        adapter = f"{merged}/adapter"
+        in_process("grpo", *words, "--adapter", adapter, "--beta", 0.1, "--run-dir", f"{scratch}/b")
+        assert json.loads(Path(scratch, "b", "flags.json").read_text())["lora_rank"] == 4
+        assert json.loads(Path(scratch, "b", "metrics.jsonl").read_text())["kl"] == 0
+        error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
+        assert "--lora-rank is 0" in error and "rank 4" in error, error
+        texts = []
+        for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
+            records = Path(scratch, f"{i}.jsonl")
+            in_process("eval", *flags, "--limit", 8, "--max-new-tokens", 20, "--processes", 1,
+                       "--records", records, "--results", f"{scratch}/results.jsonl")
+            lines = [json.loads(line) for line in records.read_text().splitlines()]
+            texts.append([line["samples"][0]["text"] for line in lines])
+        assert texts[0] == texts[1] != texts[2]
 
 
 def test_grpo_prompts_that_fill_the_context_are_left_out():
@@ -899,6 +1007,6 @@ def test_grpo_bad_input():
             error = error_of("grpo", "--run-dir", f"{scratch}/run", *words)
             assert said in error, (words, error)
     for words in (["--group", 1], ["--temperature", 0], ["--lr", -1], ["--clip-low", 1],
-                  ["--prompt", "minerva-math"]):
+                  ["--prompt", "few-shot-cot"]):
         assert words[0] in _refused(*words), words
     assert "--group: 1 is out of range" in run("grpo.py", "--group", 1, ok=False)

@@ -225,7 +225,7 @@ def test_optim_checkpoint_bitwise():
             _optim_train(unbroken, range(3, 6))
             _optim_train(resumed, range(3, 6))
             assert _optim_equal(unbroken, resumed)
-            assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+            assert len({file.stat().st_mode for file in path.rglob("*.*")}) == 1
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
             _, again = _optim_state(3, dtype, lora)

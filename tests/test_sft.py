@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.common import (
     double_model,
     error_of,
     gradients,
+    in_process,
     raises,
     run,
     weights_of,
@@ -212,6 +214,21 @@ def test_sft_and_grpo_stop_after_skipped_steps():
                                  "--save-every", 99, "--eval-every", 99, "--processes", 1)
             assert "not finite in 3" in error and "another --run-dir" in error
             assert len(open(f"{run_dir}/metrics.jsonl").readlines()) == 3
+
+
+def test_sft_goes_on_from_an_adapter():
+    """It starts where the merged checkpoint would, and not where the base does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = _write(Path(scratch) / "sums.jsonl", _sums(8))
+        words = ["--data", data, "--validation", 0, "--epochs", 1, "--batch", 8, "--warmup", 0,
+                 "--processes", 1]
+        first = in_process("sft", *words, "--lora-rank", 2, "--run-dir", f"{scratch}/a")
+        second = in_process("sft", *words, "--adapter", f"{scratch}/a/checkpoints/best/adapter",
+                            "--run-dir", f"{scratch}/b")
+        third = in_process("sft", *words, "--model", f"{scratch}/a/checkpoints/best",
+                           "--run-dir", f"{scratch}/c")
+        losses = [float(re.search(r"loss (\S+) nat", out)[1]) for out in (first, second, third)]
+        assert losses[0] > losses[1] + 0.01 and abs(losses[1] - losses[2]) < 1e-3, losses
 
 
 def test_sft_bad_conversations():
