@@ -37,9 +37,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 import optim
+import view
 from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from eval import fit_context, interval, markdown, percent
+from eval import (
+    fit_context,
+    gains,
+    interval,
+    markdown,
+    paired_bootstrap,
+    percent,
+    rate_metrics,
+)
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import format_reward, verify_many
@@ -531,8 +540,6 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
 
 # ------------------------------------------------------------ watching
 
-CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread",
-          "second_thoughts", "grad_norm")
 STEP_LINE = (
     "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
     " | truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat"
@@ -565,14 +572,28 @@ def step_metrics(groups, learned, args):
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
 
 
+def token_texts(tokenizer, tokens):
+    """The text of each token; a character of several tokens stands at its last."""
+    texts = []
+    begun = []  # tokens of a character that is not whole
+    for token in tokens:
+        begun.append(token)
+        text = tokenizer.decode(begun, skip_special_tokens=False)
+        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
+        texts.append(text if whole else "")
+        begun = [] if whole else begun
+    return texts
+
+
 def sample_records(groups, kind, tokenizer):
-    """Groups, whole, as samples.jsonl holds them."""
+    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
     records = []
     for g in groups:
         completions = []
         for i, c in enumerate(g.completions):
             completions.append({
                 "text": g.texts[i], "tokens": c.tokens,
+                "pieces": token_texts(tokenizer, c.tokens),
                 "logprobs": [round(x, 4) for x in c.logprobs],
                 "rewards": {name: values[i] for name, values in g.parts.items()},
                 "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
@@ -585,11 +606,14 @@ def sample_records(groups, kind, tokenizer):
 
 
 def evaluate(policy, dev, groups, args, run, step):
-    """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+    """The accuracy on `dev` and its interval, as metrics.
+
+    A few groups of the step and of `dev` go, whole, to samples.jsonl.
+    """
     answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
-    return fmean(g.right[0] is True for g in answered)
+    return rate_metrics("dev_accuracy", [float(g.right[0] is True) for g in answered])
 
 
 def measure_test(policy, test, args, run, rows, method, preset=None):
@@ -597,17 +621,24 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     if not test:
         return
     groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
-    accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
+    right = [int(g.right[0] is True) for g in groups]
+    accuracy, low, high = interval(right)
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+           "right": "".join(map(str, right)),
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
     lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
               f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
+    text = markdown(head, lines)
+    if method.startswith("after") and "right" in rows[0]:
+        before = list(map(int, rows[0]["right"]))
+        change = percent(*paired_bootstrap(before, right))
+        text += f"\nBefore to {method}: {change} points; {gains(before, right)}.\n"
     if run.rank == 0:
-        optim.write_whole(run.dir / "results.md", markdown(head, lines))
-        print(markdown(head, lines), flush=True)
+        optim.write_whole(run.dir / "results.md", text)
+        print(text, flush=True)
 
 
 # ------------------------------------------------------------ the run
@@ -719,7 +750,8 @@ def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
     num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
     return groups, metrics | {
-        "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
+        "step": step, "time": time.time(), "lr": lr,
+        "rollout_s": rolled - start, "update_s": updated - rolled,
         "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
 
 
@@ -759,6 +791,7 @@ def main(args):
         measure("before")
         if args.prompt != "cot":
             measure("before, asked to think step by step", preset="cot")
+    view.write_report(run)
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, extra["taken"], None)
 
@@ -774,10 +807,9 @@ def main(args):
             line = STEP_LINE
             if evaluating:
                 line += " | dev accuracy {dev_accuracy:.3f}"
-                accuracy = evaluate(policy, dev, groups, args, run, step)
-                metrics["dev_accuracy"] = accuracy
-                if accuracy > extra["best"]:
-                    extra["best"] = accuracy
+                metrics |= evaluate(policy, dev, groups, args, run, step)
+                if metrics["dev_accuracy"] > extra["best"]:
+                    extra["best"] = metrics["dev_accuracy"]
                     best_step = step
             mean_s = (time.perf_counter() - began) / (step - done)
             optim.log_step(run, line, metrics | {
@@ -790,7 +822,7 @@ def main(args):
                 optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
                                       args.keep, best_step)
             if evaluating:
-                optim.draw_curves(run.dir, CURVES)
+                view.write_report(run)
             if stopping and not last:
                 return optim.say(f"stopped; go on with: {optim.resume_command()}")
     optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "

@@ -382,7 +382,7 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         out = run("grpo.py", "--run-dir", broken, "--resume")
         assert "resuming from" in out and f"step {steps}/{steps}" in out, out
         assert weights_of(whole, steps) == weights_of(broken, steps)
-        timed = ("rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
+        timed = ("time", "rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
         logs = [[{k: v for k, v in json.loads(line).items() if k not in timed}
                  for line in open(run / "metrics.jsonl")]
                 for run in (whole, broken)]

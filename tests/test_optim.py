@@ -364,7 +364,6 @@ def test_optim_run_directory():
                               [{"text": "a line separator \u2028 and half a surrogate \ud800"}])
             if step == 3:
                 _optim_save(run.dir, step, params, optimizer)
-        optim.draw_curves(run.dir)  # draws, or says what to install
         (home / "run" / "notes.txt").write_text("mine")
         with raises(ValueError, "holds a run", "--resume", "--overwrite"):
             optim.start_run(_optim_args(*flags))
