@@ -113,16 +113,18 @@ def fit_completion(completion):
 
 
 def fit_samples(samples):
-    """(groups, evaluations left out): evenly, but for the last, until the page is small enough."""
-    fitted = []
+    """(groups, evaluations left out): every other one, but for the last, until the page is small.
+    """
+    fitted = {}  # step of an evaluation -> its groups
     for sample in samples:
-        completions = [fit_completion(c) for c in sample.pop("completions")]
-        fitted.append(bounded(sample) | {"completions": completions})
-    steps = found = sorted({sample["step"] for sample in fitted})
-    while len(steps) > 2 and len(json.dumps(fitted)) > MAX_SAMPLES:
+        completions = [fit_completion(c) for c in sample["completions"]]
+        shown = bounded(sample | {"completions": []}) | {"completions": completions}
+        fitted.setdefault(sample["step"], []).append(shown)
+    sizes = {step: len(json.dumps(groups)) for step, groups in fitted.items()}
+    steps = sorted(fitted)
+    while len(steps) > 2 and sum(sizes[step] for step in steps) > MAX_SAMPLES:
         steps = [*steps[:-1:2], steps[-1]]
-        fitted = [sample for sample in fitted if sample["step"] in steps]
-    return fitted, len(found) - len(steps)
+    return [sample for step in steps for sample in fitted[step]], len(fitted) - len(steps)
 
 
 def columns(records):
