@@ -114,6 +114,12 @@ def interval(scores):
     return rate, *wilson(rate * effective, effective)
 
 
+def rate_metrics(name, scores):
+    """The mean of scores and its interval as metrics, for the curves of view.py."""
+    rate, low, high = interval(scores)
+    return {name: rate, f"{name}_low": low, f"{name}_high": high}
+
+
 def paired_bootstrap(a, b, draws=10_000, seed=0):
     """(mean, low, high) of b - a with its 95 % interval, resampling problems."""
     change = np.asarray(b, float) - np.asarray(a, float)
@@ -534,6 +540,14 @@ def gain(row, baseline):
     return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def gains(a, b):
+    """What became of the same problems from a to b (0 or 1 for each), as a sentence."""
+    gained = sum(map(gt, b, a))
+    lost = sum(map(gt, a, b))
+    return (f"{gained} of {len(a)} problems gained, {lost} lost; "
+            f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
+
+
 def table(rows, extra=None):
     """Rows of results as Markdown. extra: {header: a cell for each row}, columns to add."""
     columns = {"method": [row["method"] for row in rows],
@@ -565,9 +579,7 @@ def compare(path_a, path_b, grade=None):
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
     a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
-        gained = sum(map(gt, b, a))
-        lost = sum(map(gt, a, b))
-        say(f"{gained} gained, {lost} lost; McNemar's exact p = {mcnemar(gained, lost):.2g}")
+        say(gains(a, b))
 
 
 def find_row(path, **wanted):

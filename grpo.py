@@ -43,6 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 import optim
+import view
 from data.mixture import (
     data_hash,
     files_of,
@@ -54,7 +55,17 @@ from data.mixture import (
 )
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
 from data.rewards import REWARDS, parse_rewards, reward_group
-from eval import fit_context, interval, leave_out, markdown, paired_bootstrap, pass_at_k, percent
+from eval import (
+    fit_context,
+    gains,
+    interval,
+    leave_out,
+    markdown,
+    paired_bootstrap,
+    pass_at_k,
+    percent,
+    rate_metrics,
+)
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import extract_answer, verify_many
@@ -556,8 +567,6 @@ def update(policy, reference, optimizer, rows, total, lr, args):
 
 # ------------------------------------------------------------ watching
 
-CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread",
-          "second_thoughts", "grad_norm")
 STEP_LINE = (
     "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
     " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
@@ -606,14 +615,28 @@ def step_metrics(groups, learned, args):
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
 
 
+def token_texts(tokenizer, tokens):
+    """The text of each token; a character of several tokens stands at its last."""
+    texts = []
+    begun = []  # tokens of a character that is not whole
+    for token in tokens:
+        begun.append(token)
+        text = tokenizer.decode(begun, skip_special_tokens=False)
+        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
+        texts.append(text if whole else "")
+        begun = [] if whole else begun
+    return texts
+
+
 def sample_records(groups, kind, tokenizer):
-    """Groups, whole, as samples.jsonl holds them."""
+    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
     records = []
     for g in groups:
         completions = []
         for i, c in enumerate(g.completions):
             completions.append({
                 "text": g.texts[i], "tokens": c.tokens,
+                "pieces": token_texts(tokenizer, c.tokens),
                 "logprobs": [round(x, 4) for x in c.logprobs],
                 "rewards": {name: values[i] for name, values in g.parts.items()},
                 "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
@@ -689,23 +712,31 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     if not test:
         return
     groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
-    accuracy, low, high = interval(right_answers(groups))
+    right = right_answers(groups)
+    accuracy, low, high = interval(right)
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+           "right": "".join(map(str, right)),
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
     lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
               f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
+    text = markdown(head, lines)
+    if method.startswith("after") and "right" in rows[0]:
+        before = list(map(int, rows[0]["right"]))
+        change = percent(*paired_bootstrap(before, right))
+        text += f"\nBefore to {method}: {change} points; {gains(before, right)}.\n"
     if run.rank == 0:
-        optim.write_whole(run.dir / "results.md", markdown(head, lines))
-        print(markdown(head, lines), flush=True)
+        optim.write_whole(run.dir / "results.md", text)
+        print(text, flush=True)
 
 
 def measure_start(policy, dev, args, run, step):
     """right_answers on `dev` before any training, logged as a step's."""
     right = evaluate(policy, dev, [], args, run, step)
-    optim.log_step(run, "step {step}" + DEV_ACCURACY, {"step": step, "dev_accuracy": fmean(right)})
+    metrics = {"step": step} | rate_metrics("dev_accuracy", right)
+    optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
     return right
 
 
@@ -916,7 +947,8 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
     num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
     return groups, metrics | {
-        "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
+        "step": step, "time": time.time(), "lr": lr,
+        "rollout_s": rolled - start, "update_s": updated - rolled,
         "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
 
 
@@ -959,6 +991,7 @@ def main(args):
         save(step=0, best_step=0)
     if reached(progress["dev"], args.until):
         steps = done
+    view.write_report(run)
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, progress["taken"], None)
 
@@ -974,7 +1007,7 @@ def main(args):
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
             if evaluating:
                 right = evaluate(policy, dev, groups, args, run, step)
-                metrics["dev_accuracy"] = fmean(right)
+                metrics |= rate_metrics("dev_accuracy", right)
                 progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
                 last = last or reached(progress["dev"], args.until)
             mean_s = (time.perf_counter() - began) / (step - done)
@@ -989,7 +1022,7 @@ def main(args):
             if evaluating or stopping or step % args.save_every == 0:
                 save(step=step, best_step=progress["dev"][-1][0])
             if evaluating:
-                optim.draw_curves(run.dir, CURVES)
+                view.write_report(run)
             if last:
                 break
             if stopping:

@@ -9,15 +9,17 @@ import argparse
 import atexit
 import ctypes
 import functools
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -792,10 +794,11 @@ def start_run(args):
         save_flags(args, run_dir / "flags.json", checkpoint)
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_log(run_dir / name, step_of(checkpoint) if checkpoint else -1)
+        if not checkpoint:
+            (run_dir / "starts.jsonl").unlink(missing_ok=True)
+        append_records(run_dir / "starts.jsonl", [describe_start(args, checkpoint)])
         if args.wandb:
             wandb_run = start_wandb(args)
-        if not importlib.util.find_spec("matplotlib"):
-            print("curves.png is not drawn: pip install matplotlib")
     return Run(run_dir, rank, wandb_run), gather_objects(checkpoint)[0]
 
 
@@ -863,6 +866,33 @@ def save_flags(args, path, checkpoint):
     print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
 
 
+def describe_start(args, checkpoint):
+    """Where a run comes from, for starts.jsonl: command, commit, machine and versions."""
+    device = find_device(args.device)
+    name = platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else name
+    packages = ("torch", "tokenizers", "safetensors", "numpy")
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    return {
+        "time": time.time(), "command": own_command(), "commit": code_commit(),
+        "from": checkpoint.name if checkpoint else "the start",
+        "machine": f"{rank_and_world()[1]} x {device.type}: {name}, {os.cpu_count()} cores, "
+                   f"{platform.platform()}",
+        "versions": f"Python {platform.python_version()}, {', '.join(versions)}"}
+
+
+def code_commit():
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+
+
 def start_wandb(args):
     """The run of Weights & Biases, on --resume the one that was there."""
     run_dir = Path(args.run_dir)
@@ -916,23 +946,6 @@ def log_samples(run, step, samples):
         append_records(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
 
 
-def draw_curves(run_dir, names=()):
-    """Draw metrics.jsonl as curves.png, a panel for each of `names`; none: all. Process 0 only."""
-    if rank_and_world()[0] or not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-    path = Path(run_dir, "curves.png")
-    lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    names = names or list(records[-1])
-    figure = Figure(figsize=(16, 0.65 * len(names) + 2), layout="constrained")
-    for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(-(-len(names) // 4), 4, place, title=name, xlabel="step")
-        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        axes.plot(*zip(*points), marker=".")
-    figure.savefig(path, dpi=100)
-
-
 # ------------------------------------------------------------ stopping
 
 
@@ -982,10 +995,15 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def resume_command():
-    """The command that goes on with this run, to be shown when it stops."""
+def own_command():
+    """The command that this script was started with, but for --resume and --overwrite."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     launcher = "python"
     if dist.is_torchelastic_launched():
         launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{launcher} {shlex.join(words)} --resume"
+    return f"{launcher} {shlex.join(words)}"
+
+
+def resume_command():
+    """The command that goes on with this run, to be shown when it stops."""
+    return f"{own_command()} --resume"

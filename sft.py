@@ -19,18 +19,18 @@ import time
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
 import model
 import optim
+import view
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, render_prompt
-from eval import evaluate, fit_context, leave_out
+from eval import evaluate, fit_context, leave_out, rate_metrics
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -325,12 +325,13 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
             rewards = {"accuracy": float(answer["strict"] is True),
                        "format": float(in_form(answer["text"], args.think_tag))}
             completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
-                          "finish": answer["finish"]}
+                          "finish": answer["finish"], "num_tokens": answer["tokens"]}
             samples.append({"kind": "held_out", "problem": problem["problem"],
                             "answer": problem["answer"], "prompt": record["prompt"],
                             "completions": [completion]})
         for name in ("accuracy", "format"):
-            metrics[f"val_{name}"] = fmean(s["completions"][0]["rewards"][name] for s in samples)
+            scores = [s["completions"][0]["rewards"][name] for s in samples]
+            metrics |= rate_metrics(f"val_{name}", scores)
     return metrics, samples[:8]
 
 
@@ -345,7 +346,8 @@ def train_step(params, config, optimizer, examples, step, steps, args):
                            weight_decay=args.weight_decay)
     tokens_per_s = sum(len(e.tokens) for e in batch) / (time.perf_counter() - started)
     device = params["model.embed_tokens.weight"].device
-    metrics = {"step": step, "steps": steps, "loss": loss, "lr": lr, "tokens_per_s": tokens_per_s,
+    metrics = {"step": step, "steps": steps, "time": time.time(), "loss": loss, "lr": lr,
+               "tokens_per_s": tokens_per_s,
                "peak_memory_gib": optim.peak_memory_gib(device)}
     return metrics | {f"loss_{part}": value for part, value in parts.items()} | stats
 
@@ -380,6 +382,10 @@ def main(args):
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:
         say(show_example(example, tokenizer))
+    if not checkpoint:
+        _, samples = run_evaluation(params, config, tokenizer, [], problems[:8], system, args)
+        optim.log_samples(run, 0, samples)
+    view.write_report(run)
 
     with optim.stop_signals() as stop_requested:
         for step in range(state["step"] + 1, steps + 1):
@@ -391,7 +397,8 @@ def main(args):
                 found, samples = run_evaluation(params, config, tokenizer, validation, problems,
                                                 system, args)
                 metrics |= found
-                line += "".join(f" | {name} {{{name}:.4f}}" for name in found)
+                line += "".join(f" | {name} {{{name}:.4f}}" for name in found
+                                if not name.endswith(("_low", "_high")))
                 optim.log_samples(run, step, samples)
                 loss = metrics.get("val_loss", metrics["loss"])
                 if loss < best:
@@ -403,7 +410,7 @@ def main(args):
                 optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
                                       {"best": best}, args.keep, best_step, trained_on)
             if evaluating:
-                optim.draw_curves(run.dir)
+                view.write_report(run)
             if stopping and step < steps:
                 raise KeyboardInterrupt  # saved; run_main says how to go on
     path = run.dir / "checkpoints" / "best"

@@ -327,7 +327,7 @@ def test_eval_compare_is_paired():
     assert "(10 of 12) | 40.0" in text and "(10 of 10) | 90.0" in text, text
     assert "| +50.0 [" in text, text
     assert "model 'a', 'b'" in text, text
-    assert "5 gained, 0 lost; McNemar's exact p = 0.062" in text, text
+    assert "5 of 10 problems gained, 0 lost; McNemar's exact p = 0.062" in text, text
 
 
 def test_eval_rows_are_found_by_what_they_are():

@@ -31,6 +31,7 @@ from tests.common import (
     GRPO_RUN,
     ROOT,
     assert_same_gradients,
+    bytes_tokenizer,
     double_model,
     error_of,
     gradients,
@@ -499,12 +500,16 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         out = run("grpo.py", "--run-dir", broken, "--resume")
         assert "resuming from" in out and f"step {steps}/{steps}" in out, out
         assert weights_of(whole, steps) == weights_of(broken, steps)
-        timed = ("rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
+        timed = ("time", "rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
         logs = [[{k: v for k, v in json.loads(line).items() if k not in timed}
                  for line in open(run / "metrics.jsonl")]
                 for run in (whole, broken)]
         assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, steps + 1))
-        assert (whole / "results.md").read_text() == (broken / "results.md").read_text()
+        results = (whole / "results.md").read_text()
+        assert results == (broken / "results.md").read_text()
+        assert "Before to after: " in results and "of 4 problems gained" in results, results
+        page = (broken / "report.html").read_text()
+        assert '"from": "step_' in page and "held_out" in page
 
 
 def test_grpo_entropy_bonus_is_the_tokens_mean_in_every_loss():
@@ -876,6 +881,19 @@ def test_grpo_a_problem_twice_in_a_step_draws_its_own_noise_each_time():
     assert [c.tokens for c in first.completions] != [c.tokens for c in second.completions]
 
 
+def test_grpo_token_texts():
+    """A character of several tokens stands at its last; what is no character loses nothing after
+    it."""
+    tokenizer = bytes_tokenizer()
+    tokens = tokenizer.encode("é = √2 😀", add_special_tokens=False).ids
+    pieces = grpo.token_texts(tokenizer, tokens)
+    assert len(pieces) == len(tokens) and "".join(pieces) == "é = √2 😀", pieces
+    broken = tokenizer.encode("😀", add_special_tokens=False).ids[:3]
+    plain = tokenizer.encode("ab", add_special_tokens=False).ids
+    pieces = grpo.token_texts(tokenizer, broken + plain)
+    assert len(pieces) == 5 and "".join(pieces).endswith("ab"), pieces
+
+
 def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
     """Every evaluation, and the moment before training: what readers of samples.jsonl rely on."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -899,6 +917,8 @@ def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
             for c in completions:
                 assert len(c["tokens"]) == len(c["logprobs"]) and max(c["logprobs"]) <= 0
                 assert tokenizer.decode(c["tokens"]) == c["text"]
+                said = tokenizer.decode(c["tokens"], skip_special_tokens=False)
+                assert "".join(c["pieces"]) == said and len(c["pieces"]) == len(c["tokens"])
                 assert c["finish"] in ("stop", "length")
                 rewards = c["rewards"]
                 assert abs(c["reward"] - rewards["accuracy"] - 0.1 * rewards["format"]) < 1e-9

@@ -364,7 +364,6 @@ def test_optim_run_directory():
                               [{"text": "a line separator \u2028 and half a surrogate \ud800"}])
             if step == 3:
                 _optim_save(run.dir, step, params, optimizer)
-        optim.draw_curves(run.dir)  # draws, or says what to install
         (home / "run" / "notes.txt").write_text("mine")
         with raises(ValueError, "holds a run", "--resume", "--overwrite"):
             optim.start_run(_optim_args(*flags))
@@ -382,9 +381,13 @@ def test_optim_run_directory():
             assert [r["step"] for r in records] == [0, 1, 2, 3] and records[1]["reward"] is None
             assert sum(1 for _ in open(run.dir / "samples.jsonl")) == 4
         assert json.loads((run.dir / "flags.json").read_text())["steps"] == 20
+        starts = [json.loads(line) for line in open(run.dir / "starts.jsonl")]
+        assert [s["from"] for s in starts] == ["the start", "step_000003", "step_000003"]
+        assert all(s["versions"] and s["machine"].startswith("1 x cpu: ") for s in starts)
         _, checkpoint = optim.start_run(_optim_args(*flags, "--overwrite"))
         assert checkpoint is None and not (run.dir / "checkpoints").exists()
         assert not (run.dir / "metrics.jsonl").read_bytes()
+        assert len(open(run.dir / "starts.jsonl").readlines()) == 1
         assert (run.dir / "notes.txt").read_text() == "mine"
         (run.dir / "flags.json").unlink()
         for flag in ("--overwrite", "--resume"):  # not a run: somebody's home directory, perhaps
