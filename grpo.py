@@ -287,7 +287,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
     return value, stats | {"tokens": mask.sum()}
 
 
-def sampler_weights(log_ratio, cap, level="token"):
+def mismatch_weights(log_ratio, cap, level="token"):
     """How much each token counts as the sampler and the trainer disagree on its probability.
 
     log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token. "token":
@@ -518,7 +518,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     sequences = [s for _, piece in row for s in piece]
     sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
     mismatch = (old_logprobs - sampled) * mask  # [B, T]
-    weights = sampler_weights(mismatch, args.sampler_cap, args.sampler_level)
+    weights = mismatch_weights(mismatch, args.sampler_cap, args.sampler_level)
     if args.loss == "dppo":  # its bounds are around the sampler itself
         old_logprobs, weights = sampled, torch.ones_like(weights)
     loss, stats = policy_loss(

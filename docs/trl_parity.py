@@ -77,7 +77,7 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
               "num_items_in_batch": mask.sum()}
     weights = None
     if sampler:
-        weights = grpo.sampler_weights((old - sampled) * mask, 2.0 if sampler == "token" else 3.0,
+        weights = grpo.mismatch_weights((old - sampled) * mask, 2.0 if sampler == "token" else 3.0,
                                        sampler)
         inputs["importance_sampling_ratio"] = run_part(
             SAMPLER_RATIO, self=trainer, old_per_token_logps=old,

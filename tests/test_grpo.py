@@ -530,14 +530,14 @@ def test_grpo_entropy_bonus_is_the_tokens_mean_in_every_loss():
         assert (then["entropy"] - sums["entropy"]) * bonus > 0
 
 
-def test_grpo_sampler_weights():
+def test_grpo_mismatch_weights():
     """The formula of either level, a row at a time; a ratio beyond all bounds leaves no NaN."""
     log_ratio = torch.tensor([[0.5, 0.4, 0.0], [0.5, 0.7, 0.0], [-0.6, -0.6, 0.0],
                               [900.0, 0.0, 0.0], [-900.0, 0.0, 0.0]], dtype=torch.float64)
-    token = grpo.sampler_weights(log_ratio, 1.5)
+    token = grpo.mismatch_weights(log_ratio, 1.5)
     for weight, x in zip(token.flatten().tolist(), log_ratio.flatten().tolist()):
         assert abs(weight - (1.5 if x > 0.405 else math.exp(x))) < 1e-12
-    for row, weight in zip(log_ratio.tolist(), grpo.sampler_weights(log_ratio, 3.0, "sequence")):
+    for row, weight in zip(log_ratio.tolist(), grpo.mismatch_weights(log_ratio, 3.0, "sequence")):
         inside = 1 / 3 <= math.exp(min(700, sum(row))) <= 3
         assert abs(weight.item() - (math.exp(sum(row)) if inside else 0.0)) < 1e-12
 
