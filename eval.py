@@ -11,7 +11,6 @@ that could have been asked, so every rate has a 95 % interval over problems, and
 compared problem by problem (Miller 2024, arXiv:2411.00640). pass@k: Chen 2021, arXiv:2107.03374.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -72,7 +71,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add_eval_flags(p)
     add = p.add_argument
     add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")
@@ -235,7 +234,7 @@ def read_records(path, settings=None):
     settings: those of the run that would go on; ValueError if the records have others.
     """
     records = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
             records[record["id"]] = record
@@ -318,6 +317,22 @@ def fork(args, setup, replies):
     optim.init_distributed(args.device, args.processes or default)
 
 
+def fit_context(problems, prompts, config, reply_tokens):
+    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context.
+
+    The number of the others is said. Raises ValueError when none is left.
+    """
+    room = config.max_context - reply_tokens
+    kept = [(p, prompt) for p, prompt in zip(problems, prompts) if len(prompt) <= room]
+    if problems and not kept:
+        raise ValueError(f"no prompt leaves room for {reply_tokens} new tokens in the context of "
+                         f"{config.max_context}; try a smaller --max-new-tokens")
+    if left_out := len(problems) - len(kept):
+        say(f"{left_out} of {len(problems)} problems are left out: their prompts leave no room for "
+            f"{reply_tokens} new tokens in the context of {config.max_context}")
+    return [p for p, _ in kept], [prompt for _, prompt in kept]
+
+
 def leave_out(problems, keys, held_out, name):
     """The training problems of `name`, with these keys, but for those that are in `held_out`.
 
@@ -353,11 +368,15 @@ def load_setup(args, replies=1):
     form = {"system": model.load_system_prompt(path), "shots": shots,
             "think_tag": args.think_tag}
     prompts = [encode_prompt(tokenizer, flags["prompt"], p, **form) for p in problems]
+    asked = len(problems)
+    problems, prompts = fit_context(problems, prompts, config, replies * flags["max_new_tokens"])
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
     options = {name: flags[name] for name in names} | form | {"num_samples": 1}
     settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
                 "split": args.split, "data_seed": args.data_seed, "device": device.type,
                 "dtype": str(dtype).removeprefix("torch.")}
+    if len(problems) < asked:
+        settings["asked"] = asked
     params = sampling_params(model.load_params(path, device, dtype), config)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
@@ -553,6 +572,7 @@ def find_row(path, **wanted):
     """The latest row of a results file with these fields and its problems' scores, or None."""
     if Path(path).is_file():
         for _, row in reversed(list(read_rows(path))):
+            row = {"asked": row.get("n")} | row
             if "scores" in row and all(row.get(name) == value for name, value in wanted.items()):
                 return row
     return None
@@ -612,7 +632,7 @@ def report(args):
         temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
         limit = args.limit if greedy else args.sampled_limit or args.limit
         wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
-                  "n": len(load_problems(data, args.split, limit or None, args.data_seed)),
+                  "asked": len(load_problems(data, args.split, limit or None, args.data_seed)),
                   "weights": weights[name], "prompt": prompt, "method": method, "seed": args.seed,
                   "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature}
         if not find_row(args.results, **wanted):

@@ -18,12 +18,15 @@ Where this departs from the GRPO paper, and what undoes it:
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
    --sampler-cap times (truncated importance sampling): 1 but for rounding.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
-Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585.
+Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
+arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
+--reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
 """
 
 import argparse
 import functools
 import itertools
+import json
 import math
 import re
 import time
@@ -47,10 +50,11 @@ from data.mixture import (
     split_number,
 )
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from eval import interval, leave_out, markdown, paired_bootstrap, percent
+from data.rewards import REWARDS, parse_rewards, reward_group
+from eval import fit_context, interval, leave_out, markdown, paired_bootstrap, pass_at_k, percent
 from generate import cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
-from verify import format_reward, verify_many
+from verify import extract_answer, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
@@ -61,7 +65,6 @@ LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
 # A problem is asked by itself, and only the box earns the reward.
 PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
 def add_flags(parser):
@@ -83,26 +86,35 @@ def add_flags(parser):
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
+    add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+        help="before training, ask each problem G times and keep those solved this often")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"of {', '.join(REWARDS)}, summed")
+        help=f"of {', '.join(REWARDS)}; mine.py:short is def short(group) in your mine.py")
+    add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
+        "each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
         "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
-    add("--scale", default="group", choices=("group", "batch", "none"), help="of the advantages: "
-        "by whose standard deviation they are divided")
+    add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
+        "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
-    add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
+    add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
+        "whose bounds are of the probability's change)")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
     add("--beta", type=at_least(0.0), default=0.0, help="of the KL divergence from the start")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
-    add("--sampler-cap", type=at_least(1.0), default=2.0, help="the most that a token counts")
+    add("--sampler-level", default="token", choices=("token", "sequence"), help="where the sampler "
+        "and the trainer disagree: token truncates what a token counts, sequence leaves out the "
+        "whole completion")
+    add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default 2; of sequence 3)")
     add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
     add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the problems")
+    add("--until", type=optim.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
@@ -113,12 +125,166 @@ def add_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
 
 
-# ------------------------------------------------------------ rewards
+# ------------------------------------------------------------ the loss
+
+
+def group_advantages(rewards, scale="group"):
+    """How much better each completion did than its group.
+
+    rewards: [N, G] float, nan where undecided, which stays nan and has no part in the others.
+    Returns [N, G] float: rows sum to zero; equal rewards give zeros.
+    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
+    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, by "none" (Dr. GRPO,
+    arXiv:2503.20783), or by the group's "mean" (MaxRL, arXiv:2602.02710: for rewards of 0 and 1).
+    Raises ValueError when G < 2: one alone has no baseline.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
+    mean = rewards.nanmean(1, keepdim=True)  # [N, 1]
+    advantages = rewards - mean  # [N, G]
+    if scale == "none":
+        return advantages
+    if scale == "group":
+        deviations = torch.stack([row[~row.isnan()].std() for row in rewards])
+        return advantages / (deviations[:, None] + 1e-4)
+    if scale == "batch":
+        return advantages / (rewards[~rewards.isnan()].std() + 1e-4)
+    if scale == "mean":
+        return advantages / mean.clamp(min=1e-6)  # all wrong: 0 / 1e-6
+    raise ValueError(f"scale is {scale!r}, expected group, batch, none or mean")
+
+
+def ppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291.
+
+    As every objective, it returns of each token what is to grow, and whether it has no gradient as
+    its ratio is too low, or too high: [B, T] each. A: [B, 1], the advantages.
+    """
+    bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(bounded * A, clipped * A)
+    return objective, (ratio < 1 - clip_low) & (A < 0), (ratio > 1 + clip_high) & (A > 0)
+
+
+def cispo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2506.13585, eq. 4: a factor that is clipped from above; every token has a gradient."""
+    high = ratio > 1 + clip_high  # whatever the advantage
+    return ratio.detach().clamp(max=1 + clip_high) * A * logprobs, torch.zeros_like(high), high
+
+
+def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2602.04879, by total variation: the bounds are of the probability, not of its ratio."""
+    moved = logprobs.detach().exp() - old_logprobs.exp()
+    low = (moved < -clip_low) & (A <= 0)
+    high = (moved > clip_high) & (A > 0)
+    return ratio.detach().clamp(max=20) * ~(low | high) * A * logprobs, low, high
+
+
+def sapo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2511.20347: a gate that closes softly, and sooner on what is to become unlikelier."""
+    sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
+    open_everywhere = torch.zeros_like(ratio)
+    gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
+    return gate * A, open_everywhere, open_everywhere
+
+
+LOSSES = {"dapo": ppo, "grpo": ppo, "bnpo": ppo, "dr_grpo": ppo, "cispo": cispo, "dppo": dppo,
+          "sapo": sapo}
+
+
+def kl_divergence(gap, ratio, kl):
+    """Estimates of KL(policy || reference) for each token, [B, T].
+
+    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html;
+    k3: GRPO, eq. 4; k3_corrected, whose gradient is unbiased: DeepSeek-V3.2, arXiv:2512.02556.
+    """
+    k3 = gap.exp() - gap - 1
+    estimates = {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}
+    if kl not in estimates:
+        raise ValueError(f"kl is {kl!r}, expected one of {', '.join(estimates)}")
+    return estimates[kl]
+
+
+class Total(NamedTuple):
+    """What sums over the completions of an optimizer step are divided by."""
+    loss: int
+    tokens: int
+
+
+def loss_total(loss, lengths, max_completion_tokens):
+    """The Total of completions of these lengths: their number, what they could hold, or tokens."""
+    tokens = sum(lengths)
+    if loss in ("grpo", "sapo"):  # the mean over completions, each the mean over its tokens
+        return Total(len(lengths), tokens)
+    if loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
+        if max_completion_tokens is None:
+            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
+        return Total(len(lengths) * max_completion_tokens, tokens)
+    return Total(tokens, tokens)  # the mean over all tokens (DAPO, eq. 8)
+
+
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
+                level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
+                max_completion_tokens=None, total=None, weights=None):
+    """The loss whose gradient improves the policy, and what to log of it.
+
+    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
+    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
+    loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO. weights: [B, T] or
+    [B, 1], factors of the objective, not of the divergence; or None. total: what the sum is divided
+    by, over the whole optimizer step; None: by loss_total of this call (so "bnpo" is "dapo").
+    Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
+    """
+    if loss not in LOSSES or level not in ("token", "sequence"):
+        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
+                         "and token or sequence")
+    mask = mask.to(logprobs.dtype)  # [B, T]
+    lengths = mask.sum(1)  # [B]
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
+    ratio = token_ratio = log_ratio.exp()  # [B, T]
+    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
+        mean = log_ratio.sum(1) / lengths.clamp(min=1)  # [B]
+        ratio = mean.exp()[:, None].expand_as(token_ratio)  # [B, T]
+    objective, low, high = LOSSES[loss](ratio, logprobs, old_logprobs, advantages[:, None],
+                                        clip_low, clip_high, clip_hard)  # [B, T] each
+    if weights is not None:
+        objective = objective * weights
+    divergence = torch.zeros_like(logprobs)  # [B, T]
+    if beta:
+        gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
+        divergence = kl_divergence(gap, token_ratio, kl)
+    per_token = (beta * divergence - objective) * mask  # [B, T]
+    if loss in ("grpo", "sapo"):  # arXiv:2402.03300, eq. 3: first the mean over each completion
+        per_token = per_token / lengths.clamp(min=1)[:, None]
+    if total is None:
+        total = max(1, loss_total(loss, lengths, max_completion_tokens).loss)
+    value = per_token.sum() / total
+    sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
+    stats = {name: (each.detach() * mask).sum() for name, each in sums.items()}
+    return value, stats | {"tokens": mask.sum()}
+
+
+def sampler_weights(log_ratio, cap, level="token"):
+    """How much each token counts as the sampler and the trainer disagree on its probability.
+
+    log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token. "token":
+    the ratio, at most `cap` (truncated importance sampling), [B, T]. "sequence": the ratio of the
+    whole completion, or 0 where that is not from 1 / cap to cap (a sequence mask), [B, 1].
+    They belong on the policy's objective, whose mean over the trainer's samples is what the sampler
+    only estimates. A penalty should hold the policy in every sample, those left out included.
+    """
+    if level == "token":
+        return log_ratio.exp().clamp(max=cap)
+    whole = log_ratio.sum(1, keepdim=True)  # [B, 1]
+    return torch.where(whole.abs() <= math.log(cap), whole.exp(), 0.0)
+
+
+# ------------------------------------------------------------ rollouts
 
 
 class Group(NamedTuple):
@@ -134,214 +300,6 @@ class Group(NamedTuple):
     parts: dict[str, list] = {}  # each reward by name, [G]
     rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
     advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
-
-
-def accuracy(group):
-    return [None if right is None else float(right) for right in group.right]
-
-
-def well_formed(group):
-    """A well-formed thinking block at most, one boxed answer, nothing after it."""
-    return [format_reward(text, group.think_tag) for text in group.texts]
-
-
-def brevity(group):
-    """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
-
-    Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
-    """
-    lengths = [len(c.tokens) for c in group.completions]
-    shortest = min((n for n, right in zip(lengths, group.right) if right), default=1)
-    penalties = [-min(1.0, (n - shortest) / (2 * shortest)) for n in lengths]
-    return [None if right is None else right * penalty
-            for right, penalty in zip(group.right, penalties)]
-
-
-def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
-    rewards = []
-    for c in group.completions:
-        grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
-        share = 1 - len(set(grams)) / max(1, len(grams))
-        rewards.append(-max(0.0, share - free) / (1 - free) if grams else 0.0)
-    return rewards
-
-
-def script_of(letter):
-    if ord(letter) < 0x250:
-        return "latin"
-    return ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
-
-
-def language(group):
-    """Down to -1 with the share of letters of scripts that the problem does not use.
-
-    Latin is free: formulas need it.
-    """
-    home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
-    letters = [[c for c in text if c.isalpha()] for text in group.texts]
-    return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
-
-
-def overlong(group, share=0.2):
-    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
-    start = (1 - share) * group.max_new_tokens
-    return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
-            for c in group.completions]
-
-
-# A reward takes a Group and returns a float for each completion, or None where it cannot say: yours
-# is one more function and one more name here. The penalties lie in [-1, 0].
-REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
-           "repetition": repetition, "language": language, "overlong": overlong}
-
-
-def parse_rewards(words):
-    """["accuracy=1", "format=0.1"] -> {name: coefficient}.
-
-    Raises ValueError for unknown names, and when a wrong answer could score above a right one.
-    """
-    coefficients = dict(map(split_number, words))
-    for name in coefficients:
-        if name not in REWARDS:
-            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}")
-    of_accuracy = coefficients.get("accuracy", math.inf)
-    others = sum(c for name, c in coefficients.items() if name != "accuracy")
-    if others >= of_accuracy:
-        raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
-                         f"{of_accuracy:g}; it needs more, or a wrong answer may beat a right one")
-    return coefficients
-
-
-def reward_by(name, group):
-    """What a reward says of each completion. Raises ValueError, with its name, unless it may."""
-    values = list(REWARDS[name](group))
-    if len(values) != len(group.texts):
-        raise ValueError(f"--reward {name} returned {len(values)} values for {len(group.texts)} "
-                         "completions, expected one for each")
-    for value in values:
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"--reward {name} returned {value} for a completion, expected a "
-                             "finite number, or None where it cannot say")
-    return values
-
-
-def reward_group(group, coefficients):
-    """The group with `parts` and `rewards`; a completion with an undecided part has no reward."""
-    parts = {name: reward_by(name, group) for name in coefficients}
-    rewards = []
-    for values in zip(*parts.values()):
-        weighted = [c * v for c, v in zip(coefficients.values(), values) if v is not None]
-        rewards.append(None if None in values else sum(weighted))
-    return group._replace(parts=parts, rewards=rewards)
-
-
-# ------------------------------------------------------------ the loss
-
-
-def group_advantages(rewards, scale="group"):
-    """How much better each completion did than its group.
-
-    rewards: [N, G] float, nan where undecided, which stays nan and has no part in the others.
-    Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
-    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, or "none" (Dr. GRPO,
-    arXiv:2503.20783). Raises ValueError when G < 2: one alone has no baseline.
-    """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
-    advantages = rewards - rewards.nanmean(1, keepdim=True)  # [N, G]
-    if scale == "none":
-        return advantages
-    if scale == "group":
-        deviations = [row[~row.isnan()].std() for row in rewards]
-        return advantages / (torch.stack(deviations)[:, None] + 1e-4)
-    if scale == "batch":
-        return advantages / (rewards[~rewards.isnan()].std() + 1e-4)
-    raise ValueError(f"scale is {scale!r}, expected group, batch or none")
-
-
-def kl_divergence(gap, ratio, kl):
-    """Estimates of KL(policy || reference) for each token, [B, T].
-
-    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html.
-    """
-    if kl == "k1":
-        return -gap
-    if kl == "k2":
-        return gap.square() / 2
-    k3 = gap.exp() - gap - 1  # GRPO, eq. 4
-    if kl == "k3":
-        return k3
-    if kl == "k3_corrected":  # DeepSeek-V3.2, arXiv:2512.02556: its gradient is unbiased
-        return ratio * k3
-    raise ValueError(f"kl is {kl!r}, expected k1, k2, k3 or k3_corrected")
-
-
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
-                level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
-                max_completion_tokens=None, total=None, weights=None, bonus=0.0):
-    """The loss whose gradient improves the policy, and what to log of it.
-
-    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
-    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
-    weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
-    objective (entropy). loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO.
-    total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
-    rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
-    Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
-    """
-    if loss not in LOSSES or level not in ("token", "sequence"):
-        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
-                         "and token or sequence")
-    mask = mask.to(logprobs.dtype)  # [B, T]
-    lengths = mask.sum(1).clamp(min=1)  # [B]
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
-    token_ratio = log_ratio.exp()  # [B, T]
-    ratio = token_ratio
-    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
-        ratio = (log_ratio.sum(1) / lengths).exp()[:, None].expand_as(token_ratio)  # [B, T]
-    A = advantages[:, None]  # [B, 1]
-    if loss == "cispo":  # arXiv:2506.13585, eq. 4: a clipped factor; every token keeps its gradient
-        objective = ratio.detach().clamp(max=1 + clip_high) * A * logprobs  # [B, T]
-    else:  # PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291
-        bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-        objective = torch.minimum(bounded * A, clipped * A)  # [B, T]
-    divergence = torch.zeros_like(logprobs)  # [B, T]
-    if beta:
-        gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
-        divergence = kl_divergence(gap, token_ratio, kl)
-    per_token = (beta * divergence - objective - bonus) * mask  # [B, T]
-    if weights is not None:
-        per_token = per_token * weights
-    if loss == "grpo":  # arXiv:2402.03300, eq. 3: the mean over tokens, then over completions
-        value = (per_token.sum(1) / lengths).sum() / (total or len(mask))
-    elif loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
-        if max_completion_tokens is None:
-            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
-        value = per_token.sum() / (total or len(mask) * max_completion_tokens)
-    else:  # the mean over all tokens: of the batch (bnpo), of the whole step (DAPO, eq. 8)
-        value = per_token.sum() / (total or mask.sum().clamp(min=1))
-    with torch.no_grad():
-        low = (ratio < 1 - clip_low) & (A < 0)
-        high = (ratio > 1 + clip_high) & (A > 0)
-        if loss == "cispo":  # whatever the advantage, and from above only
-            low, high = torch.zeros_like(low), ratio > 1 + clip_high
-        sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
-        stats = {name: (each * mask).sum() for name, each in sums.items()}
-    return value, stats | {"tokens": mask.sum()}
-
-
-def loss_total(loss, lengths, max_completion_tokens):
-    """`total` of policy_loss for an optimizer step over completions of these lengths."""
-    if loss == "grpo":
-        return len(lengths)
-    return len(lengths) * max_completion_tokens if loss == "dr_grpo" else sum(lengths)
-
-
-# ------------------------------------------------------------ rollouts
 
 
 class Policy(NamedTuple):
@@ -409,18 +367,38 @@ def roll_out_step(policy, problems, step, args):
     return groups
 
 
-def with_advantages(groups, scale):
+def combined_advantages(parts, coefficients, scale):
+    """GDPO, arXiv:2601.05242: each reward by itself in its group, then their sum over the batch.
+
+    So a reward counts by its coefficient, however little it differs. parts: {name: [N, G]}.
+    """
+    advantages = sum(coefficient * group_advantages(parts[name], scale)
+                     for name, coefficient in coefficients.items())  # [N, G]
+    return advantages / (advantages[~advantages.isnan()].std() + 1e-4)  # their mean is 0 already
+
+
+def with_nan(rows):
+    """Lists of floats as a tensor, with nan for None."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
+
+
+def with_advantages(groups, args):
     """The groups with their advantages.
 
     Those without spread get zeros, and have no part in the deviation of the batch. What is
     undecided gets None, and has none in the baseline of its group.
     """
-    rewards = [[math.nan if r is None else r for r in g.rewards] for g in groups]
-    rewards = torch.tensor(rewards)  # [N, G]
+    rewards = with_nan([g.rewards for g in groups])  # [N, G]
     spread = torch.tensor([has_spread(g) for g in groups])  # [N]
     advantages = torch.zeros_like(rewards)
-    if spread.any():
-        advantages[spread] = group_advantages(rewards[spread], scale)
+    if spread.any() and args.combine == "normalise":
+        parts = {}
+        for name in groups[0].parts:
+            part = with_nan([g.parts[name] for g in groups])
+            parts[name] = torch.where(rewards.isnan(), math.nan, part)[spread]
+        advantages[spread] = combined_advantages(parts, parse_rewards(args.reward), args.scale)
+    elif spread.any():
+        advantages[spread] = group_advantages(rewards[spread], args.scale)
     rows = []
     for g, row in zip(groups, advantages.tolist()):
         rows.append([None if r is None else a for r, a in zip(g.rewards, row)])
@@ -520,13 +498,18 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     sequences = [s for _, piece in row for s in piece]
     sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
     mismatch = (old_logprobs - sampled) * mask  # [B, T]
+    weights = sampler_weights(mismatch, args.sampler_cap, args.sampler_level)
+    if args.loss == "dppo":  # its bounds are around the sampler itself
+        old_logprobs, weights = sampled, torch.ones_like(weights)
     loss, stats = policy_loss(
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
-        max_completion_tokens=args.max_new_tokens, bonus=args.entropy_bonus * entropy,
-        weights=mismatch.exp().clamp(max=args.sampler_cap))
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss,
+        max_completion_tokens=args.max_new_tokens, weights=weights)
+    if args.entropy_bonus:  # the mean over the step's tokens, whatever the loss divides by
+        loss = loss - args.entropy_bonus * (entropy * mask).sum() / total.tokens
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
+                          "sampler_weight": (weights * mask).sum(),
                           "entropy": (entropy.detach() * mask).sum()}
 
 
@@ -582,9 +565,11 @@ def step_metrics(groups, learned, args):
     rows = []  # of a completion each
     for g in groups:
         for i, completion in enumerate(g.completions):
+            boxed = extract_answer(g.texts[i], strict=True) is not None
             rows.append({
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
-                "undecided": g.rewards[i] is None, "length": len(completion.tokens),
+                "undecided": g.rewards[i] is None, "no_box": not boxed,
+                "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
                 "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
             rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
@@ -595,9 +580,16 @@ def step_metrics(groups, learned, args):
     for name, right in (("length_right", True), ("length_wrong", False)):
         lengths = [row["length"] for row in rows if row["accuracy"] == right]
         metrics[name] = fmean(lengths) if lengths else 0.0
-    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch"):
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
+                 "sampler_weight"):
         metrics[name] = learned[name] / max(1, learned["tokens"])
+    right = [sum(x is True for x in g.right) for g in groups]
+    for k in (2, 4, 8, 16, 32):
+        if k <= args.group:
+            metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
     return metrics | {
+        "solved_never": fmean(count == 0 for count in right),
+        "solved_always": fmean(count == args.group for count in right),
         "no_spread": fmean(not has_spread(g) for g in groups),
         "loss": learned["loss"] / args.updates,
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
@@ -622,6 +614,29 @@ def sample_records(groups, kind, tokenizer):
     return records
 
 
+def count_right(groups, counts):
+    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
+    for g in groups:
+        count = counts.setdefault(g.problem["id"], [0, 0])
+        count[0] += sum(right is True for right in g.right)
+        count[1] += len(g.right)
+
+
+def list_solved(counts):
+    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
+    return {"never": [name for name, (right, _) in counts.items() if right == 0],
+            "always": [name for name, (right, asked) in counts.items() if right == asked]}
+
+
+def save_solved(run, counts):
+    """Write list_solved as problems.json, and say how many these are."""
+    solved = list_solved(counts)
+    if run.rank == 0:
+        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+
+
 def right_answers(groups):
     """For each problem 1 where its one answer is right, else 0; undecided is not right."""
     return [int(g.right[0] is True) for g in groups]
@@ -638,6 +653,11 @@ def evaluate(policy, dev, groups, args, run, step):
 def keep_first_and_best(evaluations):
     """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
     return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def reached(evaluations, accuracy):
+    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
+    return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
 
 
 def whether_it_helped(evaluations):
@@ -701,18 +721,23 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
-    parse_rewards(args.reward)
+    coefficients = parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
-    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
-        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
-                         f"{args.clip_high}")
+    if args.scale == "mean" and list(coefficients) != ["accuracy"]:
+        raise ValueError(f"--scale mean is for rewards of 0 and 1 and --reward is "
+                         f"{' '.join(args.reward)}; pass --reward accuracy")
     defaults = dict(TINY if model.is_tiny(config) else OTHERS)
+    defaults["clip_high"] = 0.2 if args.loss == "dppo" else 0.28
+    defaults["sampler_cap"] = 2.0 if args.sampler_level == "token" else 3.0
     if args.epochs:
         del defaults["steps"]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
+        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
+                         f"{args.clip_high}")
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 
@@ -747,17 +772,35 @@ def settle_flags(args, config):
 
 
 def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context.
+    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    prompts = [encode_problem(policy, problem, args) for problem in problems]
+    return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
 
-    Raises ValueError when none does.
+
+def filter_by_pass_rate(sets, policy, args, counts):
+    """The sets without the problems that the policy solves too rarely or too often.
+
+    counts: as of count_right; if it is empty, all problems are asked, and it is filled.
+    Raises ValueError when nothing is left of a set.
     """
-    room = policy.config.max_context - args.max_new_tokens
-    kept = [p for p in problems if len(encode_problem(policy, p, args)) <= room]
-    if not kept:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
-                         f"the context of {policy.config.max_context}")
-    if len(kept) < len(problems):
-        optim.say(f"{len(problems) - len(kept)} problems are too long for the context: left out")
+    low, high = args.filter_by_pass_rate
+    problems = list(enumerate(itertools.chain(*sets)))
+    if not counts:
+        optim.say(f"asking {len(problems)} problems {args.group} times each")
+        sampler = policy._replace(params=sampling_params(policy.params, policy.config))
+        seed = zlib.crc32(f"{args.seed} 0".encode())
+        for begin in range(0, len(problems), args.prompts):
+            batch = problems[begin:begin + args.prompts]
+            count_right(roll_out(sampler, batch, args, seed), counts)
+    rates = {name: right / asked for name, (right, asked) in counts.items()}
+    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
+    solved = list_solved(counts)
+    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
+            f"{len(problems)} problems: {len(solved['never'])} were never solved, "
+            f"{len(solved['always'])} always")
+    if not all(kept):
+        raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
+    optim.say(said)
     return kept
 
 
@@ -765,7 +808,8 @@ def load_data(policy, args):
     """(sets to train on, their proportions, dev, test), whose problems are not trained on."""
     sets, proportions = load_mixture(args.data, args.train_limit)
     sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
     for path in files_of(args.data) & files_of([args.eval_data]):
         optim.say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
                   "for dev and test alike")
@@ -811,11 +855,11 @@ def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
     groups = roll_out_step(policy, problems, step, args)
-    groups = with_advantages(groups, args.scale)
+    groups = with_advantages(groups, args)
     rolled = time.perf_counter()
     rows, total = training_rows(groups, args)
     learned = Counter()
-    if total:
+    if total.tokens:
         learned = update(policy, ref_params, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
@@ -840,16 +884,18 @@ def main(args):
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params)
-    num_problems = sum(map(len, sets))
-    steps, epoch_ends = count_steps(args, num_problems)
-    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
-              f"for the result, on {world} x {device}")
     done = 0
-    progress = {"taken": 0, "failures": 0, "rows": [], "dev": []}
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
         done = state["step"]
         progress |= state["extra"]
+    if args.filter_by_pass_rate:
+        sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
+    num_problems = sum(map(len, sets))
+    steps, epoch_ends = count_steps(args, num_problems)
+    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
+              f"for the result, on {world} x {device}")
     measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
     save = functools.partial(
         optim.save_checkpoint, run.dir, params=params, config=config, like=path,
@@ -861,6 +907,8 @@ def main(args):
         if args.prompt != "cot":
             measure("before, asked to think step by step", preset="cot")
         save(step=0, best_step=0)
+    if reached(progress["dev"], args.until):
+        steps = done
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, progress["taken"], None)
 
@@ -870,6 +918,7 @@ def main(args):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
             groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
             progress["taken"] += len(groups)
+            count_right(groups, progress["right"])
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
@@ -877,6 +926,7 @@ def main(args):
                 right = evaluate(policy, dev, groups, args, run, step)
                 metrics["dev_accuracy"] = fmean(right)
                 progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+                last = last or reached(progress["dev"], args.until)
             mean_s = (time.perf_counter() - began) / (step - done)
             metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
                         "left_min": mean_s * (steps - step) / 60}
@@ -889,8 +939,11 @@ def main(args):
                 save(step=step, best_step=progress["dev"][-1][0])
             if evaluating:
                 optim.draw_curves(run.dir, CURVES)
-            if stopping and not last:
+            if last:
+                break
+            if stopping:
                 raise KeyboardInterrupt  # saved; run_main says how to go on
+    save_solved(run, progress["right"])
     best = run.dir / "checkpoints" / "best"
     optim.say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
 

@@ -13,6 +13,7 @@ Qwen2.5, arXiv:2412.15115; RMSNorm, arXiv:1910.07467; rotary positions, arXiv:21
 arXiv:2309.00071; SwiGLU, arXiv:2002.05202; LoRA, arXiv:2106.09685.
 """
 
+import difflib
 import json
 import math
 import os
@@ -369,28 +370,37 @@ def merge_lora(params):
 # ------------------------------------------------------------ finding a model
 
 ROOT = Path(__file__).resolve().parent
-HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
+HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"), "Math-": ("1.5B", "7B", "72B"),
+             "Coder-": ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
 HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
            for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
 
 
+def did_you_mean(word, known):
+    """The end of an error message that names what is known and spelled alike, or nothing."""
+    near = difflib.get_close_matches(str(word).lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
 
-    Hub models are taken from models/NAME beside this file where they are there, else downloaded
-    through huggingface_hub; config_only: without their weights.
+    The names ignore case. Hub models are taken from models/NAME beside this file where they are
+    there, else downloaded through huggingface_hub; config_only: without their weights.
     Raises FileNotFoundError, saying how to place the files by hand, where there is neither.
     """
-    if name == "tiny":
+    if str(name).lower() == "tiny":
         return ROOT / "data" / "tiny"
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     hub_id = HUB_IDS.get(str(name).lower(), str(name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
-        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as "
-                                f"Qwen/Qwen2.5-1.5B, or one of tiny, {', '.join(HUB_IDS)}")
+        raise FileNotFoundError(
+            f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
+            "tiny, or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of "
+            f"{', '.join(HUB_SIZES['']).lower()}{did_you_mean(name, ['tiny', *HUB_IDS])}")
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
@@ -715,6 +725,7 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
 
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
+    text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
     ids, begin = [], 0
     for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
         ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids

@@ -32,14 +32,21 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import head_slice, param_shapes, read_json, save_model, token_logprobs
+from model import (
+    did_you_mean,
+    head_slice,
+    param_shapes,
+    read_json,
+    save_model,
+    token_logprobs,
+)
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products round alike
 SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU's cache
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
-    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps")
+    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until")
 
 # ------------------------------------------------------------ flags
 
@@ -84,6 +91,21 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if default in ("None", "False", argparse.SUPPRESS) or "default" in action.help:
             return action.help
         return action.help + " (default %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with such help, and a guess at what an unknown flag was meant to be."""
+
+    def __init__(self, description, **more):
+        super().__init__(description=description, formatter_class=HelpFormatter, **more)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}"
+                       f"{did_you_mean(flag, self._option_string_actions)}")
+        return args
 
 
 def add_device_flags(parser):
@@ -276,6 +298,12 @@ def say(*words):
     """Print, on process 0 only."""
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
+
+
+def printable(text):
+    """A model's or a server's text without the codes that a terminal would obey, spelled out."""
+    codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return re.sub(codes, lambda code: ascii(code[0])[1:-1], text)
 
 
 def all_sum(values):

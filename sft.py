@@ -12,7 +12,6 @@ included; the tokens of the final answer count --answer-weight times. The loss i
 optimizer step: neither the packing nor the number of processes changes the gradient.
 """
 
-import argparse
 import hashlib
 import math
 import random
@@ -30,8 +29,8 @@ import optim
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
-from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate, leave_out
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, render_prompt
+from eval import evaluate, fit_context, leave_out
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -45,7 +44,7 @@ STEP_LINE = ("step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
     add("--from-scratch", action="store_true", help="random weights in the shape of --model")
@@ -59,7 +58,8 @@ def parse_args(argv=None):
     add("--max-tokens", type=at_least(2), default=2048, help="longer examples are left out")
     add("--lora-rank", type=at_least(0), default=0, help="of an adapter; 0: all weights")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--validation", type=at_least(0), default=200, help="examples that are held out; 0: none")
+    add("--validation", type=at_least(0), help="examples that are held out; 0: none (default: a "
+        "fifth, at most 200)")
     add("--eval-data", help="problem set or .jsonl whose dev split is answered and graded, too")
     add("--eval-limit", type=at_least(1), default=200, help="problems of it")
     add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
@@ -271,12 +271,14 @@ def load_examples(args, config, tokenizer, system, problems):
                              system=system, think_tag=args.think_tag)
     keys = [example.key for example in examples]
     examples = leave_out(examples, keys, keys_of(problems), args.data)
-    learned, held_out = hold_out(examples, args.validation, args.seed)
+    count = args.validation
+    if count is None:
+        count = min(200, len(examples) // 5)
+    learned, held_out = hold_out(examples, count, args.seed)
     if not learned:
         problems = len({example.key for example in examples})
         raise ValueError(f"--data {args.data} has {len(examples)} examples of at most {max_tokens} "
-                         f"tokens, of {problems} problems, expected more than --validation "
-                         f"{args.validation}")
+                         f"tokens, of {problems} problems, expected more than --validation {count}")
     return learned, held_out
 
 
@@ -355,6 +357,9 @@ def main(args):
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
+    prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
+                             think_tag=args.think_tag) for problem in problems]
+    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
     examples, validation = load_examples(args, config, tokenizer, system, problems)
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 

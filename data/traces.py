@@ -15,7 +15,6 @@ OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject",
 The data card beside it, OUT's .md, says what was dropped and why, and what remains.
 """
 
-import argparse
 import json
 import math
 import random
@@ -28,7 +27,6 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import model
@@ -36,16 +34,24 @@ from data import FAMILIES, family_of, load_problems, split_of, teachers
 from data.families import SIZES
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
-from eval import markdown
+from eval import fit_context, markdown
 from generate import completion_text, generate
-from optim import HelpFormatter, above, at_least, between, write_whole
+from optim import (
+    Parser,
+    above,
+    at_least,
+    between,
+    compute_dtype,
+    find_device,
+    write_whole,
+)
 from verify import extract_answer, verify_many
 
 share = between(0.0, 1.0)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
     add("--split", default="train", choices=SIZES, help="of each set")
@@ -113,26 +119,28 @@ def ask_model(jobs, settings, keep, *, samples, device, max_batch):
     tokenizer = model.load_tokenizer(path)
     system = model.load_system_prompt(path)
     ends = model.end_tokens(tokenizer, config)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    params = model.load_params(path, device, dtype)
-    problems = {problem["id"]: problem for problem, _ in jobs}
+    device = find_device(device)
+    params = model.load_params(path, device, compute_dtype("auto", device))
+    problems = list({problem["id"]: problem for problem, _ in jobs}.values())
+    prompts = []
+    for problem in problems:
+        question = {"role": "user", "content": problem["problem"] + settings["instruction"]}
+        prompts.append(model.encode_chat(tokenizer, [question], system=system))
+    problems, prompts = fit_context(problems, prompts, config, reply_tokens=1)
     wanted = {(problem["id"], sample) for problem, sample in jobs}
     step = max(1, max_batch // samples)
     for begin in range(0, len(problems), step):
-        ids = list(problems)[begin:begin + step]
-        prompts = []
-        for i in ids:
-            question = {"role": "user", "content": problems[i]["problem"] + settings["instruction"]}
-            prompts.append(model.encode_chat(tokenizer, [question], system=system))
+        asked = problems[begin:begin + step]
         groups = generate(
-            params, config, prompts, num_samples=samples, stop_tokens=ends, max_batch=max_batch,
-            max_new_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
-            seed=settings["seed"], seeds=[zlib.crc32(i.encode()) for i in ids],
+            params, config, prompts[begin:begin + step], num_samples=samples, stop_tokens=ends,
+            max_batch=max_batch, max_new_tokens=settings["max_new_tokens"],
+            temperature=settings["temperature"], seed=settings["seed"],
+            seeds=[zlib.crc32(problem["id"].encode()) for problem in asked],
         )
-        for i, prompt, group in zip(ids, prompts, groups):
+        for problem, prompt, group in zip(asked, prompts[begin:], groups):
             for sample, completion in enumerate(group):
-                if (i, sample) in wanted:
-                    keep(problems[i], sample, {
+                if (problem["id"], sample) in wanted:
+                    keep(problem, sample, {
                         "text": completion_text(tokenizer, completion, ends),
                         "finish": completion.finish, "prompt_tokens": len(prompt),
                         "completion_tokens": len(completion.tokens),

@@ -580,9 +580,10 @@ def test_model_config_refuses_what_it_cannot_compute():
 def test_model_names_and_the_hub():
     """Names become hub ids. Without the hub, the error says where to put which files, and a model
     that is put there is found."""
-    assert len(model.HUB_IDS) == 14
+    assert len(model.HUB_IDS) == 2 * (7 + 3 + 6)
     assert model.HUB_IDS["qwen2.5-math-1.5b-instruct"] == "Qwen/Qwen2.5-Math-1.5B-Instruct"
-    assert model.HUB_IDS["qwen2.5-14b"] == "Qwen/Qwen2.5-14B"
+    assert model.HUB_IDS["qwen2.5-72b"] == "Qwen/Qwen2.5-72B"
+    assert model.HUB_IDS["qwen2.5-coder-0.5b-instruct"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     hub = mock.patch("huggingface_hub.snapshot_download",
                      side_effect=OSError("Cannot reach the hub\nand a long story"))
     with _directory() as home, mock.patch.object(model, "ROOT", home), hub as download:
@@ -593,8 +594,10 @@ def test_model_names_and_the_hub():
                 model.resolve_model(name)
         assert [call.args for call in download.call_args_list] == [("Qwen/Qwen2.5-1.5B",)] * 3
         for name in ("gpt2", "qwen2.5-2b", "/no/such/place", "../nowhere", "a/b/c", "x y/z"):
-            with raises(FileNotFoundError, repr(name), "qwen2.5-0.5b-instruct"):
+            with raises(FileNotFoundError, repr(name), "[-instruct] with a size of 0.5b, 1.5b"):
                 model.resolve_model(name)
+        with raises(FileNotFoundError, "did you mean qwen2.5-coder-1.5b?"):
+            model.resolve_model("Qwen2.5-codr-1.5B")
         assert download.call_count == 3  # the hub is not asked for these
         place.mkdir(parents=True)
         assert model.resolve_model("qwen2.5-1.5b") == place
@@ -606,7 +609,8 @@ def test_model_names_and_the_hub():
     with mock.patch("huggingface_hub.snapshot_download", lambda hub_id, **_: f"/cache/{hub_id}"):
         found = model.resolve_model("qwen2.5-0.5b-instruct")
         assert found == Path("/cache/Qwen/Qwen2.5-0.5B-Instruct")
-    assert model.resolve_model("tiny") == model.ROOT / "data" / "tiny"
+    for name in ("tiny", "Tiny"):
+        assert model.resolve_model(name) == model.ROOT / "data" / "tiny"
 
 
 # ---- its chats

@@ -634,3 +634,15 @@ def test_optim_forks_end_together():
         first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
                          for run in ("forked", "launched"))
         assert first == second and len(first) == 7, (first, second)
+
+
+def test_optim_unknown_flags_are_guessed():
+    parser = optim.Parser("A script.")
+    parser.add_argument("--max-new-tokens", type=int)
+    for word, end in (("--max-new-token5=3", "; did you mean --max-new-tokens?\n"), ("x", ": x\n")):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser.parse_args([word])
+            except SystemExit as stopped:
+                assert stopped.code == 2
+        assert said.getvalue().endswith(end) and said.getvalue().count("\n") == 1, said.getvalue()

@@ -280,15 +280,25 @@ def test_sft_bad_conversations():
                 sft.read_examples(path, TOKENIZER, END, 100)
 
 
+def test_sft_holds_out_a_fifth_of_few_examples_and_200_of_many():
+    """160 examples were refused: the default of --validation was 200."""
+    config = model.load_config(ROOT / "data/tiny")
+    for n, held_out in ((3, 0), (160, 32), (1500, 200)):
+        args = sft.parse_args(["--data", "mine.jsonl"])
+        with mock.patch.object(sft, "read_examples", lambda *_, **__: list(range(n))):
+            examples, validation = sft.load_examples(args, config, TOKENIZER, None)
+        assert (len(examples), len(validation)) == (n - held_out, held_out)
+
+
 def test_sft_bad_input():
     with tempfile.TemporaryDirectory() as scratch:
         empty = _write(Path(scratch) / "empty.jsonl", [])
         wrong = _write(Path(scratch) / "wrong.jsonl", [{"problem": "1+1"}])
         few = _write(Path(scratch) / "few.jsonl", _sums(3))
         for words, expected in (
-                ([wrong], "line 1"), ([few], "has 3 examples"),
+                ([wrong], "line 1"), ([few, "--validation", 3], "has 3 examples"),
                 ([empty, "--validation", 0], "has 0 examples"),
-                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl")):
+                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"), ([scratch], scratch)):
             error = error_of("sft", "--run-dir", f"{scratch}/run", "--processes", 1, "--data",
                              *words)
             assert expected in error, (words, error)
