@@ -78,6 +78,8 @@ def between(low, high):
 
 
 below_one = bounded(float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+step_size = bounded(float, lambda value: 0 < value <= 1, "more than 0 and at most 1: AdamW moves "
+                    "every weight by about so much in a step")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -123,7 +125,7 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add_device_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--adapter", help="directory of a LoRA adapter (PEFT's format) to go on from")
-    add("--lr", type=above(0.0), default=lr, help=lr_help)
+    add("--lr", type=step_size, default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
     add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="of the matrices")
