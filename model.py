@@ -650,7 +650,7 @@ def save_model(out_dir, params, config, like):
     (staging / "config.json").write_text(text, encoding="utf-8")
     shutil.copymode(staging / "config.json", staging / "model.safetensors")  # not its owner's alone
     for path in staging.iterdir():  # on the disk before the name says that it is whole
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # Windows syncs what it may write
             os.fsync(file.fileno())
     if out_dir.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -141,6 +141,8 @@ def parse_train_args(parser, argv=None):
 
 def run_main(main, parse_args):
     """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     try:
         main(parse_args())
     except (ValueError, FileNotFoundError) as error:
@@ -527,8 +529,8 @@ def count_failures(failures, skipped, lr):
 def sync(*paths):
     """What was written to these files and directories is on the disk when this returns."""
     for path in paths:
-        with suppress(PermissionError):  # Windows opens no directories
-            handle = os.open(path, os.O_RDONLY)
+        with suppress(PermissionError):  # Windows opens no directories, and syncs what it may write
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(handle)
             os.close(handle)
 
@@ -635,12 +637,20 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
 
 
 def point_to_best(home, best_step):
-    """Make checkpoints/best a link to the checkpoint of that step."""
-    if best_step is not None:
-        link = home / "best.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"step_{best_step:06d}")
-        os.replace(link, home / "best")
+    """Make checkpoints/best a link to the checkpoint of that step: a copy where Windows forbids."""
+    if best_step is None:
+        return
+    best, partial = home / "best", home / "best.partial"
+    for left in (partial, best):
+        if left.is_dir() and not left.is_symlink():
+            remove_whole(left)
+    partial.unlink(missing_ok=True)
+    name = f"step_{best_step:06d}"
+    try:
+        partial.symlink_to(name)
+    except OSError:
+        shutil.copytree(home / name, partial)
+    os.replace(partial, best)
 
 
 def check_files(path, part=0, parts=1):
