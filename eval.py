@@ -279,7 +279,8 @@ class Setup(NamedTuple):
 def weights_hash(model_dir):
     """Eight characters that change with the weights; a path does not say which weights it held."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
+    files = [p for p in Path(model_dir).glob("*.safetensors") if p.is_file() and p.stat().st_size]
+    for path in sorted(files):
         content = np.memmap(path, mode="r")
         for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
             digest.update(content[begin:begin + 2**20])
