@@ -16,7 +16,7 @@ import huggingface_hub, jinja2, numpy, sympy, tokenizers, torch, torch.distribut
 
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
-for name in ("fork", "getppid", "geteuid", "killpg", "sched_getaffinity", "sysconf", "WNOHANG"):
+for name in ("fork", "getppid", "geteuid", "killpg", "sched_getaffinity", "sysconf"):
     delattr(os, name)
 
 def symlink_to(*_, **__):
