@@ -810,7 +810,7 @@ def test_data_http_teacher_says_why_it_fails_and_ends_in_time():
         with (tempfile.TemporaryDirectory() as home, _teacher([status]) as (server, flags),
               mock.patch.dict(os.environ, OPENAI_API_KEY="sk-secret")):
             flags = ("--data", _sums_file(home, 1), "--split", "test", *flags, "--retries", 0)
-            with raises(ValueError, str(status), r"\x1b[2J (the key)"):
+            with raises(ValueError, str(status), r"\x1b[2J Bearer (the key)"):
                 _traces(home, *flags)
 
 
