@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import suppress
 from operator import gt
 from pathlib import Path
 from statistics import fmean
@@ -253,11 +254,25 @@ def list_changes(old, new):
 
 
 def append_lines(path, objects):
-    """Append the objects to a .jsonl file, made at need. On process 0 only."""
-    if rank_and_world()[0] == 0:
+    """Append the objects to a .jsonl file, made at need; all of them or none. On process 0 only.
+
+    Raises ValueError when it cannot be written.
+    """
+    if rank_and_world()[0] > 0:
+        return
+    text = "".join(json.dumps(o) + "\n" for o in objects)
+    size = None
+    try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(o) + "\n" for o in objects)
+        with open(path, "ab") as file:
+            size = file.tell()
+            file.write(text.encode())
+    except OSError as error:
+        if size is not None:
+            with suppress(OSError):
+                os.truncate(path, size)
+        raise ValueError(f"{path}: could not be written ({error.strerror}); make room, or give "
+                         "another --results or --records") from None
 
 
 # ---------------------------------------------------------------------- the setup that flags name
@@ -384,6 +399,8 @@ def collect_records(setup, name="records", **changes):
     if path and path.is_file() and rank == 0:
         done = read_records(path, settings)
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
+    if path:
+        append_lines(path, [])
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
     size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
@@ -586,6 +603,8 @@ def draw_cost(rows, path):
 
 def report(args):
     """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     models = {"base": args.model, "trained": args.trained}
     weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))
@@ -613,8 +632,6 @@ def report(args):
     text = table(rows, {"problems": [row["n"] for row in rows],
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
     print(f"\n{text}\nwritten to {out}/results.md")
     draw_cost(rows, out / "report.png")
@@ -628,12 +645,12 @@ def main(args):
     setup = load_setup(args)
     records, settings = collect_records(setup, num_samples=args.num_samples)
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
-    append_row(args.results, row)
     say(table([row]))
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():
         say(f"level {level}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
+    append_row(args.results, row)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def run_main(main, parse_args):
         stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if rank_and_world()[0] > 0:
             time.sleep(2)  # if process 0 fails for the same reason, this one is over before
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
