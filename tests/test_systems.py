@@ -12,7 +12,7 @@ from tests.common import GRPO_RUN, run
 # Every script, in one process, once the libraries are there and what Windows lacks is gone.
 WITHOUT_LINUX = """
 import importlib, os, pathlib, sys
-import huggingface_hub, jinja2, numpy, sympy, tokenizers, torch, torch.distributed, tqdm
+import huggingface_hub, jinja2, numpy, sympy, tokenizers, torch, torch._dynamo, tqdm
 
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
     sys.modules[name] = None
