@@ -346,11 +346,16 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
     asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
-    rows = generate(policy.params, policy.config, prompts, num_samples=G,
-                    max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
-                    temperature=0.0 if greedy else args.temperature, seed=seed,
-                    seeds=[place for place, _ in problems], stop_strings=asked.stop,
-                    tokenizer=policy.tokenizer, engine=policy.engine, compiled=args.compile)
+
+    def sample():
+        return generate(
+            policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
+            seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
+            temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+            stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
+            compiled=args.compile)
+
+    rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
     texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
     verdicts = verify_many(pairs, strict=asked.grade == "strict")
@@ -588,6 +593,23 @@ def update(policy, reference, optimizer, rows, total, lr, args):
     return sums
 
 
+def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
+    """`update`, with rows of half the tokens where a GPU's memory runs out: the same gradient."""
+    before = optimizer.updates.item()
+
+    def attempt():
+        if optimizer.updates.item() > before:
+            raise ValueError(f"memory ran out in the midst of --updates {args.updates}: go on with "
+                             "--resume and a smaller --micro-tokens")
+        optim.clear_gradients(policy.params, optimizer)
+        parts = [part for row in rows for part in pack_groups(row, args.micro_tokens)]
+        return update(policy, reference, optimizer, parts, total, lr, args)
+
+    sums = optim.halve_on_oom(args, "micro_tokens", attempt)
+    args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
+    return sums
+
+
 # ------------------------------------------------------------ watching
 
 STEP_LINE = (
@@ -788,6 +810,22 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
         offload=args.offload)
 
 
+def fit_memory(config, args, world, device, there):
+    """The plan of a run, with --micro-tokens and --max-batch halved until it fits, or nearly so.
+
+    Writes into `args`. No result depends on these two.
+    """
+    plan = memory_plan(config, args, world, device)
+    while plan.peak > there:
+        name = "max_batch" if plan.update <= there or args.micro_tokens <= 1024 else "micro_tokens"
+        size = getattr(args, name) // 2
+        if size < 8:
+            break
+        setattr(args, name, size)
+        plan = memory_plan(config, args, world, device)
+    return plan
+
+
 def fill_defaults(args, config):
     """Give flags that were left out what they mean for this model. Writes into `args`.
 
@@ -848,16 +886,18 @@ def settle_flags(args, config):
     plan = memory_plan(config, args, world, device)
     if args.lora_rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
-        plan = memory_plan(config, args, world, device)
+        plan = fit_memory(config, args, world, device, there)
         if plan.peak > there:
             raise ValueError(
                 f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} "
-                f"GiB, and there are {there:.1f}. Try a smaller --micro-tokens or --max-batch, or "
-                f"more GPUs; `python bench.py plan --model {args.model}` shows what they save")
+                f"GiB at --micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}, and "
+                f"there are {there:.1f}; try a smaller --max-new-tokens, or more GPUs; `python "
+                f"bench.py plan --model {args.model}` shows what fits")
     trained = "all weights"
     args.lora_rank = args.lora_rank or 0
     if args.lora_rank:
-        trained = f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights)"
+        trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with "
+                   f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}")
         args.lr = lr or LORA_LR
     optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
@@ -967,7 +1007,7 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
     rows, total = training_rows(groups, args)
     learned = Counter()
     if total.tokens:
-        learned = update(policy, reference, optimizer, rows, total, lr, args)
+        learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))

@@ -461,6 +461,25 @@ def plan_line(plan, there):
     return line
 
 
+def halve_on_oom(args, name, attempt):
+    """attempt(), and where a GPU's memory runs out, once more with half of args.NAME, for good.
+
+    For sizes on which no result depends. Raises ValueError when half is too much as well.
+    """
+    for _ in range(2):
+        size = getattr(args, name)
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        torch.cuda.empty_cache()  # out of the handler, whose traceback holds what was allotted
+        setattr(args, name, max(1, size // 2))
+        flag = f"--{name.replace('_', '-')}"
+        print(f"{reason} at {flag} {size}: going on with {max(1, size // 2)}", flush=True)
+    raise ValueError(f"{reason} at {flag} {size}, which is half of what was tried before; start "
+                     "with less, or see what fits: python bench.py plan --help")
+
+
 # ------------------------------------------------------------ AdamW
 
 
@@ -522,6 +541,14 @@ def init_optimizer(trainable, device="cpu", dtype=torch.float32, offload=False):
 def move_grad(param, total):
     total += param.grad
     param.grad = None
+
+
+def clear_gradients(params, optimizer):
+    """Forget what an interrupted backward pass has summed so far."""
+    optimizer.grads.zero_()
+    for param in params.values():
+        if param.dtype != torch.float32:  # whose .grad is no part of `grads`
+            param.grad = None
 
 
 def learning_rate(step, steps, peak, warmup, floor=0.1):

@@ -552,6 +552,67 @@ def test_grpo_update_does_not_depend_on_micro_batches():
             assert abs(sums["loss"] - other["loss"]) < 1e-5 and sums["tokens"] == other["tokens"]
 
 
+def _short_of_memory(function, too_much):
+    """The function on a GPU that cannot hold what too_much(*args, **kwargs) says."""
+    def limited(*args, **kwargs):
+        if too_much(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+        return function(*args, **kwargs)
+
+    return limited
+
+
+def test_grpo_halves_what_does_not_fit():
+    """The update begins again, with the same gradient; the rollouts, with the same samples; and it
+    ends with what to do when half is too much as well."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    total = sum(len(s.tokens) for _, sequences in groups for s in sequences)
+
+    def learn(dtype, limit):
+        """A row of more than `limit` tokens does not fit; an exception may leave gradients."""
+        args = _args("--micro-tokens", 60, "--temperature", 0.8, "--max-new-tokens", 12)
+        trained, optimizer = optim.init_optimizer(params, dtype=dtype)
+        trained["model.norm.weight"].grad = (  # as one that was not yet summed would
+            None if limit > 60 else torch.ones_like(trained["model.norm.weight"]))
+        policy = grpo.Policy(trained, config, None, None)
+
+        def too_much(params, config, row, *_):
+            return sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) > limit
+
+        rows = grpo.pack_groups(groups, 60)[::-1]  # of 41, 46 and 48 tokens
+        with mock.patch.object(grpo, "row_loss", _short_of_memory(grpo.row_loss, too_much)), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            sums = grpo.update_within_memory(policy, None, optimizer, rows, total, 1e-3, args)
+        return sums, args.micro_tokens, said.getvalue()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        whole, size, said = learn(dtype, 1000)
+        assert (size, said) == (60, "")
+        halved, size, said = learn(dtype, 47)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        assert abs(whole["grad_norm"] - halved["grad_norm"]) < tolerance * whole["grad_norm"], dtype
+        assert size == 30 and "at --micro-tokens 60: going on with 30" in said, said
+        assert halved["tokens"] == whole["tokens"] == total
+    with raises(ValueError, "--micro-tokens 30", "bench.py plan"):
+        learn(torch.float32, 25)
+
+    tiny = ROOT / "data/tiny"
+    policy = grpo.Policy(model.load_params(tiny), model.load_config(tiny),
+                         model.load_tokenizer(tiny), None)
+    problems = [(i, {"id": str(i), "problem": f"What is {i}+8?", "answer": "?"}) for i in range(3)]
+    sampled = []
+    for most in (8, 4):
+        args = _args("--group", 4, "--max-batch", 8, "--max-new-tokens", 12)
+        limited = _short_of_memory(grpo.generate, lambda *_, max_batch, **kw: max_batch > most)
+        with mock.patch.object(grpo, "generate", limited), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            groups = grpo.roll_out(policy, problems, args)
+        sampled.append([[c.tokens for c in g.completions] for g in groups])
+    assert sampled[0] == sampled[1] and args.max_batch == 4
+    assert "out of memory at --max-batch 8: going on with 4" in said.getvalue(), said.getvalue()
+
+
 def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
@@ -993,8 +1054,13 @@ def test_grpo_trains_all_weights_where_they_fit():
     assert (args.lora_rank, args.lr) == (0, 1e-6) and "warning" in said, said
     args, _ = _settled(CONFIG_1_5B, 80.0, "--lora-rank", 8, "--lr", 0.5)
     assert (args.lora_rank, args.lr) == (8, 0.5)
-    with raises(ValueError, "bench.py plan", "8.0"):
-        _settled(CONFIG_1_5B, 8.0)
+    with raises(ValueError, "bench.py plan", "6.0", "--max-batch 8"):
+        _settled(CONFIG_1_5B, 6.0)
+    args, said = _settled(CONFIG_1_5B, 8.0)  # halved until it fits: no result depends on these
+    assert args.lora_rank == 32 and args.micro_tokens < 16384 and args.max_batch < 128
+    assert f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}" in said, said
+    plan = grpo.memory_plan(CONFIG_1_5B, args, 1, "cuda")
+    assert 6.0 < plan.peak <= 8.0 and "warning" not in said
     args, _ = _settled(model.load_config(ROOT / "data" / "tiny"), 24.0, "--model", "elsewhere")
     assert (args.lora_rank, args.lr, args.data) == (0, 5e-4, ["arithmetic"])
     args, _ = _settled(model.load_config(ROOT / "data" / "tiny"), 24.0, "--lora-rank", 8)
