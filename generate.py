@@ -507,6 +507,12 @@ class Engine:
     def places(self):
         return len(self.layers[0][0]) // self.cache.size
 
+    def release(self):
+        """Give the memory back; the next call allots and captures anew."""
+        self.rows.clear()
+        self.graphs.clear()
+        self.cache = None
+
 
 def power_of_two(n):
     """The power of two at or above n."""

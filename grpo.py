@@ -605,7 +605,7 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
         parts = [part for row in rows for part in pack_groups(row, args.micro_tokens)]
         return update(policy, reference, optimizer, parts, total, lr, args)
 
-    sums = optim.halve_on_oom(args, "micro_tokens", attempt)
+    sums = optim.halve_on_oom(args, "micro_tokens", attempt, policy.engine)
     args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
     return sums
 
@@ -817,7 +817,7 @@ def fit_memory(config, args, world, device, there):
     """
     plan = memory_plan(config, args, world, device)
     while plan.peak > there:
-        name = "max_batch" if plan.update <= there or args.micro_tokens <= 1024 else "micro_tokens"
+        name = "max_batch" if plan.update <= there or args.micro_tokens <= 2048 else "micro_tokens"
         size = getattr(args, name) // 2
         if size < 8:
             break

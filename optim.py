@@ -402,8 +402,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that they take. reference: the Config of a
-    frozen model that is held, too.
+    that decode at once. cache_slots: that they take. reference: the Config of a frozen model that
+    is held, too.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -461,10 +461,11 @@ def plan_line(plan, there):
     return line
 
 
-def halve_on_oom(args, name, attempt):
+def halve_on_oom(args, name, attempt, engine=None):
     """attempt(), and where a GPU's memory runs out, once more with half of args.NAME, for good.
 
-    For sizes on which no result depends. Raises ValueError when half is too much as well.
+    For sizes on which no result depends. engine: the sampler's, which gives back what it keeps.
+    Raises ValueError when half is too much as well.
     """
     for _ in range(2):
         size = getattr(args, name)
@@ -472,7 +473,9 @@ def halve_on_oom(args, name, attempt):
             return attempt()
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
-        torch.cuda.empty_cache()  # out of the handler, whose traceback holds what was allotted
+        if engine:  # out of the handler, whose traceback holds what was allotted
+            engine.release()
+        torch.cuda.empty_cache()
         setattr(args, name, max(1, size // 2))
         flag = f"--{name.replace('_', '-')}"
         print(f"{reason} at {flag} {size}: going on with {max(1, size // 2)}", flush=True)

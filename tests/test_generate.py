@@ -376,13 +376,22 @@ def test_generate_step_of_the_static_engine_compiles_to_one_graph():
     ask = {"num_samples": 2, "max_new_tokens": 6, "temperature": 0.9}
     with _static([]):
         plain = generate(form, config, _PROMPTS[:2], **ask)
-        op = torch.library.custom_op("tests::varlen", attention.varlen_attn, mutates_args=(),
-                                     schema="(Tensor query, Tensor key, Tensor value, "
-                                     "Tensor cu_seq_q, Tensor cu_seq_k, int max_q, int max_k, "
-                                     "bool enable_gqa, Tensor seqused_k) -> Tensor")
-        op.register_fake(lambda query, *_, **__: torch.empty_like(query))  # it has a fake, too
+        on_cpu = attention.varlen_attn
+
+        @torch.library.custom_op("tests::varlen", mutates_args=())
+        def op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor,
+               k_starts: torch.Tensor, max_k: int, held: torch.Tensor) -> torch.Tensor:
+            return on_cpu(q, k, v, q_starts, k_starts, 1, max_k, enable_gqa=True, seqused_k=held)
+
+        @op.register_fake
+        def fake(q, *rest):
+            return torch.empty_like(q)
+
+        def varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, enable_gqa, seqused_k):
+            return op(q, k, v, q_starts, k_starts, max_k, seqused_k)
+
         with mock.patch.object(generate_module, "decode_step", compiled), \
-                mock.patch.object(attention, "varlen_attn", op):
+                mock.patch.object(attention, "varlen_attn", varlen_attn):
             assert _tokens(generate(form, config, _PROMPTS[:2], **ask)) == _tokens(plain)
 
 
