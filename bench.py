@@ -49,7 +49,7 @@ def gpus_and_gib(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
     sample = add_command(commands, "sample", bench_sample)
     sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")
@@ -74,8 +74,7 @@ def parse_args(argv=None):
 
 
 def add_command(commands, name, bench_fn):
-    parser = commands.add_parser(name, description=bench_fn.__doc__,
-                                 formatter_class=optim.HelpFormatter)
+    parser = commands.add_parser(name, description=bench_fn.__doc__)
     parser.set_defaults(bench_fn=bench_fn)
     return parser
 
@@ -229,7 +228,7 @@ def bench_step(args, counted=3):
     _, world, device = optim.init_distributed(args.device, args.processes)
     dtype = optim.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
-    params, ref_params, optimizer = grpo.make_trainable(base, config, args, device)
+    params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None)
@@ -239,9 +238,9 @@ def bench_step(args, counted=3):
     for step in range(1 + counted):
         begin = clock()
         groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
-        rows, total = grpo.training_rows(grpo.with_advantages(groups, args.scale), args)
+        rows, total = grpo.training_rows(grpo.with_advantages(groups, args), args)
         rolled = clock()
-        grpo.update(policy, ref_params, optimizer, rows, total, args.lr, args)
+        grpo.update(policy, reference, optimizer, rows, total, args.lr, args)
         if step:
             rollout += (rolled - begin) / counted
             learning += (clock() - rolled) / counted

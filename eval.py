@@ -11,7 +11,6 @@ that could have been asked, so every rate has a 95 % interval over problems, and
 compared problem by problem (Miller 2024, arXiv:2411.00640). pass@k: Chen 2021, arXiv:2107.03374.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -35,6 +34,7 @@ import model
 import optim
 from data import load_problems
 from data.files import read_rows
+from data.mixture import keys_of
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
 from generate import add_sampling_flags, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, rank_and_world, run_main, say
@@ -53,6 +53,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     """The flags that eval.py, infer_scale.py and refine.py share."""
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--data", help="problem set or .jsonl file")
     add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
     add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
@@ -71,7 +72,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add_eval_flags(p)
     add = p.add_argument
     add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")
@@ -240,7 +241,7 @@ def read_records(path, settings=None):
     settings: those of the run that would go on; ValueError if the records have others.
     """
     records = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
             records[record["id"]] = record
@@ -283,10 +284,11 @@ class Setup(NamedTuple):
     grade: str = "strict"  # which one counts
 
 
-def weights_hash(model_dir):
+def weights_hash(model_dir, adapter=None):
     """Eight characters that change with the weights; a path does not say which weights it held."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
+    adapters = Path(adapter).glob("*.safetensors") if adapter else []
+    for path in [*sorted(Path(model_dir).glob("*.safetensors")), *adapters]:
         content = np.memmap(path, mode="r")
         for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
             digest.update(content[begin:begin + 2**20])
@@ -339,6 +341,22 @@ def fit_context(problems, prompts, config, reply_tokens):
     return [p for p, _ in kept], [prompt for _, prompt in kept]
 
 
+def leave_out(problems, keys, held_out, name):
+    """The training problems of `name`, with these keys, but for those that are in `held_out`.
+
+    The number of the others is said. Raises ValueError when there are only others.
+    """
+    held_out = set(held_out)
+    kept = [problem for problem, key in zip(problems, keys) if key not in held_out]
+    if left_out := len(problems) - len(kept):
+        say(f"{left_out} of {len(problems)} training problems of {name} are also held out for "
+            "evaluation: they are left out of training")
+    if problems and not kept:
+        raise ValueError(f"every training problem of {name} is also held out for evaluation; "
+                         "expected others: change --data or --eval-data")
+    return kept
+
+
 def load_setup(args, replies=1):
     """The Setup that these flags name, in each of --processes; a context holds so many replies."""
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
@@ -362,12 +380,12 @@ def load_setup(args, replies=1):
     problems, prompts = fit_context(problems, prompts, config, replies * flags["max_new_tokens"])
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
     options = {name: flags[name] for name in names} | form | {"num_samples": 1}
-    settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
-                "split": args.split, "data_seed": args.data_seed, "device": device.type,
-                "dtype": str(dtype).removeprefix("torch.")}
+    settings = {"model": args.model, "weights": weights_hash(path, args.adapter),
+                "data": flags["data"], "split": args.split, "data_seed": args.data_seed,
+                "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if len(problems) < asked:
         settings["asked"] = asked
-    params = sampling_params(model.load_params(path, device, dtype), config)
+    params = sampling_params(model.load_params(path, device, dtype, args.adapter), config)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
@@ -470,6 +488,21 @@ def summarize(records, *, grade, **settings):
                 scores[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
                 scores[f"maj@{k}"] = [maj_at_k(*v, k) for v in votes]
     return row | {"rates": {name: interval(found) for name, found in scores.items()}}
+
+
+def say_trained_on(setup, rows):
+    """How many of the problems the model is known to have been trained on, and what is left of
+    each row's accuracy without them."""
+    known = optim.read_trained_on(model.resolve_model(setup.settings["model"]))
+    keys = keys_of(setup.problems)
+    others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
+    if len(others) == len(setup.problems):
+        return
+    say(f"warning: the model was trained on {len(setup.problems) - len(others)} of these "
+        f"{len(setup.problems)} problems")
+    for row in rows if others else []:
+        scores = [row["scores"][i] for i in others]
+        say(f"{row['method']}: {percent(*interval(scores))} % without them")
 
 
 def append_row(path, row):
@@ -598,6 +631,9 @@ def draw_cost(rows, path):
 
 def report(args):
     """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    if args.adapter:
+        raise ValueError(f"--adapter {args.adapter}: --report compares --model with --trained; "
+                         "pass the checkpoint with the adapter merged as --trained")
     models = {"base": args.model, "trained": args.trained}
     weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))
@@ -642,6 +678,7 @@ def main(args):
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
     append_row(args.results, row)
     say(table([row]))
+    say_trained_on(setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():

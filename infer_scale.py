@@ -13,7 +13,6 @@ weighted by confidence: Taubenfeld et al. 2025, arXiv:2502.06233. Closing a thou
 et al. 2025 (s1), arXiv:2501.19393.
 """
 
-import argparse
 import functools
 import math
 import random
@@ -25,7 +24,7 @@ import eval
 from data.prompts import encode_prompt, load_shots
 from eval import maj_at_k, paired, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
 from model import is_tiny
-from optim import HelpFormatter, above, at_least, between, run_main, say
+from optim import Parser, above, at_least, between, run_main, say
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -33,7 +32,7 @@ OTHER_BUDGETS = (64, 256, 512)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot")
     add = p.add_argument
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
@@ -247,6 +246,7 @@ def main(args):
             rows = sweep_temperature({t: pool(t) for t in args.temperatures}, ks)
         else:
             rows = sweep_budget(setup, args.budgets)
+        eval.say_trained_on(setup, rows)
         for row in rows:
             eval.append_row(args.results, row)
 

@@ -13,11 +13,13 @@ Qwen2.5, arXiv:2412.15115; RMSNorm, arXiv:1910.07467; rotary positions, arXiv:21
 arXiv:2309.00071; SwiGLU, arXiv:2002.05202; LoRA, arXiv:2106.09685.
 """
 
+import difflib
 import json
 import math
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -332,6 +334,17 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
+def lora_shapes(config, rank):
+    """{name: shape} of an adapter for every linear layer: lora_A [rank, in], lora_B [out, rank]."""
+    shapes = {}
+    for name, shape in param_shapes(config).items():
+        stem = name.removesuffix(".weight")
+        if stem.endswith(LINEARS):
+            shapes[stem + ".lora_A.weight"] = (rank, shape[1])
+            shapes[stem + ".lora_B.weight"] = (shape[0], rank)
+    return shapes
+
+
 def init_lora(config, rank, seed, device="cpu"):
     """A float32 adapter for every linear layer: NAME.lora_A.weight [rank, in], lora_B [out, rank].
 
@@ -341,13 +354,12 @@ def init_lora(config, rank, seed, device="cpu"):
         raise ValueError(f"LoRA rank {rank} is not positive")
     generator = torch.Generator().manual_seed(seed)
     lora = {}
-    for name, shape in param_shapes(config).items():
-        stem = name.removesuffix(".weight")
-        if stem.endswith(LINEARS):
+    for name, shape in lora_shapes(config, rank).items():
+        tensor = torch.zeros(shape)
+        if "lora_A" in name:
             bound = math.sqrt(3 / shape[1])  # Kaiming uniform, gain 1
-            down = (torch.rand(rank, shape[1], generator=generator) * 2 - 1) * bound
-            lora[stem + ".lora_A.weight"] = down.to(device)
-            lora[stem + ".lora_B.weight"] = torch.zeros(shape[0], rank, device=device)
+            tensor = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+        lora[name] = tensor.to(device)
     return lora
 
 
@@ -369,28 +381,37 @@ def merge_lora(params):
 # ------------------------------------------------------------ finding a model
 
 ROOT = Path(__file__).resolve().parent
-HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
+HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"), "Math-": ("1.5B", "7B", "72B"),
+             "Coder-": ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
 HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
            for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
 
 
+def did_you_mean(word, known):
+    """The end of an error message that names what is known and spelled alike, or nothing."""
+    near = difflib.get_close_matches(str(word).lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
 
-    Hub models are taken from models/NAME beside this file where they are there, else downloaded
-    through huggingface_hub; config_only: without their weights.
+    The names ignore case. Hub models are taken from models/NAME beside this file where they are
+    there, else downloaded through huggingface_hub; config_only: without their weights.
     Raises FileNotFoundError, saying how to place the files by hand, where there is neither.
     """
-    if name == "tiny":
+    if str(name).lower() == "tiny":
         return ROOT / "data" / "tiny"
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     hub_id = HUB_IDS.get(str(name).lower(), str(name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
-        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as "
-                                f"Qwen/Qwen2.5-1.5B, or one of tiny, {', '.join(HUB_IDS)}")
+        raise FileNotFoundError(
+            f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
+            "tiny, or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of "
+            f"{', '.join(HUB_SIZES['']).lower()}{did_you_mean(name, ['tiny', *HUB_IDS])}")
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
@@ -570,8 +591,10 @@ def weight_files(model_dir):
     return [model_dir / name for name in sorted(set(map(str, weight_map.values())))]
 
 
-def load_params(model_dir, device="cpu", dtype=torch.float32):
+def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
+
+    adapter: the directory of one to lay over them, as for load_adapter.
 
     Files are memory-mapped and read tensor by tensor: never a second copy of the weights. On a CPU,
     tensors that are of `dtype` already stay views of the mapping, which is private: writing into
@@ -610,14 +633,16 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
                      "is true"]
     if wrong:
         raise ValueError(f"{model_dir}: the tensors do not fit its config.json: {'; '.join(wrong)}")
-    return {key: params[key] for key in shapes}
+    params = {key: params[key] for key in shapes}
+    return params | load_adapter(adapter, config, device) if adapter else params
 
 
 def save_model(out_dir, params, config, like):
     """Write a directory that transformers, and every script here, loads as it is.
 
     like: the directory whose tokenizer, chat template and generation settings to copy. An adapter
-    in `params` is merged. The directory appears whole, and only then replaces one of its name.
+    in `params` is merged, and kept in the subdirectory `adapter`, for PEFT. The directory appears
+    whole, and only then replaces one of its name.
     Raises ValueError when `out_dir` holds something that is not a model.
     """
     out_dir = Path(out_dir).resolve()
@@ -639,7 +664,9 @@ def save_model(out_dir, params, config, like):
     text = json.dumps(config_json(config) | {"torch_dtype": dtype}, indent=2) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
     shutil.copymode(staging / "config.json", staging / "model.safetensors")  # not its owner's alone
-    for path in staging.iterdir():  # on the disk before the name says that it is whole
+    if any(".lora_" in name for name in params):
+        save_adapter(staging / "adapter", params, like)
+    for path in staging.rglob("*.*"):  # on the disk before the name says that it is whole
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if out_dir.exists():
@@ -647,6 +674,86 @@ def save_model(out_dir, params, config, like):
         os.replace(out_dir, old)
     os.replace(staging, out_dir)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------ adapters, in PEFT's format
+
+PEFT_PREFIX = "base_model.model."
+# Variants that change what is computed, though the tensors look the same.
+PEFT_VARIANTS = ("alpha_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora",
+                 "use_bdlora")
+
+
+def save_adapter(out_dir, params, base):
+    """Write the adapter in `params` as PEFT's LoraConfig and tensors.
+
+    base: the directory of the model that it was trained on, which PEFT is told.
+    `PeftModel.from_pretrained(model, out_dir)` of the peft package loads it, as does load_adapter.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lora = {name: tensor for name, tensor in params.items() if ".lora_" in name}
+    rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
+    targets = {name.split(".lora_")[0].split(".")[-1] for name in lora}
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+           "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(targets),
+           "base_model_name_or_path": str(Path(base).resolve()), "inference_mode": True}
+    path = out_dir / "adapter_config.json"
+    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous()
+               for name, tensor in lora.items()}
+    save_file(tensors, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(path, out_dir / "adapter_model.safetensors")
+
+
+def adapter_rank(adapter_dir, rank=None):
+    """The rank of a saved adapter. Raises ValueError where another `rank` is asked for."""
+    found = read_json(Path(adapter_dir) / "adapter_config.json").get("r")
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{adapter_dir}: r is {found!r}, expected a positive integer")
+    if rank not in (None, found):
+        raise ValueError(f"--lora-rank is {rank}, and {adapter_dir} holds an adapter of rank "
+                         f"{found}; leave --lora-rank out, or pass a merged model as --model")
+    return found
+
+
+def load_adapter(adapter_dir, config, device="cpu"):
+    """A LoRA adapter in PEFT's format, as `params` takes it: float32, alpha / rank within lora_B.
+
+    It need not have a part for every linear layer. Raises FileNotFoundError, or ValueError for what
+    does not fit `config` and for variants of LoRA that are not computed here.
+    """
+    adapter_dir = Path(adapter_dir)
+    raw = read_json(adapter_dir / "adapter_config.json")
+    rank = adapter_rank(adapter_dir)
+    odd = [name for name in PEFT_VARIANTS if raw.get(name)]
+    if raw.get("peft_type") != "LORA":
+        odd.append(f"peft_type {raw.get('peft_type')}")
+    if raw.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        odd.append(f"init_lora_weights {raw['init_lora_weights']}")  # they change the base, too
+    if odd:
+        raise ValueError(f"{adapter_dir}: {', '.join(odd)}, expected plain LoRA; merge it with "
+                         "PEFT, and pass the result as --model")
+    scale = raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    shapes = lora_shapes(config, rank)
+    path = adapter_dir / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; PEFT's save_pretrained writes it")
+    lora, wrong = {}, []
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for key in file.keys():
+            name = key.removeprefix(PEFT_PREFIX)
+            shape = tuple(file.get_slice(key).get_shape())
+            if shapes.get(name) != shape:
+                wrong.append(f"{name} is {list(shape)}, expected {shapes.get(name, 'no such')}")
+                continue
+            tensor = file.get_tensor(key).float()
+            lora[name] = tensor * scale if ".lora_B." in name else tensor
+    halves = Counter(name.split(".lora_")[0] for name in lora)
+    wrong += [f"{name} has one half of two" for name, n in halves.items() if n < 2]
+    if wrong or not lora:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong) or 'it is empty'}")
+    return {name: lora[name] for name in shapes if name in lora}
 
 
 # ------------------------------------------------------------ tokenizer and chat
@@ -715,6 +822,7 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
 
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
+    text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
     ids, begin = [], 0
     for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
         ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids

@@ -15,7 +15,6 @@ OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject",
 The data card beside it, OUT's .md, says what was dropped and why, and what remains.
 """
 
-import argparse
 import json
 import math
 import random
@@ -38,7 +37,7 @@ from data.steps import check_text
 from eval import fit_context, markdown
 from generate import completion_text, generate
 from optim import (
-    HelpFormatter,
+    Parser,
     above,
     at_least,
     between,
@@ -52,7 +51,7 @@ share = between(0.0, 1.0)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
     add("--split", default="train", choices=SIZES, help="of each set")

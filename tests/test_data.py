@@ -6,12 +6,14 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from fractions import Fraction
 from importlib import import_module
@@ -20,7 +22,18 @@ from unittest import mock
 
 import sympy
 
-from data import FAMILIES, files, gsm8k, judge, load_problems, programs, split_of, teachers, traces
+from data import (
+    FAMILIES,
+    family_of,
+    files,
+    gsm8k,
+    judge,
+    load_problems,
+    programs,
+    split_of,
+    teachers,
+    traces,
+)
 from data.families import OFFSETS, REPAIRS, conclude
 from data.prompts import PRESETS, encode_prompt, render_prompt, respond
 from data.steps import check_text
@@ -52,6 +65,15 @@ def test_data_files_name_line_and_field():
             (good | {"answer": [1]}, "line 2", "'answer'"),
             ([], "line 2", "list"),
             (good | {"id": "a"}, "line 2", "'a'", "line 1"),
+            (good | {"answer": math.nan}, "line 2", "'answer'", "nan"),
+            (good | {"problem": -math.inf}, "line 2", "'problem'", "inf"),
+            (good | {"answer": None}, "line 2", "'answer'", "None"),
+            (good | {"subject": ["algebra"]}, "line 2", "'subject'", "text"),
+            (good | {"id": {}}, "line 2", "'id'"), (good | {"solution": True}, "'solution'"),
+            (good | {"level": [2]}, "line 2", "level [2]"),
+            (good | {"pass_rate": "half"}, "line 2", "pass_rate 'half'"),
+            (good | {"problem": "\ud83d"}, "line 2", "UTF-8"),
+            ({"question": "x", "answer": ["####"]}, "line 2", "'problem'"),
         ]:
             _write_lines(path, [good | {"id": "a"}, row])
             with raises(ValueError, str(path), *words):
@@ -59,12 +81,18 @@ def test_data_files_name_line_and_field():
         path.write_text('{"problem": "x", "answer": "y"}\n{"problem": \n')
         with raises(ValueError, "line 2", "JSON"):
             load_problems(path)
+        for encoding in ("utf-16", "latin-1"):
+            path.write_text('{"problem": "Größe?", "answer": "y"}\n', encoding=encoding)
+            with raises(ValueError, f"{path}, line 1", "save the file as UTF-8"):
+                load_problems(path)
+        with raises(FileNotFoundError, home, "expected a .jsonl file"):
+            list(files.read_rows(home))
         path.write_text("\n")
         with raises(ValueError, "empty"):
             load_problems(path)
         with raises(FileNotFoundError, "no file"):
             load_problems(Path(home) / "other.jsonl")
-        with raises(ValueError, "gsm9k", "knights", "jsonl"):
+        with raises(ValueError, "gsm9k", "knights", "jsonl", "did you mean gsm8k?"):
             load_problems("gsm9k")
         with raises(ValueError, "'half'", "train"):
             load_problems("words", "half")
@@ -74,6 +102,13 @@ def test_data_files_name_line_and_field():
         [problem] = load_problems(_write_lines(path, [raw]))
         assert problem["answer"] == "1204" and problem["problem"] == "How many?"
         assert problem["solution"] == "2+2 = <<2+2=4>>4"
+        empty = {"level": math.nan, "subject": math.nan, "solution": None, "id": math.nan}
+        path.write_text(json.dumps(good | empty) + "\r\n" + json.dumps(good | {"level": 3.0}),
+                        encoding="utf-8-sig")  # as pandas and Windows write
+        assert load_problems(path) == [{"id": "p/1", "problem": "1+1", "answer": "2"},
+                                       {"id": "p/2", "problem": "1+1", "answer": "2", "level": 3}]
+        mine = {"subject": "debugging", "problem": "1+1", "answer": "2"}
+        assert family_of(mine) is None, "the family's own problems have its fields"
 
 
 def test_data_subsets_are_no_prefix_and_splits_do_not_meet():
@@ -400,7 +435,14 @@ def test_data_programs_run_nothing_and_stay_small():
     ):
         with raises(ValueError, word):
             programs.trace(f"def f(n):\n {body}", [9])
+    for body in ("n = [" + "1, " * 1300 + "1]", "return n + " + "9" * 3000,
+                 "r = range(1000)\n while 1:\n  n = " + "+".join(["sum(r)"] * 28)):
+        with raises(ValueError):
+            programs.trace(f"def f(n):\n {body}", [9])
     assert time.perf_counter() - begin < 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a model's text prints nothing on the terminal
+        assert programs.trace("def f(n):\n return '\\d'", [9])[1] == "\\d"
 
 
 # ---- steps of free text

@@ -9,6 +9,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -385,6 +387,73 @@ def test_model_save_and_load_round_trip():
         assert _same(model.load_params(out, dtype=torch.bfloat16), merged)
 
 
+def test_model_adapter_has_the_form_that_peft_reads():
+    """Names, shapes and scale as in the files of peft 0.21.2; docs/peft_parity.py asks it itself.
+
+    A checkpoint keeps what was trained beside the merged weights, in which bfloat16 rounds it.
+    """
+    params, config = formula_model()
+    lora = {name: tensor + 0.01 for name, tensor in model.init_lora(config, 2, seed=0).items()}
+    with _directory() as home:
+        model.save_model(home / "out", params | lora, config, like=home)
+        assert _same(model.load_adapter(home / "out" / "adapter", config), lora)
+        assert _same(model.load_params(home / "out", adapter=home / "out" / "adapter"),
+                     model.merge_lora(params | lora) | lora)
+        raw = json.loads((home / "out" / "adapter" / "adapter_config.json").read_text())
+        assert raw["peft_type"] == "LORA" and raw["r"] == raw["lora_alpha"] == 2
+        assert raw["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj",
+                                         "up_proj", "v_proj"]
+        assert raw["base_model_name_or_path"] == str(home.resolve())
+        path = home / "out" / "adapter" / "adapter_model.safetensors"
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        pre = "base_model.model.model.layers.2."
+        assert shapes[pre + "self_attn.k_proj.lora_A.weight"] == [2, 64]
+        assert shapes[pre + "mlp.down_proj.lora_B.weight"] == [64, 2] and len(shapes) == 42
+
+
+def test_model_adapters_of_peft():
+    """alpha / r, or alpha / sqrt(r), is a part of B here; an adapter may be for a few layers."""
+    params, config = formula_model()
+    stem = "model.layers.1.self_attn.q_proj"
+    A, B = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    half = {stem + ".lora_A.weight": A}
+    tensors = half | {stem + ".lora_B.weight": B.T.contiguous()}
+    with _directory() as home:
+
+        def write(tensors, **changes):
+            raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": True}
+            (home / "adapter_config.json").write_text(json.dumps(raw | changes))
+            tensors = {"base_model.model." + name: t for name, t in tensors.items()}
+            save_file(tensors, home / "adapter_model.safetensors")
+
+        for changes, scale in (({}, 2), ({"use_rslora": True}, 4), ({"lora_alpha": 3}, 0.75)):
+            write(tensors, **changes)
+            merged = model.merge_lora(params | model.load_adapter(home, config))
+            wanted = params[stem + ".weight"] + scale * B.T @ A
+            assert (merged.pop(stem + ".weight") - wanted).abs().max() < 1e-5, changes
+            assert _same(merged, {name: params[name] for name in merged})
+        assert model.adapter_rank(home, 4) == 4
+        with raises(ValueError, "--lora-rank is 8", "rank 4"):
+            model.adapter_rank(home, 8)
+        for changes, said in (({"peft_type": "IA3"}, "IA3"), ({"init_lora_weights": "pissa"},
+                              "pissa"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern")):
+            write(tensors, **changes)
+            with raises(ValueError, said, "merge it"):
+                model.load_adapter(home, config)
+        extra = tensors | {stem + ".lora_magnitude_vector": torch.ones(64)}
+        for wrong, changes, said in ((half, {}, "half"), (extra, {}, "lora_magnitude_vector"),
+                                     ({}, {}, "empty"), (tensors, {"r": 3}, "[4, 64]"),
+                                     (tensors, {"r": None}, "None")):
+            write(wrong, **changes)
+            with raises(ValueError, said):
+                model.load_adapter(home, config)
+        write(tensors)
+        (home / "adapter_model.safetensors").unlink()
+        with raises(FileNotFoundError, "adapter_model.safetensors"):
+            model.load_adapter(home, config)
+
+
 def test_model_save_never_loses_the_old_one():
     """Wherever a save dies, a whole model is left, the old or the new; the next save cleans up."""
     params, config = formula_model()
@@ -580,9 +649,10 @@ def test_model_config_refuses_what_it_cannot_compute():
 def test_model_names_and_the_hub():
     """Names become hub ids. Without the hub, the error says where to put which files, and a model
     that is put there is found."""
-    assert len(model.HUB_IDS) == 14
+    assert len(model.HUB_IDS) == 2 * (7 + 3 + 6)
     assert model.HUB_IDS["qwen2.5-math-1.5b-instruct"] == "Qwen/Qwen2.5-Math-1.5B-Instruct"
-    assert model.HUB_IDS["qwen2.5-14b"] == "Qwen/Qwen2.5-14B"
+    assert model.HUB_IDS["qwen2.5-72b"] == "Qwen/Qwen2.5-72B"
+    assert model.HUB_IDS["qwen2.5-coder-0.5b-instruct"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     hub = mock.patch("huggingface_hub.snapshot_download",
                      side_effect=OSError("Cannot reach the hub\nand a long story"))
     with _directory() as home, mock.patch.object(model, "ROOT", home), hub as download:
@@ -593,8 +663,10 @@ def test_model_names_and_the_hub():
                 model.resolve_model(name)
         assert [call.args for call in download.call_args_list] == [("Qwen/Qwen2.5-1.5B",)] * 3
         for name in ("gpt2", "qwen2.5-2b", "/no/such/place", "../nowhere", "a/b/c", "x y/z"):
-            with raises(FileNotFoundError, repr(name), "qwen2.5-0.5b-instruct"):
+            with raises(FileNotFoundError, repr(name), "[-instruct] with a size of 0.5b, 1.5b"):
                 model.resolve_model(name)
+        with raises(FileNotFoundError, "did you mean qwen2.5-coder-1.5b?"):
+            model.resolve_model("Qwen2.5-codr-1.5B")
         assert download.call_count == 3  # the hub is not asked for these
         place.mkdir(parents=True)
         assert model.resolve_model("qwen2.5-1.5b") == place
@@ -606,7 +678,8 @@ def test_model_names_and_the_hub():
     with mock.patch("huggingface_hub.snapshot_download", lambda hub_id, **_: f"/cache/{hub_id}"):
         found = model.resolve_model("qwen2.5-0.5b-instruct")
         assert found == Path("/cache/Qwen/Qwen2.5-0.5B-Instruct")
-    assert model.resolve_model("tiny") == model.ROOT / "data" / "tiny"
+    for name in ("tiny", "Tiny"):
+        assert model.resolve_model(name) == model.ROOT / "data" / "tiny"
 
 
 # ---- its chats

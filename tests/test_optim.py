@@ -225,7 +225,7 @@ def test_optim_checkpoint_bitwise():
             _optim_train(unbroken, range(3, 6))
             _optim_train(resumed, range(3, 6))
             assert _optim_equal(unbroken, resumed)
-            assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+            assert len({file.stat().st_mode for file in path.rglob("*.*")}) == 1
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
             _, again = _optim_state(3, dtype, lora)
@@ -532,3 +532,15 @@ def test_optim_forks_end_together():
         first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
                          for run in ("forked", "launched"))
         assert first == second and len(first) == 6, (first, second)
+
+
+def test_optim_unknown_flags_are_guessed():
+    parser = optim.Parser("A script.")
+    parser.add_argument("--max-new-tokens", type=int)
+    for word, end in (("--max-new-token5=3", "; did you mean --max-new-tokens?\n"), ("x", ": x\n")):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser.parse_args([word])
+            except SystemExit as stopped:
+                assert stopped.code == 2
+        assert said.getvalue().endswith(end) and said.getvalue().count("\n") == 1, said.getvalue()

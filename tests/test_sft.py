@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.common import (
     double_model,
     error_of,
     gradients,
+    in_process,
     raises,
     run,
     weights_of,
@@ -214,6 +216,21 @@ def test_sft_and_grpo_stop_after_skipped_steps():
             assert len(open(f"{run_dir}/metrics.jsonl").readlines()) == 3
 
 
+def test_sft_goes_on_from_an_adapter():
+    """It starts where the merged checkpoint would, and not where the base does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = _write(Path(scratch) / "sums.jsonl", _sums(8))
+        words = ["--data", data, "--validation", 0, "--epochs", 1, "--batch", 8, "--warmup", 0,
+                 "--processes", 1]
+        first = in_process("sft", *words, "--lora-rank", 2, "--run-dir", f"{scratch}/a")
+        second = in_process("sft", *words, "--adapter", f"{scratch}/a/checkpoints/best/adapter",
+                            "--run-dir", f"{scratch}/b")
+        third = in_process("sft", *words, "--model", f"{scratch}/a/checkpoints/best",
+                           "--run-dir", f"{scratch}/c")
+        losses = [float(re.search(r"loss (\S+) nat", out)[1]) for out in (first, second, third)]
+        assert losses[0] > losses[1] + 0.01 and abs(losses[1] - losses[2]) < 1e-3, losses
+
+
 def test_sft_bad_conversations():
     """A conversation in which nobody replies divided by zero, one without a role was a KeyError."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -224,15 +241,25 @@ def test_sft_bad_conversations():
                 sft.read_examples(path, TOKENIZER, END, 100)
 
 
+def test_sft_holds_out_a_fifth_of_few_examples_and_200_of_many():
+    """160 examples were refused: the default of --validation was 200."""
+    config = model.load_config(ROOT / "data/tiny")
+    for n, held_out in ((3, 0), (160, 32), (1500, 200)):
+        args = sft.parse_args(["--data", "mine.jsonl"])
+        with mock.patch.object(sft, "read_examples", lambda *_, **__: list(range(n))):
+            examples, validation = sft.load_examples(args, config, TOKENIZER, None)
+        assert (len(examples), len(validation)) == (n - held_out, held_out)
+
+
 def test_sft_bad_input():
     with tempfile.TemporaryDirectory() as scratch:
         empty = _write(Path(scratch) / "empty.jsonl", [])
         wrong = _write(Path(scratch) / "wrong.jsonl", [{"problem": "1+1"}])
         few = _write(Path(scratch) / "few.jsonl", _sums(3))
         for words, expected in (
-                ([wrong], "line 1"), ([few], "has 3 examples"),
+                ([wrong], "line 1"), ([few, "--validation", 3], "has 3 examples"),
                 ([empty, "--validation", 0], "has 0 examples"),
-                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl")):
+                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"), ([scratch], scratch)):
             error = error_of("sft", "--run-dir", f"{scratch}/run", "--processes", 1, "--data",
                              *words)
             assert expected in error, (words, error)
