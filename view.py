@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("view.html")
 MAX_TEXT = 20_000  # characters of a text; of a longer one the page has both ends
 MAX_TOKENS = 4_000  # of a completion whose tokens can be tinted
 MAX_STEPS = 2_000  # in the curves
-MAX_SAMPLES = 10_000_000  # characters of all samples as JSON
+MAX_SAMPLES = 8_000_000  # characters as JSON: of held-out answers, and of groups
 
 # ------------------------------------------------------------ reading
 
@@ -66,11 +66,14 @@ def read_run(run_dir):
                                 "grpo.py or sft.py")
     metrics = read_objects(run_dir / "metrics.jsonl")
     starts = read_objects(run_dir / "starts.jsonl")
-    samples, left_out = fit_samples(read_objects(run_dir / "samples.jsonl"))
+    samples = read_objects(run_dir / "samples.jsonl")
+    held_out, held_out_missing = fit_samples(samples, "held_out")
+    groups, groups_missing = fit_samples(samples, "rollout")
     return {"name": str(run_dir), "flags": bounded(parse(read_text(run_dir / "flags.json"))),
             "starts": bounded(starts), "seconds": seconds_running(starts, metrics),
             "results": bounded(read_results(run_dir / "results.md")),
-            "metrics": columns(metrics), "samples": samples, "evaluations_left_out": left_out}
+            "metrics": columns(metrics), "held_out": held_out, "groups": groups,
+            "left_out": held_out_missing + groups_missing}
 
 
 def seconds_running(starts, metrics):
@@ -112,11 +115,10 @@ def fit_completion(completion):
     return bounded({name: value for name, value in shown.items() if name != "tokens"})
 
 
-def fit_samples(samples):
-    """(groups, evaluations left out): every other one, but for the last, until the page is small.
-    """
+def fit_samples(samples, kind):
+    """(groups of this kind, evaluations left out), every other one until MAX_SAMPLES holds them."""
     fitted = {}  # step of an evaluation -> its groups
-    for sample in samples:
+    for sample in [sample for sample in samples if sample.get("kind") == kind]:
         completions = [fit_completion(c) for c in sample["completions"]]
         shown = bounded(sample | {"completions": []}) | {"completions": completions}
         fitted.setdefault(sample["step"], []).append(shown)

@@ -77,9 +77,9 @@ def test_view_text_cannot_leave_its_place():
         for name in ("<script", "</script", "<style", "<svg", "<!--"):
             assert page.count(name) == template.count(name), name
         assert page.isascii() == template.isascii()
-        shown = [c["text"] for c in run["samples"][-1]["completions"]]
+        shown = [c["text"] for c in run["groups"][-1]["completions"]]
         assert shown[:8] == HOSTILE[:8]
-        assert "".join(run["samples"][-1]["completions"][0]["pieces"]) == HOSTILE[0]
+        assert "".join(run["groups"][-1]["completions"][0]["pieces"]) == HOSTILE[0]
         assert "10000 characters are not on this page" in shown[8] and len(shown[8]) < 21_000
 
 
@@ -105,10 +105,10 @@ def test_view_is_bounded_and_takes_damaged_files():
         steps = run["metrics"]["step"]
         assert len(steps) < 2010 and steps[-1] == 9001 and {1235, 8999} <= set(steps)
         assert run["metrics"]["loss"][-1] is None
-        kept = {sample["step"] for sample in run["samples"]}
-        assert len(kept) + run["evaluations_left_out"] == 20 and 1 < len(kept) < 19
+        kept = {sample["step"] for sample in run["groups"]}
+        assert len(kept) + run["left_out"] == 20 and 1 < len(kept) < 19
         assert {0, 19} <= kept
-        first, *_, last = run["samples"][0]["completions"]
+        first, *_, last = run["groups"][0]["completions"]
         assert not first["pieces"] and not first["logprobs"] and first["num_tokens"] == 1
         assert not last["pieces"] and last["num_tokens"] == 5001
 
