@@ -860,11 +860,12 @@ def test_grpo_trains_all_weights_where_they_fit():
     assert (args.lora_rank, args.lr) == (0, 1e-6) and "warning" in said, said
     args, _ = _settled(CONFIG_1_5B, 80.0, "--lora-rank", 8, "--lr", 0.5)
     assert (args.lora_rank, args.lr) == (8, 0.5)
-    with raises(ValueError, "bench.py plan", "6.0", "--max-batch 8"):
+    with raises(ValueError, "bench.py plan", "6.0", "--max-batch 8"):  # even so
         _settled(CONFIG_1_5B, 6.0)
     args, said = _settled(CONFIG_1_5B, 8.0)  # halved until it fits: no result depends on these
     assert args.lora_rank == 32 and args.micro_tokens < 16384 and args.max_batch < 128
     assert f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}" in said, said
+    assert args.free_sampler and "--free-sampler" in said
     plan = grpo.memory_plan(CONFIG_1_5B, args, 1, "cuda")
     assert 6.0 < plan.peak <= 8.0 and "warning" not in said
     args, _ = _settled(model.load_config(ROOT / "data" / "tiny"), 24.0, "--model", "elsewhere")
