@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import suppress
 from operator import gt
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +37,7 @@ from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
-from generate import add_sampling_flags, completion_text, generate, sampling_params
+from generate import Engine, add_sampling_flags, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, rank_and_world, run_main, say
 from verify import canonical, equivalent, extract_answer, verify_many
 
@@ -261,11 +262,25 @@ def list_changes(old, new):
 
 
 def append_lines(path, objects):
-    """Append the objects to a .jsonl file, made at need. On process 0 only."""
-    if rank_and_world()[0] == 0:
+    """Append the objects to a .jsonl file, made at need; all of them or none. On process 0 only.
+
+    Raises ValueError when it cannot be written.
+    """
+    if rank_and_world()[0] > 0:
+        return
+    text = "".join(json.dumps(o) + "\n" for o in objects)
+    size = None
+    try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(o) + "\n" for o in objects)
+        with open(path, "ab") as file:
+            size = file.tell()
+            file.write(text.encode())
+    except OSError as error:
+        if size is not None:
+            with suppress(OSError):
+                os.truncate(path, size)
+        raise ValueError(f"{path}: could not be written ({error.strerror}); make room, or give "
+                         "another --results or --records") from None
 
 
 # ---------------------------------------------------------------------- the setup that flags name
@@ -287,8 +302,9 @@ class Setup(NamedTuple):
 def weights_hash(model_dir, adapter=None):
     """Eight characters that change with the weights; a path does not say which weights it held."""
     digest = hashlib.sha256()
+    files = [p for p in Path(model_dir).glob("*.safetensors") if p.is_file() and p.stat().st_size]
     adapters = Path(adapter).glob("*.safetensors") if adapter else []
-    for path in [*sorted(Path(model_dir).glob("*.safetensors")), *adapters]:
+    for path in [*sorted(files), *adapters]:
         content = np.memmap(path, mode="r")
         for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
             digest.update(content[begin:begin + 2**20])
@@ -385,7 +401,8 @@ def load_setup(args, replies=1):
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if len(problems) < asked:
         settings["asked"] = asked
-    params = sampling_params(model.load_params(path, device, dtype, args.adapter), config)
+    params = model.load_params(path, "cpu", dtype, args.adapter)
+    params = sampling_params(params, config, device=device)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
@@ -408,12 +425,16 @@ def collect_records(setup, name="records", **changes):
     if path and path.is_file() and rank == 0:
         done = read_records(path, settings)
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
+    if path:
+        append_lines(path, [])
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
     size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
+    engine = Engine()
     with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
         while todo:
-            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size], **options)
+            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size],
+                               engine=engine, **options)
             records = [record | {"settings": settings} for record in records]
             if path:
                 append_lines(path, records)
@@ -634,6 +655,8 @@ def report(args):
     if args.adapter:
         raise ValueError(f"--adapter {args.adapter}: --report compares --model with --trained; "
                          "pass the checkpoint with the adapter merged as --trained")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     models = {"base": args.model, "trained": args.trained}
     weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))
@@ -661,8 +684,6 @@ def report(args):
     text = table(rows, {"problems": [row["n"] for row in rows],
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
     print(f"\n{text}\nwritten to {out}/results.md")
     draw_cost(rows, out / "report.png")
@@ -676,13 +697,13 @@ def main(args):
     setup = load_setup(args)
     records, settings = collect_records(setup, num_samples=args.num_samples)
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
-    append_row(args.results, row)
     say(table([row]))
     say_trained_on(setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():
         say(f"level {level}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
+    append_row(args.results, row)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ from eval import (
     percent,
     rate_metrics,
 )
-from generate import cache_slots, completion_text, generate, sampling_params
+from generate import Engine, cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import extract_answer, verify_many
 
@@ -98,6 +98,7 @@ def add_flags(parser):
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
     add("--temperature", type=optim.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
+    add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
@@ -325,6 +326,7 @@ class Policy(NamedTuple):
     config: model.Config
     tokenizer: Any  # tokenizers.Tokenizer
     system: str | None  # the model's own system turn
+    engine: Engine | None = None  # the sampler's, which a GPU keeps
 
 
 def encode_problem(policy, problem, args, preset=None):
@@ -344,11 +346,16 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
     asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
-    rows = generate(policy.params, policy.config, prompts, num_samples=G,
-                    max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
-                    temperature=0.0 if greedy else args.temperature, seed=seed,
-                    seeds=[place for place, _ in problems], stop_strings=asked.stop,
-                    tokenizer=policy.tokenizer)
+
+    def sample():
+        return generate(
+            policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
+            seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
+            temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+            stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
+            compiled=args.compile)
+
+    rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
     texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
     verdicts = verify_many(pairs, strict=asked.grade == "strict")
@@ -360,6 +367,15 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
         groups.append(reward_group(group, coefficients))
     shares = gather_objects(groups)
     return sorted(itertools.chain(*shares), key=lambda group: group.place)
+
+
+def sampler_weights(policy):
+    """The weights in the sampler's form; on a GPU, in the place of those of before."""
+    engine = policy.engine
+    form = sampling_params(policy.params, policy.config, out=engine and engine.form)
+    if engine and form["model.norm.weight"].is_cuda:
+        engine.form = form
+    return form
 
 
 def has_spread(group):
@@ -374,7 +390,7 @@ def roll_out_step(policy, problems, step, args):
     Up to --refill times, as many new problems are asked as there were groups without spread
     (dynamic sampling, DAPO, section 3.2).
     """
-    sampler = policy._replace(params=sampling_params(policy.params, policy.config))
+    sampler = policy._replace(params=sampler_weights(policy))
     seed = zlib.crc32(f"{args.seed} {step}".encode())
     groups = []
     missing = args.prompts
@@ -464,7 +480,6 @@ def pack_groups(groups, micro_tokens):
 
 def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
-    rank, world = rank_and_world()
     learned = []
     lengths = []
     for g in groups if args.teacher else filter(has_spread, groups):
@@ -477,7 +492,20 @@ def training_rows(groups, args):
         learned.append((g.prompt, sequences))
         lengths += [len(s.tokens) for s in sequences if s.counts]
     total = loss_total(args.loss, lengths, args.max_new_tokens)
-    return pack_groups(learned[rank::world], args.micro_tokens), total
+    return deal_rows(pack_groups(learned, args.micro_tokens)), total
+
+
+def deal_rows(rows):
+    """This process's share of packed rows: each goes, longest first, to who has least to do."""
+    rank, world = rank_and_world()
+    shares = [[] for _ in range(world)]
+    loads = [0] * world
+    sizes = [sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) for row in rows]
+    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(rows[i])
+        loads[least] += sizes[i]
+    return shares[rank]
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
@@ -562,6 +590,23 @@ def update(policy, reference, optimizer, rows, total, lr, args):
         sums.update(share)
     sums["grad_norm"] = norms["grad_norm"]
     sums["skipped"] = skipped
+    return sums
+
+
+def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
+    """`update`, with rows of half the tokens where a GPU's memory runs out: the same gradient."""
+    before = optimizer.updates.item()
+
+    def attempt():
+        if optimizer.updates.item() > before:
+            raise ValueError(f"memory ran out in the midst of --updates {args.updates}: go on with "
+                             "--resume and a smaller --micro-tokens")
+        optim.clear_gradients(policy.params, optimizer)
+        parts = [part for row in rows for part in pack_groups(row, args.micro_tokens)]
+        return update(policy, reference, optimizer, parts, total, lr, args)
+
+    sums = optim.halve_on_oom(args, "micro_tokens", attempt, policy.engine)
+    args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
     return sums
 
 
@@ -678,7 +723,8 @@ def right_answers(groups):
 
 def evaluate(policy, dev, groups, args, run, step):
     """right_answers on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
-    answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
+    sampler = policy._replace(params=sampler_weights(policy))
+    answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
     return right_answers(answered)
@@ -711,7 +757,8 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     """Add the accuracy on the test split to `rows`, and write these as results.md."""
     if not test:
         return
-    groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
+    sampler = policy._replace(params=sampler_weights(policy))
+    groups = roll_out(sampler, list(enumerate(test)), args, preset=preset, greedy=True)
     right = right_answers(groups)
     accuracy, low, high = interval(right)
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
@@ -751,15 +798,32 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     prompts = math.ceil(rows / args.group)
-    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cpu")
+    dtype = optim.compute_dtype(args.dtype, device)
+    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cuda")
     reference = config if args.beta and not args.lora_rank else None
     if args.teacher:
         reference = model.load_config(model.resolve_model(args.teacher, config_only=True))
     return optim.plan_memory(
-        config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
+        config, dtype, device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
         lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
         offload=args.offload)
+
+
+def fit_memory(config, args, world, device, there):
+    """The plan of a run, with --micro-tokens and --max-batch halved until it fits, or nearly so.
+
+    Writes into `args`. No result depends on these two.
+    """
+    plan = memory_plan(config, args, world, device)
+    while plan.peak > there:
+        name = "max_batch" if plan.update <= there or args.micro_tokens <= 2048 else "micro_tokens"
+        size = getattr(args, name) // 2
+        if size < 8:
+            break
+        setattr(args, name, size)
+        plan = memory_plan(config, args, world, device)
+    return plan
 
 
 def fill_defaults(args, config):
@@ -822,16 +886,18 @@ def settle_flags(args, config):
     plan = memory_plan(config, args, world, device)
     if args.lora_rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
-        plan = memory_plan(config, args, world, device)
+        plan = fit_memory(config, args, world, device, there)
         if plan.peak > there:
             raise ValueError(
                 f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} "
-                f"GiB, and there are {there:.1f}. Try a smaller --micro-tokens or --max-batch, or "
-                f"more GPUs; `python bench.py plan --model {args.model}` shows what they save")
+                f"GiB at --micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}, and "
+                f"there are {there:.1f}; try a smaller --max-new-tokens, or more GPUs; `python "
+                f"bench.py plan --model {args.model}` shows what fits")
     trained = "all weights"
     args.lora_rank = args.lora_rank or 0
     if args.lora_rank:
-        trained = f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights)"
+        trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with "
+                   f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}")
         args.lr = lr or LORA_LR
     optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
@@ -854,7 +920,7 @@ def filter_by_pass_rate(sets, policy, args, counts):
     problems = list(enumerate(itertools.chain(*sets)))
     if not counts:
         optim.say(f"asking {len(problems)} problems {args.group} times each")
-        sampler = policy._replace(params=sampling_params(policy.params, policy.config))
+        sampler = policy._replace(params=sampler_weights(policy))
         seed = zlib.crc32(f"{args.seed} 0".encode())
         for begin in range(0, len(problems), args.prompts):
             batch = problems[begin:begin + args.prompts]
@@ -941,7 +1007,7 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
     rows, total = training_rows(groups, args)
     learned = Counter()
     if total.tokens:
-        learned = update(policy, reference, optimizer, rows, total, lr, args)
+        learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
@@ -961,11 +1027,11 @@ def main(args):
     sets, proportions, dev, test = load_data(policy, args)
     args.data_sha256 = data_hash(*sets, dev, test)  # a flag, as --resume must find the same
     base = load_base(path, args)  # before this process forks, so that all share what is frozen
-    _, world, device = optim.init_distributed(args.device, args.processes)
+    _, world, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
     run, checkpoint = optim.start_run(args)
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
-    policy = policy._replace(params=params)
+    policy = policy._replace(params=params, engine=Engine())
     done = 0
     progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     if checkpoint:

@@ -26,6 +26,7 @@ import time
 import traceback
 import zlib
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,8 @@ SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU'
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
-    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until")
+    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until",
+    "timeout_min", "compile")
 
 # ------------------------------------------------------------ flags
 
@@ -78,6 +80,8 @@ def between(low, high):
 
 
 below_one = bounded(float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+step_size = bounded(float, lambda value: 0 < value <= 1, "more than 0 and at most 1: AdamW moves "
+                    "every weight by about so much in a step")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -111,9 +115,9 @@ class Parser(argparse.ArgumentParser):
 def add_device_flags(parser):
     """The flags of every script that samples or trains: --device, --dtype, --processes."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
+        help="of the computation; auto: bfloat16 on a GPU that has it, else float32")
     add("--processes", type=at_least(1), help="forks of one thread each, on a CPU under Linux "
         "(default: one per core, at most 8 and as many as memory holds)")
 
@@ -123,13 +127,15 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add_device_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--adapter", help="directory of a LoRA adapter (PEFT's format) to go on from")
-    add("--lr", type=above(0.0), default=lr, help=lr_help)
+    add("--lr", type=step_size, default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
     add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="of the matrices")
     add("--clip", type=at_least(0.0), default=1.0, help="largest norm of the gradient; 0: any")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="every random choice follows from it")
     add("--offload", action="store_true", help="masters and Adam moments in host memory (GPU only)")
+    add("--timeout-min", type=above(0.0), default=120.0,
+        help="minutes that a process waits for the others before all end")
     add("--run-dir", default=run_dir, help="where the run lives")
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
@@ -155,6 +161,8 @@ def run_main(main, parse_args):
 
     Ctrl-C is one, too, with how to go on, and exit code 130.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     script = Path(sys.argv[0]).name
     how = ""
     quit_on_second_signal()
@@ -162,10 +170,12 @@ def run_main(main, parse_args):
         args = parse_args()
         how = how_to_go_on(args)
         main(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if rank_and_world()[0] > 0:
             time.sleep(2)  # if process 0 fails for the same reason, this one is over before
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # the clean-up would wait for the others
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank_and_world()[0] == 0:
@@ -191,20 +201,27 @@ def rank_and_world():
 
 
 def find_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; torchrun's processes take a GPU each.
+    """The torch.device of "auto", "cpu", "cuda", "cuda:N" or "mps" (never chosen by "auto").
 
-    Raises ValueError when there is no such device.
+    torchrun's processes take a GPU each. Raises ValueError when there is no such device.
     """
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: PyTorch finds no Apple GPU here; pass --device cpu")
+        return torch.device("mps")
+    # for packed rows; they are of every length, and it is read when CUDA is first used
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
         return torch.device("cpu")
     found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not found:
-        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda, cuda:N or mps")
     index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
                          "pass --device cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to 0.4 s, for every shape
     return torch.device("cuda", index)
 
 
@@ -220,11 +237,12 @@ def default_processes(device, gib_each, gib_shared=0.0):
     return max(1, min(len(os.sched_getaffinity(0)), 8, fitting))
 
 
-def init_distributed(device="auto", processes=1):
+def init_distributed(device="auto", processes=1, timeout_min=120):
     """(rank, world, device), the process group set up: torchrun's, or forks of this process.
 
     device: as for find_device. processes: how many to become without torchrun. They share what was
-    loaded before, such as frozen weights. When one fails, all end.
+    loaded before, such as frozen weights. When one fails, all end; so they do when one has waited
+    `timeout_min` minutes for the others.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -242,7 +260,8 @@ def init_distributed(device="auto", processes=1):
         forks = fork_into(processes)
     rank, world = rank_and_world()
     if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
         sys.excepthook = functools.partial(leave_at_once, forks)
     return rank, world, device
@@ -332,9 +351,15 @@ ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and libraries; CUDA's contex
 
 
 def compute_dtype(name, device):
-    """The dtype that --dtype names; "auto": bfloat16 on a GPU, float32 on a CPU."""
+    """The dtype that --dtype names; "auto": bfloat16 on a GPU that computes in it, else float32.
+    """
+    kind = torch.device(device).type
+    if name == "auto" and kind == "cuda":  # a plan may be made where there is none
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+        name = "float32" if old else "bfloat16"
     if name == "auto":
-        name = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+        modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+        name = "bfloat16" if modern else "float32"
     return getattr(torch, name)
 
 
@@ -352,6 +377,8 @@ def peak_memory_gib(device):
     """The most that this process has held: resident on a CPU, allocated tensors on a GPU. GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if torch.device(device).type == "mps":  # what is held now: it keeps no record
+        return torch.mps.driver_allocated_memory() / 2**30
     if sys.platform == "win32":
         return math.nan
     import resource
@@ -375,8 +402,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that they take. reference: the Config of a
-    frozen model that is held, too.
+    that decode at once. cache_slots: that they take. reference: the Config of a frozen model that
+    is held, too.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -396,9 +423,14 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     if not (offload and on_gpu):  # moments, and masters of what is not float32
         held += (12 if size < 4 and not lora_rank else 8) * trained / world
 
+    cache = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
+    sampler = size * weights if lora_rank or not on_gpu else 0  # merged, or packed
+    if on_gpu:  # the sampler's weights and cache stay where its graphs read them
+        held += cache + sampler
+
     layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
     if lora_rank:
-        layer += 4 * (5 * D + width)  # float32 inputs of the adapter
+        layer += size * (5 * D + width)  # inputs of the adapter
     if not on_gpu:  # a fused kernel keeps no scores
         layer += size * config.num_attention_heads * longest
     head = (8 + size) * V * min(row_tokens, head_slice(V, device))
@@ -411,9 +443,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     update = held + row_tokens * L * layer + max(head, row_tokens * again)
 
     rollouts = held + rows * V * (12 + size)  # logits
-    rollouts += 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
-    if lora_rank or not on_gpu:
-        rollouts += size * weights  # the sampler's, merged or packed
+    if not on_gpu:
+        rollouts += cache + sampler
     allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
     shared = size * weights if lora_rank else 0
     return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)
@@ -428,6 +459,28 @@ def plan_line(plan, there):
                  "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more "
                  "GPUs")
     return line
+
+
+def halve_on_oom(args, name, attempt, engine=None):
+    """attempt(), and where a GPU's memory runs out, once more with half of args.NAME, for good.
+
+    For sizes on which no result depends. engine: the sampler's, which gives back what it keeps.
+    Raises ValueError when half is too much as well.
+    """
+    for _ in range(2):
+        size = getattr(args, name)
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        if engine:  # out of the handler, whose traceback holds what was allotted
+            engine.release()
+        torch.cuda.empty_cache()
+        setattr(args, name, max(1, size // 2))
+        flag = f"--{name.replace('_', '-')}"
+        print(f"{reason} at {flag} {size}: going on with {max(1, size // 2)}", flush=True)
+    raise ValueError(f"{reason} at {flag} {size}, which is half of what was tried before; start "
+                     "with less, or see what fits: python bench.py plan --help")
 
 
 # ------------------------------------------------------------ AdamW
@@ -491,6 +544,14 @@ def init_optimizer(trainable, device="cpu", dtype=torch.float32, offload=False):
 def move_grad(param, total):
     total += param.grad
     param.grad = None
+
+
+def clear_gradients(params, optimizer):
+    """Forget what an interrupted backward pass has summed so far."""
+    optimizer.grads.zero_()
+    for param in params.values():
+        if param.dtype != torch.float32:  # whose .grad is no part of `grads`
+            param.grad = None
 
 
 def learning_rate(step, steps, peak, warmup, floor=0.1):
@@ -564,8 +625,8 @@ def count_failures(failures, skipped, lr):
 def sync(*paths):
     """What was written to these files and directories is on the disk when this returns."""
     for path in paths:
-        with suppress(PermissionError):  # Windows opens no directories
-            handle = os.open(path, os.O_RDONLY)
+        with suppress(PermissionError):  # Windows opens no directories, and syncs what it may write
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(handle)
             os.close(handle)
 
@@ -696,12 +757,20 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
 
 
 def point_to_best(home, best_step):
-    """Make checkpoints/best a link to the checkpoint of that step."""
-    if best_step is not None:
-        link = home / "best.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"step_{best_step:06d}")
-        os.replace(link, home / "best")
+    """Make checkpoints/best a link to the checkpoint of that step: a copy where Windows forbids."""
+    if best_step is None:
+        return
+    best, partial = home / "best", home / "best.partial"
+    for left in (partial, best):
+        if left.is_dir() and not left.is_symlink():
+            remove_whole(left)
+    partial.unlink(missing_ok=True)
+    name = f"step_{best_step:06d}"
+    try:
+        partial.symlink_to(name)
+    except OSError:
+        shutil.copytree(home / name, partial)
+    os.replace(partial, best)
 
 
 def check_files(path):

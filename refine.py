@@ -256,6 +256,8 @@ def measure(setup, gate, loop, settings, suffix=""):
 
 
 def main(args):
+    if args.traces:
+        eval.append_lines(args.traces, [])  # what could not be kept need not be measured
     setup = eval.load_setup(args, replies=3)
     check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",

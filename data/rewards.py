@@ -117,15 +117,17 @@ def parse_rewards(words):
 
 def reward_by(name, group):
     """What a reward says of each completion. Raises ValueError, with its name, unless it may."""
-    values = list(reward_fn(name)(group))
-    if len(values) != len(group.texts):
-        raise ValueError(f"--reward {name} returned {len(values)} values for {len(group.texts)} "
-                         "completions, expected one for each")
+    values = reward_fn(name)(group)
+    if not isinstance(values, (list, tuple)) or len(values) != len(group.texts):
+        raise ValueError(f"--reward {name} returned {values!r:.60}, expected a list of "
+                         f"{len(group.texts)} numbers, one for each completion")
     for value in values:
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"--reward {name} returned {value} for a completion, expected a "
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"--reward {name} returned {value!r:.60} for a completion, expected a "
                              "finite number, or None where it cannot say")
-    return values
+    return list(values)
 
 
 def reward_group(group, coefficients):

@@ -43,6 +43,7 @@ from optim import (
     between,
     compute_dtype,
     find_device,
+    printable,
     write_whole,
 )
 from verify import extract_answer, verify_many
@@ -161,13 +162,14 @@ def teacher_settings(args):
 
 
 def collect(problems, settings, args):
-    """(raw traces, those of earlier runs included, what this run cost)."""
+    """(raw traces, those of earlier runs included; what this run cost; {why none came: times})."""
     kind = settings["teacher"]
     samples = args.samples if kind in ("endpoint", "model") else 1
     path = Path(args.out).with_suffix(".raw.jsonl")
     traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
     cost = Counter()
+    complaints = Counter()
     name = f"traces by {settings['model']}"
     with file, tqdm(total=len(jobs), desc=name, disable=not jobs) as bar:
         def keep(problem, sample, reply):
@@ -181,20 +183,25 @@ def collect(problems, settings, args):
             bar.set_postfix_str(tokens, refresh=False)
             bar.update()
 
+        def complain(reason):
+            if reason not in complaints and len(complaints) < 5:
+                tqdm.write(f"asking again: {reason}", file=sys.stderr)
+            complaints[reason] += 1
+
         if kind == "solver":
             teachers.ask_solver(jobs, settings, keep)
         elif kind == "gsm8k-solutions":
             teachers.ask_gsm8k(jobs, settings, keep)
         elif kind == "endpoint":
             teachers.ask_endpoint(
-                jobs, settings, keep, url=args.teacher_url, concurrency=args.concurrency,
-                requests_per_minute=args.requests_per_minute, retries=args.retries,
-                timeout_s=args.timeout_s, backoff_s=args.backoff_s,
+                jobs, settings, keep, complain, url=args.teacher_url,
+                concurrency=args.concurrency, requests_per_minute=args.requests_per_minute,
+                retries=args.retries, timeout_s=args.timeout_s, backoff_s=args.backoff_s,
             )
         else:
             ask_model(jobs, settings, keep, samples=samples, device=args.device,
                       max_batch=args.max_batch)
-    return list(teachers.read_raw(path, settings)[0].values()), cost
+    return list(teachers.read_raw(path, settings)[0].values()), cost, complaints
 
 
 def make_record(trace, problem, settings, args):
@@ -463,7 +470,10 @@ def main(args):
         found = load_problems(name, args.split, args.limit, args.seed)
         problems |= {problem["id"]: problem for problem in found}
     settings = teacher_settings(args)
-    traces, cost = collect(list(problems.values()), settings, args)
+    traces, cost, complaints = collect(list(problems.values()), settings, args)
+    unanswered = str(cost["unanswered"])
+    if complaints:
+        unanswered += f", most often: {complaints.most_common(1)[0][0]}"
     traces = [trace for trace in traces if trace["problem_id"] in problems]
     records = [make_record(trace, problems[trace["problem_id"]], settings, args)
                for trace in traces]
@@ -481,7 +491,7 @@ def main(args):
     records = curate(records, problems, dropped, grams, args)
     if not records:
         reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
-        raise ValueError(f"no trace is left; dropped by {reasons}")
+        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered {unanswered}")
     records = [add_slip(record, problems[record["source"]["problem_id"]], args.self_correction,
                         args.seed, args.think_tag) for record in records]
     random.Random(args.seed).shuffle(records)
@@ -490,7 +500,7 @@ def main(args):
                "text": "free text"}
     facts = {
         "teacher": settings, "problems": len(problems), "process check": checked[mode],
-        "steps of free text": dict(steps), "unanswered": cost["unanswered"],
+        "steps of free text": dict(steps), "unanswered": unanswered,
         "kept out": evaluations,
         "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
                 "tokens in this run",
@@ -506,7 +516,7 @@ def main(args):
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_whole(out, "".join(lines))
     for stage, drops in dropped.items():
-        example = f" | {drops[0][1]:.100}" if drops else ""
+        example = f" | {printable(drops[0][1]):.100}" if drops else ""
         print(f"dropped by {stage:16}| {len(drops):6}{example}")
     print(f"{len(records)} of {len(traces)} traces -> {out}, card {card} | {facts['cost']}")
     return 0

@@ -688,7 +688,8 @@ class _Teacher(http.server.BaseHTTPRequestHandler):
             self.send_response(fault)
             self.send_header("Retry-After", "1" if fault == 429 else "soon")
             self.end_headers()
-            return self.wfile.write(b"no such key\nsecond line" if fault < 429 else b"busy")
+            says = b"no such key\nsecond line" if fault < 429 else b"busy"
+            return self.wfile.write(says + f" \033[2J {auth}".encode())
         a, b = map(int, re.findall(r"\d+", request["messages"][-1]["content"])[:2])
         step = f"{a} + {b} = {a + b}."
         message = {"role": "assistant", "content": f"The sum is {step}\n\\boxed{{{a + b}}}"}
@@ -696,7 +697,18 @@ class _Teacher(http.server.BaseHTTPRequestHandler):
             message = {"content": f"\\boxed{{{a + b}}}", "reasoning_content": f"Add them: {step}"}
         body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}],
                            "usage": {"prompt_tokens": 10, "completion_tokens": 7}}).encode()
+        if fault in ("continue", "drip"):  # a byte now and then, for ever
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" if fault == "continue"
+                                     else b"H")
+                    time.sleep(0.05)
+            return None
+        if fault == "strange":
+            body = body.replace(b": 10", b": 1e400").replace(b": 7", b": [NaN]")
+            body = body.replace(b"The sum", rb"\ud83d The sum")
         body = {
+            "strange": body,
             None: body, "short": body[:50], "garbage": b"\xff\xfe<html>", "list": b"[" * 9000,
             "empty": b'{"choices": []}', "null": b'{"choices": [{"message": {"content": null}}]}',
         }[fault]
@@ -769,6 +781,37 @@ def test_data_http_teacher_loses_and_doubles_nothing():
         assert {auth for _, _, auth, _ in server.log} == {"Bearer sk-secret"}
         assert "sk-secret" not in card + raw.read_text()
         assert _traces(home, *flags)[0] == records and len(server.log) == asked + missing
+
+
+def test_data_http_teacher_of_strange_replies():
+    """One of these ended a paid run, and every run after it: half a character, endless tokens."""
+    with tempfile.TemporaryDirectory() as home, _teacher(["strange"] * 3) as (server, flags):
+        flags = ("--data", _sums_file(home, 4), "--split", "test", "--concurrency", 1, *flags)
+        records, _, raw, said = _traces(home, *flags)
+        assert len(records) == 4 and len(server.log) == 4, "no reply is paid for twice"
+        assert raw[0]["text"].startswith("? The sum is 0") and "10 prompt + 7 completion" in said
+        path = Path(home) / "traces.raw.jsonl"
+        path.write_text(path.read_text().replace("? The", "\\ud83d The"))  # as older code left it
+        assert _traces(home, *flags)[0] == records and len(server.log) == 4
+
+
+def test_data_http_teacher_says_why_it_fails_and_ends_in_time():
+    """It said nothing for 77 seconds, and then that no trace was left."""
+    with (tempfile.TemporaryDirectory() as home, _teacher(["drip", "continue"]) as (server, flags),
+          mock.patch.object(traces.tqdm, "write") as said):
+        flags = ("--data", _sums_file(home, 1), "--split", "test", *flags)
+        begin = time.monotonic()
+        with raises(ValueError, "no trace is left", "unanswered 1", "no whole reply within 0.4 s"):
+            _traces(home, *flags, "--retries", 1, "--timeout-s", 0.4)
+        assert time.monotonic() - begin < 5
+        assert [call.args for call in said.call_args_list] == [
+            ("asking again: no whole reply within 0.4 s",)]
+    for status in (503, 401):
+        with (tempfile.TemporaryDirectory() as home, _teacher([status]) as (server, flags),
+              mock.patch.dict(os.environ, OPENAI_API_KEY="sk-secret")):
+            flags = ("--data", _sums_file(home, 1), "--split", "test", *flags, "--retries", 0)
+            with raises(ValueError, str(status), r"\x1b[2J Bearer (the key)"):
+                _traces(home, *flags)
 
 
 def test_data_http_teacher_keeps_to_the_rate_and_waits_when_told():

@@ -450,3 +450,29 @@ def test_eval_one_long_problem_ends_no_run():
                           "--eval-data", f"{data}:1", "--run-dir", f"{folder}/sft",
                           "--processes", 1, "--max-new-tokens", 8)
         assert "problems are left out" in said and "val_accuracy" in said
+
+
+def test_eval_on_a_full_or_forbidden_disk():
+    """One line instead of a traceback, early where it can be known, and what was measured shown."""
+    import resource  # of Unix
+    for flag in ("--results", "--records"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--limit", 2, "--processes", 1, "--results", f"{folder}/rows"]
+            error = error_of("eval", *words, flag, f"{__file__}/of.jsonl")
+            assert f"{__file__}/of.jsonl: could not be written (" in error, error
+            with (contextlib.redirect_stdout(io.StringIO()) as said,
+                  raises(ValueError, "/dev/full: could not be written (No space left")):
+                args = evaluation.parse_args(list(map(str, [*words, "--results", "/dev/full"])))
+                evaluation.main(args)
+            assert "| greedy |" in said.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows"
+        evaluation.append_lines(path, [{"a": 1}])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12, limits[1]))  # as a disk that fills
+        try:
+            with raises(ValueError, "rows: could not be written"):
+                evaluation.append_lines(path, [{"b": 1}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_text() == '{"a": 1}\n', "no half of a line"

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
+from eval import weights_hash
 from tests.common import FORMULA_TOKENS, formula_model, raises
 
 # Computed by transformers 5.23.0 in float32 on a CPU. To reproduce it where both are installed:
@@ -611,6 +613,8 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"hidden_size": None, "vocab_size": None}, "missing", "hidden_size", "vocab_size"),
             ({"num_hidden_layers": "24"}, "num_hidden_layers", "'24'", "positive integer"),
             ({"num_hidden_layers": 0}, "num_hidden_layers", "0"),
+            ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "at most 1000"),
+            ({"vocab_size": 10**400}, "vocab_size", "positive integer"),
             ({"vocab_size": 1.5}, "vocab_size", "1.5"),
             ({"vocab_size": True}, "vocab_size", "True"),
             ({"max_position_embeddings": -1}, "max_position_embeddings", "-1"),
@@ -756,11 +760,13 @@ def test_model_system_prompt_of_a_template():
             return model.load_system_prompt(home)
 
         assert model.load_system_prompt(home) is None  # there is no file at all
-        for prompt in ("You are a helpful assistant.", model.INSTRUCT_SYSTEM,
-                       r"Please reason step by step, and put your final answer within \boxed{}."):
+        for prompt, newline in (
+                ("You are a helpful assistant.", r"system\n"),
+                (model.INSTRUCT_SYSTEM, "system\n"),
+                (r"Please reason step by step, and put your final answer within \boxed{}.",
+                 r"system\n' + '")):
             source = _QWEN_TEMPLATE.replace("@", prompt.replace("\\", "\\\\"))
-            for newline in (r"system\n", "system\n", r"system\n' + '"):
-                assert found(source.replace(r"system\n", newline)) == prompt
+            assert found(source.replace(r"system\n", newline)) == prompt
         for template in (None, [], "{{ messages[0].content }}"):
             assert found(template) is None, template
         assert found(nested) == "A\nB"
@@ -768,8 +774,38 @@ def test_model_system_prompt_of_a_template():
                          "{{ ''.__class__.__mro__[1]() }}"):
             with raises(ValueError, "tokenizer_config.json", "does not render"):
                 found(template)
+        with raises(ValueError, "does not render", "MemoryError"):
+            found("{{ 'x' * 10**11 }}")
+        assert found("<|im_start|>system\nA<|im_end|>{{ 'x' * 10**8 }}") == "A"
         (home / "chat_template.jinja").write_text(_QWEN_TEMPLATE.replace("@", "Think."))
         assert model.load_system_prompt(home) == "Think."
+    loop = "{% for i in range(99999) %}"
+    with raises(ValueError, "not within 1 s"):
+        model.render_template(loop + loop + 2 * "{% endfor %}", timeout_s=1)
+
+
+def test_model_odd_files_of_a_directory_are_named():
+    """A pipe as config.json kept every script waiting; cuts left on in tokenizer.json were made in
+    silence."""
+    with _directory() as home:
+        os.mkfifo(home / "config.json")
+        with raises(ValueError, "config.json", "expected a file"):
+            model.load_config(home)
+        (home / "config.json").unlink()
+        (home / "config.json").mkdir()
+        with raises(ValueError, "config.json", "expected a file"):
+            model.load_config(home)
+        with open(home / "tokenizer_config.json", "w") as file:
+            file.truncate(2**40)  # a file of holes
+        with raises(ValueError, "tokenizer_config.json", "1,099,511,627,776 bytes"):
+            model.load_system_prompt(home)
+        tokenizer = model.load_tokenizer(model.ROOT / "data/tiny")
+        tokenizer.enable_truncation(2)
+        tokenizer.enable_padding(length=9)
+        tokenizer.save(str(home / "tokenizer.json"))
+        assert len(model.load_tokenizer(home).encode("1+2+3+4").ids) == 7
+        os.mkfifo(home / "model.safetensors")
+        assert weights_hash(home)
 
 
 def test_model_tokenizer_errors():
