@@ -509,7 +509,8 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         logs = [[{k: v for k, v in json.loads(line).items() if k not in timed}
                  for line in open(run / "metrics.jsonl")]
                 for run in (whole, broken)]
-        assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(steps + 1))
+        assert logs[0] == logs[1], logs
+        assert [row["step"] for row in logs[0]] == list(range(steps + 1))
         results = (whole / "results.md").read_text()
         assert results == (broken / "results.md").read_text()
         assert "Before to after: " in results and "of 4 problems gained" in results, results
@@ -747,7 +748,7 @@ def test_grpo_result_does_not_depend_on_the_number_of_processes():
         for key in ("reward", "accuracy", "length", "no_spread", "dev_accuracy"):
             for a, b in zip(one, two):  # sums in another order: equal but for rounding
                 assert abs(a.get(key, 0) - b.get(key, 0)) < 1e-9, (key, a.get(key), b.get(key))
-        for a, b in zip(one, two):
+        for a, b in zip(one[1:], two[1:], strict=True):
             a, b = a["grad_norm"], b["grad_norm"]
             assert abs(a - b) < 1e-3 * max(1e-3, a), (a, b)
 
@@ -881,11 +882,12 @@ def test_grpo_goes_on_from_an_adapter():
                  "--prompts", 2]
         in_process("grpo", *words, "--lora-rank", 4, "--lr", 0.02, "--warmup", 0,
                    "--run-dir", f"{scratch}/a")
-        merged = f"{scratch}/a/checkpoints/best"
+        merged = f"{scratch}/a/checkpoints/step_000001"
         adapter = f"{merged}/adapter"
         in_process("grpo", *words, "--adapter", adapter, "--beta", 0.1, "--run-dir", f"{scratch}/b")
         assert json.loads(Path(scratch, "b", "flags.json").read_text())["lora_rank"] == 4
-        assert json.loads(Path(scratch, "b", "metrics.jsonl").read_text())["kl"] == 0
+        *_, learned = map(json.loads, open(f"{scratch}/b/metrics.jsonl"))
+        assert learned["kl"] == 0
         error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
         assert "--lora-rank is 0" in error and "rank 4" in error, error
         texts = []
