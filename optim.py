@@ -165,7 +165,6 @@ def run_main(main, parse_args):
         stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     script = Path(sys.argv[0]).name
     how = ""
-    quit_on_second_signal()
     try:
         args = parse_args()
         how = how_to_go_on(args)
@@ -189,7 +188,7 @@ def how_to_go_on(args):
         return f"; go on with: {resume_command()}"
     if getattr(args, "records", None):
         return f"; the same command goes on from what {args.records} holds"
-    return ""
+    return "; with --records it could go on from here" if hasattr(args, "records") else ""
 
 
 # ------------------------------------------------------------ processes
@@ -263,6 +262,7 @@ def init_distributed(device="auto", processes=1, timeout_min=120):
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                                 timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
+        quit_on_second_signal()
         sys.excepthook = functools.partial(leave_at_once, forks)
     return rank, world, device
 
@@ -291,8 +291,6 @@ def fork_into(count):
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "TOKENIZERS_PARALLELISM": "false"}  # the tokenizer's threads are not forked
     torch.set_num_threads(1)
-    if rank > 0:
-        quit_on_second_signal()  # threads do not survive a fork
     return forks if rank == 0 else []
 
 
@@ -909,6 +907,8 @@ def lock_run(run_dir):
         os.close(handle)
         raise ValueError(f"{run_dir} is in use by {holder}; wait until it ends, or choose another "
                          "--run-dir") from None
+    except OSError as error:
+        print(f"{run_dir} cannot be locked ({error}): let no other process use it")
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -1019,20 +1019,19 @@ def log_samples(run, step, samples):
 
 
 def quit_on_second_signal():
-    """From here on a second Ctrl-C or SIGTERM ends this process at once, whatever it waits for.
+    """From here on a second Ctrl-C or SIGTERM ends this process at once, even in a collective.
 
-    Python's own handlers wait until the main thread is back from a collective, which is never when
-    another process is frozen. What the system's handler writes to a socket, a thread reads at once.
+    Python's own handlers wait until the main thread is back from it, which is never when another
+    process is frozen. What the system's handler writes to a socket, a thread reads at once.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.detach())
 
     def wait():
-        stops = {signal.SIGINT, signal.SIGTERM}
         received = []
         while len(received) < 2:
-            received += stops.intersection(ours.recv(1))
+            received += {signal.SIGINT, signal.SIGTERM}.intersection(ours.recv(1))
         os._exit(128 + received[-1])
 
     threading.Thread(target=wait, daemon=True).start()
@@ -1042,12 +1041,14 @@ def quit_on_second_signal():
 def stop_signals():
     """Inside, Ctrl-C and SIGTERM only ask to stop: yields a function that says whether to.
 
-    All processes get the same answer. torchrun kills 30 s after the first signal;
-    `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
+    All processes get the same answer. A second signal quits at once. torchrun kills 30 s after
+    the first; `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
     """
     received = []
 
     def handle(number, frame):
+        if received:
+            os._exit(128 + number)
         received.append(number)
         if rank_and_world()[0] == 0:
             with suppress(OSError):  # the terminal may be gone, which is why we are asked to stop
