@@ -53,7 +53,7 @@ from data.mixture import (
     problem_order,
     split_number,
 )
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, parse_rewards, reward_group
 from eval import (
     fit_context,
@@ -98,7 +98,8 @@ def add_flags(parser):
     add("--eval-limit", type=at_least(1), default=200, help="dev problems, for choosing")
     add("--test-limit", type=at_least(0), default=500, help="test problems, before and after")
     add("--eval-every", type=at_least(1), default=25, help="steps between evaluations on dev")
-    add("--prompt", choices=PROMPTS, help="how a problem is put")
+    add("--prompt", type=prompt_flag(PROMPTS), metavar="NAME",
+        help=f"how a problem is put: {', '.join(PROMPTS)}, or your text with {{problem}} in it")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
@@ -146,6 +147,8 @@ def add_flags(parser):
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
     add("--micro-tokens", type=at_least(1), help="tokens in one packed row of training")
+    add("--free-sampler", action="store_true", help="a GPU's sampler gives back its cache, weights "
+        "and graphs before each update: less memory, more time")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass: less memory, a third more time")
     optim.add_train_flags(parser, lr=None, run_dir="runs/grpo")
@@ -440,6 +443,8 @@ def update(policy, reference, optimizer, rows, total, lr, args):
 def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
     """`update`, with rows of half the tokens where a GPU's memory runs out: the same gradient."""
     before = optimizer.updates.item()
+    if args.free_sampler:
+        policy.engine.release()
 
     def attempt():
         if optimizer.updates.item() > before:
@@ -651,15 +656,18 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
         config, dtype, device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
         lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
-        offload=args.offload)
+        offload=args.offload, keep_sampler=not args.free_sampler)
 
 
 def fit_memory(config, args, world, device, there):
-    """The plan of a run, with --micro-tokens and --max-batch halved until it fits, or nearly so.
+    """The plan of a run, with --free-sampler, and less --micro-tokens and --max-batch, as it needs.
 
-    Writes into `args`. No result depends on these two.
+    Writes into `args`. No result depends on these three.
     """
     plan = memory_plan(config, args, world, device)
+    if plan.peak > there and device == "cuda":
+        args.free_sampler = True
+        plan = memory_plan(config, args, world, device)
     while plan.peak > there:
         name = "max_batch" if plan.update <= there or args.micro_tokens <= 2048 else "micro_tokens"
         size = getattr(args, name) // 2
@@ -741,7 +749,8 @@ def settle_flags(args, config):
     args.lora_rank = args.lora_rank or 0
     if args.lora_rank:
         trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with "
-                   f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}")
+                   f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
+                   + args.free_sampler * " --free-sampler")
         args.lr = lr or LORA_LR
     optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
