@@ -586,8 +586,8 @@ def test_grpo_truncated_rows_alone_make_no_update():
             assert json.loads(trainer)["updates"] == updates
 
 
-def test_grpo_problems_and_a_reward_of_your_own():
-    """Two files of three lines each, and nothing of ours edited."""
+def test_grpo_problems_a_prompt_and_a_reward_of_your_own():
+    """Two files of a few lines, a flag, and nothing of ours edited."""
     with tempfile.TemporaryDirectory() as scratch:
         data, code = Path(scratch) / "mine.jsonl", Path(scratch) / "mine.py"
         data.write_text("".join(f'{{"problem": "{i}+{i}", "answer": {2 * i}}}\n'
@@ -595,9 +595,12 @@ def test_grpo_problems_and_a_reward_of_your_own():
         code.write_text("def short(group):\n"
                         "    return [1 / len(c.tokens) for c in group.completions]\n")
         words = [*GRPO_RUN[1:], "--data", data, "--steps", 1, "--test-limit", 0, "--run-dir",
-                 f"{scratch}/run", "--reward", "accuracy=1", f"{code}:short=0.2"]
+                 f"{scratch}/run", "--reward", "accuracy=1", f"{code}:short=0.2",
+                 "--prompt", "What is {problem}?"]
         in_process("grpo", *words)
         for line in Path(scratch, "run", "samples.jsonl").read_text().splitlines():
+            problem = json.loads(line)["problem"]
+            assert f"user\nWhat is {problem}?<|im_end|>" in json.loads(line)["prompt"]
             for completion in json.loads(line)["completions"]:
                 short = completion["rewards"][f"{code}:short"]
                 assert short == 1 / len(completion["tokens"])
@@ -607,6 +610,9 @@ def test_grpo_problems_and_a_reward_of_your_own():
                                  (f"{scratch}/no.py:short", "no file"),
                                  ("acuracy=1", "did you mean accuracy?")):
             assert expected in error_of("grpo", "--reward", reward)
+        with (contextlib.redirect_stderr(io.StringIO()) as said, raises(SystemExit, "2")):
+            in_process("grpo", "--prompt", "plan")
+        assert "did you mean plain?" in said.getvalue()
 
 
 def test_grpo_held_out_problems_are_not_trained_on():
