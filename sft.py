@@ -363,6 +363,7 @@ def train_step(params, config, optimizer, examples, step, steps, args):
 
 
 def main(args):
+    optim.check_run_dir(args)
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)

@@ -497,8 +497,11 @@ def test_optim_ctrl_c_before_the_first_step():
                 ("grpo.py", ["--run-dir", run], f"python grpo.py --run-dir {run} --resume"),
                 ("eval.py", ["--records", records, "--results", home / "results.jsonl"],
                  f"the same command goes on from what {records} holds")):
-            process = subprocess.Popen([sys.executable, script, *map(str, words)], cwd=ROOT,
-                                       text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = subprocess.Popen(
+                [sys.executable, script, *map(str, words)], cwd=ROOT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                # what a shell starts in the background ignores Ctrl-C, and so would this
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
             process.stdout.readline()
             process.send_signal(signal.SIGINT)
             _, err = _optim_finish(process, code=130)
