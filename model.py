@@ -463,10 +463,11 @@ def check_numbers(record):
     """Raises ValueError for a field of a Config or a Yarn of another type, or not positive."""
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
-        fits = type(value) in (int, kind)
-        if kind in (int, float) and not (fits and 0 < value < (2**31 if kind is int else math.inf)):
-            whole = " integer" if kind is int else " number"
-            raise ValueError(f"{name} is {value!r}, expected a positive{whole}")
+        most = 2**31 if kind is int else 1e15
+        fits = type(value) in (int, kind) and 0 < value < most
+        if kind in (int, float) and not fits:
+            whole = "integer" if kind is int else "number"
+            raise ValueError(f"{name} is {value!r:.40}, expected a positive {whole} below {most:g}")
         if kind is bool and type(value) is not bool:
             raise ValueError(f"{name} is {value!r}, expected true or false")
 
@@ -789,7 +790,9 @@ def load_tokenizer(model_dir):
         raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library's panics are no Exceptions
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
     tokenizer.no_truncation()  # a file may have been saved with them, and prompts be cut in silence
     tokenizer.no_padding()
