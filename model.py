@@ -755,21 +755,27 @@ def load_adapter(adapter_dir, config, device="cpu"):
     if odd:
         raise ValueError(f"{adapter_dir}: {', '.join(odd)}, expected plain LoRA; merge it with "
                          "PEFT, and pass the result as --model")
-    scale = raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    alpha = raw.get("lora_alpha")
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e15:
+        raise ValueError(f"{adapter_dir}: lora_alpha is {alpha!r:.40}, expected a positive number")
+    scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     shapes = lora_shapes(config, rank)
     path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; PEFT's save_pretrained writes it")
     lora, wrong = {}, []
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        for key in file.keys():
-            name = key.removeprefix(PEFT_PREFIX)
-            shape = tuple(file.get_slice(key).get_shape())
-            if shapes.get(name) != shape:
-                wrong.append(f"{name} is {list(shape)}, expected {shapes.get(name, 'no such')}")
-                continue
-            tensor = file.get_tensor(key).float()
-            lora[name] = tensor * scale if ".lora_B." in name else tensor
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for key in file.keys():
+                name = key.removeprefix(PEFT_PREFIX)
+                shape = tuple(file.get_slice(key).get_shape())
+                if shapes.get(name) != shape:
+                    wrong.append(f"{name} is {list(shape)}, expected {shapes.get(name, 'no such')}")
+                    continue
+                tensor = file.get_tensor(key).float()
+                lora[name] = tensor * scale if ".lora_B." in name else tensor
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
     halves = Counter(name.split(".lora_")[0] for name in lora)
     wrong += [f"{name} has one half of two" for name, n in halves.items() if n < 2]
     if wrong or not lora:

@@ -446,11 +446,15 @@ def test_model_adapters_of_peft():
         extra = tensors | {stem + ".lora_magnitude_vector": torch.ones(64)}
         for wrong, changes, said in ((half, {}, "half"), (extra, {}, "lora_magnitude_vector"),
                                      ({}, {}, "empty"), (tensors, {"r": 3}, "[4, 64]"),
-                                     (tensors, {"r": None}, "None")):
+                                     (tensors, {"r": None}, "None"),
+                                     (tensors, {"lora_alpha": "8"}, "lora_alpha is '8'")):
             write(wrong, **changes)
             with raises(ValueError, said):
                 model.load_adapter(home, config)
         write(tensors)
+        (home / "adapter_model.safetensors").write_bytes(b"no tensors")
+        with raises(ValueError, "adapter_model.safetensors: cannot be read"):
+            model.load_adapter(home, config)
         (home / "adapter_model.safetensors").unlink()
         with raises(FileNotFoundError, "adapter_model.safetensors"):
             model.load_adapter(home, config)
