@@ -197,6 +197,10 @@ def maj_at_k(votes, right, k):
 # ---------------------------------------------------------------------- problems in, records out
 
 
+SAMPLE_FIELDS = {"text", "answer", "lenient_answer", "strict", "lenient", "tokens", "finish",
+                 "logprob"}
+
+
 def make_sample(completion, text, strict, lenient):
     """What a record keeps of a completion. strict, lenient: is it right? None: undecided."""
     return {"text": text, "answer": extract_answer(text, strict=True),
@@ -249,7 +253,9 @@ def read_records(path, settings=None):
             record = json.loads(line)
             records[record["id"]] = record
             changes = list_changes(record["settings"], settings or {})
-        except (ValueError, LookupError, TypeError):
+            if any(not SAMPLE_FIELDS <= sample.keys() for sample in record["samples"]):
+                raise KeyError
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}: not a record of eval.py") from None
         if changes:
             raise ValueError(f"{path} holds a run with other settings ({changes} now); give "

@@ -489,3 +489,14 @@ def test_eval_long_tables_fit_a_terminal():
             with mock.patch.dict("os.environ", COLUMNS=str(columns)):
                 evaluation.say_table(text)
         assert said.getvalue() == expected, said.getvalue()
+
+
+def test_eval_records_that_are_none_are_named():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
+                     '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
+                     '{"id": 1, "settings": {}, "samples": 3}'):
+            path.write_text(line + "\n", encoding="latin-1")
+            with raises(ValueError, "records.jsonl, line 1: not a record of eval.py"):
+                evaluation.read_records(path, {"seed": 0})
