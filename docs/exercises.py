@@ -1,4 +1,4 @@
-"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, thirty steps of it.
+"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, in twenty small steps.
 
     python -m docs.exercises none          # as it is, to compare with
     python -m docs.exercises baseline      # broken; then the metrics of a few steps
@@ -14,7 +14,7 @@ from pathlib import Path
 import grpo
 import optim
 
-FLAGS = ["--steps", "30", "--eval-every", "30", "--eval-limit", "200", "--test-limit", "0"]
+FLAGS = ["--steps", "20", "--prompts", "16", "--warmup", "5", "--eval-every", "20", "--test-limit", "0"]
 SHOWN = ("reward", "accuracy", "length", "truncated", "entropy", "ratio", "clipped_high",
          "mismatch", "grad_norm", "dev_accuracy")
 
@@ -46,12 +46,13 @@ def score_at_one():
     grpo.row_logprobs = at_one
 
 
-def trust_any_mention():
-    """A reward for the answer anywhere in the text, instead of in the box."""
-    def mention(group):
-        return [float(group.problem["answer"] in text) for text in group.texts]
+def lines(group):
+    """A reward for care: up to 1 with the lines that were written, of twenty."""
+    return [min(1.0, text.count("\n") / 20) for text in group.texts]
 
-    grpo.REWARDS["mention"] = mention
+
+def reward_lines():
+    grpo.REWARDS["lines"] = lines
 
 
 EXERCISES = {  # name: (what it breaks, or None; flags)
@@ -62,7 +63,7 @@ EXERCISES = {  # name: (what it breaks, or None; flags)
     "mask": (forget_mask, []),
     "cool": (None, ["--temperature", "0.5"]),
     "temperature": (score_at_one, ["--temperature", "0.5"]),
-    "hacked": (trust_any_mention, ["--reward", "mention=1"]),
+    "hacked": (reward_lines, ["--reward", "accuracy=1", "lines=0.9"]),
 }
 
 
@@ -84,7 +85,7 @@ def main(parsed):
     grpo.main(args)
     lines = Path(args.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
-    shown = [record for record in steps if record["step"] in (1, 10, 20, args.steps)]
+    shown = [record for record in steps if record["step"] in (1, 7, 13, args.steps)]
     optim.say(f"\n{name:14}", *(f"step {record['step']:<6}" for record in shown))
     for metric in SHOWN:
         values = [record.get(metric) for record in shown]
