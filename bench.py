@@ -145,12 +145,13 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
     rng = random.Random(0)
     prompts = [[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths]
     runs = []
+    engine = generate.Engine()
     for _ in range(args.repeat + 1):
         gather_objects(None)
         stats = {}
         generate.generate(params, config, prompts[rank::world], max_new_tokens=limits[rank::world],
                           num_samples=len(limits[0]), max_batch=-(-max_batch // world), stats=stats,
-                          compile_backend="inductor" if args.compile else None)
+                          compiled=args.compile, engine=engine)
         stats["total_s"] = stats["prefill_s"] + stats["decode_s"]
         shares = gather_objects(stats)
         runs.append(max(shares, key=lambda share: share["total_s"]))
@@ -163,7 +164,7 @@ def bench_sample(args):
     path = model.resolve_model(args.model)
     config, device = model.load_config(path), optim.find_device(args.device)
     params = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
-    params = generate.sampling_params(params, config, packed=False if args.compile else None)
+    params = generate.sampling_params(params, config)
     _, world, _ = optim.init_distributed(args.device, args.processes)
     like = params["model.norm.weight"]
     ceiling = machine_ceiling(like, args.repeat)

@@ -36,7 +36,7 @@ import optim
 from data import load_problems
 from data.files import read_rows
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
-from generate import add_sampling_flags, completion_text, generate, sampling_params
+from generate import Engine, add_sampling_flags, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, rank_and_world, run_main, say
 from verify import canonical, equivalent, extract_answer, verify_many
 
@@ -341,7 +341,7 @@ def load_setup(args, replies=1):
     settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
                 "split": args.split, "data_seed": args.data_seed, "device": device.type,
                 "dtype": str(dtype).removeprefix("torch.")}
-    params = sampling_params(model.load_params(path, device, dtype), config)
+    params = sampling_params(model.load_params(path, "cpu", dtype), config, device=device)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
@@ -367,9 +367,11 @@ def collect_records(setup, name="records", **changes):
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
     size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
+    engine = Engine()
     with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
         while todo:
-            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size], **options)
+            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size],
+                               engine=engine, **options)
             records = [record | {"settings": settings} for record in records]
             if path:
                 append_lines(path, records)

@@ -40,7 +40,7 @@ import optim
 from data.mixture import load_held_out, load_mixture, problem_order, split_number
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
 from eval import interval, markdown, percent
-from generate import cache_slots, completion_text, generate, sampling_params
+from generate import Engine, cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
 from verify import format_reward, verify_many
 
@@ -73,6 +73,7 @@ def add_flags(parser):
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
     add("--temperature", type=optim.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
+    add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
@@ -324,6 +325,7 @@ class Policy(NamedTuple):
     config: model.Config
     tokenizer: Any  # tokenizers.Tokenizer
     system: str | None  # the model's own system turn
+    engine: Engine | None = None  # the sampler's, which a GPU keeps
 
 
 def encode_problem(policy, problem, args, preset=None):
@@ -345,7 +347,8 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     rows = generate(policy.params, policy.config, prompts, num_samples=G,
                     max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
                     temperature=0.0 if greedy else args.temperature, seed=seed,
-                    seeds=[place for place, _ in problems])
+                    seeds=[place for place, _ in problems], engine=policy.engine,
+                    compiled=args.compile)
     texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
     verdicts = verify_many(pairs, strict=True)
@@ -359,6 +362,15 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     return sorted(itertools.chain(*shares), key=lambda group: group.place)
 
 
+def sampler_weights(policy):
+    """The weights in the sampler's form; on a GPU, in the place of those of before."""
+    engine = policy.engine
+    form = sampling_params(policy.params, policy.config, out=engine and engine.form)
+    if engine and form["model.norm.weight"].is_cuda:
+        engine.form = form
+    return form
+
+
 def has_spread(group):
     """Groups whose rewards are all equal have no gradient."""
     return max(group.rewards) - min(group.rewards) > 1e-6
@@ -370,7 +382,7 @@ def roll_out_step(policy, problems, step, args):
     Up to --refill times, as many new problems are asked as there were groups without spread
     (dynamic sampling, DAPO, section 3.2).
     """
-    sampler = policy._replace(params=sampling_params(policy.params, policy.config))
+    sampler = policy._replace(params=sampler_weights(policy))
     seed = zlib.crc32(f"{args.seed} {step}".encode())
     groups = []
     missing = args.prompts
@@ -435,7 +447,6 @@ def pack_groups(groups, micro_tokens):
 
 def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
-    rank, world = rank_and_world()
     learned = []
     lengths = []
     for g in filter(has_spread, groups):
@@ -446,7 +457,20 @@ def training_rows(groups, args):
         learned.append((g.prompt, sequences))
         lengths += [len(s.tokens) for s in sequences if s.counts]
     total = loss_total(args.loss, lengths, args.max_new_tokens)
-    return pack_groups(learned[rank::world], args.micro_tokens), total
+    return deal_rows(pack_groups(learned, args.micro_tokens)), total
+
+
+def deal_rows(rows):
+    """This process's share of packed rows: each goes, longest first, to who has least to do."""
+    rank, world = rank_and_world()
+    shares = [[] for _ in range(world)]
+    loads = [0] * world
+    sizes = [sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) for row in rows]
+    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(rows[i])
+        loads[least] += sizes[i]
+    return shares[rank]
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
@@ -586,7 +610,8 @@ def sample_records(groups, kind, tokenizer):
 
 def evaluate(policy, dev, groups, args, run, step):
     """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
-    answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
+    sampler = policy._replace(params=sampler_weights(policy))
+    answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
     return fmean(g.right[0] is True for g in answered)
@@ -596,7 +621,8 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     """Add the accuracy on the test split to `rows`, and write these as results.md."""
     if not test:
         return
-    groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
+    sampler = policy._replace(params=sampler_weights(policy))
+    groups = roll_out(sampler, list(enumerate(test)), args, preset=preset, greedy=True)
     accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
@@ -620,9 +646,10 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     prompts = math.ceil(rows / args.group)
-    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cpu")
+    dtype = optim.compute_dtype(args.dtype, device)
+    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cuda")
     return optim.plan_memory(
-        config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
+        config, dtype, device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
         lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=args.beta > 0,
         offload=args.offload)
@@ -748,11 +775,11 @@ def main(args):
         base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
     else:
         base = model.load_params(path)
-    _, world, device = optim.init_distributed(args.device, args.processes)
+    _, world, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
     run, checkpoint = optim.start_run(args)
     params, ref_params, optimizer = make_trainable(base, config, args, device)
     del base
-    policy = policy._replace(params=params)
+    policy = policy._replace(params=params, engine=Engine())
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
 

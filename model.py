@@ -92,9 +92,9 @@ def linear(params, name, x):
     """The linear layer `name`, and its adapter when `params` holds one: [..., in] -> [..., out]."""
     out = project(x, params[name + ".weight"], params.get(name + ".bias"))
     if (down := params.get(name + ".lora_A.weight")) is not None:
-        # float32, and added: merged into bfloat16 weights, small updates would be lost
+        # added: merged into bfloat16 weights, small updates would be lost
         up = params[name + ".lora_B.weight"]
-        out = out + F.linear(F.linear(x.to(down.dtype), down), up).to(out.dtype)
+        out = out + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
     return out
 
 
@@ -190,9 +190,11 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
 def packed_hidden_states(params, config, tokens, groups, checkpointing=False):
     """hidden_states of one packed row: tokens [T], groups as for packed_attention -> [T, D]."""
     T = len(tokens)
-    if extra := padded_length(T) - T:
+    extra = padded_length(T) - T if tokens.device.type == "cpu" else 0
+    if extra:
         groups = [*groups, (0, [extra])]  # a text of its own that nothing reads
-    attend_fn = attention.packed_attention(groups, tokens.device)
+    dtype = params["model.embed_tokens.weight"].dtype
+    attend_fn = attention.packed_attention(groups, tokens.device, dtype)
     positions = attention.packed_positions(groups).to(tokens.device)
     tokens = F.pad(tokens, (0, extra))[None]
     return hidden_states(params, config, tokens, positions, attend_fn, checkpointing)[0, :T]
@@ -205,7 +207,12 @@ def head_weight(params):
 
 def lm_head(hidden, weight, temperature=1.0):
     """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
-    logits = project(hidden, weight).float()
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not learns:  # it has no derivative
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        logits = logits.unflatten(0, hidden.shape[:-1])
+    else:
+        logits = project(hidden, weight).float()
     return logits if temperature == 1 else logits / temperature
 
 

@@ -23,6 +23,7 @@ import time
 import traceback
 import zlib
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU'
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
-    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps")
+    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps",
+    "timeout_min", "compile")
 
 # ------------------------------------------------------------ flags
 
@@ -86,9 +88,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_device_flags(parser):
     """The flags of every script that samples or trains: --device, --dtype, --processes."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
+        help="of the computation; auto: bfloat16 on a GPU that has it, else float32")
     add("--processes", type=at_least(1), help="forks of one thread each, on a CPU under Linux "
         "(default: one per core, at most 8 and as many as memory holds)")
 
@@ -104,6 +106,8 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add("--clip", type=at_least(0.0), default=1.0, help="largest norm of the gradient; 0: any")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="every random choice follows from it")
     add("--offload", action="store_true", help="masters and Adam moments in host memory (GPU only)")
+    add("--timeout-min", type=above(0.0), default=120.0,
+        help="minutes that a process waits for the others before all end")
     add("--run-dir", default=run_dir, help="where the run lives")
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
@@ -131,7 +135,9 @@ def run_main(main, parse_args):
     except (ValueError, FileNotFoundError) as error:
         if rank_and_world()[0] > 0:
             time.sleep(2)  # if process 0 fails for the same reason, this one is over before
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # the clean-up would wait for the others
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
@@ -146,20 +152,27 @@ def rank_and_world():
 
 
 def find_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; torchrun's processes take a GPU each.
+    """The torch.device of "auto", "cpu", "cuda", "cuda:N" or "mps" (never chosen by "auto").
 
-    Raises ValueError when there is no such device.
+    torchrun's processes take a GPU each. Raises ValueError when there is no such device.
     """
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: PyTorch finds no Apple GPU here; pass --device cpu")
+        return torch.device("mps")
+    # for packed rows; they are of every length, and it is read when CUDA is first used
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
         return torch.device("cpu")
     found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not found:
-        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda, cuda:N or mps")
     index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
                          "pass --device cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to 0.4 s, for every shape
     return torch.device("cuda", index)
 
 
@@ -175,11 +188,12 @@ def default_processes(device, gib_each, gib_shared=0.0):
     return max(1, min(len(os.sched_getaffinity(0)), 8, fitting))
 
 
-def init_distributed(device="auto", processes=1):
+def init_distributed(device="auto", processes=1, timeout_min=120):
     """(rank, world, device), the process group set up: torchrun's, or forks of this process.
 
     device: as for find_device. processes: how many to become without torchrun. They share what was
-    loaded before, such as frozen weights. When one fails, all end.
+    loaded before, such as frozen weights. When one fails, all end; so they do when one has waited
+    `timeout_min` minutes for the others.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -193,7 +207,8 @@ def init_distributed(device="auto", processes=1):
         forks = fork_into(processes)
     rank, world = rank_and_world()
     if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
         sys.excepthook = functools.partial(leave_at_once, forks)
     return rank, world, device
@@ -275,9 +290,15 @@ ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and libraries; CUDA's contex
 
 
 def compute_dtype(name, device):
-    """The dtype that --dtype names; "auto": bfloat16 on a GPU, float32 on a CPU."""
+    """The dtype that --dtype names; "auto": bfloat16 on a GPU that computes in it, else float32.
+    """
+    kind = torch.device(device).type
+    if name == "auto" and kind == "cuda":  # a plan may be made where there is none
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+        name = "float32" if old else "bfloat16"
     if name == "auto":
-        name = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+        modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+        name = "bfloat16" if modern else "float32"
     return getattr(torch, name)
 
 
@@ -295,6 +316,8 @@ def peak_memory_gib(device):
     """The most that this process has held: resident on a CPU, allocated tensors on a GPU. GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if torch.device(device).type == "mps":  # what is held now: it keeps no record
+        return torch.mps.driver_allocated_memory() / 2**30
     if sys.platform == "win32":
         return math.nan
     import resource
@@ -338,9 +361,14 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     if not (offload and on_gpu):  # moments, and masters of what is not float32
         held += (12 if size < 4 and not lora_rank else 8) * trained / world
 
+    cache = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
+    sampler = size * weights if lora_rank or not on_gpu else 0  # merged, or packed
+    if on_gpu:  # the sampler's weights and cache stay where its graphs read them
+        held += cache + sampler
+
     layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
     if lora_rank:
-        layer += 4 * (5 * D + width)  # float32 inputs of the adapter
+        layer += size * (5 * D + width)  # inputs of the adapter
     if not on_gpu:  # a fused kernel keeps no scores
         layer += size * config.num_attention_heads * longest
     head = (8 + size) * V * min(row_tokens, head_slice(V, device))
@@ -353,9 +381,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     update = held + row_tokens * L * layer + max(head, row_tokens * again)
 
     rollouts = held + rows * V * (12 + size)  # logits
-    rollouts += 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
-    if lora_rank or not on_gpu:
-        rollouts += size * weights  # the sampler's, merged or packed
+    if not on_gpu:
+        rollouts += cache + sampler
     allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
     shared = size * weights if lora_rank else 0
     return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)

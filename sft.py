@@ -57,7 +57,8 @@ def parse_args(argv=None):
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens in one packed row")
     add("--max-tokens", type=at_least(2), default=2048, help="longer examples are left out")
     add("--lora-rank", type=at_least(0), default=0, help="of an adapter; 0: all weights")
-    add("--checkpointing", action="store_true", help="less memory, a third more time")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
+        "the backward pass: less memory, a third more time (default: but for a tiny model)")
     add("--validation", type=at_least(0), default=200, help="examples that are held out; 0: none")
     add("--eval-data", help="problem set or .jsonl whose dev split is answered and graded, too")
     add("--eval-limit", type=at_least(1), default=200, help="problems of it")
@@ -252,13 +253,21 @@ def load_examples(args, config, tokenizer, system):
     return examples[args.validation:], examples[:args.validation]
 
 
-def count_processes(args, config, dtype):
-    """What --processes means when it is left out."""
-    slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, True)
+def settle_flags(args, config):
+    """Fill in what was left out, by the model and the memory there is. Writes into `args`."""
+    if args.checkpointing is None:
+        args.checkpointing = not model.is_tiny(config)
+    args.lr = args.lr or default_lr(config, args.lora_rank)
+    device = optim.find_device(args.device)
+    world = max(optim.rank_and_world()[1], args.processes or 1)
+    slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, device.type == "cuda")
     plan = optim.plan_memory(
-        config, dtype, longest=args.max_tokens, row_tokens=args.micro_tokens, rows=64,
-        cache_slots=slots, lora_rank=args.lora_rank, checkpointing=args.checkpointing)
-    return optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
+        config, optim.compute_dtype(args.dtype, device), device, world, longest=args.max_tokens,
+        row_tokens=args.micro_tokens, rows=64, cache_slots=slots, lora_rank=args.lora_rank,
+        checkpointing=args.checkpointing, offload=args.offload)
+    say(optim.plan_line(plan, optim.memory_there(device, world)))
+    if args.processes is None:
+        args.processes = optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 def load_trainable(args, model_dir, config):
@@ -268,8 +277,7 @@ def load_trainable(args, model_dir, config):
         base = model.init_params(config, args.seed)
     else:
         base = model.load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
-    processes = args.processes or count_processes(args, config, dtype)
-    _, _, device = optim.init_distributed(args.device, processes)
+    _, _, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
     if not args.lora_rank:
         return init_optimizer(base, device, dtype, args.offload)
     lora = model.init_lora(config, args.lora_rank, args.seed)
@@ -323,7 +331,7 @@ def main(args):
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
-    args.lr = args.lr or default_lr(config, args.lora_rank)
+    settle_flags(args, config)
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     examples, validation = load_examples(args, config, tokenizer, system)

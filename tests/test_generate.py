@@ -1,12 +1,16 @@
 """Tests of generate.py."""
 
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
 
+import attention
+import generate as generate_module
 import model
 from generate import (
     Row,
+    decode_step,
     generate,
     inverse_cdf,
     row_key,
@@ -16,7 +20,7 @@ from generate import (
     uniform,
 )
 from model import Config, forward, init_lora, init_params, merge_lora, token_logprobs
-from tests.common import bytes_tokenizer, raises
+from tests.common import bytes_tokenizer, raises, varlen_on_cpu
 
 _PROMPTS = [[5, 6, 7],
             [9, 3, 4, 11, 12, 30, 2, 17, 8, 44, 51, 26, 6, 6, 1, 0, 20, 21, 22, 23],
@@ -301,17 +305,87 @@ def test_generate_in_bfloat16_stays_near_the_scorer():
     assert 0 < _gaps(params, config, _PROMPTS, answers).mean() < 0.1
 
 
-def test_generate_layers_compile_to_one_graph():
-    """What a GPU compiles, traced without a compiler: fullgraph raises where Python would have to
-    step in, and three layers share one graph."""
+@contextmanager
+def _static(captured):
+    """`generate` runs its static engine here: no graphs, and varlen_attn as in common.py.
+
+    captured: a list to which the keys of the graphs are added that a GPU would capture.
+    """
+    def graph_step(engine, state, settings, step_fn):
+        key = len(state.tokens), settings
+        if key not in engine.graphs:
+            captured.append(key)
+            engine.graphs[key] = None
+        return state, step_fn
+
+    with varlen_on_cpu(), mock.patch.multiple(
+            generate_module, has_varlen=lambda device, dtype: True, graph_step=graph_step,
+            sampling_params=lambda params, config: params):  # oneDNN's have no address
+        yield
+
+
+def test_generate_static_engine_says_what_the_plain_one_says():
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    ask = {"num_samples": 3, "max_new_tokens": 18, "stop_tokens": {5, 6}, "temperature": 0.9}
+    limits = [[3, 17, 11], [18, 1, 2], [7, 7, 9]]
+    for changes in ({}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}, {"max_batch": 4},
+                    {"max_new_tokens": limits}, {"cache_gib": 1e-4},
+                    {"on_token": lambda prompt, sample, tokens: None}):
+        plain = generate(form, config, _PROMPTS[:3], **ask | changes)
+        with _static(captured := []):
+            static = generate(form, config, _PROMPTS[:3], **ask | changes)
+        assert _tokens(static) == _tokens(plain), changes
+        gaps = [abs(x - y) for a, b in zip(sum(plain, []), sum(static, []))
+                for x, y in zip(a.logprobs, b.logprobs)]
+        assert max(gaps) < 1e-4
+        assert len(captured) == len(set(captured)) <= 5
+
+
+def test_generate_static_engine_keeps_its_graphs_while_the_weights_stay():
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    engine = generate_module.Engine()
+    with _static(captured := []):
+        for _ in range(2):
+            generate(form, config, _PROMPTS, num_samples=2, max_new_tokens=9, engine=engine)
+        first = list(captured)
+        kept = sampling_params({name: 2 * t for name, t in form.items()}, config, packed=False,
+                               out=form)
+        changed = generate(kept, config, _PROMPTS, num_samples=2, max_new_tokens=9, engine=engine)
+        assert captured == first and len(first) == len(set(first))
+        generate(sampling_params(params, config, torch.float64, packed=False), config, _PROMPTS,
+                 max_new_tokens=9, engine=engine)
+        assert len(captured) > len(first)  # other tensors: the graphs read freed memory
+    assert _tokens(changed) == _tokens(generate(form, config, _PROMPTS, num_samples=2,
+                                                max_new_tokens=9))
+
+
+def test_generate_step_of_the_static_engine_compiles_to_one_graph():
+    """Traced without a compiler: fullgraph raises where Python would have to step in."""
     params, config = _sampler(num_hidden_layers=3)
-    for num_samples in (1, 2):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        ask = {"num_samples": num_samples, "max_new_tokens": 12, "temperature": 0.9}
-        compiled = generate(params, config, _PROMPTS[:2], compile_backend="aot_eager", **ask)
-        assert _tokens(compiled) == _tokens(generate(params, config, _PROMPTS[:2], **ask))
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    form = sampling_params(params, config, packed=False)
+    compiled = torch.compile(decode_step, backend="aot_eager", fullgraph=True, dynamic=False)
+    ask = {"num_samples": 2, "max_new_tokens": 6, "temperature": 0.9}
+    with _static([]):
+        plain = generate(form, config, _PROMPTS[:2], **ask)
+        on_cpu = attention.varlen_attn
+
+        @torch.library.custom_op("tests::varlen", mutates_args=())
+        def op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor,
+               k_starts: torch.Tensor, max_k: int, held: torch.Tensor) -> torch.Tensor:
+            return on_cpu(q, k, v, q_starts, k_starts, 1, max_k, enable_gqa=True, seqused_k=held)
+
+        @op.register_fake
+        def fake(q, *rest):
+            return torch.empty_like(q)
+
+        def varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, enable_gqa, seqused_k):
+            return op(q, k, v, q_starts, k_starts, max_k, seqused_k)
+
+        with mock.patch.object(generate_module, "decode_step", compiled), \
+                mock.patch.object(attention, "varlen_attn", varlen_attn):
+            assert _tokens(generate(form, config, _PROMPTS[:2], **ask)) == _tokens(plain)
 
 
 def test_generate_refuses_bad_input():
