@@ -57,8 +57,8 @@ def reward_lines():
 
 EXERCISES = {  # name: (what it breaks, or None; flags)
     "none": (None, []),
-    "reuse": (None, ["--updates", "8"]),
-    "clip": (None, ["--updates", "8", "--clip-low", "0.999", "--clip-high", "1e9"]),
+    "reuse": (None, ["--updates", "4"]),
+    "clip": (None, ["--updates", "4", "--clip-low", "0.999", "--clip-high", "1e9"]),
     "baseline": (drop_baseline, []),
     "mask": (forget_mask, []),
     "cool": (None, ["--temperature", "0.5"]),
