@@ -670,6 +670,12 @@ def graph_step(engine, state, settings, step_fn):
     return held, replay
 
 
+def wait_for(tensor):
+    """Until a GPU has done what it was asked, so that times are told apart."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
 def steps_left(batch):
     """Until a row must end, or needs more slots; in the static batch, until none can go on."""
     room = [row.limit - len(row.tokens) for row in batch.rows]
@@ -782,7 +788,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
     engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
-    stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
+    stats: a dict that is given steps, cache_gib (peak), prefill_s, capture_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = max_new_tokens
@@ -795,7 +801,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     if (sampling.stop_strings or sampling.bounds_thinking) and tokenizer is None:
         raise ValueError("stop strings and bounds on thinking need the tokenizer")
     stats = {} if stats is None else stats
-    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
+    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "capture_s": 0.0, "decode_s": 0.0}
     results = [[None] * num_samples for _ in prompts]
     if not prompts:
         return results
@@ -825,10 +831,13 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                                                     max_batch, chunk)
         cache = batch.cache if static else (batch.own.layers, batch.prompts.layers)
         step = functools.partial(step_fn, params, config, state, cache, sampling)
+        wait_for(like)
+        capturing = time.perf_counter()
         if static:
             state, step = graph_step(batch, state, settings, step)
         decoding = time.perf_counter()
-        stats["prefill_s"] += decoding - begin
+        stats["prefill_s"] += capturing - begin
+        stats["capture_s"] += decoding - capturing
         held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False

@@ -551,14 +551,14 @@ def param_shapes(config):
 def init_params(config, seed, device="cpu", dtype=torch.float32):
     """Random weights: normal(0, initializer_range), smaller by 1 / sqrt(2 L) in the two projections
     of a layer that write to the residual stream, as in GPT-2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     params = {}
     for name, shape in param_shapes(config).items():
         std = config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * config.num_hidden_layers)
         if len(shape) == 2:
-            tensor = torch.randn(shape, generator=generator) * std
+            tensor = torch.randn(shape, generator=generator, device=device) * std
         else:
             tensor = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         params[name] = tensor.to(device, dtype)
