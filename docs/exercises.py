@@ -1,4 +1,4 @@
-"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, in twenty small steps.
+"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, in twelve small steps.
 
     python -m docs.exercises none          # as it is, to compare with
     python -m docs.exercises baseline      # broken; then the metrics of a few steps
@@ -14,7 +14,8 @@ from pathlib import Path
 import grpo
 import optim
 
-FLAGS = ["--steps", "20", "--prompts", "16", "--warmup", "5", "--eval-every", "20", "--test-limit", "0"]
+FLAGS = ["--steps", "12", "--prompts", "16", "--warmup", "3", "--eval-every", "12",
+         "--eval-limit", "100", "--test-limit", "0"]
 SHOWN = ("reward", "accuracy", "length", "truncated", "entropy", "ratio", "clipped_high",
          "mismatch", "grad_norm", "dev_accuracy")
 
@@ -85,7 +86,7 @@ def main(parsed):
     grpo.main(args)
     lines = Path(args.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
-    shown = [record for record in steps if record["step"] in (1, 7, 13, args.steps)]
+    shown = [record for record in steps if record["step"] in (1, 4, 8, args.steps)]
     optim.say(f"\n{name:14}", *(f"step {record['step']:<6}" for record in shown))
     for metric in SHOWN:
         values = [record.get(metric) for record in shown]

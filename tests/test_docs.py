@@ -81,7 +81,7 @@ def test_docs_name_files_and_functions_that_exist():
         for path in re.findall(r"`((?:data|docs|tests)/[\w/]+\.\w+)`", _text(page)):
             assert (ROOT / path).exists() or path.startswith("data/cache"), (page.name, path)
         for file, name in re.findall(r"`(\w+)\.(\w+)`", _text(page)):
-            if (ROOT / f"{file}.py").is_file() and name not in ("py", "html", "png", "jsonl"):
+            if (ROOT / f"{file}.py").is_file() and name not in ("py", "html", "png", "jsonl", "safetensors"):
                 assert hasattr(importlib.import_module(file), name), (page.name, file, name)
 
 
