@@ -4,7 +4,7 @@
     python bench.py sample --model DIR --load fixed --batch 1 8 32 --dtype bfloat16
     python bench.py sample --size 1.5b --load fixed --batch 1 64 256     # random weights
     python bench.py step --load mixed --size 30m             # a step of grpo.py, random weights
-    python bench.py plan --model qwen2.5-1.5b --gpus 1:24    # the memory that grpo.py would need
+    python bench.py plan --model qwen2.5-1.5b --gpus 1:8 1:24    # what fits, and with which flags
 
 `step` and `plan` take the flags of grpo.py, too; `plan` reads config.json alone.
 """
@@ -26,6 +26,7 @@ import grpo
 import model
 import optim
 from data.prompts import encode_prompt
+from eval import markdown
 from optim import all_sum, at_least, gather_objects, rank_and_world, say
 
 SAMPLE_LOADS = ("fixed", "mixed", "context")
@@ -50,7 +51,7 @@ def gpus_and_gib(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
     sample = add_command(commands, "sample", bench_sample)
     sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")
@@ -69,15 +70,15 @@ def parse_args(argv=None):
     step.add_argument("--size", choices=SIZES, default="tiny", help="of the random weights")
     grpo.add_flags(step)
     plan = add_command(commands, "plan", bench_plan)
-    plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB",
+    plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB", nargs="+",
                       help="on so many GPUs of so many GiB, such as 8:80 (default: this machine)")
+    plan.add_argument("--size", choices=SIZES, help="the shape, instead of that of --model")
     grpo.add_flags(plan)
     return parser.parse_args(argv)
 
 
 def add_command(commands, name, bench_fn):
-    parser = commands.add_parser(name, description=bench_fn.__doc__,
-                                 formatter_class=optim.HelpFormatter)
+    parser = commands.add_parser(name, description=bench_fn.__doc__)
     parser.set_defaults(bench_fn=bench_fn)
     return parser
 
@@ -244,7 +245,7 @@ def bench_step(args, counted=3):
     _, world, device = optim.init_distributed(args.device, args.processes)
     dtype = optim.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
-    params, ref_params, optimizer = grpo.make_trainable(base, config, args, device)
+    params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None)
@@ -254,9 +255,9 @@ def bench_step(args, counted=3):
     for step in range(1 + counted):
         begin = clock()
         groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
-        rows, total = grpo.training_rows(grpo.with_advantages(groups, args.scale), args)
+        rows, total = grpo.training_rows(grpo.with_advantages(groups, args), args)
         rolled = clock()
-        grpo.update(policy, ref_params, optimizer, rows, total, args.lr, args)
+        grpo.update(policy, reference, optimizer, rows, total, args.lr, args)
         if step:
             rollout += (rolled - begin) / counted
             learning += (clock() - rolled) / counted
@@ -276,21 +277,37 @@ def bench_step(args, counted=3):
 # ------------------------------------------------------------ plan
 
 
+def fitting(config, args, world, device, there, lora_rank, offload):
+    """What a run would hold, and the flags that it would need to fit, as a cell of a table."""
+    args = argparse.Namespace(**vars(args) | {"lora_rank": lora_rank, "offload": offload})
+    asked = vars(args).copy()
+    plan = grpo.fit_memory(config, args, world, device, there)
+    if plan.peak > there:
+        return f"no: {plan.peak:.1f}"
+    flags = [f"`--{name.replace('_', '-')} {getattr(args, name)}`"
+             for name in ("micro_tokens", "max_batch") if getattr(args, name) < asked[name]]
+    return " ".join([f"{plan.update:.1f}, {plan.rollouts:.1f}", *flags])
+
+
 def bench_plan(args):
-    """The memory that a run of grpo.py would need on each device."""
-    config = model.load_config(model.resolve_model(args.model, config_only=True))
+    """The memory that a run of grpo.py would need in the update and in the rollouts, in GiB.
+
+    Where that is more than there is, with the flags that make it fit, or the least that it takes.
+    """
+    config = SIZES.get(args.size)
+    if config is None:
+        config = model.load_config(model.resolve_model(args.model, config_only=True))
     grpo.fill_defaults(args, config)
-    device = optim.find_device(args.device).type
+    device = "cuda" if args.gpus else optim.find_device(args.device).type
     world = args.processes or 1
-    there = optim.memory_there(device, world)
-    if args.gpus:
-        device = "cuda"
-        world, there = args.gpus
-    for rank in (0, grpo.LORA_RANK) if args.lora_rank is None else (args.lora_rank,):
-        args.lora_rank = rank
-        plan = grpo.memory_plan(config, args, world, device)
-        print(f"an adapter of rank {rank}:" if rank else "all weights:",
-              optim.plan_line(plan, there))
+    rank = args.lora_rank or grpo.LORA_RANK
+    kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
+             f"`--lora-rank {rank}`": (rank, False)}
+    rows = []
+    for world, there in args.gpus or [(world, optim.memory_there(device, world))]:
+        cells = [fitting(config, args, world, device, there, *kind) for kind in kinds.values()]
+        rows.append([f"{world} x {there:.3g} GiB", *cells])
+    print(markdown([args.size or args.model, *kinds], rows))
 
 
 def main(args):

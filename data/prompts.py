@@ -73,7 +73,7 @@ class Preset(NamedTuple):
     user: str = "{problem}"  # the user's turn; the last block of the prompt where `text` is given
     system: str | None = None  # the system turn, {tag} is the think tag; None: the model's own
     shots: int = 0  # how many solved problems are shown as earlier turns
-    text: str | None = None  # worked examples in front: the prompt is plain text, not a chat
+    text: str | None = None  # worked examples in front, or "": the prompt is plain text, no chat
     stop: tuple = ()  # strings that end a completion
     grade: str = "strict"  # "strict" or "lenient"
 
@@ -167,6 +167,7 @@ PRESETS = {
     "few-shot-cot": Preset(user=COT, shots=4),
     "r1": Preset(system=R1),
     "boxed": Preset(system=BOXED),  # the published protocol of the instruct models, no examples
+    "question": Preset(text=""),  # of base models: no template (Dr. GRPO, arXiv:2503.20783)
     "qwen-base-gsm8k": Preset(
         user="Question: {problem}\nAnswer:", text=GSM8K_4, stop=("Question:",), grade="lenient"
     ),
