@@ -7,7 +7,6 @@
 Each breakage is a function that replaces a part of grpo.py before its `main` begins.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -52,10 +51,6 @@ def lines(group):
     return [min(1.0, text.count("\n") / 20) for text in group.texts]
 
 
-def reward_lines():
-    grpo.REWARDS["lines"] = lines
-
-
 EXERCISES = {  # name: (what it breaks, or None; flags)
     "none": (None, []),
     "reuse": (None, ["--updates", "4"]),
@@ -64,13 +59,13 @@ EXERCISES = {  # name: (what it breaks, or None; flags)
     "mask": (forget_mask, []),
     "cool": (None, ["--temperature", "0.5"]),
     "temperature": (score_at_one, ["--temperature", "0.5"]),
-    "hacked": (reward_lines, ["--reward", "accuracy=1", "lines=0.9"]),
+    "hacked": (None, ["--reward", "accuracy=1", "docs/exercises.py:lines=0.9"]),
 }
 
 
 def parse_args(argv=None):
     """(the exercise's name, the flags of grpo.py)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     parser.add_argument("name", choices=EXERCISES)
     chosen, others = parser.parse_known_args(argv)
     run_dir = f"runs/exercises/{chosen.name}"

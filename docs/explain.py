@@ -7,12 +7,13 @@ A block of Python in the page is followed by a block of text: what it printed. A
 page and compares; the notebook is the page, cell by cell.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import re
 from pathlib import Path
+
+from optim import Parser
 
 PAGE = Path(__file__).with_name("walkthrough.md")
 NOTEBOOK = PAGE.with_suffix(".ipynb")
@@ -26,8 +27,7 @@ if not os.path.exists("grpo.py"):  # a notebook starts in its own directory
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--write", action="store_true", help="update the page and the notebook")
     return parser.parse_args(argv)
 

@@ -16,6 +16,7 @@ from tests.common import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "data" / "README.md", ROOT / "data" / "tiny" / "README.md"]
 STAND_INS = {"S": "0", "N": "1", "P": "plain", "GPUS:GIB": "1:24"}  # what a page leaves to you
+SUFFIXES = ("py", "html", "png", "jsonl", "safetensors")  # model.safetensors is no function
 OTHERS = ("venv", "pip", "nbclient", "jupyter")  # commands that are not ours
 
 
@@ -81,7 +82,7 @@ def test_docs_name_files_and_functions_that_exist():
         for path in re.findall(r"`((?:data|docs|tests)/[\w/]+\.\w+)`", _text(page)):
             assert (ROOT / path).exists() or path.startswith("data/cache"), (page.name, path)
         for file, name in re.findall(r"`(\w+)\.(\w+)`", _text(page)):
-            if (ROOT / f"{file}.py").is_file() and name not in ("py", "html", "png", "jsonl", "safetensors"):
+            if (ROOT / f"{file}.py").is_file() and name not in SUFFIXES:
                 assert hasattr(importlib.import_module(file), name), (page.name, file, name)
 
 
