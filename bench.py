@@ -284,8 +284,9 @@ def fitting(config, args, world, device, there, lora_rank, offload):
     plan = grpo.fit_memory(config, args, world, device, there)
     if plan.peak > there:
         return f"no: {plan.peak:.1f}"
-    flags = [f"`--{name.replace('_', '-')} {getattr(args, name)}`"
-             for name in ("micro_tokens", "max_batch") if getattr(args, name) < asked[name]]
+    flags = ["`--free-sampler`"] if args.free_sampler else []
+    flags += [f"`--{name.replace('_', '-')} {getattr(args, name)}`"
+              for name in ("micro_tokens", "max_batch") if getattr(args, name) < asked[name]]
     return " ".join([f"{plan.update:.1f}, {plan.rollouts:.1f}", *flags])
 
 

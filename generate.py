@@ -508,10 +508,10 @@ class Engine:
         return len(self.layers[0][0]) // self.cache.size
 
     def release(self):
-        """Give the memory back; the next call allots and captures anew."""
+        """Give all memory back; the next call allots and captures anew."""
         self.rows.clear()
         self.graphs.clear()
-        self.cache = None
+        self.cache = self.form = None
 
 
 def power_of_two(n):

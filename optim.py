@@ -398,12 +398,12 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, rows, cache_slots,
-                lora_rank=0, checkpointing=True, reference=None, offload=False):
+                lora_rank=0, checkpointing=True, reference=None, offload=False, keep_sampler=True):
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
     that decode at once. cache_slots: that they take. reference: the Config of a frozen model that
-    is held, too.
+    is held, too. keep_sampler: on a GPU, its cache and weights stay during the update.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -425,7 +425,7 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
 
     cache = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
     sampler = size * weights if lora_rank or not on_gpu else 0  # merged, or packed
-    if on_gpu:  # the sampler's weights and cache stay where its graphs read them
+    if on_gpu and keep_sampler:  # where its graphs read them
         held += cache + sampler
 
     layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
@@ -443,7 +443,7 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     update = held + row_tokens * L * layer + max(head, row_tokens * again)
 
     rollouts = held + rows * V * (12 + size)  # logits
-    if not on_gpu:
+    if not (on_gpu and keep_sampler):
         rollouts += cache + sampler
     allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
     shared = size * weights if lora_rank else 0

@@ -33,7 +33,7 @@ def test_bench_plan_says_what_fits():
     assert all(cell.startswith("no: ") for cell in six[1:]) and eight[1].startswith("no: ")
     assert "`--micro-tokens " in eight[3] and "`--max-batch " in eight[3], eight
     assert large[0] == "| 8 x 80 GiB" and not any("no:" in cell or "`" in cell for cell in large)
-    update, rollouts = map(float, re.match(r"(\S+), (\S+) `", eight[3]).groups())
+    update, rollouts = map(float, re.match(r"(\S+), (\S+) `--free-sampler`", eight[3]).groups())
     assert max(update, rollouts) <= 8, eight
     assert "| tiny | all weights |" in _printed("plan")  # on this machine
     assert "GPUS:GIB" in run("bench.py", "plan", "--gpus", 24, ok=False)
