@@ -94,6 +94,18 @@ def test_readme_names_the_functions_of_the_seven_steps():
         assert hasattr(grpo, name), f"README: grpo.py has no {name}"
 
 
+def test_readme_lists_the_files_from_the_ground_up():
+    """Every file of the table imports only files above it, and none is missing."""
+    [table] = re.findall(r"## The files(.*?)\n## ", _text(PAGES[0]), re.DOTALL)
+    order = [name.removesuffix(".py").rstrip("/") for name in
+             re.findall(r"^\| `([\w/]+(?:\.py|/))`", table, re.MULTILINE)]
+    assert sorted(set(order) - {"data"}) == sorted(p.stem for p in ROOT.glob("*.py")), order
+    for place, name in enumerate(order):
+        text = _text(ROOT / f"{name}.py" if name != "data" else ROOT / "data" / "rewards.py")
+        for found in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
+            assert found not in order or found in order[:place + 1], (name, found)
+
+
 def test_docs_commands_parse():
     """Files moved and flags went while pages still told readers to type them."""
     count = 0
