@@ -59,7 +59,7 @@ EXERCISES = {  # name: (what it breaks, or None; flags)
     "mask": (forget_mask, []),
     "cool": (None, ["--temperature", "0.5"]),
     "temperature": (score_at_one, ["--temperature", "0.5"]),
-    "hacked": (None, ["--reward", "accuracy=1", "docs/exercises.py:lines=0.9"]),
+    "hacked": (None, ["--reward", "docs/exercises.py:lines=1"]),
 }
 
 

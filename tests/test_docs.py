@@ -7,17 +7,19 @@ import io
 import json
 import re
 import shlex
+import tempfile
 import unittest
+from pathlib import Path
 
 import grpo
 from docs import explain
-from tests.common import ROOT
+from tests.common import ROOT, in_process, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "data" / "README.md", ROOT / "data" / "tiny" / "README.md"]
 STAND_INS = {"S": "0", "N": "1", "P": "plain", "GPUS:GIB": "1:24"}  # what a page leaves to you
 SUFFIXES = ("py", "html", "png", "jsonl", "safetensors")  # model.safetensors is no function
-OTHERS = ("venv", "pip", "nbclient", "jupyter")  # commands that are not ours
+OTHERS = ("venv", "pip", "mine.py")  # not ours
 
 
 def _text(page):
@@ -88,10 +90,24 @@ def test_docs_name_files_and_functions_that_exist():
 
 def test_readme_names_the_functions_of_the_seven_steps():
     [table] = re.findall(r"## GRPO in seven steps(.*?)\n## ", _text(PAGES[0]), re.DOTALL)
-    names = re.findall(r"`(\w+)`", table)
-    assert len(names) >= 7, names
-    for name in names:
+    steps = re.findall(r"^\d\. .*?:\s+(`.*?)\.$", table, re.MULTILINE | re.DOTALL)
+    assert len(steps) == 7, steps
+    for name in re.findall(r"`(\w+)`", " ".join(steps)):
         assert hasattr(grpo, name), f"README: grpo.py has no {name}"
+
+
+def test_readme_example_of_your_own_runs():
+    """Its file is run as it stands, and trained on."""
+    [code] = re.findall(r"```python\n(.*?)```", _text(PAGES[0]), re.DOTALL)
+    with tempfile.TemporaryDirectory() as folder:
+        mine = Path(folder, "mine.py")
+        mine.write_text(code, encoding="utf-8")
+        mine.with_suffix(".jsonl").write_text(run(mine), encoding="utf-8")
+        out = in_process("grpo", "--data", mine.with_suffix(".jsonl"), "--reward", "accuracy=1",
+                         f"{mine}:short=0.2", "--run-dir", Path(folder, "run"), "--steps", 1,
+                         "--prompts", 2, "--group", 2, "--eval-limit", 2, "--test-limit", 0,
+                         "--processes", 1)
+    assert "step 1/1" in out, out
 
 
 def test_readme_lists_the_files_from_the_ground_up():
@@ -101,9 +117,12 @@ def test_readme_lists_the_files_from_the_ground_up():
              re.findall(r"^\| `([\w/]+(?:\.py|/))`", table, re.MULTILINE)]
     assert sorted(set(order) - {"data"}) == sorted(p.stem for p in ROOT.glob("*.py")), order
     for place, name in enumerate(order):
-        text = _text(ROOT / f"{name}.py" if name != "data" else ROOT / "data" / "rewards.py")
-        for found in re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE):
-            assert found not in order or found in order[:place + 1], (name, found)
+        files = [ROOT / f"{name}.py"] if name != "data" else (ROOT / "data").glob("*.py")
+        for file in files:
+            if name == "data" and "__main__" in _text(file):  # a script, which nothing imports
+                continue
+            for found in re.findall(r"^(?:from|import) (\w+)", _text(file), re.MULTILINE):
+                assert found not in order or found in order[:place + 1], (file.name, found)
 
 
 def test_docs_commands_parse():
