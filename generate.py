@@ -14,7 +14,6 @@ and waiting ones take their places (Orca, OSDI 2022). The layers are `model.bloc
 step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 """
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -39,7 +38,16 @@ from attention import (
     slot_decode,
     slot_prefill,
 )
-from optim import HelpFormatter, add_device_flags, at_least, between, compute_dtype, find_device
+from optim import (
+    Parser,
+    add_device_flags,
+    at_least,
+    between,
+    compute_dtype,
+    find_device,
+    printable,
+    run_main,
+)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -55,7 +63,7 @@ def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
@@ -120,7 +128,8 @@ def inverse_cdf(weights, noise):
     point = point - (cdf.gather(1, which) - inner[:, -1:])
     # rounding may put the point just outside its block; a token of weight zero must not be drawn
     point = point.clamp_(min=0).minimum(inner[:, -1:] * (1 - 2**-24))
-    return which * width + torch.searchsorted(inner, point, right=True)
+    inside = torch.searchsorted(inner, point, right=True).clamp_(max=width - 1)  # were it nan
+    return which * width + inside
 
 
 def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=None):
@@ -158,7 +167,8 @@ def truncated_draw(probs, noise, top_p, top_k):
         total = weights.sum(-1, keepdim=True) if top_k else 1
         weights = weights * (likelier < top_p * total)
     cdf = weights.cumsum(-1)
-    return ids.gather(1, torch.searchsorted(cdf, noise * cdf[:, -1:], right=True))
+    places = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
+    return ids.gather(1, places.clamp_(max=ids.shape[1] - 1))
 
 
 # ------------------------------------------------------------ weights
@@ -677,6 +687,12 @@ def graph_step(engine, state, settings, step_fn):
     return held, replay
 
 
+def wait_for(tensor):
+    """Until a GPU has done what it was asked, so that times are told apart."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
 def steps_left(batch):
     """Until a row must end, or needs more slots; in the static batch, until none can go on."""
     room = [row.limit - len(row.tokens) for row in batch.rows]
@@ -715,6 +731,9 @@ def harvest(rows, drawn, sampling, results, on_token):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = min(next(ends, len(drawn)), row.limit - len(row.tokens))
         row.extend(tokens[at][:end], logprobs[at][:end])
+        if math.isnan(sum(logprobs[at][:end])):
+            raise ValueError("the model's log-probabilities are not finite: its weights are "
+                             "damaged, or a training run has ruined them; use another checkpoint")
         length = len(row.tokens)
         finish = finish_reason(row, sampling)
         reopened |= len(row.tokens) < length
@@ -789,7 +808,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
     engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
-    stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
+    stats: a dict that is given steps, cache_gib (peak), prefill_s, capture_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = max_new_tokens
@@ -802,7 +821,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     if (sampling.stop_strings or sampling.bounds_thinking) and tokenizer is None:
         raise ValueError("stop strings and bounds on thinking need the tokenizer")
     stats = {} if stats is None else stats
-    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
+    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "capture_s": 0.0, "decode_s": 0.0}
     results = [[None] * num_samples for _ in prompts]
     if not prompts:
         return results
@@ -832,10 +851,13 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                                                     max_batch, chunk)
         cache = batch.cache if static else (batch.own.layers, batch.prompts.layers)
         step = functools.partial(step_fn, params, config, state, cache, sampling)
+        wait_for(like)
+        capturing = time.perf_counter()
         if static:
             state, step = graph_step(batch, state, settings, step)
         decoding = time.perf_counter()
-        stats["prefill_s"] += decoding - begin
+        stats["prefill_s"] += capturing - begin
+        stats["capture_s"] += decoding - capturing
         held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
@@ -881,13 +903,53 @@ def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=Tru
             elif at >= 0 and thinking:
                 end += len(tag)  # both tags belong to the block
             if end > shown and not (thinking and hide):
-                write(f"\033[2m{text[shown:end]}\033[0m" if thinking and dim else text[shown:end])
+                new = printable(text[shown:end])
+                write(f"\033[2m{new}\033[0m" if thinking and dim else new)
             shown = max(shown, end)
             if at < 0:
                 return
             thinking = not thinking
 
     return show
+
+
+def fit_turns(tokenizer, messages, system, room):
+    """(messages, their ids) less the oldest questions and answers until `room` tokens hold them.
+
+    The last question stays.
+    """
+    ids = model.encode_chat(tokenizer, messages, system=system)
+    while len(ids) > room and len(messages) > 1:
+        messages = messages[2:]
+        ids = model.encode_chat(tokenizer, messages, system=system)
+    return messages, ids
+
+
+def reply(params, config, tokenizer, system, engine, messages, args):
+    """The conversation with the answer to its last question, which is printed as it comes.
+
+    Raises ValueError when the question alone fills the context.
+    """
+    room = config.max_context - min(args.max_new_tokens, config.max_context // 2)
+    kept, prompt = fit_turns(tokenizer, messages, system, room)
+    if args.raw:
+        prompt = tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids
+    ends = model.end_tokens(tokenizer, config)
+    show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
+                         args.think_tag, args.hide_thinking, sys.stdout.isatty())
+    [[answer]] = generate(
+        params, config, [prompt], max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
+        seed=args.seed, seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
+        think_budget=args.think_budget, think_minimum=args.think_minimum,
+        think_tag=args.think_tag, compiled=args.compile, engine=engine,
+        on_token=lambda prompt, sample, tokens: show(tokens))
+    show(answer.tokens, last=True)
+    print()
+    if len(kept) < len(messages):
+        print(f"(the context of {config.max_context} tokens is full: forgotten are the "
+              f"{len(messages) - len(kept)} oldest turns)")
+    return [*kept, {"role": "assistant", "content": completion_text(tokenizer, answer, ends)}]
 
 
 def main(args):
@@ -899,37 +961,28 @@ def main(args):
     device = find_device(args.device)
     params = model.load_params(path, device, compute_dtype(args.dtype, device), args.adapter)
     params = sampling_params(params, config)
-    engine = Engine()
-    ends = model.end_tokens(tokenizer, config)
+    policy = (params, config, tokenizer, system, Engine())
+    if args.prompt is not None:
+        reply(*policy, [{"role": "user", "content": args.prompt}], args)
+        return
+    print(f"{args.model} on {device}. Ctrl-D ends, Ctrl-C stops an answer, /reset starts anew.")
     messages = []
     while True:
         try:
-            question = args.prompt if args.prompt is not None else input("\n> ")
+            question = input("\n> ").strip()
         except EOFError:
             return
-        messages.append({"role": "user", "content": question})
-        prompt = model.encode_chat(tokenizer, messages, system=system)
-        if args.raw:
-            prompt = tokenizer.encode(question, add_special_tokens=False).ids
-        show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
-                             args.think_tag, args.hide_thinking, sys.stdout.isatty())
-        [[answer]] = generate(
-            params, config, [prompt], max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
-            seed=args.seed, seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
-            think_budget=args.think_budget, think_minimum=args.think_minimum,
-            think_tag=args.think_tag, compiled=args.compile, engine=engine,
-            on_token=lambda prompt, sample, tokens: show(tokens))
-        show(answer.tokens, last=True)
-        print()
-        if args.prompt is not None:
-            return
-        messages.append({"role": "assistant", "content": completion_text(tokenizer, answer, ends)})
+        if question == "/reset":
+            messages = []
+            print("(a new conversation)")
+        elif question:
+            try:
+                asked = {"role": "user", "content": question}
+                messages = reply(*policy, [*messages, asked], args)
+            except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+                why = str(error) or "stopped"
+                print(f"\n(no answer: {why}; the conversation is as it was before)")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

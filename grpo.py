@@ -21,12 +21,15 @@ Where this departs from the GRPO paper, and what undoes it:
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
 On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
 from another model, and there are no rewards unless --reward names them.
-Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585.
+Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
+arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
+--reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
 """
 
 import argparse
 import functools
 import itertools
+import json
 import math
 import re
 import time
@@ -40,23 +43,42 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 import optim
-from data.mixture import load_held_out, load_mixture, problem_order, split_number
+import view
+from data.mixture import (
+    data_hash,
+    files_of,
+    keys_of,
+    load_held_out,
+    load_mixture,
+    problem_order,
+    split_number,
+)
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from eval import interval, markdown, percent
+from data.rewards import REWARDS, parse_rewards, reward_group
+from eval import (
+    fit_context,
+    gains,
+    interval,
+    leave_out,
+    markdown,
+    paired_bootstrap,
+    pass_at_k,
+    percent,
+    rate_metrics,
+)
 from generate import Engine, cache_slots, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
-from verify import format_reward, verify_many
+from verify import extract_answer, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
         "lr": 5e-4, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
           "lr": 1e-6, "micro_tokens": 16384, "checkpointing": True}
-REWARDED = {"strict": ["accuracy=1", "format=0.1"], "lenient": ["accuracy=1"]}  # by the grade
+REWARDED = ["accuracy=1", "format=0.1"]  # the format where a box is asked for
 LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 
 
 def add_flags(parser):
@@ -79,17 +101,23 @@ def add_flags(parser):
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
-    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, summed "
-        f"(default {' '.join(REWARDED['strict'])}, without the format where the prompt asks for no "
-        "box; with --teacher, none)")
+    add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+        help="before training, ask each problem G times and keep those solved this often")
+    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}; "
+        "mine.py:short is def short(group) in your mine.py "
+        f"(default {' '.join(REWARDED)}, without the format where the prompt asks for no "
+        "box or with --scale mean; with --teacher, none)")
+    add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
+        "each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
         "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
-    add("--scale", default="group", choices=("group", "batch", "none"), help="of the advantages: "
-        "by whose standard deviation they are divided")
+    add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
+        "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
-    add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
+    add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
+        "whose bounds are of the probability's change)")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
     add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
         "unless given, weighs the KL divergence from it")
@@ -97,11 +125,15 @@ def add_flags(parser):
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
-    add("--sampler-cap", type=at_least(1.0), default=2.0, help="the most that a token counts")
+    add("--sampler-level", default="token", choices=("token", "sequence"), help="where the sampler "
+        "and the trainer disagree: token truncates what a token counts, sequence leaves out the "
+        "whole completion")
+    add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default 2; of sequence 3)")
     add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
     add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the problems")
+    add("--until", type=optim.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
@@ -114,12 +146,166 @@ def add_flags(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
 
 
-# ------------------------------------------------------------ rewards
+# ------------------------------------------------------------ the loss
+
+
+def group_advantages(rewards, scale="group"):
+    """How much better each completion did than its group.
+
+    rewards: [N, G] float, nan where undecided, which stays nan and has no part in the others.
+    Returns [N, G] float: rows sum to zero; equal rewards give zeros.
+    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
+    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, by "none" (Dr. GRPO,
+    arXiv:2503.20783), or by the group's "mean" (MaxRL, arXiv:2602.02710: for rewards of 0 and 1).
+    Raises ValueError when G < 2: one alone has no baseline.
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
+    mean = rewards.nanmean(1, keepdim=True)  # [N, 1]
+    advantages = rewards - mean  # [N, G]
+    if scale == "none":
+        return advantages
+    if scale == "group":
+        deviations = torch.stack([row[~row.isnan()].std() for row in rewards])
+        return advantages / (deviations[:, None] + 1e-4)
+    if scale == "batch":
+        return advantages / (rewards[~rewards.isnan()].std() + 1e-4)
+    if scale == "mean":
+        return advantages / mean.clamp(min=1e-6)  # all wrong: 0 / 1e-6
+    raise ValueError(f"scale is {scale!r}, expected group, batch, none or mean")
+
+
+def ppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291.
+
+    As every objective, it returns of each token what is to grow, and whether it has no gradient as
+    its ratio is too low, or too high: [B, T] each. A: [B, 1], the advantages.
+    """
+    bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.minimum(bounded * A, clipped * A)
+    return objective, (ratio < 1 - clip_low) & (A < 0), (ratio > 1 + clip_high) & (A > 0)
+
+
+def cispo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2506.13585, eq. 4: a factor that is clipped from above; every token has a gradient."""
+    high = ratio > 1 + clip_high  # whatever the advantage
+    return ratio.detach().clamp(max=1 + clip_high) * A * logprobs, torch.zeros_like(high), high
+
+
+def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2602.04879, by total variation: the bounds are of the probability, not of its ratio."""
+    moved = logprobs.detach().exp() - old_logprobs.exp()
+    low = (moved < -clip_low) & (A <= 0)
+    high = (moved > clip_high) & (A > 0)
+    return ratio.detach().clamp(max=20) * ~(low | high) * A * logprobs, low, high
+
+
+def sapo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+    """arXiv:2511.20347: a gate that closes softly, and sooner on what is to become unlikelier."""
+    sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
+    open_everywhere = torch.zeros_like(ratio)
+    gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
+    return gate * A, open_everywhere, open_everywhere
+
+
+LOSSES = {"dapo": ppo, "grpo": ppo, "bnpo": ppo, "dr_grpo": ppo, "cispo": cispo, "dppo": dppo,
+          "sapo": sapo}
+
+
+def kl_divergence(gap, ratio, kl):
+    """Estimates of KL(policy || reference) for each token, [B, T].
+
+    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html;
+    k3: GRPO, eq. 4; k3_corrected, whose gradient is unbiased: DeepSeek-V3.2, arXiv:2512.02556.
+    """
+    k3 = gap.exp() - gap - 1
+    estimates = {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}
+    if kl not in estimates:
+        raise ValueError(f"kl is {kl!r}, expected one of {', '.join(estimates)}")
+    return estimates[kl]
+
+
+class Total(NamedTuple):
+    """What sums over the completions of an optimizer step are divided by."""
+    loss: int
+    tokens: int
+
+
+def loss_total(loss, lengths, max_completion_tokens):
+    """The Total of completions of these lengths: their number, what they could hold, or tokens."""
+    tokens = sum(lengths)
+    if loss in ("grpo", "sapo"):  # the mean over completions, each the mean over its tokens
+        return Total(len(lengths), tokens)
+    if loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
+        if max_completion_tokens is None:
+            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
+        return Total(len(lengths) * max_completion_tokens, tokens)
+    return Total(tokens, tokens)  # the mean over all tokens (DAPO, eq. 8)
+
+
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
+                level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
+                max_completion_tokens=None, total=None, weights=None):
+    """The loss whose gradient improves the policy, and what to log of it.
+
+    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
+    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
+    loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO. weights: [B, T] or
+    [B, 1], factors of the objective, not of the divergence; or None. total: what the sum is divided
+    by, over the whole optimizer step; None: by loss_total of this call (so "bnpo" is "dapo").
+    Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
+    """
+    if loss not in LOSSES or level not in ("token", "sequence"):
+        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
+                         "and token or sequence")
+    mask = mask.to(logprobs.dtype)  # [B, T]
+    lengths = mask.sum(1)  # [B]
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
+    ratio = token_ratio = log_ratio.exp()  # [B, T]
+    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
+        mean = log_ratio.sum(1) / lengths.clamp(min=1)  # [B]
+        ratio = mean.exp()[:, None].expand_as(token_ratio)  # [B, T]
+    objective, low, high = LOSSES[loss](ratio, logprobs, old_logprobs, advantages[:, None],
+                                        clip_low, clip_high, clip_hard)  # [B, T] each
+    if weights is not None:
+        objective = objective * weights
+    divergence = torch.zeros_like(logprobs)  # [B, T]
+    if beta:
+        gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
+        divergence = kl_divergence(gap, token_ratio, kl)
+    per_token = (beta * divergence - objective) * mask  # [B, T]
+    if loss in ("grpo", "sapo"):  # arXiv:2402.03300, eq. 3: first the mean over each completion
+        per_token = per_token / lengths.clamp(min=1)[:, None]
+    if total is None:
+        total = max(1, loss_total(loss, lengths, max_completion_tokens).loss)
+    value = per_token.sum() / total
+    sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
+    stats = {name: (each.detach() * mask).sum() for name, each in sums.items()}
+    return value, stats | {"tokens": mask.sum()}
+
+
+def mismatch_weights(log_ratio, cap, level="token"):
+    """How much each token counts as the sampler and the trainer disagree on its probability.
+
+    log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token. "token":
+    the ratio, at most `cap` (truncated importance sampling), [B, T]. "sequence": the ratio of the
+    whole completion, or 0 where that is not from 1 / cap to cap (a sequence mask), [B, 1].
+    They belong on the policy's objective, whose mean over the trainer's samples is what the sampler
+    only estimates. A penalty should hold the policy in every sample, those left out included.
+    """
+    if level == "token":
+        return log_ratio.exp().clamp(max=cap)
+    whole = log_ratio.sum(1, keepdim=True)  # [B, 1]
+    return torch.where(whole.abs() <= math.log(cap), whole.exp(), 0.0)
+
+
+# ------------------------------------------------------------ rollouts
 
 
 class Group(NamedTuple):
@@ -132,200 +318,9 @@ class Group(NamedTuple):
     max_new_tokens: int
     think_tag: str
     place: int = 0  # of the problem in the order of the run
-    parts: dict[str, list[float]] = {}  # each reward by name, [G]
-    rewards: list[float] = ()  # [G] their sum, each times its coefficient
-    advantages: list[float] = ()  # [G]
-
-
-def accuracy(group):
-    return [float(right is True) for right in group.right]
-
-
-def well_formed(group):
-    """A well-formed thinking block at most, one boxed answer, nothing after it."""
-    return [format_reward(text, group.think_tag) for text in group.texts]
-
-
-def brevity(group):
-    """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
-
-    Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
-    """
-    lengths = [len(c.tokens) for c in group.completions]
-    shortest = min((n for n, right in zip(lengths, group.right) if right), default=0)
-    return [-min(1.0, (n - shortest) / (2 * shortest)) if right else 0.0
-            for n, right in zip(lengths, group.right)]
-
-
-def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
-    rewards = []
-    for c in group.completions:
-        grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
-        share = 1 - len(set(grams)) / max(1, len(grams))
-        rewards.append(-max(0.0, share - free) / (1 - free) if grams else 0.0)
-    return rewards
-
-
-def script_of(letter):
-    if ord(letter) < 0x250:
-        return "latin"
-    return ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
-
-
-def language(group):
-    """Down to -1 with the share of letters of scripts that the problem does not use.
-
-    Latin is free: formulas need it.
-    """
-    home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
-    letters = [[c for c in text if c.isalpha()] for text in group.texts]
-    return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
-
-
-def overlong(group, share=0.2):
-    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
-    start = (1 - share) * group.max_new_tokens
-    return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
-            for c in group.completions]
-
-
-# A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. The penalties lie in [-1, 0].
-REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
-           "repetition": repetition, "language": language, "overlong": overlong}
-
-
-def parse_rewards(words):
-    """["accuracy=1", "format=0.1"] -> {name: coefficient}.
-
-    Raises ValueError for unknown names, and when a wrong answer could score above a right one.
-    """
-    coefficients = dict(map(split_number, words))
-    for name in coefficients:
-        if name not in REWARDS:
-            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}")
-    of_accuracy = coefficients.get("accuracy", math.inf)
-    others = sum(c for name, c in coefficients.items() if name != "accuracy")
-    if others >= of_accuracy:
-        raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
-                         f"{of_accuracy:g}; it needs more, or a wrong answer may beat a right one")
-    return coefficients
-
-
-def reward_group(group, coefficients):
-    """The group with `parts` and `rewards`."""
-    parts = {name: REWARDS[name](group) for name in coefficients}
-    rewards = [0.0] * len(group.texts)
-    for name, coefficient in coefficients.items():
-        rewards = [total + coefficient * part for total, part in zip(rewards, parts[name])]
-    return group._replace(parts=parts, rewards=rewards)
-
-
-# ------------------------------------------------------------ the loss
-
-
-def group_advantages(rewards, scale="group"):
-    """How much better each completion did than its group.
-
-    rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
-    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, or "none" (Dr. GRPO,
-    arXiv:2503.20783). Raises ValueError when G < 2: one alone has no baseline.
-    """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
-    advantages = rewards - rewards.mean(1, keepdim=True)  # [N, G]
-    if scale == "none":
-        return advantages
-    if scale == "group":
-        return advantages / (rewards.std(1, keepdim=True) + 1e-4)
-    if scale == "batch":
-        return advantages / (rewards.std() + 1e-4)
-    raise ValueError(f"scale is {scale!r}, expected group, batch or none")
-
-
-def kl_divergence(gap, ratio, kl):
-    """Estimates of KL(policy || reference) for each token, [B, T].
-
-    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html.
-    """
-    if kl == "k1":
-        return -gap
-    if kl == "k2":
-        return gap.square() / 2
-    k3 = gap.exp() - gap - 1  # GRPO, eq. 4
-    if kl == "k3":
-        return k3
-    if kl == "k3_corrected":  # DeepSeek-V3.2, arXiv:2512.02556: its gradient is unbiased
-        return ratio * k3
-    raise ValueError(f"kl is {kl!r}, expected k1, k2, k3 or k3_corrected")
-
-
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
-                level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
-                max_completion_tokens=None, total=None, weights=None, bonus=0.0):
-    """The loss whose gradient improves the policy, and what to log of it.
-
-    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
-    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
-    weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
-    objective (entropy). loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO.
-    total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
-    rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
-    Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
-    """
-    if loss not in LOSSES or level not in ("token", "sequence"):
-        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
-                         "and token or sequence")
-    mask = mask.to(logprobs.dtype)  # [B, T]
-    lengths = mask.sum(1).clamp(min=1)  # [B]
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
-    token_ratio = log_ratio.exp()  # [B, T]
-    ratio = token_ratio
-    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
-        ratio = (log_ratio.sum(1) / lengths).exp()[:, None].expand_as(token_ratio)  # [B, T]
-    A = advantages[:, None]  # [B, 1]
-    if loss == "cispo":  # arXiv:2506.13585, eq. 4: a clipped factor; every token keeps its gradient
-        objective = ratio.detach().clamp(max=1 + clip_high) * A * logprobs  # [B, T]
-    else:  # PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291
-        bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-        objective = torch.minimum(bounded * A, clipped * A)  # [B, T]
-    divergence = torch.zeros_like(logprobs)  # [B, T]
-    if beta:
-        gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
-        divergence = kl_divergence(gap, token_ratio, kl)
-    per_token = (beta * divergence - objective - bonus) * mask  # [B, T]
-    if weights is not None:
-        per_token = per_token * weights
-    if loss == "grpo":  # arXiv:2402.03300, eq. 3: the mean over tokens, then over completions
-        value = (per_token.sum(1) / lengths).sum() / (total or len(mask))
-    elif loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
-        if max_completion_tokens is None:
-            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
-        value = per_token.sum() / (total or len(mask) * max_completion_tokens)
-    else:  # the mean over all tokens: of the batch (bnpo), of the whole step (DAPO, eq. 8)
-        value = per_token.sum() / (total or mask.sum().clamp(min=1))
-    with torch.no_grad():
-        low = (ratio < 1 - clip_low) & (A < 0)
-        high = (ratio > 1 + clip_high) & (A > 0)
-        if loss == "cispo":  # whatever the advantage, and from above only
-            low, high = torch.zeros_like(low), ratio > 1 + clip_high
-        sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
-        stats = {name: (each * mask).sum() for name, each in sums.items()}
-    return value, stats | {"tokens": mask.sum()}
-
-
-def loss_total(loss, lengths, max_completion_tokens):
-    """`total` of policy_loss for an optimizer step over completions of these lengths."""
-    if loss == "grpo":
-        return len(lengths)
-    return len(lengths) * max_completion_tokens if loss == "dr_grpo" else sum(lengths)
-
-
-# ------------------------------------------------------------ rollouts
+    parts: dict[str, list] = {}  # each reward by name, [G]
+    rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
+    advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
 
 
 class Policy(NamedTuple):
@@ -386,8 +381,9 @@ def sampler_weights(policy):
 
 
 def has_spread(group):
-    """Groups whose rewards are all equal have no gradient."""
-    return max(group.rewards) - min(group.rewards) > 1e-6
+    """Groups whose rewards are all equal have no gradient, nor have those with one or none."""
+    decided = [reward for reward in group.rewards if reward is not None]
+    return len(decided) > 1 and max(decided) - min(decided) > 1e-6
 
 
 def roll_out_step(policy, problems, step, args):
@@ -409,17 +405,42 @@ def roll_out_step(policy, problems, step, args):
     return groups
 
 
-def with_advantages(groups, scale):
+def combined_advantages(parts, coefficients, scale):
+    """GDPO, arXiv:2601.05242: each reward by itself in its group, then their sum over the batch.
+
+    So a reward counts by its coefficient, however little it differs. parts: {name: [N, G]}.
+    """
+    advantages = sum(coefficient * group_advantages(parts[name], scale)
+                     for name, coefficient in coefficients.items())  # [N, G]
+    return advantages / (advantages[~advantages.isnan()].std() + 1e-4)  # their mean is 0 already
+
+
+def with_nan(rows):
+    """Lists of floats as a tensor, with nan for None."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
+
+
+def with_advantages(groups, args):
     """The groups with their advantages.
 
-    Those without spread get zeros, and have no part in the deviation of the batch.
+    Those without spread get zeros, and have no part in the deviation of the batch. What is
+    undecided gets None, and has none in the baseline of its group.
     """
-    rewards = torch.tensor([g.rewards for g in groups])  # [N, G]
+    rewards = with_nan([g.rewards for g in groups])  # [N, G]
     spread = torch.tensor([has_spread(g) for g in groups])  # [N]
     advantages = torch.zeros_like(rewards)
-    if spread.any():
-        advantages[spread] = group_advantages(rewards[spread], scale)
-    return [g._replace(advantages=row) for g, row in zip(groups, advantages.tolist())]
+    if spread.any() and args.combine == "normalise":
+        parts = {}
+        for name in groups[0].parts:
+            part = with_nan([g.parts[name] for g in groups])
+            parts[name] = torch.where(rewards.isnan(), math.nan, part)[spread]
+        advantages[spread] = combined_advantages(parts, parse_rewards(args.reward), args.scale)
+    elif spread.any():
+        advantages[spread] = group_advantages(rewards[spread], args.scale)
+    rows = []
+    for g, row in zip(groups, advantages.tolist()):
+        rows.append([None if r is None else a for r, a in zip(g.rewards, row)])
+    return [g._replace(advantages=row) for g, row in zip(groups, rows)]
 
 
 # ------------------------------------------------------------ learning
@@ -466,6 +487,8 @@ def training_rows(groups, args):
     for g in groups if args.teacher else filter(has_spread, groups):
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
+            if advantage is None:
+                continue
             counts = c.finish == "stop" or not args.mask_truncated
             sequences.append(Sequence(c.tokens, c.logprobs, advantage, counts))
         learned.append((g.prompt, sequences))
@@ -525,13 +548,18 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     sequences = [s for _, piece in row for s in piece]
     sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
     mismatch = (old_logprobs - sampled) * mask  # [B, T]
+    weights = mismatch_weights(mismatch, args.sampler_cap, args.sampler_level)
+    if args.loss == "dppo":  # its bounds are around the sampler itself
+        old_logprobs, weights = sampled, torch.ones_like(weights)
     loss, stats = policy_loss(
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
-        max_completion_tokens=args.max_new_tokens, bonus=args.entropy_bonus * entropy,
-        weights=mismatch.exp().clamp(max=args.sampler_cap))
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss,
+        max_completion_tokens=args.max_new_tokens, weights=weights)
+    if args.entropy_bonus:  # the mean over the step's tokens, whatever the loss divides by
+        loss = loss - args.entropy_bonus * (entropy * mask).sum() / total.tokens
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
+                          "sampler_weight": (weights * mask).sum(),
                           "entropy": (entropy.detach() * mask).sum()}
 
 
@@ -588,13 +616,13 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
 
 # ------------------------------------------------------------ watching
 
-CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread",
-          "second_thoughts", "grad_norm")
 STEP_LINE = (
     "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
-    " | truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
+    " | entropy {entropy:.3f} nat"
     " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
     " | update {update_s:.1f} s | {left_min:.0f} min left")
+DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
 KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
@@ -602,35 +630,62 @@ SECOND_THOUGHTS = re.compile(
 
 def step_metrics(groups, learned, args):
     """What a step's groups and its update were like. learned: from update."""
+    strict = PRESETS[args.prompt].grade == "strict"
     rows = []  # of a completion each
     for g in groups:
         for i, completion in enumerate(g.completions):
+            boxed = extract_answer(g.texts[i], strict) is not None
             rows.append({
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
-                "undecided": g.right[i] is None, "length": len(completion.tokens),
+                "undecided": g.rewards[i] is None, "no_box": not boxed,
+                "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
                 "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
             rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
-    metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    metrics = {}
+    for name in rows[0]:
+        decided = [row[name] for row in rows if row[name] is not None]
+        metrics[name] = fmean(decided) if decided else 0.0
     for name, right in (("length_right", True), ("length_wrong", False)):
         lengths = [row["length"] for row in rows if row["accuracy"] == right]
         metrics[name] = fmean(lengths) if lengths else 0.0
-    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch"):
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
+                 "sampler_weight"):
         metrics[name] = learned[name] / max(1, learned["tokens"])
+    right = [sum(x is True for x in g.right) for g in groups]
+    for k in (2, 4, 8, 16, 32):
+        if k <= args.group:
+            metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
     return metrics | {
+        "solved_never": fmean(count == 0 for count in right),
+        "solved_always": fmean(count == args.group for count in right),
         "no_spread": fmean(not has_spread(g) for g in groups),
         "loss": learned["loss"] / args.updates,
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
 
 
+def token_texts(tokenizer, tokens):
+    """The text of each token; a character of several tokens stands at its last."""
+    texts = []
+    begun = []  # tokens of a character that is not whole
+    for token in tokens:
+        begun.append(token)
+        text = tokenizer.decode(begun, skip_special_tokens=False)
+        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
+        texts.append(text if whole else "")
+        begun = [] if whole else begun
+    return texts
+
+
 def sample_records(groups, kind, tokenizer):
-    """Groups, whole, as samples.jsonl holds them."""
+    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
     records = []
     for g in groups:
         completions = []
         for i, c in enumerate(g.completions):
             completions.append({
                 "text": g.texts[i], "tokens": c.tokens,
+                "pieces": token_texts(tokenizer, c.tokens),
                 "logprobs": [round(x, 4) for x in c.logprobs],
                 "rewards": {name: values[i] for name, values in g.parts.items()},
                 "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
@@ -642,13 +697,64 @@ def sample_records(groups, kind, tokenizer):
     return records
 
 
+def count_right(groups, counts):
+    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
+    for g in groups:
+        count = counts.setdefault(g.problem["id"], [0, 0])
+        count[0] += sum(right is True for right in g.right)
+        count[1] += len(g.right)
+
+
+def list_solved(counts):
+    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
+    return {"never": [name for name, (right, _) in counts.items() if right == 0],
+            "always": [name for name, (right, asked) in counts.items() if right == asked]}
+
+
+def save_solved(run, counts):
+    """Write list_solved as problems.json, and say how many these are."""
+    solved = list_solved(counts)
+    if run.rank == 0:
+        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+
+
+def right_answers(groups):
+    """For each problem 1 where its one answer is right, else 0; undecided is not right."""
+    return [int(g.right[0] is True) for g in groups]
+
+
 def evaluate(policy, dev, groups, args, run, step):
-    """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+    """right_answers on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
     sampler = policy._replace(params=sampler_weights(policy))
     answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
-    return fmean(g.right[0] is True for g in answered)
+    return right_answers(answered)
+
+
+def keep_first_and_best(evaluations):
+    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def reached(evaluations, accuracy):
+    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
+    return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
+
+
+def whether_it_helped(evaluations):
+    """What training came to, in words, by keep_first_and_best."""
+    first, before = evaluations[0]
+    step, after = evaluations[-1]
+    accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
+    if step == first:
+        return f"training did not help: no later step exceeds the {accuracy}"
+    change, low, high = (100 * value for value in paired_bootstrap(before, after))
+    verdict = "training helped" if low > 0 else "whether training helped cannot be told"
+    return (f"{verdict}: {accuracy}, {fmean(after):.3f} at step {step}, {change:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
 
 
 def measure_test(policy, test, args, run, rows, method, preset=None):
@@ -657,17 +763,32 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
         return
     sampler = policy._replace(params=sampler_weights(policy))
     groups = roll_out(sampler, list(enumerate(test)), args, preset=preset, greedy=True)
-    accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
+    right = right_answers(groups)
+    accuracy, low, high = interval(right)
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+           "right": "".join(map(str, right)),
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
     lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
               f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
+    text = markdown(head, lines)
+    if method.startswith("after") and "right" in rows[0]:
+        before = list(map(int, rows[0]["right"]))
+        change = percent(*paired_bootstrap(before, right))
+        text += f"\nBefore to {method}: {change} points; {gains(before, right)}.\n"
     if run.rank == 0:
-        optim.write_whole(run.dir / "results.md", markdown(head, lines))
-        print(markdown(head, lines), flush=True)
+        optim.write_whole(run.dir / "results.md", text)
+        print(text, flush=True)
+
+
+def measure_start(policy, dev, args, run, step):
+    """right_answers on `dev` before any training, logged as a step's."""
+    right = evaluate(policy, dev, [], args, run, step)
+    metrics = {"step": step} | rate_metrics("dev_accuracy", right)
+    optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
+    return right
 
 
 # ------------------------------------------------------------ the run
@@ -719,10 +840,9 @@ def fill_defaults(args, config):
     """
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
-    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
-        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
-                         f"{args.clip_high}")
     defaults = dict(TINY if model.is_tiny(config) else OTHERS)
+    defaults["clip_high"] = 0.2 if args.loss == "dppo" else 0.28
+    defaults["sampler_cap"] = 2.0 if args.sampler_level == "token" else 3.0
     if args.epochs:
         del defaults["steps"]
     for name, value in defaults.items():
@@ -733,8 +853,15 @@ def fill_defaults(args, config):
     if args.teacher and not args.beta:
         raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
     if args.reward is None:
-        args.reward = [] if args.teacher else REWARDED[PRESETS[args.prompt].grade]
-    parse_rewards(args.reward)
+        boxed = PRESETS[args.prompt].grade == "strict" and args.scale != "mean"
+        args.reward = [] if args.teacher else REWARDED[:1 + boxed]
+    coefficients = parse_rewards(args.reward)
+    if args.scale == "mean" and coefficients.keys() - {"accuracy"}:
+        raise ValueError(f"--scale mean is for rewards of 0 and 1, and --reward is "
+                         f"{' '.join(args.reward)}; expected accuracy alone")
+    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
+        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
+                         f"{args.clip_high}")
     if args.adapter:
         args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
@@ -786,18 +913,63 @@ def settle_flags(args, config):
 
 
 def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context.
+    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    prompts = [encode_problem(policy, problem, args) for problem in problems]
+    return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
 
-    Raises ValueError when none does.
+
+def filter_by_pass_rate(sets, policy, args, counts):
+    """The sets without the problems that the policy solves too rarely or too often.
+
+    counts: as of count_right; if it is empty, all problems are asked, and it is filled.
+    Raises ValueError when nothing is left of a set.
     """
-    room = policy.config.max_context - args.max_new_tokens
-    kept = [p for p in problems if len(encode_problem(policy, p, args)) <= room]
-    if not kept:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
-                         f"the context of {policy.config.max_context}")
-    if len(kept) < len(problems):
-        optim.say(f"{len(problems) - len(kept)} problems are too long for the context: left out")
+    low, high = args.filter_by_pass_rate
+    problems = list(enumerate(itertools.chain(*sets)))
+    if not counts:
+        optim.say(f"asking {len(problems)} problems {args.group} times each")
+        sampler = policy._replace(params=sampler_weights(policy))
+        seed = zlib.crc32(f"{args.seed} 0".encode())
+        for begin in range(0, len(problems), args.prompts):
+            batch = problems[begin:begin + args.prompts]
+            count_right(roll_out(sampler, batch, args, seed), counts)
+    rates = {name: right / asked for name, (right, asked) in counts.items()}
+    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
+    solved = list_solved(counts)
+    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
+            f"{len(problems)} problems: {len(solved['never'])} were never solved, "
+            f"{len(solved['always'])} always")
+    if not all(kept):
+        raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
+    optim.say(said)
     return kept
+
+
+def load_data(policy, args):
+    """(sets to train on, their proportions, dev, test), whose problems are not trained on."""
+    sets, proportions = load_mixture(args.data, args.train_limit)
+    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
+    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
+    for path in files_of(args.data) & files_of([args.eval_data]):
+        optim.say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
+                  "for dev and test alike")
+    shared = set(keys_of(dev)).intersection(keys_of(test))
+    if shared:
+        optim.say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
+                  "checkpoint is chosen by them")
+    held_out = keys_of(dev + test)
+    sets = [leave_out(problems, keys_of(problems), held_out, word)
+            for problems, word in zip(sets, args.data)]
+    return sets, proportions, dev, test
+
+
+def load_base(path, args):
+    """The weights to start from. Frozen ones are loaded as they are computed with."""
+    if not args.lora_rank:
+        return model.load_params(path)
+    device = optim.find_device(args.device)
+    return model.load_params(path, device, optim.compute_dtype(args.dtype, device))
 
 
 def count_steps(args, num_problems):
@@ -838,18 +1010,19 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
     groups = roll_out_step(policy, problems, step, args)
-    groups = with_advantages(groups, args.scale)
+    groups = with_advantages(groups, args)
     rolled = time.perf_counter()
     rows, total = training_rows(groups, args)
     learned = Counter()
-    if total:
+    if total.tokens:
         learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
     num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
     return groups, metrics | {
-        "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
+        "step": step, "time": time.time(), "lr": lr,
+        "rollout_s": rolled - start, "update_s": updated - rolled,
         "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
 
 
@@ -859,71 +1032,78 @@ def main(args):
     optim.check_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
-    sets, proportions = load_mixture(args.data, args.train_limit)
-    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
-    num_problems = sum(map(len, sets))
-    steps, epoch_ends = count_steps(args, num_problems)
-    if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
-        device = optim.find_device(args.device)
-        base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
-    else:
-        base = model.load_params(path)
+    sets, proportions, dev, test = load_data(policy, args)
+    args.data_sha256 = data_hash(*sets, dev, test)  # a flag, as --resume must find the same
+    base = load_base(path, args)  # before this process forks, so that all share what is frozen
     _, world, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
     run, checkpoint = optim.start_run(args)
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params, engine=Engine())
-    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
-              f"for the result, on {world} x {device}")
-
-    done, best_step = 0, None
-    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": []}
+    done = 0
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
-        done, best_step, extra = state["step"], state["best_step"], state["extra"]
-    measure = functools.partial(measure_test, policy, test, args, run, extra["rows"])
+        done = state["step"]
+        progress |= state["extra"]
+    if args.filter_by_pass_rate:
+        sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
+    num_problems = sum(map(len, sets))
+    steps, epoch_ends = count_steps(args, num_problems)
+    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
+              f"for the result, on {world} x {device}")
+    measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    save = functools.partial(
+        optim.save_checkpoint, run.dir, params=params, config=config, like=path,
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+    if not progress["dev"]:  # of a new run, or one of an earlier version
+        progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
     if not checkpoint:
-        evaluate(policy, dev[:8], [], args, run, 0)
         measure("before")
         if args.prompt != "cot":
             measure("before, asked to think step by step", preset="cot")
+        save(step=0, best_step=0)
+    if reached(progress["dev"], args.until):
+        steps = done
+    view.write_report(run)
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
-    problems = itertools.islice(problems, extra["taken"], None)
+    problems = itertools.islice(problems, progress["taken"], None)
 
     began = time.perf_counter()
     with optim.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
             groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
-            extra["taken"] += len(groups)
+            progress["taken"] += len(groups)
+            count_right(groups, progress["right"])
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
-            line = STEP_LINE + (KL if args.beta else "")
             if evaluating:
-                line += " | dev accuracy {dev_accuracy:.3f}"
-                accuracy = evaluate(policy, dev, groups, args, run, step)
-                metrics["dev_accuracy"] = accuracy
-                if accuracy > extra["best"]:
-                    extra["best"] = accuracy
-                    best_step = step
+                right = evaluate(policy, dev, groups, args, run, step)
+                metrics |= rate_metrics("dev_accuracy", right)
+                progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+                last = last or reached(progress["dev"], args.until)
             mean_s = (time.perf_counter() - began) / (step - done)
-            optim.log_step(run, line, metrics | {
-                "steps": steps, "epoch": extra["taken"] / num_problems,
-                "left_min": mean_s * (steps - step) / 60})
-            extra["failures"] = optim.count_failures(extra["failures"], metrics["skipped"], args.lr)
+            metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
+                        "left_min": mean_s * (steps - step) / 60}
+            line = STEP_LINE + bool(args.beta) * KL + evaluating * DEV_ACCURACY
+            optim.log_step(run, line, metrics)
+            progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
+                                                        args.lr)
             if last or step in epoch_ends:
                 measure("after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:
-                optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
-                                      args.keep, best_step)
+                save(step=step, best_step=progress["dev"][-1][0])
             if evaluating:
-                optim.draw_curves(run.dir, CURVES)
-            if stopping and not last:
-                return optim.say(f"stopped; go on with: {optim.resume_command()}")
-    optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
-              f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
+                view.write_report(run)
+            if last:
+                break
+            if stopping:
+                raise KeyboardInterrupt  # saved; run_main says how to go on
+    save_solved(run, progress["right"])
+    best = run.dir / "checkpoints" / "best"
+    optim.say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,21 @@ Qwen2.5, arXiv:2412.15115; RMSNorm, arXiv:1910.07467; rotary positions, arXiv:21
 arXiv:2309.00071; SwiGLU, arXiv:2002.05202; LoRA, arXiv:2106.09685.
 """
 
+import difflib
+import functools
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -387,28 +389,39 @@ def merge_lora(params):
 # ------------------------------------------------------------ finding a model
 
 ROOT = Path(__file__).resolve().parent
-HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
+HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"), "Math-": ("1.5B", "7B", "72B"),
+             "Coder-": ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
 HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
            for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
+MAX_JSON_BYTES = 2**26
+MAX_LAYERS = 1000
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
+
+
+def did_you_mean(word, known):
+    """The end of an error message that names what is known and spelled alike, or nothing."""
+    near = difflib.get_close_matches(str(word).lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
 
-    Hub models are taken from models/NAME beside this file where they are there, else downloaded
-    through huggingface_hub; config_only: without their weights.
+    The names ignore case. Hub models are taken from models/NAME beside this file where they are
+    there, else downloaded through huggingface_hub; config_only: without their weights.
     Raises FileNotFoundError, saying how to place the files by hand, where there is neither.
     """
-    if name == "tiny":
+    if str(name).lower() == "tiny":
         return ROOT / "data" / "tiny"
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     hub_id = HUB_IDS.get(str(name).lower(), str(name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
-        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as "
-                                f"Qwen/Qwen2.5-1.5B, or one of tiny, {', '.join(HUB_IDS)}")
+        raise FileNotFoundError(
+            f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
+            "tiny, or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of "
+            f"{', '.join(HUB_SIZES['']).lower()}{did_you_mean(name, ['tiny', *HUB_IDS])}")
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
@@ -426,8 +439,13 @@ def resolve_model(name, config_only=False):
 
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path}: expected a file, found something else")
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror}; a model directory holds config.json, "
                                 "tokenizer.json and *.safetensors") from None
@@ -446,7 +464,7 @@ def check_numbers(record):
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
         fits = type(value) in (int, kind)
-        if kind in (int, float) and not (fits and 0 < value < math.inf):
+        if kind in (int, float) and not (fits and 0 < value < (2**31 if kind is int else math.inf)):
             whole = " integer" if kind is int else " number"
             raise ValueError(f"{name} is {value!r}, expected a positive{whole}")
         if kind is bool and type(value) is not bool:
@@ -494,6 +512,9 @@ def parse_config(raw):
         raise ValueError(f"missing {', '.join(sorted(missing))}")
     config = Config(**given)
     check_numbers(config)
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, expected at most "
+                         f"{MAX_LAYERS}")
     heads, head_dim = config.num_attention_heads, raw.get("head_dim") or config.head_dim
     if config.hidden_size != head_dim * heads or head_dim % 2:
         raise ValueError(f"hidden_size {config.hidden_size} is not {heads} heads of an even "
@@ -562,14 +583,14 @@ def param_shapes(config):
 def init_params(config, seed, device="cpu", dtype=torch.float32):
     """Random weights: normal(0, initializer_range), smaller by 1 / sqrt(2 L) in the two projections
     of a layer that write to the residual stream, as in GPT-2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     params = {}
     for name, shape in param_shapes(config).items():
         std = config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * config.num_hidden_layers)
         if len(shape) == 2:
-            tensor = torch.randn(shape, generator=generator) * std
+            tensor = torch.randn(shape, generator=generator, device=device) * std
         else:
             tensor = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         params[name] = tensor.to(device, dtype)
@@ -629,7 +650,9 @@ def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
             wrong = ["lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings "
                      "is true"]
     if wrong:
-        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 50} more" if len(wrong) > 50 else ""
+        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: "
+                         f"{'; '.join(wrong[:50])}{more}")
     params = {key: params[key] for key in shapes}
     return params | load_adapter(adapter, config, device) if adapter else params
 
@@ -664,7 +687,7 @@ def save_model(out_dir, params, config, like):
     if any(".lora_" in name for name in params):
         save_adapter(staging / "adapter", params, like)
     for path in staging.rglob("*.*"):  # on the disk before the name says that it is whole
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # Windows syncs what it may write
             os.fsync(file.fileno())
     if out_dir.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -765,9 +788,12 @@ def load_tokenizer(model_dir):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer.no_truncation()  # a file may have been saved with them, and prompts be cut in silence
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_tokens(tokenizer, config):
@@ -776,24 +802,52 @@ def end_tokens(tokenizer, config):
     return chat - {None} | set(config.eos_token_id)
 
 
+# A template is a program of unknown origin: it is rendered in a process of its own, with bounds.
+RENDER = """
+import sys
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+except (ImportError, ValueError, OSError):
+    pass  # on Windows, say; there time alone is bounded
+sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+template = sandbox.from_string(sys.stdin.buffer.read().decode())
+text = template.render(messages=[{"role": "user", "content": ""}])
+sys.stdout.buffer.write(text[:100_000].encode("utf-8", "replace"))
+"""
+
+
+@functools.cache
+def render_template(template, timeout_s=10):
+    """A chat template around an empty question. Raises ValueError when it fails or takes long."""
+    try:
+        done = subprocess.run([sys.executable, "-c", RENDER], timeout=timeout_s,
+                              input=template.encode("utf-8", "replace"), capture_output=True)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"not within {timeout_s} s") from None
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
+        raise ValueError(said or f"exit code {done.returncode}")
+    return done.stdout.decode()
+
+
 def load_system_prompt(model_dir):
     """The system turn that a model's chat template adds when there is none; None when it adds none.
 
-    Found by rendering the template, in Jinja's sandbox, around an empty question.
-    Raises ValueError when it does not render.
+    Found by rendering the template. Raises ValueError when it does not render.
     """
     path = Path(model_dir) / "chat_template.jinja"  # where transformers 5 keeps it
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
+        template = path.read_bytes().decode("utf-8", "replace")
     else:
         path = Path(model_dir) / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.is_file() else None
     if not isinstance(template, str):
         return None
     try:
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = sandbox.from_string(template).render(messages=[{"role": "user", "content": ""}])
-    except TemplateError as error:
+        text = render_template(template)
+    except ValueError as error:
         raise ValueError(f"{path}: the chat template does not render ({error})") from None
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
     return found[1] if found else None
@@ -819,6 +873,7 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
 
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
+    text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
     ids, begin = [], 0
     for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
         ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids

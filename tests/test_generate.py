@@ -20,7 +20,14 @@ from generate import (
     uniform,
 )
 from model import Config, forward, init_lora, init_params, merge_lora, token_logprobs
-from tests.common import bytes_tokenizer, raises, varlen_on_cpu
+from tests.common import (
+    bytes_tokenizer,
+    in_process,
+    raises,
+    scripted,
+    small_model,
+    varlen_on_cpu,
+)
 
 _PROMPTS = [[5, 6, 7],
             [9, 3, 4, 11, 12, 30, 2, 17, 8, 44, 51, 26, 6, 6, 1, 0, 20, 21, 22, 23],
@@ -380,7 +387,9 @@ def test_generate_step_of_the_static_engine_compiles_to_one_graph():
         def fake(q, *rest):
             return torch.empty_like(q)
 
-        def varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, enable_gqa, seqused_k):
+        def varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, seqused_k=None, **causal):
+            if seqused_k is None:
+                return on_cpu(q, k, v, q_starts, k_starts, max_q, max_k, **causal)
             return op(q, k, v, q_starts, k_starts, max_k, seqused_k)
 
         with mock.patch.object(generate_module, "decode_step", compiled), \
@@ -422,3 +431,48 @@ def test_generate_streams_text_with_its_thinking_dimmed_or_hidden():
             assert not "".join(written).endswith("<"), "what may become a tag is held back"
         show([*ids, 0], last=True)
         assert "".join(written).replace("\033[0m\033[2m", "") == expected, written
+
+
+def _chat(lines, *words):
+    """What a chat with the tiny model prints; the lines are typed one after another."""
+    with mock.patch("builtins.input", mock.Mock(side_effect=[*lines, EOFError])):
+        return in_process("generate", "--temperature", 0, "--max-new-tokens", 20, *words)
+
+
+def test_generate_chat_says_how_it_ends_and_begins_anew():
+    said = _chat(["", "  ", "What is 3 + 4?", "/reset", "What is 3 + 4?", "/reset", "\udcff"])
+    first, said = said.split("\n", 1)
+    assert first.startswith("tiny on ") and "Ctrl-D ends" in first and "/reset" in first
+    one, two, three = said.split("(a new conversation)\n")
+    assert one == two and "<think>" in one and three
+
+
+def test_generate_chat_forgets_what_does_not_fit_and_survives_what_fails():
+    asked = []
+
+    def answer(text, seed, sample):
+        asked.append(text)
+        if text.endswith("stop<|im_end|>\n<|im_start|>assistant\n"):
+            raise KeyboardInterrupt
+        if text.endswith("fail<|im_end|>\n<|im_start|>assistant\n"):
+            raise RuntimeError("out of memory")
+        return "\033[2Jyes"
+
+    params, config, tokenizer = small_model()
+    with (mock.patch.object(model, "load_params", lambda *_: params),
+          mock.patch.object(model, "load_config", lambda _: config),
+          mock.patch.object(model, "load_tokenizer", lambda _: tokenizer),
+          mock.patch("generate.generate", scripted(answer))):
+        said = _chat(["one", "fail", "stop", "two", "x" * 1200, "y" * 1200])
+    assert "no answer: out of memory" in said and "no answer: stopped" in said
+    assert all(word in asked[3] for word in ("one", "yes", "two")), "the conversation goes on"
+    assert "fail" not in asked[3] and "stop" not in asked[3]
+    assert "two" in asked[4] and "xx" not in asked[5] and "yy" in asked[5], "the oldest go first"
+    assert said.count("forgotten") == 1 and "are the 6 oldest turns" in said, said
+    assert r"\x1b[2Jyes" in said and "\033" not in said, "no code reaches the terminal"
+
+
+def test_generate_chat_keeps_the_conversation_when_a_question_fills_the_context():
+    said = _chat(["What is 3 + 4?", "1 + " * 600, "What is 3 + 4?"])
+    assert "no answer: prompt 0 has" in said and "forgotten" not in said, said
+    assert said.count("<think>") == 2

@@ -1,5 +1,6 @@
 """Tests of grpo.py."""
 
+import collections
 import contextlib
 import io
 import itertools
@@ -7,12 +8,15 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -20,14 +24,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import generate
 import grpo
 import model
 import optim
+from data import rewards
 from generate import cache_slots
 from tests.common import (
     GRPO_RUN,
     ROOT,
     assert_same_gradients,
+    bytes_tokenizer,
     double_model,
     error_of,
     gradients,
@@ -39,7 +46,7 @@ from tests.common import (
 
 
 def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high, hard, beta, kl,
-                    longest, total):
+                    longest, total, weights):
     """The formulas of the papers, a token at a time."""
     (B, T), number = mask.shape, lambda x: torch.tensor(x, dtype=torch.float64)
     rows = []
@@ -55,10 +62,18 @@ def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high
             r = mean_ratio if level == "sequence" else own
             if loss == "cispo":
                 term = -min(r.item(), 1 + high) * A * logprobs[i, t]
+            elif loss == "dppo":
+                moved = (torch.exp(logprobs[i, t]) - torch.exp(old[i, t])).item()
+                dropped = moved > high if A > 0 else moved < -low
+                term = number(0.0) if dropped else -A * min(r.item(), 20.0) * logprobs[i, t]
+            elif loss == "sapo":
+                tau = 1.0 if A > 0 else 1.05
+                term = -A * (4 / tau) / (1 + torch.exp(-tau * (r - 1)))
             else:
                 unclipped = (r if hard is None or r <= hard else number(hard)) * A
                 clipped = min(max(r, number(1 - low)), number(1 + high)) * A
                 term = -(unclipped if unclipped <= clipped else clipped)
+            term = term * weights[i, t]
             if beta:
                 d = ref[i, t] - logprobs[i, t]
                 k3 = torch.exp(d) - 1 - d
@@ -67,7 +82,7 @@ def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high
             terms.append(term)
         rows.append(terms)
     tokens = sum(map(len, rows))
-    if loss == "grpo":
+    if loss in ("grpo", "sapo"):
         return sum(sum(terms) / len(terms) for terms in rows if terms) / (total or B)
     if loss == "dr_grpo":
         return sum(sum(terms) for terms in rows) / (total or B * longest)
@@ -89,25 +104,26 @@ def _loss_case(seed=0, B=5, T=6):
 
 def test_grpo_every_loss_equals_its_formula():
     """Value and gradient, float64, against a loop over tokens: every loss, level, bound, divergence
-    and normaliser."""
+    and normaliser. The weights are the objective's alone."""
     logprobs, old, ref, advantages, mask = _loss_case()
+    weights = logprobs.detach().exp() + 0.5
     checked = 0
     for loss, level, hard, (beta, kl), total in itertools.product(
-            ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"), ("token", "sequence"), (None, 1.5),
+            grpo.LOSSES, ("token", "sequence"), (None, 1.5),
             ((0.0, "k3"), (0.3, "k1"), (0.3, "k2"), (0.3, "k3"), (0.3, "k3_corrected")),
             (None, 37)):
         ours, theirs = (logprobs.clone().requires_grad_() for _ in range(2))
         value, _ = grpo.policy_loss(ours, old, ref if beta else None, advantages, mask, loss=loss,
                                     level=level, clip_hard=hard, beta=beta, kl=kl,
-                                    max_completion_tokens=6, total=total)
+                                    max_completion_tokens=6, total=total, weights=weights)
         wanted = _reference_loss(theirs, old, ref, advantages, mask, loss, level, 0.2, 0.28, hard,
-                                 beta, kl, 6, total)
+                                 beta, kl, 6, total, weights)
         value.backward(), wanted.backward()
         assert abs(value.item() - wanted.item()) < 1e-12, (loss, level, hard, beta, kl, total)
         worst = (ours.grad - theirs.grad).abs().max()
         assert worst < 1e-12, (loss, level, hard, beta, kl, total)
         checked += 1
-    assert checked == 200
+    assert checked == 280
 
 
 def test_grpo_negative_advantage_keeps_its_gradient_above_the_clip():
@@ -129,7 +145,7 @@ def test_grpo_loss_survives_degenerate_rows():
     logprobs, old, ref, advantages, mask = _loss_case()
     spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
               for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for loss in grpo.LOSSES:
         kw = {"loss": loss, "beta": 0.1, "max_completion_tokens": 6}
         spoilt[0].requires_grad_()
         a, b = (grpo.policy_loss(*case, advantages, mask, **kw)[0]
@@ -208,7 +224,7 @@ def test_grpo_distils_from_a_teacher_of_the_same_tokenizer():
         words += ["--teacher", f"{scratch}/teacher", "--steps", 1]
         for flags in ([], ["--reward", "accuracy=1", "--lora-rank", 2]):
             out = in_process("grpo", *words, *flags, "--run-dir", f"{scratch}/{len(flags)}")
-            [learned] = map(json.loads, open(f"{scratch}/{len(flags)}/metrics.jsonl"))
+            *_, learned = map(json.loads, open(f"{scratch}/{len(flags)}/metrics.jsonl"))
             assert learned["kl"] > 0.01 and learned["grad_norm"] > 0.1, out
             assert f"kl {learned['kl']:.4f} nat" in out, out
             assert learned["epoch"] == 4 / 40 and ("reward_accuracy" in learned) == bool(flags)
@@ -224,7 +240,7 @@ def test_grpo_distils_from_a_teacher_of_the_same_tokenizer():
 
 def test_grpo_advantages():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
-    for scale in ("group", "batch", "none"):
+    for scale in ("group", "batch", "none", "mean"):
         a = grpo.group_advantages(rewards, scale)
         assert a.sum(1).abs().max() < 1e-5 and not a[1].any()
     a = grpo.group_advantages(rewards)
@@ -237,8 +253,52 @@ def test_grpo_advantages():
             grpo.group_advantages(*bad)
 
 
+def test_grpo_maxrl_advantages():
+    """A right completion weighs the more, the rarer it is; float64, a completion at a time."""
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0] * 4, [1] * 4], dtype=torch.float64)
+    for row, found in zip(rewards.tolist(), grpo.group_advantages(rewards, "mean").tolist()):
+        mean = sum(row) / 4
+        assert found == [(r - mean) / mean if mean else 0.0 for r in row]
+    with raises(ValueError, "accuracy alone"):
+        _args("--scale", "mean", "--reward", "accuracy=1", "format=0.1")
+    assert _args("--scale", "mean").reward == ["accuracy=1"]
+    assert _args().reward == ["accuracy=1", "format=0.1"]
+
+
+def test_grpo_gdpo_advantages():
+    """Against the formula, a completion at a time: a reward that hardly differs counts as much."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {"accuracy": torch.randint(2, (5, 4), generator=generator).double(),
+             "brevity": 0.01 * torch.rand(5, 4, generator=generator, dtype=torch.float64)}
+    coefficients = {"accuracy": 1.0, "brevity": 0.5}
+    summed = []
+    for n, i in itertools.product(range(5), range(4)):
+        terms = []
+        for name, coefficient in coefficients.items():
+            row = parts[name][n].tolist()
+            terms.append(coefficient * (row[i] - statistics.mean(row))
+                         / (statistics.stdev(row) + 1e-4))
+        summed.append(sum(terms))
+    scale = statistics.stdev(summed) + 1e-4
+    wanted = [(x - statistics.mean(summed)) / scale for x in summed]
+    found = grpo.combined_advantages(parts, coefficients, "group").flatten().tolist()
+    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-12
+
+    args = _args("--combine", "normalise", "--reward", "accuracy=1", "brevity=0.5")
+    groups = [_group(["\\boxed{4}", "\\boxed{5}", "\\boxed{4}"], lengths=[10, 12, 40]),
+              _group(["no", "no", "no"], lengths=[3, 4, 5])]
+    groups = [rewards.reward_group(g, rewards.parse_rewards(args.reward)) for g in groups]
+    first, second = grpo.with_advantages(groups, args)
+    parts = {name: torch.tensor([values]) for name, values in groups[0].parts.items()}
+    wanted = grpo.combined_advantages(parts, coefficients, "group")[0].tolist()
+    assert first.advantages == wanted and second.advantages == [0.0] * 3
+    odd = groups[0]._replace(texts=[*groups[0].texts, "?"], right=[*groups[0].right, None],
+                             completions=[groups[0].completions[i] for i in (0, 1, 2, 0)])
+    odd = rewards.reward_group(odd, rewards.parse_rewards(args.reward))
+    assert grpo.with_advantages([odd], args)[0].advantages == [*wanted, None]  # undecided
+
+
 def _group(texts, answers=None, lengths=None, limit=100):
-    import generate
     import verify
 
     problem = {"problem": "How many?", "answer": "4"}
@@ -253,48 +313,163 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
     their best."""
     rng = random.Random(0)
     for _ in range(200):
-        raw = {name: rng.random() for name in grpo.REWARDS if name != "accuracy"}
+        raw = {name: rng.random() for name in rewards.REWARDS if name != "accuracy"}
         scale = rng.uniform(0.1, 0.999) / sum(raw.values())
         words = [f"{name}={value * scale:.6f}" for name, value in raw.items()]
-        coefficients = grpo.parse_rewards(["accuracy=1", *words])
+        coefficients = rewards.parse_rewards(["accuracy=1", *words])
         bonus = coefficients["format"]
         penalties = sum(coefficients.values()) - coefficients["accuracy"] - bonus
         assert coefficients["accuracy"] - penalties > bonus, coefficients
     with raises(ValueError, "wrong answer"):
-        grpo.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
+        rewards.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
     right = "<think>\nla la la la la la 的的的的\n</think>\n\\boxed{4} 的"
     group = _group([right, "<think>\nthought\n</think>\n\\boxed{5}"], lengths=[100, 40])
     group = group._replace(completions=[group.completions[0]._replace(tokens=[7] * 100),
                                         group.completions[1]])
     words = ["accuracy=1", "format=0.1", "brevity=0.2", "repetition=0.2", "language=0.1",
              "overlong=0.2"]
-    group = grpo.reward_group(group, grpo.parse_rewards(words))
+    group = rewards.reward_group(group, rewards.parse_rewards(words))
     assert group.rewards[0] > group.rewards[1], group.parts
     assert all(-1 <= v <= 1 for values in group.parts.values() for v in values)
+
+
+def _trained(groups):
+    """What of these groups is learned: (sequences by group, rows that count)."""
+    rows, total = grpo.training_rows(grpo.with_advantages(groups, "group"), _args())
+    return [[s for s in sequences] for row in rows for _, sequences in row], total
+
+
+def test_grpo_undecided_verdicts_teach_nothing():
+    """They counted as wrong: they were learned from, and moved the baseline of their group."""
+    box = "\\boxed{4}"
+    group = _group([box, "\\boxed{5}", box, "too hard"], lengths=[3, 4, 5, 6])
+    group = group._replace(right=[True, False, True, None])
+    accuracy = grpo.parse_rewards(["accuracy=1", "brevity=0.1"])
+    undecided = grpo.reward_group(group, accuracy)
+    assert undecided.rewards[1] == 0 and undecided.rewards[3] is None
+    without = undecided._replace(completions=group.completions[:3], texts=group.texts[:3],
+                                 rewards=undecided.rewards[:3], right=group.right[:3])
+    for scale in ("group", "batch", "none"):
+        [a] = grpo.with_advantages([undecided], scale)
+        [b] = grpo.with_advantages([without], scale)
+        assert a.advantages[3] is None
+        assert all(abs(x - y) < 1e-6 for x, y in zip(a.advantages, b.advantages, strict=False))
+    learned, total = _trained([undecided])
+    assert [len(s.tokens) for s in learned[0]] == [3, 4, 5] and total == 12
+    one = grpo.reward_group(group._replace(right=[None, None, True, None]), accuracy)
+    none = grpo.reward_group(group._replace(right=[None] * 4), accuracy)
+    assert not grpo.has_spread(one) and not grpo.has_spread(none)
+    assert _trained([one, none]) == ([], 0)
+    metrics = grpo.step_metrics([undecided, none], Counter(), _args())
+    assert metrics["undecided"] == 5 / 8 and metrics["no_spread"] == 0.5
+    assert abs(metrics["reward"] - sum(undecided.rewards[:3]) / 3) < 1e-9
+    assert grpo.step_metrics([none], Counter(), _args())["reward"] == 0
+
+
+SMALL_RUN = [*GRPO_RUN[1:], "--prompts", 2, "--group", 2, "--max-new-tokens", 4, "--refill", 0,
+             "--eval-limit", 2, "--test-limit", 0]
+
+
+def test_grpo_bad_rewards_stop_the_run():
+    """"reward nan" went on to the end, exit code 0. A list that was too short gave what it said of
+    one completion to another."""
+    group = _group(["a", "b"])
+    for values, said in (([0.0, math.nan], "returned nan"), ([-math.inf, 0.0], "returned -inf"),
+                         ([0.0], "[0.0], expected a list of 2"), ([0.0] * 3, "list of 2"),
+                         (None, "returned None"), (["1", 0.0], "returned '1'")):
+        with mock.patch.dict(grpo.REWARDS, format=lambda group: values):
+            with raises(ValueError, "--reward format", said, "expected"):
+                grpo.reward_group(group, {"accuracy": 1.0, "format": 0.1})
+
+    def spoilt(group):  # in the second step, when the first has been learned
+        seen.append(len(group.texts))
+        return [0.0, math.nan if seen.count(2) > 3 else 1.0][:len(group.texts)]
+
+    seen = []
+    with tempfile.TemporaryDirectory() as run, mock.patch.dict(grpo.REWARDS, format=spoilt):
+        error = error_of("grpo", *SMALL_RUN, "--reward", "format=1", "--run-dir", run)
+        assert "--reward format returned nan" in error, error
+        assert optim.step_of(optim.list_checkpoints(run)[-1]) == 1
+        steps = [json.loads(line)["step"] for line in open(f"{run}/metrics.jsonl")]
+        assert steps == [0, 1]
+
+
+def test_grpo_weights_that_are_not_finite_are_named():
+    """A traceback from sampling, and from eval.py a table of wrong answers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        policy = _tiny_policy()
+        policy.params["model.layers.1.mlp.up_proj.weight"][3, 3] = math.nan
+        bad = Path(scratch) / "bad"
+        model.save_model(bad, policy.params, policy.config, ROOT / "data/tiny")
+        for top_p in (1.0, 0.9):
+            with raises(ValueError, "not finite", "another checkpoint"):
+                generate.generate(policy.params, policy.config, [[1, 2]], max_new_tokens=2,
+                                  top_p=top_p)
+        for script, words in (("grpo", [*GRPO_RUN[1:], "--run-dir", f"{scratch}/run"]),
+                              ("eval", ["--results", f"{scratch}/results.jsonl", "--limit", 4])):
+            assert "not finite" in error_of(script, *words, "--model", bad, "--processes", 1)
+        assert not optim.list_checkpoints(f"{scratch}/run")
+
+
+def test_grpo_changed_data_is_refused_on_resume():
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _write_problems(Path(scratch) / "mine.jsonl", range(40))
+        in_process("grpo", *SMALL_RUN, "--data", path, "--run-dir", f"{scratch}/run", "--steps", 1)
+        resume = ["--resume", "--run-dir", f"{scratch}/run", "--steps", 2]
+        _write_problems(path, range(1, 41))
+        error = error_of("grpo", *resume)
+        assert "--data-sha256" in error and "put the data back" in error, error
+        _write_problems(path, range(40))
+        assert "step 2/2" in in_process("grpo", *resume)
+
+
+def test_grpo_says_whether_training_helped():
+    """"best" began at -1, so that a run which fell from 20 % to none had a best of 0 %."""
+    start = [0, [1, 0, 0, 0] * 50]
+    worse, equal = [25, [0] * 200], [25, start[1][::-1]]
+    better, barely = [50, [1, 1, 0, 0] * 50], [50, start[1][:-1] + [1]]
+    for evaluations, best, said in (
+            ([start, worse], 0, "did not help: no later step exceeds the dev accuracy 0.250"),
+            ([start, equal], 0, "did not help"), ([start, better], 50, "training helped: dev"),
+            ([start, barely, worse], 50, "cannot be told")):
+        kept = grpo.keep_first_and_best(evaluations)
+        assert kept[0] == start and kept[1][0] == best
+        assert said in grpo.whether_it_helped(kept), grpo.whether_it_helped(kept)
+    said = grpo.whether_it_helped([start, better])
+    assert "0.500 at step 50, +25.0 points [+19.0, +31.0]" in said, said
+    with tempfile.TemporaryDirectory() as scratch:
+        answers = iter([[1, 1], [0, 1], [0, 0]])
+        with mock.patch.object(grpo, "right_answers", lambda groups: next(answers)):
+            out = in_process("grpo", *SMALL_RUN, "--run-dir", scratch)
+        assert "step 0 | dev accuracy 1.000" in out, out
+        best = f"{scratch}/checkpoints/best"
+        assert Path(best).resolve().name == "step_000000"
+        [*_, last] = out.splitlines()
+        assert last.startswith("training did not help") and last.endswith(best), last
 
 
 def test_grpo_each_reward():
     box = "\\boxed{4}"
     texts = [f"<think>\n{t}\n</think>\n{box}" for t in ("a", "b", "c")] + ["\\boxed{5}"]
     group = _group(texts, lengths=[10, 20, 40, 5], limit=40)
-    assert grpo.accuracy(group) == [1, 1, 1, 0]
+    assert rewards.accuracy(group) == [1, 1, 1, 0]
     # relative to the shortest right one, of 10; the wrong one is not it
-    assert grpo.brevity(group) == [0, -0.5, -1, 0]
-    assert grpo.overlong(group) == [0, 0, -1, 0]
-    assert grpo.well_formed(group)[0] == 1
-    assert grpo.well_formed(_group(["<think>\nno end \\boxed{4}",
+    assert rewards.brevity(group) == [0, -0.5, -1, 0]
+    assert rewards.overlong(group) == [0, 0, -1, 0]
+    assert rewards.well_formed(group)[0] == 1
+    assert rewards.well_formed(_group(["<think>\nno end \\boxed{4}",
                                     f"{box} and more text {box}"])) == [0, 0]
     looped = _group(["x"])
     looped = looped._replace(completions=[looped.completions[0]._replace(tokens=[1, 2] * 50)])
-    assert grpo.repetition(looped)[0] < -0.9 and grpo.repetition(_group(["x"], lengths=[60])) == [0]
-    assert grpo.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
-    assert grpo.language(_group(["x"])._replace(problem={"problem": "Сколько?"},
+    assert rewards.repetition(looped)[0] < -0.9
+    assert rewards.repetition(_group(["x"], lengths=[60])) == [0]
+    assert rewards.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
+    assert rewards.language(_group(["x"])._replace(problem={"problem": "Сколько?"},
                                                 texts=["ответ x"])) == [0]
 
 
 def _rollout_groups(config, sampler, seed=0):
     """Groups with completions of very different lengths, sampled by the engine."""
-    import generate
     prompts = [[5, 9, 3, 7, 2, 8, 4], [11, 2], [6] * 12]
     answers = generate.generate(sampler, config, prompts, num_samples=4, max_new_tokens=12,
                                 temperature=0.8, stop_tokens=(1, 3, 7, 9), seed=seed)
@@ -368,7 +543,7 @@ def test_grpo_update_does_not_depend_on_micro_batches():
     #5619)."""
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for loss in grpo.LOSSES:
         _, sums = _update(params, config, groups, 10_000, loss=loss, beta=0.05)
         norm = sums["grad_norm"]
         for micro_tokens in (60, 18):
@@ -502,34 +677,79 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         out = run("grpo.py", "--run-dir", broken, "--resume")
         assert "resuming from" in out and f"step {steps}/{steps}" in out, out
         assert weights_of(whole, steps) == weights_of(broken, steps)
-        timed = ("rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
+        timed = ("time", "rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
         logs = [[{k: v for k, v in json.loads(line).items() if k not in timed}
                  for line in open(run / "metrics.jsonl")]
                 for run in (whole, broken)]
         assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, steps + 1))
-        assert (whole / "results.md").read_text() == (broken / "results.md").read_text()
+        results = (whole / "results.md").read_text()
+        assert results == (broken / "results.md").read_text()
+        assert "Before to after: " in results and "of 4 problems gained" in results, results
+        page = (broken / "report.html").read_text()
+        assert '"from": "step_' in page and "held_out" in page
 
 
-def test_grpo_entropy_bonus_is_of_a_token_in_every_loss():
-    """It was divided by the loss's normaliser, rows for "grpo": a bonus as many times larger as a
-    row has tokens."""
-    logprobs, old, ref, advantages, mask = (x[:4] for x in _loss_case())
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
-        value, _ = grpo.policy_loss(logprobs, old, ref, 0 * advantages, mask, loss=loss,
-                                    max_completion_tokens=6,
-                                    bonus=torch.ones_like(logprobs))
-        expected = mask.sum().item() / 24 if loss == "dr_grpo" else 1
-        assert abs(value.item() + expected) < 1e-12, (loss, value)
+def test_grpo_entropy_bonus_is_the_tokens_mean_in_every_loss():
+    """It had the loss's normaliser: rows for "grpo", so that it grew with the length, and what the
+    rows could hold for "dr_grpo", so that it shrank with --max-new-tokens."""
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     groups = [(prompt, [s._replace(advantage=0.0) for s in sequences])
               for prompt, sequences in groups]
+    _, first = _update(params, config, groups, 10_000, entropy_bonus=0.5)
+    for loss, micro_tokens in itertools.product(grpo.LOSSES, (10_000, 18)):
+        _, sums = _update(params, config, groups, micro_tokens, loss=loss, entropy_bonus=0.5)
+        assert abs(sums["loss"] + 0.5 * sums["entropy"] / sums["tokens"]) < 1e-5, loss
+        assert abs(sums["grad_norm"] / first["grad_norm"] - 1) < 1e-4, loss
     for bonus in (0.5, -0.5):  # entropy goes up, or down
         after, sums = _update(params, config, groups, 10_000, entropy_bonus=bonus)
-        assert sums["grad_norm"] > 0
-        assert abs(sums["loss"] + bonus * sums["entropy"] / sums["tokens"]) < 1e-4
         _, then = _update(after, config, groups, 10_000, entropy_bonus=bonus)
         assert (then["entropy"] - sums["entropy"]) * bonus > 0
+
+
+def test_grpo_mismatch_weights():
+    """The formula of either level, a row at a time; a ratio beyond all bounds leaves no NaN."""
+    log_ratio = torch.tensor([[0.5, 0.4, 0.0], [0.5, 0.7, 0.0], [-0.6, -0.6, 0.0],
+                              [900.0, 0.0, 0.0], [-900.0, 0.0, 0.0]], dtype=torch.float64)
+    token = grpo.mismatch_weights(log_ratio, 1.5)
+    for weight, x in zip(token.flatten().tolist(), log_ratio.flatten().tolist()):
+        assert abs(weight - (1.5 if x > 0.405 else math.exp(x))) < 1e-12
+    for row, weight in zip(log_ratio.tolist(), grpo.mismatch_weights(log_ratio, 3.0, "sequence")):
+        inside = 1 / 3 <= math.exp(min(700, sum(row))) <= 3
+        assert abs(weight.item() - (math.exp(sum(row)) if inside else 0.0)) < 1e-12
+
+
+def test_grpo_sequence_that_the_sampler_doubts_is_left_out():
+    """Of the policy's objective alone: the divergence and the entropy bonus still hold it."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    odd = [(prompt, [s._replace(logprobs=[x - 3 for x in s.logprobs]) for s in sequences])
+           for prompt, sequences in groups]
+    flags = {"sampler_level": "sequence", "max_new_tokens": 12}
+    _, right = _update(params, config, groups, 10_000, **flags)
+    _, wrong = _update(params, config, odd, 10_000, **flags)
+    assert abs(right["sampler_weight"] / right["tokens"] - 1) < 1e-4 and right["grad_norm"] > 0
+    assert wrong["sampler_weight"] == wrong["grad_norm"] == 0
+    bonus = _update(params, config, odd, 10_000, entropy_bonus=0.1, **flags)[1]["grad_norm"]
+    zeros = [(prompt, [s._replace(advantage=0.0) for s in sequences])
+             for prompt, sequences in groups]
+    alone = _update(params, config, zeros, 10_000, entropy_bonus=0.1, **flags)[1]["grad_norm"]
+    assert abs(bonus - alone) < 1e-4 * alone
+
+
+def test_grpo_dppo_is_bounded_around_the_sampler():
+    """Also in the only update of a batch, and by the change of the probability, not of its ratio:
+    a rare token may become three times as likely."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    said = [math.exp(x) for _, sequences in groups for s in sequences for x in s.logprobs]
+    lower = [(prompt, [s._replace(logprobs=[x - 1.1 for x in s.logprobs], advantage=1.0)
+                       for s in sequences]) for prompt, sequences in groups]
+    _, sums = _update(params, config, lower, 10_000, loss="dppo")
+    assert sums["clipped_high"] == sum(p - p * math.exp(-1.1) > 0.2 for p in said)
+    assert 0 < sums["clipped_high"] < sums["tokens"]
+    assert abs(sums["ratio"] / sums["tokens"] - math.exp(1.1)) < 1e-3
+    assert (_args("--loss", "dppo").clip_high, _args().clip_high) == (0.2, 0.28)
 
 
 def test_grpo_cispo_counts_what_it_clips():
@@ -548,7 +768,7 @@ def test_grpo_truncated_rows_alone_make_no_update():
     def spread(group):
         return [float(i % 2) for i in range(len(group.texts))]
 
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(grpo.REWARDS, format=spread):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(rewards.REWARDS, format=spread):
         words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 2, "--reward",
                  "format=1"]
         for flags, updates in (([], 1), (["--mask-truncated"], 0)):
@@ -557,6 +777,29 @@ def test_grpo_truncated_rows_alone_make_no_update():
             assert "truncated 1.00" in out and "no spread 0.00" in out, out
             trainer = Path(run, "checkpoints", "step_000001", "trainer.json").read_text()
             assert json.loads(trainer)["updates"] == updates
+
+
+def test_grpo_problems_and_a_reward_of_your_own():
+    """Two files of three lines each, and nothing of ours edited."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data, code = Path(scratch) / "mine.jsonl", Path(scratch) / "mine.py"
+        data.write_text("".join(f'{{"problem": "{i}+{i}", "answer": {2 * i}}}\n'
+                                for i in range(40)))
+        code.write_text("def short(group):\n"
+                        "    return [1 / len(c.tokens) for c in group.completions]\n")
+        words = [*GRPO_RUN[1:], "--data", data, "--steps", 1, "--test-limit", 0, "--run-dir",
+                 f"{scratch}/run", "--reward", "accuracy=1", f"{code}:short=0.2"]
+        in_process("grpo", *words)
+        for line in Path(scratch, "run", "samples.jsonl").read_text().splitlines():
+            for completion in json.loads(line)["completions"]:
+                short = completion["rewards"][f"{code}:short"]
+                assert short == 1 / len(completion["tokens"])
+                accuracy = completion["rewards"]["accuracy"]
+                assert abs(completion["reward"] - accuracy - 0.2 * short) < 1e-9
+        for reward, expected in ((f"{code}:shrt", "did you mean short?"),
+                                 (f"{scratch}/no.py:short", "no file"),
+                                 ("acuracy=1", "did you mean accuracy?")):
+            assert expected in error_of("grpo", "--reward", reward)
 
 
 def test_grpo_held_out_problems_are_not_trained_on():
@@ -574,6 +817,47 @@ def test_grpo_held_out_problems_are_not_trained_on():
             assert dev and test and not trained & {p["id"] for p in dev + test}, spelled
         args = _args("--data", "arithmetic", "--eval-data", path)
         assert len(grpo.load_held_out(args.eval_data, args.data, 200, 500)[1]) == 60
+
+
+def _write_problems(path, numbers, text="What is {}+{}?"):
+    rows = [{"problem": text.format(i, i), "answer": str(2 * i), "level": i % 5 + 1}
+            for i in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _tiny_policy():
+    tiny = ROOT / "data/tiny"
+    return grpo.Policy(model.load_params(tiny), model.load_config(tiny), model.load_tokenizer(tiny),
+                       None)
+
+
+def test_grpo_no_problem_is_both_trained_on_and_held_out():
+    """A level behind the name of a file, or a second name, and 20 of 24 test problems were trained
+    on. What is compared is what is asked, not how the file is called."""
+    policy = _tiny_policy()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _write_problems(Path(scratch) / "mine.jsonl", range(60))
+        some = _write_problems(Path(scratch) / "some.jsonl", range(30, 90), "what  is {}+{}?\n")
+        copy = shutil.copy(path, Path(scratch) / "copy.jsonl")
+
+        def load(data, held_out):
+            args = _args("--data", *data, "--eval-data", held_out)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                sets, _, dev, test = grpo.load_data(policy, args)
+            trained = set(grpo.keys_of(sum(sets, [])))
+            assert dev and test and trained and not trained & set(grpo.keys_of(dev + test))
+            return said.getvalue()
+
+        for data, held_out in (([path], f"{path}:1-3"), ([path], f"arithmetic,{path}"),
+                               ([f"arithmetic,{path}:1-4=2"], path)):
+            said = load(data, held_out)
+            assert "is given for training and for evaluation" in said, said
+            assert "dev problems, too" in said and "left out" not in said, said
+        said = load([path, "arithmetic"], some)
+        assert f"training problems of {path} are also held out for evaluation" in said, said
+        with raises(ValueError, "every training problem", str(path), "--eval-data"):
+            load([path], copy)
 
 
 def test_grpo_and_sft_pass_offload_on():
@@ -720,7 +1004,7 @@ def _traced_peak_gib(config, args):
         row = [([1] * 96, [completion] * 8)] * 4  # 16,384 tokens
         counter.peak = counter.now
         policy = grpo.Policy(params, config, None, None)
-        grpo.update(policy, None, optimizer, [row], 16000, 1e-6, args)
+        grpo.update(policy, None, optimizer, [row], grpo.Total(16000, 16000), 1e-6, args)
         return counter.peak / 2**30
 
 
@@ -826,6 +1110,19 @@ def test_grpo_a_problem_twice_in_a_step_draws_its_own_noise_each_time():
     assert [c.tokens for c in first.completions] != [c.tokens for c in second.completions]
 
 
+def test_grpo_token_texts():
+    """A character of several tokens stands at its last; what is no character loses nothing after
+    it."""
+    tokenizer = bytes_tokenizer()
+    tokens = tokenizer.encode("é = √2 😀", add_special_tokens=False).ids
+    pieces = grpo.token_texts(tokenizer, tokens)
+    assert len(pieces) == len(tokens) and "".join(pieces) == "é = √2 😀", pieces
+    broken = tokenizer.encode("😀", add_special_tokens=False).ids[:3]
+    plain = tokenizer.encode("ab", add_special_tokens=False).ids
+    pieces = grpo.token_texts(tokenizer, broken + plain)
+    assert len(pieces) == 5 and "".join(pieces).endswith("ab"), pieces
+
+
 def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
     """Every evaluation, and the moment before training: what readers of samples.jsonl rely on."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -849,6 +1146,8 @@ def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
             for c in completions:
                 assert len(c["tokens"]) == len(c["logprobs"]) and max(c["logprobs"]) <= 0
                 assert tokenizer.decode(c["tokens"]) == c["text"]
+                said = tokenizer.decode(c["tokens"], skip_special_tokens=False)
+                assert "".join(c["pieces"]) == said and len(c["pieces"]) == len(c["tokens"])
                 assert c["finish"] in ("stop", "length")
                 rewards = c["rewards"]
                 assert abs(c["reward"] - rewards["accuracy"] - 0.1 * rewards["format"]) < 1e-9
@@ -860,6 +1159,64 @@ def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
                 rewards = torch.tensor([[c["reward"] for c in completions]])
                 expected = grpo.group_advantages(rewards)[0]
                 assert torch.allclose(torch.tensor(advantages), expected, atol=1e-5), sample
+
+
+def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
+    groups = [_group(["\\boxed{4}", "\\boxed{5}", "the answer is 4", "\\boxed{4"]),
+              _group(["\\boxed{4}"] * 4), _group(["no"] * 4)]
+    for i, group in enumerate(groups):
+        right = [None, *group.right[1:]] if i == 1 else group.right  # one is undecided
+        group = group._replace(right=right, problem=group.problem | {"id": f"p{i}"})
+        groups[i] = rewards.reward_group(group, {"accuracy": 1.0})
+    learned = collections.Counter(tokens=1)
+    metrics = grpo.step_metrics(groups, learned, _args("--group", 4))
+    wanted = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
+              "solved_never": 1 / 3, "solved_always": 0, "pass@4": 2 / 3, "pass@2": (1 / 2 + 1) / 3}
+    for name, value in wanted.items():
+        assert abs(metrics[name] - value) < 1e-12, (name, metrics[name])
+    counts = {}
+    for _ in range(2):
+        grpo.count_right(groups, counts)
+    assert counts == {"p0": [2, 8], "p1": [6, 8], "p2": [0, 8]}
+    solved = grpo.list_solved(counts | {"p3": [8, 8]})
+    assert solved == {"never": ["p2"], "always": ["p3"]}
+
+
+def test_grpo_stops_at_an_accuracy():
+    """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
+        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0], [1, 0]]):
+            out = in_process("grpo", *words)
+        assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
+        asked, never, always = map(int, re.search(
+            r"of (\d+) problems asked, (\d+) were never solved and (\d+) always", out).groups())
+        solved = json.loads(Path(scratch, "problems.json").read_text())
+        assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
+        assert 4 <= asked <= 12
+        assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
+        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0]] * 3):
+            out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
+        assert "step 2/4" in out and "step 4/4" in out, out
+
+
+def test_grpo_filter_by_pass_rate():
+    """Only what the policy solves now and then is trained on; a resumed run knows it by heart."""
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = [*GRPO_RUN[1:], "--steps", 2, "--test-limit", 0, "--run-dir", scratch]
+        out = in_process("grpo", *flags, "--filter-by-pass-rate", 0.2, 0.8)
+        kept = int(re.search(r"0.2 0.8 keeps (\d+) of 40 problems", out)[1])
+        assert 0 < kept < 40 and f"{kept} training problems" in out, out
+        saved = Path(scratch, "checkpoints", "step_000002", "trainer.json").read_text()
+        extra = json.loads(saved)["extra"]
+        assert all(asked == 4 for _, asked in extra["pass_rates"].values())
+        for name in extra["right"]:
+            assert 0.2 <= extra["pass_rates"][name][0] / 4 <= 0.8
+        with mock.patch.object(grpo, "roll_out", side_effect=InterruptedError):
+            with raises(InterruptedError):  # at the first step
+                in_process("grpo", "--run-dir", scratch, "--resume", "--steps", 3)
+        said = error_of("grpo", *flags, "--overwrite", "--filter-by-pass-rate", 0.99, 0.99)
+        assert "keeps 0 of 40" in said and "widen" in said, said
 
 
 def test_grpo_old_runs_resume_with_their_flags():

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
+from eval import weights_hash
 from tests.common import FORMULA_TOKENS, formula_model, raises
 
 # Computed by transformers 5.23.0 in float32 on a CPU. To reproduce it where both are installed:
@@ -611,6 +613,8 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"hidden_size": None, "vocab_size": None}, "missing", "hidden_size", "vocab_size"),
             ({"num_hidden_layers": "24"}, "num_hidden_layers", "'24'", "positive integer"),
             ({"num_hidden_layers": 0}, "num_hidden_layers", "0"),
+            ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "at most 1000"),
+            ({"vocab_size": 10**400}, "vocab_size", "positive integer"),
             ({"vocab_size": 1.5}, "vocab_size", "1.5"),
             ({"vocab_size": True}, "vocab_size", "True"),
             ({"max_position_embeddings": -1}, "max_position_embeddings", "-1"),
@@ -649,9 +653,10 @@ def test_model_config_refuses_what_it_cannot_compute():
 def test_model_names_and_the_hub():
     """Names become hub ids. Without the hub, the error says where to put which files, and a model
     that is put there is found."""
-    assert len(model.HUB_IDS) == 14
+    assert len(model.HUB_IDS) == 2 * (7 + 3 + 6)
     assert model.HUB_IDS["qwen2.5-math-1.5b-instruct"] == "Qwen/Qwen2.5-Math-1.5B-Instruct"
-    assert model.HUB_IDS["qwen2.5-14b"] == "Qwen/Qwen2.5-14B"
+    assert model.HUB_IDS["qwen2.5-72b"] == "Qwen/Qwen2.5-72B"
+    assert model.HUB_IDS["qwen2.5-coder-0.5b-instruct"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     hub = mock.patch("huggingface_hub.snapshot_download",
                      side_effect=OSError("Cannot reach the hub\nand a long story"))
     with _directory() as home, mock.patch.object(model, "ROOT", home), hub as download:
@@ -662,8 +667,10 @@ def test_model_names_and_the_hub():
                 model.resolve_model(name)
         assert [call.args for call in download.call_args_list] == [("Qwen/Qwen2.5-1.5B",)] * 3
         for name in ("gpt2", "qwen2.5-2b", "/no/such/place", "../nowhere", "a/b/c", "x y/z"):
-            with raises(FileNotFoundError, repr(name), "qwen2.5-0.5b-instruct"):
+            with raises(FileNotFoundError, repr(name), "[-instruct] with a size of 0.5b, 1.5b"):
                 model.resolve_model(name)
+        with raises(FileNotFoundError, "did you mean qwen2.5-coder-1.5b?"):
+            model.resolve_model("Qwen2.5-codr-1.5B")
         assert download.call_count == 3  # the hub is not asked for these
         place.mkdir(parents=True)
         assert model.resolve_model("qwen2.5-1.5b") == place
@@ -675,7 +682,8 @@ def test_model_names_and_the_hub():
     with mock.patch("huggingface_hub.snapshot_download", lambda hub_id, **_: f"/cache/{hub_id}"):
         found = model.resolve_model("qwen2.5-0.5b-instruct")
         assert found == Path("/cache/Qwen/Qwen2.5-0.5B-Instruct")
-    assert model.resolve_model("tiny") == model.ROOT / "data" / "tiny"
+    for name in ("tiny", "Tiny"):
+        assert model.resolve_model(name) == model.ROOT / "data" / "tiny"
 
 
 # ---- its chats
@@ -752,11 +760,13 @@ def test_model_system_prompt_of_a_template():
             return model.load_system_prompt(home)
 
         assert model.load_system_prompt(home) is None  # there is no file at all
-        for prompt in ("You are a helpful assistant.", model.INSTRUCT_SYSTEM,
-                       r"Please reason step by step, and put your final answer within \boxed{}."):
+        for prompt, newline in (
+                ("You are a helpful assistant.", r"system\n"),
+                (model.INSTRUCT_SYSTEM, "system\n"),
+                (r"Please reason step by step, and put your final answer within \boxed{}.",
+                 r"system\n' + '")):
             source = _QWEN_TEMPLATE.replace("@", prompt.replace("\\", "\\\\"))
-            for newline in (r"system\n", "system\n", r"system\n' + '"):
-                assert found(source.replace(r"system\n", newline)) == prompt
+            assert found(source.replace(r"system\n", newline)) == prompt
         for template in (None, [], "{{ messages[0].content }}"):
             assert found(template) is None, template
         assert found(nested) == "A\nB"
@@ -764,8 +774,38 @@ def test_model_system_prompt_of_a_template():
                          "{{ ''.__class__.__mro__[1]() }}"):
             with raises(ValueError, "tokenizer_config.json", "does not render"):
                 found(template)
+        with raises(ValueError, "does not render", "MemoryError"):
+            found("{{ 'x' * 10**11 }}")
+        assert found("<|im_start|>system\nA<|im_end|>{{ 'x' * 10**8 }}") == "A"
         (home / "chat_template.jinja").write_text(_QWEN_TEMPLATE.replace("@", "Think."))
         assert model.load_system_prompt(home) == "Think."
+    loop = "{% for i in range(99999) %}"
+    with raises(ValueError, "not within 1 s"):
+        model.render_template(loop + loop + 2 * "{% endfor %}", timeout_s=1)
+
+
+def test_model_odd_files_of_a_directory_are_named():
+    """A pipe as config.json kept every script waiting; cuts left on in tokenizer.json were made in
+    silence."""
+    with _directory() as home:
+        os.mkfifo(home / "config.json")
+        with raises(ValueError, "config.json", "expected a file"):
+            model.load_config(home)
+        (home / "config.json").unlink()
+        (home / "config.json").mkdir()
+        with raises(ValueError, "config.json", "expected a file"):
+            model.load_config(home)
+        with open(home / "tokenizer_config.json", "w") as file:
+            file.truncate(2**40)  # a file of holes
+        with raises(ValueError, "tokenizer_config.json", "1,099,511,627,776 bytes"):
+            model.load_system_prompt(home)
+        tokenizer = model.load_tokenizer(model.ROOT / "data/tiny")
+        tokenizer.enable_truncation(2)
+        tokenizer.enable_padding(length=9)
+        tokenizer.save(str(home / "tokenizer.json"))
+        assert len(model.load_tokenizer(home).encode("1+2+3+4").ids) == 7
+        os.mkfifo(home / "model.safetensors")
+        assert weights_hash(home)
 
 
 def test_model_tokenizer_errors():
