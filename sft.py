@@ -369,13 +369,13 @@ def main(args):
     if args.adapter:
         args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank or None)
     settle_flags(args, config)
-    # a flag, so that --resume on other examples is refused
-    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
     prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
                              think_tag=args.think_tag) for problem in problems]
     problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
     examples, validation = load_examples(args, config, tokenizer, system, problems)
+    # a flag, so that --resume on other examples is refused
+    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer = load_trainable(args, model_dir, config)

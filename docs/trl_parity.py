@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from trl.trainer import grpo_trainer
 
-import grpo
+import losses
 
 B, T = 8, 6
 SOURCE = inspect.getsource(grpo_trainer.GRPOTrainer)
@@ -77,13 +77,13 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
               "num_items_in_batch": mask.sum()}
     weights = None
     if sampler:
-        weights = grpo.mismatch_weights((old - sampled) * mask, 2.0 if sampler == "token" else 3.0,
-                                       sampler)
+        cap = 2.0 if sampler == "token" else 3.0
+        weights = losses.mismatch_weights((old - sampled) * mask, cap, sampler)
         inputs["importance_sampling_ratio"] = run_part(
             SAMPLER_RATIO, self=trainer, old_per_token_logps=old,
             sampling_per_token_logps=sampled, mask=mask)["vllm_importance_sampling_ratio"]
     wanted = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
-    found, _ = grpo.policy_loss(ours[0], old, ref if beta else None, advantages, mask, loss=loss,
+    found, _ = losses.policy_loss(ours[0], old, ref if beta else None, advantages, mask, loss=loss,
                                 level=level, clip_hard=clip_hard, beta=beta, kl=kl,
                                 max_completion_tokens=T, weights=weights)
     found = found - bonus * (ours[1] * mask).sum() / mask.sum()
@@ -106,9 +106,9 @@ def advantage_gap(seed, scale, combine):
     wanted = run_part(ADVANTAGES, self=trainer, rewards_per_func=rewards.flatten(1).T, device="cpu",
                       num_generations=5, unscorable_mask=torch.zeros(30, dtype=torch.bool))
     if combine == "sum":
-        found = grpo.group_advantages(rewards[0] + 0.3 * rewards[1], scale)
+        found = losses.group_advantages(rewards[0] + 0.3 * rewards[1], scale)
     else:
-        found = grpo.combined_advantages({"a": rewards[0], "b": rewards[1]}, {"a": 1.0, "b": 0.3},
+        found = losses.combined_advantages({"a": rewards[0], "b": rewards[1]}, {"a": 1.0, "b": 0.3},
                                          scale)
     return (found.flatten() - wanted["advantages"]).abs().max().item()
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -301,8 +302,9 @@ def test_sft_holds_out_a_fifth_of_few_examples_and_200_of_many():
     config = model.load_config(ROOT / "data/tiny")
     for n, held_out in ((3, 0), (160, 32), (1500, 200)):
         args = sft.parse_args(["--data", "mine.jsonl"])
-        with mock.patch.object(sft, "read_examples", lambda *_, **__: list(range(n))):
-            examples, validation = sft.load_examples(args, config, TOKENIZER, None)
+        read = [SimpleNamespace(key=i) for i in range(n)]
+        with mock.patch.object(sft, "read_examples", lambda *_, **__: read):
+            examples, validation = sft.load_examples(args, config, TOKENIZER, None, [])
         assert (len(examples), len(validation)) == (n - held_out, held_out)
 
 
