@@ -1,6 +1,6 @@
 """What a student learns from a teacher, and what from its own samples, at the same budget.
 
-    python -m docs.distillation 40    # steps; the tiny model, a quarter of an hour on two cores
+    python -m docs.distillation 16    # steps, of the tiny model
 
 The teacher is what GRPO makes of the tiny model; the students are the tiny model again. Each way of
 learning takes as many updates, of 256 completions each: of those that the student samples at that
@@ -27,7 +27,7 @@ LABELS = {
     "sft_teacher": "supervised on the teacher's verified samples",
     "sft_own": "supervised on its own verified samples",
     "sft_control": "supervised on as many of its own at random"}
-SHOWN = (1, 2, 4, 8, 16)  # sixteenths of the steps
+SHOWN = (1, 2, 4, 8)  # eighths of the steps
 
 
 def run(out, script, *flags):
@@ -61,11 +61,12 @@ def supervise(name, samples, steps, usual):
 def learn(steps):
     """All the runs, in HOME."""
     HOME.mkdir(parents=True, exist_ok=True)
-    usual = ["--eval-every", max(1, steps // 16), "--save-every", steps]
+    usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
     last = f"checkpoints/step_{steps:06d}"
     teacher = HOME / "grpo" / last
-    for name, flags in (("grpo", []), ("distilled", ["--teacher", teacher]),
-                        ("both", ["--teacher", teacher, "--reward", "accuracy=1", "format=0.1"])):
+    distil = ["--teacher", teacher]
+    for name, flags in (("grpo", []), ("distilled", distil),
+                        ("both", [*distil, "--reward", "accuracy=1", "format=0.1"])):
         run(HOME / name / last, "grpo.py", "--steps", steps, *usual, *flags, "--test-limit", 0,
             "--run-dir", HOME / name)
     right = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
@@ -88,9 +89,9 @@ def main(steps):
         run(results, "eval.py", "--results", results,
             "--model", HOME / name / "checkpoints" / f"step_{steps:06d}")
         row = find_row(results, method="greedy")
-        rows.append([label, *(percent(curve[max(1, steps * part // 16)]) for part in SHOWN),
+        rows.append([label, *(percent(curve[max(1, steps * part // 8)]) for part in SHOWN),
                      percent(row["accuracy"], row["low"], row["high"])])
-    print(markdown(["dev accuracy, %, at step", *(max(1, steps * part // 16) for part in SHOWN),
+    print(markdown(["dev accuracy, %, at step", *(max(1, steps * part // 8) for part in SHOWN),
                     "500 test problems, % [95 %]"], rows))
 
 
