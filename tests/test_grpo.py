@@ -881,7 +881,7 @@ def test_grpo_goes_on_from_an_adapter():
                  "--prompts", 2]
         in_process("grpo", *words, "--lora-rank", 4, "--lr", 0.02, "--warmup", 0,
                    "--run-dir", f"{scratch}/a")
-        merged = f"{scratch}/a/checkpoints/best"
+        merged = f"{scratch}/a/checkpoints/step_000001"
         adapter = f"{merged}/adapter"
         in_process("grpo", *words, "--adapter", adapter, "--beta", 0.1, "--run-dir", f"{scratch}/b")
         assert json.loads(Path(scratch, "b", "flags.json").read_text())["lora_rank"] == 4
