@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 
 def padded_length(n):
@@ -332,6 +331,16 @@ def has_varlen(device, dtype):
     """Whether FlashAttention's kernel for texts of different lengths runs here."""
     return (torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
             and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def varlen_attn(*args, **settings):
+    """torch.nn.attention.varlen.varlen_attn: q [Tq, H, head_dim], k and v [Tk, K, head_dim] -> q's.
+
+    Then where texts begin in q and in k, the most tokens of one in q and in k; seqused_k: how many
+    of its keys each text sees, where not all.
+    """
+    from torch.nn.attention import varlen  # it loads the compiler, which takes a second
+    return varlen.varlen_attn(*args, **settings)
 
 
 def starts_of(lengths, device):

@@ -36,7 +36,7 @@ import optim
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of
-from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
+from data.prompts import PRESETS, encode_prompt, load_shots, prompt_flag, prompt_hash, render_prompt
 from generate import Engine, add_sampling_flags, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, rank_and_world, run_main, say
 from verify import canonical, equivalent, extract_answer, verify_many
@@ -59,7 +59,8 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
     add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
     add("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
-    add("--prompt", choices=prompts, help="how a problem is put")
+    add("--prompt", type=prompt_flag(prompts), metavar="NAME",
+        help=f"how a problem is put: {', '.join(prompts)}, or your text with {{problem}} in it")
     add("--shots", type=at_least(0), help="solved examples first (default: the prompt's own)")
     add("--shots-from", help="problem set whose train split has the examples (default: --data)")
     add("--grade", choices=ANSWER, help="lenient: no box is needed (default: the prompt's own)")

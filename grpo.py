@@ -53,7 +53,7 @@ from data.mixture import (
     problem_order,
     split_number,
 )
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, parse_rewards, reward_group
 from eval import (
     fit_context,
@@ -98,7 +98,8 @@ def add_flags(parser):
     add("--eval-limit", type=at_least(1), default=200, help="dev problems, for choosing")
     add("--test-limit", type=at_least(0), default=500, help="test problems, before and after")
     add("--eval-every", type=at_least(1), default=25, help="steps between evaluations on dev")
-    add("--prompt", choices=PROMPTS, help="how a problem is put")
+    add("--prompt", type=prompt_flag(PROMPTS), metavar="NAME",
+        help=f"how a problem is put: {', '.join(PROMPTS)}, or your text with {{problem}} in it")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")

@@ -30,7 +30,7 @@ import view
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, render_prompt
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag, render_prompt
 from eval import evaluate, fit_context, leave_out, rate_metrics
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
@@ -50,7 +50,8 @@ def parse_args(argv=None):
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
     add("--from-scratch", action="store_true", help="random weights in the shape of --model")
     add("--data", required=True, help=".jsonl file of examples")
-    add("--prompt", default="plain", choices=PROMPTS, help="how a problem is put")
+    add("--prompt", type=prompt_flag(PROMPTS), default="plain", metavar="NAME",
+        help=f"how a problem is put: {', '.join(PROMPTS)}, or your text with {{problem}} in it")
     add("--think-tag", default="think", choices=THINK_TAGS)
     add("--answer-weight", type=above(0.0), default=1.2, help="of the final box's tokens")
     add("--epochs", type=above(0.0), default=3.0, help="times that every example is seen")

@@ -7,10 +7,11 @@
 
 import hashlib
 import re
+from argparse import ArgumentTypeError
 from typing import NamedTuple
 
 from data import load_problems
-from model import encode_chat, encode_text, render_chat
+from model import did_you_mean, encode_chat, encode_text, render_chat
 from verify import format_reward
 
 # ---------------------------------------------------------------------- the form of a response
@@ -160,7 +161,27 @@ Final Answer: The final answer is $-\frac{2}{3}$. I hope it is correct.
 
 """.replace("~\n", "")
 
-PRESETS = {
+class Presets(dict):
+    """Presets by name; a text of your own that holds {problem} is the user's turn of one."""
+
+    def __missing__(self, name):
+        if "{problem}" in name:
+            return Preset(user=name)
+        raise KeyError(name)
+
+
+def prompt_flag(names):
+    """An argparse type: one of these names, or a text of your own with {problem} in it."""
+    def parse(text):
+        if text in names or "{problem}" in text:
+            return text
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(names)}, nor a text with "
+                                f"{{problem}} in it{did_you_mean(text, names)}")
+
+    return parse
+
+
+PRESETS = Presets({
     "plain": Preset(),
     "direct": Preset(user="{problem}\nAnswer with \\boxed{} only."),
     "cot": Preset(user=COT),
@@ -174,7 +195,7 @@ PRESETS = {
     "minerva-math": Preset(
         user="Problem:\n{problem}\n\nSolution:", text=MINERVA_4, stop=("Problem:",), grade="lenient"
     ),
-}
+})
 
 # ---------------------------------------------------------------------- from problem to prompt
 

@@ -410,7 +410,7 @@ def test_optim_run_directory():
             assert sum(1 for _ in open(run.dir / "samples.jsonl")) == 4
         assert json.loads((run.dir / "flags.json").read_text())["steps"] == 20
         starts = [json.loads(line) for line in open(run.dir / "starts.jsonl")]
-        assert [s["from"] for s in starts] == ["the start", "step_000003", "step_000003"]
+        assert [s["from"] for s in starts] == ["the start"] + 3 * ["step_000003"]
         assert all(s["versions"] and s["machine"].startswith("1 x cpu: ") for s in starts)
         _, checkpoint = optim.start_run(_optim_args(*flags, "--overwrite"))
         assert checkpoint is None and not (run.dir / "checkpoints").exists()

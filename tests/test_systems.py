@@ -11,7 +11,7 @@ from tests.common import GRPO_RUN, run
 
 # Every script, in one process, once the libraries are there and what Windows lacks is gone.
 WITHOUT_LINUX = """
-import importlib, os, pathlib, sys
+import importlib, os, pathlib, sys, types
 import huggingface_hub, jinja2, numpy, sympy, tokenizers, torch, torch._dynamo, tqdm
 
 for name in ("fcntl", "grp", "pwd", "resource", "termios"):
@@ -24,6 +24,7 @@ def symlink_to(*_, **__):
 
 pathlib.Path.symlink_to = symlink_to
 sys.platform = "win32"
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=lambda *_: None, LK_NBLCK=2)
 sys.path.insert(0, os.getcwd())
 from optim import run_main
 

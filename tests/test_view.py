@@ -163,7 +163,8 @@ for (let i = 0; i < all("select").length; i++)
 const outcome = {...before, found, hacked: window.hacked ?? null, values: texts(".values"),
   strange: all("img, iframe, [onload], [onerror], script[src]").length,
   said: texts(".group .card pre"), tinted: all(".group .tinted span[title]").length,
-  page: document.body.innerText};
+  page: document.body.innerText, width: innerWidth,
+  wide: Math.max(...all("body > *").map(part => part.scrollWidth)) > innerWidth};
 document.body.replaceChildren();  // --dump-dom crashes on half a surrogate
 document.title = encodeURIComponent(JSON.stringify(outcome).replace(/\\\\ud[89a-f]../g, "?"));
 </script>"""
@@ -180,6 +181,7 @@ def _click_through(page, home):
     path.write_text(page, encoding="utf-8")
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+         "--window-size=390,800",  # a phone's
          f"--user-data-dir={home}/browser", "--dump-dom", path.as_uri()],
         capture_output=True, timeout=60)
     found = re.search(rb"<title>([^<]*)</title>", done.stdout)
@@ -193,8 +195,9 @@ def test_view_in_a_browser():
     with tempfile.TemporaryDirectory() as home:
         runs = [view.read_run(_run(home, name)) for name in "ab"]
         seen = _click_through(view.render(runs), home)
-        assert not seen["found"] and not seen["strange"], seen
-        assert seen["box"] == ["\\boxed{2}"] and seen["second"] == ["wait"], seen
+        assert not seen["found"] and not seen["strange"] and not seen["wide"], seen
+        assert seen["width"] == 390 and seen["box"] == ["\\boxed{2}"], seen
+        assert seen["second"] == ["wait"], seen
         assert seen["thought"] == ["<think>no, ", "wait", ": 2</think>"], seen
         assert seen["cards"] == 5 and seen["tinted"] == 7, seen  # two runs, before and after; group
         assert "step 3" in seen["values"][0] and "held out 0.5 [0.25, 0.75]" in seen["values"][0]
@@ -207,5 +210,5 @@ def test_view_in_a_browser_hostile_text_does_nothing():
     with tempfile.TemporaryDirectory() as home:
         seen = _click_through(view.render([view.read_run(_run(home, texts=HOSTILE))]), home)
         assert seen["hacked"] is None and not seen["strange"] and not seen["found"], seen
-        assert seen["said"][:6] == HOSTILE[:6], seen["said"][:6]
+        assert not seen["wide"] and seen["said"][:6] == HOSTILE[:6], seen["said"][:6]
         assert len(seen["said"]) == len(HOSTILE)
