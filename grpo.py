@@ -461,11 +461,11 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
 # ------------------------------------------------------------ watching
 
 STEP_LINE = (
-    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
-    " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
-    " | entropy {entropy:.3f} nat"
-    " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
-    " | update {update_s:.1f} s | {left_min:.0f} min left")
+    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | no box {no_box:.2f}"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | length {length:.0f} tok"
+    " | no spread {no_spread:.2f} | entropy {entropy:.3f} nat | grad norm {grad_norm:.2f}"
+    " | lr {lr:.1e} | rollout {rollout_s:.1f} s | update {update_s:.1f} s"
+    " | {left_min:.0f} min left")
 DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
 KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
