@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization: reinforcement learning with verifiable rewards, in one file.
+"""Group Relative Policy Optimization: reinforcement learning with verifiable rewards.
 
     python grpo.py                                           # the embedded tiny model, on a laptop
     python grpo.py --model qwen2.5-1.5b                      # GSM8K, one 24 GB GPU
@@ -17,13 +17,12 @@ Where this departs from the GRPO paper, and what undoes it:
 2. There is no KL divergence in the loss, and so no reference model: --beta 0.04 --kl k3.
 3. Groups of equal rewards teach nothing, and new problems replace them (DAPO): --refill 0.
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
-   --sampler-cap times (truncated importance sampling): 1 but for rounding.
+   --sampler-cap times (truncated importance sampling): 1 but for rounding. --sampler-level sequence
+   leaves out a completion instead.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
 On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
 from another model, and there are no rewards unless --reward names them.
-Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
-arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
---reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
+Other losses and advantages are in losses.py, other rewards in data/rewards.py, with their papers.
 """
 
 import argparse
@@ -462,11 +461,11 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
 # ------------------------------------------------------------ watching
 
 STEP_LINE = (
-    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
-    " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
-    " | entropy {entropy:.3f} nat"
-    " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
-    " | update {update_s:.1f} s | {left_min:.0f} min left")
+    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | no box {no_box:.2f}"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | length {length:.0f} tok"
+    " | no spread {no_spread:.2f} | entropy {entropy:.3f} nat | grad norm {grad_norm:.2f}"
+    " | lr {lr:.1e} | rollout {rollout_s:.1f} s | update {update_s:.1f} s"
+    " | {left_min:.0f} min left")
 DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
 KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
