@@ -901,9 +901,10 @@ def main(args):
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
     measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    trained_on = optim.read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
     save = functools.partial(
         optim.save_checkpoint, run.dir, params=params, config=config, like=path,
-        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
     if not progress["dev"]:  # of a new run, or one of an earlier version
         progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
     if not checkpoint:

@@ -685,10 +685,12 @@ def shard_name(rank, world):
     return f"trainer-{rank + 1:05d}-of-{world:05d}.safetensors"
 
 
-def read_trained_on(model_dir):
-    """The keys (data.problem_key) of the problems that a model is known to have been trained on."""
-    path = Path(model_dir, "trained_on.txt")
-    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+def read_trained_on(*directories):
+    """The keys (data.mixture.problem_key) of the problems that the models or adapters in these
+    directories are known to have been trained on. None stands for no directory."""
+    paths = [Path(directory, "trained_on.txt") for directory in directories if directory]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+    return set(" ".join(texts).split())
 
 
 def check_output(params, config):
@@ -731,8 +733,9 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                 shutil.rmtree(left)
             save_model(partial, params, config, like)
             write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
-            keys = read_trained_on(like).union(trained_on)
-            write_whole(partial / "trained_on.txt", "".join(f"{key}\n" for key in sorted(keys)))
+            keys = "\n".join(sorted(read_trained_on(like).union(trained_on)))
+            for weights_dir in (partial, *partial.glob("adapter")):
+                write_whole(weights_dir / "trained_on.txt", keys)
         gather_objects(None)  # the directory is there
         save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
         shutil.copymode(partial / "config.json", shard)

@@ -901,6 +901,8 @@ def test_grpo_goes_on_from_an_adapter():
         assert learned["kl"] == 0
         error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
         assert "--lora-rank is 0" in error and "rank 4" in error, error
+        known = optim.read_trained_on(adapter)
+        assert known and known <= optim.read_trained_on(f"{scratch}/b/checkpoints/step_000001")
         texts = []
         for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
             records = Path(scratch, f"{i}.jsonl")
