@@ -24,6 +24,7 @@ import json
 import math
 import random
 import re
+import string
 import sys
 import threading
 import time
@@ -272,7 +273,6 @@ def extract_answer(text, strict=False):
     bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
     return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
 
-
 # ---- tokens
 
 
@@ -288,137 +288,56 @@ class Token(NamedTuple):
 
 
 END = Token("end of text")
-SYMBOL_NAMES = dict(zip(
-    "≤≥⩽⩾≦≧≠≈≅∞∪∩∈∉∅±∓∖°º˚√∛⌊⌋⌈⌉⟨⟩∠△…∧∨⇒≡∣αβγδεζηθλμνξπρστφχψωΔΓΘΛΣΦΨΩϕϵ∑∏∫→",
-    "le ge le ge le ge ne approx approx infty cup cap in notin emptyset pm mp setminus degree "
-    "degree degree sqrt cbrt lfloor rfloor lceil rceil langle rangle angle triangle ldots land "
-    "lor Rightarrow equiv mid alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi "
-    "rho sigma tau phi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega phi epsilon "
-    "sum prod int to".split(),
-))  # fmt: skip
-UNICODE = str.maketrans({
-    **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("×·∙⋅∗", "*"), **dict.fromkeys("÷∕⁄", "/"),
-    **dict.fromkeys("|│", "|"), "‖": r"\|", **dict.fromkeys("′’‘“”", "'"),
-    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""), **dict.fromkeys("\u00a0\u202f\u2009", " "),
-    **{char: rf"\{name} " for char, name in SYMBOL_NAMES.items()},
-    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
-    **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
-       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
-})  # fmt: skip
-RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
-LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
-PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
-TEXT, ROMAN = "\x02", "\x03"  # stand before a word of \text{} and of \mathrm{}
-STYLED = re.compile(
-    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
-    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
-)
-CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
-REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
-    (r"\s*\.\.\.+", r"\\ldots "), (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),
-    (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|pm)\b)", r"\\"),
-    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
-    (rf"\{{\s*(?:\^\s*{CIRCLE}|\\degree)\s*\}}", r"\\degree "),
-    (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
-    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
-    (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\{\s*\\?\$\s*\}|\\(?:text|mbox)\s*\{\s*\\?\$\s*\}|\\(?:math|text)dollar(?![a-z])", r"\\$"),
-    (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"),
-    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|math|mbox|q?quad|pmod))", ", "),
-    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "), (r"\bper cent\b", "percent"),
-    (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
-    (r"(\\mathbb\s*\{?R\}?|\\R)\s*[\^_]\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+)", r"(0,\\infty)"),
-    (r"[,;]?\s*(?:\(\s*)?[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
-    (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
-    (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
-    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"),
-    (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
-    (r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$", ""),
-]]  # fmt: skip
 
-GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
-NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d*)".format
-OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
-INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
-EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
-PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
-DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
-LAYOUT = (
-    "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
-    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
-    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
-    "|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|quad|qquad|angle|measuredangle"
-    "|sphericalangle|triangle|overrightarrow"
-)
-LEXEME = re.compile(
-    rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
-    r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
-    r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
-    r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
-    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
-    r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
-    r"|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
-    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
-    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
-)  # fmt: skip
+def spellings(table):
+    """{spelling: the first spelling of its group}; two blanks stand between groups."""
+    groups = [group.split() for group in re.split(r"\s{2,}", table.strip())]
+    return {name: group[0] for group in groups for name in group}
 
-BIG = ("sum", "prod", "int", "iint", "oint", "lim")
-KINDS = {  # of symbols and commands, each with its spellings
-    **{char: char for char in "+-*/^_!%()[]{}|,;:&"}, "'": "prime", "**": "^", "\\%": "%",
-    "\\{": "set{", "\\}": "set}", "\\|": "|", "\\&": "and", "\\\\": "newline", "+-": "pm",
-    "+/-": "pm", "\\$": "currency",
-    **{name: name for name in (
-        "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom pmod"
-    ).split()},
-    **{name: kind for kind, names in {
-        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash",
-        ":": "colon", "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace",
-        "[": "lbrack",
-        "]": "rbrack", "newline": "cr", "%": "percent", "frac": "dfrac tfrac cfrac sfrac nicefrac",
-        "binom": "dbinom tbinom", "inf": "infty", "empty": "emptyset varnothing", "sqrt": "surd",
-        "deg": "degree textdegree", "and": "land wedge", "or": "lor vee", "bar": "overline bar",
-        "so": "Rightarrow implies", "big": " ".join(BIG),
-        "op": "odot otimes oplus ominus circ bullet star bmod",
-    }.items() for name in names.split()},
-}  # fmt: skip
-RELATIONS = {name: relation for relation, names in {
-    "=": "= == equiv", "<": "< lt", ">": "> gt", "<=": "<= le leq leqslant leqq", "in": "in",
-    ">=": ">= => ge geq geqslant geqq", "!=": "!= ne neq", "~": "approx simeq cong doteq",
-    "notin": "notin", "to": "to rightarrow",
-}.items() for name in names.split()}  # fmt: skip
-FUNCTIONS = {
-    **{name: name for name in (
-        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp abs "
-        "floor factorial gcd lcm cis min max"
-    ).split()},
-    **{"arc" + name: "a" + name for name in "sin cos tan cot sec csc".split()}, "arsinh": "asinh",
-    "arcosh": "acosh", "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "Abs": "abs",
-    "ceil": "ceiling", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot",
-    "arctg": "atan",
-}  # fmt: skip
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-    "rho sigma tau upsilon phi varphi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega "
-    "ell hbar".split()
-)
-KNOWN = {  # commands, by the kind and value of their token
-    **{name: (kind, name) for name, kind in KINDS.items()},
+
+OPERATORS = spellings(r"""
+    +  -  * cdot times ast × · ∙ ⋅ ∗  / div ÷ ∕ ⁄  ^ **  _  !  % \% percent  pm +- +/- ±  mp ∓
+    (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩  lfloor ⌊
+    rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │ ‖  mid ∣  ,  ;  : colon  &
+    newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
+    minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨  so Rightarrow implies ⇒
+    frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  choose  sqrt surd √  cbrt ∛
+    pmod  inf infty ∞  empty emptyset varnothing ∅  bar overline
+""")
+RELATIONS = spellings("""
+    = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
+    >= => ge geq geqslant geqq ≥ ⩾ ≧  ~ approx simeq cong doteq ≈ ≅  in ∈  notin ∉  to rightarrow →
+""")
+FUNCTIONS = spellings("""
+    sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
+    asec arcsec  acsc arccsc  sinh  cosh  tanh  coth  asinh arsinh  acosh arcosh  atanh artanh
+    exp  cis  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial  gcd  lcm  min  max
+    conjugate conj  re Re  im Im
+""") | {"log": "Log"}  # to base ten or e
+GREEK = spellings("""
+    alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
+    mu μ  nu ν  xi ξ  rho ρ  sigma σ  tau τ  upsilon  phi φ  chi χ  psi ψ  omega ω  Delta Δ
+    Gamma Γ  Theta Θ  Lambda Λ  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω  varepsilon  vartheta  varphi  ell
+    hbar
+""")
+BIG = spellings("sum ∑  prod ∏  int ∫  iint  oint  lim")
+WORD_NAMES = {  # runs of letters that are mathematics without a backslash
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("rel", relation) for name, relation in RELATIONS.items()}, "pi": ("const", "pi"),
-    "imath": ("const", "i"), **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "partial": ("sym", "d"), **{name: ("set", name) for name in "RZNQ"},
-}  # fmt: skip
-NAMES = {  # runs of letters that are mathematics without a backslash
-    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("sym", name) for name in GREEK}, "pi": ("const", "pi"), "in": ("rel", "in"),
-    **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)), "union": ("cup", None),
+    **{name: ("sym", name) for name in GREEK.values()},
     **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
-    "binomial": ("binom", None),
+    **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)),
+    "pi": ("const", "pi"), "in": ("rel", "in"),
+}  # fmt: skip
+NAMES = WORD_NAMES | {  # commands and characters
+    **{name: (kind, None) for name, kind in OPERATORS.items()},
+    **{name: ("rel", relation) for name, relation in RELATIONS.items()},
+    **{name: ("sym", letter) for name, letter in GREEK.items()},
+    **{name: ("big", kind) for name, kind in BIG.items()},
+    **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
+    **{name: ("set", name) for name in "RZNQ"},
+    **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
+    "π": ("const", "pi"), "imath": ("const", "i"), "partial": ("sym", "d"),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -427,18 +346,18 @@ NUMERALS = {word: value for value, word in enumerate(
     ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
 )}  # fmt: skip
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-UNITS = {name: line.split()[0] for line in (  # every spelling by the first of its line
-    "cm centimeter centimetre centimeters centimetres|mm millimeter millimetre millimeters|km "
-    "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in "
-    "inch inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg "
-    "milligram|lb lbs pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter "
-    "milliliters|h hr hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day "
-    "days|week weeks|month months|yr year years|hz Hz|degree degrees deg|F fahrenheit|C celsius|K "
-    "kelvin|J joule joules|kJ kj|N newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa "
-    "pa|mol|gal gallon gallons|rad radian radians|pt pts point points|dollar dollars usd|cent "
-    "cents|eur euro euros|gbp|inr|rpm |^2 square sq squared|^3 cubic cu cubed|/ per"
-).split("|") for name in line.split()}  # fmt: skip
-UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h"}
+UNITS = spellings("""
+    cm centimeter centimetre centimeters centimetres  mm millimeter millimetre millimeters
+    km kilometer kilometre kilometers kilometres  m meter metre meters metres  nm  ft foot feet
+    in inch inches  mi mile miles  yd yard yards  kg kilogram kilograms  g gram grams gm
+    mg milligram  lb lbs pound pounds  oz ounce ounces  L l liter litre liters litres
+    ml mL milliliter milliliters  h hr hrs hour hours  min mins minute minutes
+    s sec secs second seconds  ms  day days  week weeks  month months  yr year years  hz Hz
+    degree degrees deg  F fahrenheit  C celsius  K kelvin  J joule joules  kJ kj
+    N newton newtons  W watt watts  kW kw  V volt volts  A amp amps  Pa pa  mol
+    gal gallon gallons  rad radian radians  pt pts point points  dollar dollars usd  cent cents
+    eur euro euros  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
+""")
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
@@ -456,12 +375,94 @@ WORDS = set(
     "yes no not odd even true false none all the red dne if for any is are of to we us usd".split()
 )
 
+UNICODE = str.maketrans({
+    **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
+    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""),
+    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
+    **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
+       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
+})  # fmt: skip
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
+LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
+PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
+CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
+REWRITES = [(re.compile(pattern), by) for pattern, by in [
+    (r"\.\.\.+", r"\\ldots "), (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
+    (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
+    (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
+    (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
+    (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
+    (r"\{\s*\\(?:rm|bf|it)(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
+    (r"\\mathbb\{?R\}?\s*\^\s*(?:\{\s*\+\s*\}|\+)", r"(0,\\infty)"),
+    (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
+    (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
+    (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
+]]  # fmt: skip
 
-MIXED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
+GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
+NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d*)".format
+OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
+INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
+EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
+PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
+DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
+MIXED = re.compile(  # 2 1/3 or 1\frac45
+    r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
+    r"|(?<=\s)(\d+)\s?/\s?(\d+))"
+)
+LAYOUT = (
+    "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
+    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
+    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark"
+    "|num|tt|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|angle|measuredangle"
+    "|sphericalangle|triangle|overrightarrow"
+)
+LEXEME = re.compile(
+    rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
+    r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
+    r"|(?P<quad>\\q?quad(?![a-z]))"
+    r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
+    r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
+    r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
+    r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
+    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
+    r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-Z]+)"
+    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
+)  # fmt: skip
+PROSE = re.compile(r"[a-zA-Z]+(?:['.\-][a-zA-Z]+)*")  # what is a word in \text{}
+JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 
 
-def read_number(text, at, inside):
+def normalised(text):
+    """An answer without the spellings that would be harder to parse than to rewrite."""
+    for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
+        text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
+    if not text.isascii():  # mathematical italics become letters
+        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    if text.isdecimal():  # as most answers are
+        return text
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    return text.strip().rstrip(" .,;:~*\\\n\t")
+
+
+ENDS = set("number sym const inf empty word deg ! % ) ] } set} rangle rfloor rceil end".split())
+OPERANDS = set(
+    "( [ { set{ langle lfloor lceil number sym const fn frac sqrt cbrt binom begin inf set empty "
+    "bar big".split()
+)
+
+
+def read_number(text, at, inside, mixed):
     """The number at `at`: (value, unit in the last place or 0 for an exact one, where it ends)."""
+    if mixed and (match := MIXED.match(text, at)):
+        whole, above, below = map(int, filter(None, match.groups()))
+        if 0 < above < below:
+            return whole + Fraction(above, below), Fraction(0), match.end()
     match = (INSIDE if inside else OUTSIDE).match(text, at)
     end = match.end()
     literal = re.sub(r"\{,\}(?!\\!|\d{3}(?!\d))", ".", match[0])  # 3{,}14 but 3{,}140
@@ -486,9 +487,9 @@ def read_number(text, at, inside):
 def read_letters(run, mark, space, before, alone):
     """Tokens of a run of letters: functions, products of variables, words.
 
-    mark: TEXT or ROMAN if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
+    mark: "prose" or "roman" if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
     """
-    low = run.lower()
+    low = run.lower().replace(".", "")
     counted = before.kind in ("number", "word", "deg")
     kind = None
     value = low
@@ -499,25 +500,27 @@ def read_letters(run, mark, space, before, alone):
         kind = "%"
     elif low == "to" and before.kind == "number":
         kind = ":"
+    elif low == "per" and counted:
+        kind = "/"
     elif len(run) == 1:
-        unit = mark == ROMAN and run not in "dei" and (counted or before.kind == "}")
+        unit = mark == "roman" and run not in "dei" and (counted or before.kind == "}")
         unit = unit or before.kind == "deg" and run in "CF"
-        word = unit or mark == TEXT and run != "i" or run == "a" and before.kind == "word"
+        word = unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word"
         kind = "word" if word else "const" if run in "ie" else "sym"
         value = run if run in UNITS or not word else low
-    elif counted and (low in UNITS or low in ("th", "st", "nd", "rd")):
+    elif counted and (low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")):
         kind = "word"
-    elif run in NAMES and (mark != TEXT or alone and low not in ("min", "max", "log", "in")):
-        kind, value = NAMES[run]
-    elif low in ("pi", "infinity") and mark != TEXT:
-        kind, value = NAMES[low]
+    elif run in WORD_NAMES and (mark != "prose" or alone):
+        kind, value = WORD_NAMES[run]
+    elif low in ("pi", "infinity") and mark != "prose":
+        kind, value = WORD_NAMES[low]
     elif mark or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
         kind = "word"
-    elif mixed := MIXED.fullmatch(run):
-        parts = filter(None, mixed.groups())
+    elif joined := JOINED.fullmatch(run):
+        parts = filter(None, joined.groups())
     elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
         kind = "word"
-    elif low not in ALPHABET or run.isupper():  # abcd and xyz are products
+    elif low not in string.ascii_lowercase or run.isupper():  # abcd and xyz are products
         syllable = (alone or space and counted) and len(run) > 2 and re.search("[aeiou]", low)
         kind = "word" if len(run) > 3 or syllable else None
     if kind:
@@ -525,37 +528,51 @@ def read_letters(run, mark, space, before, alone):
     return [token for part in parts for token in read_letters(part, "", False, END, False)]
 
 
-def tokenize(text):
-    """The tokens of a normalised text."""
-    found = []
+def tokenize(text, mark="", found=None, alone=True):
+    """The tokens of a normalised text, appended to `found`."""
+    found = [] if found is None else found
+    if mark == "prose":
+        text = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", text).replace("&", " and ")
     at = 0
-    space = False
+    space = mark == "prose"
     brackets = 0
     while at < len(text):
+        start = at
         match = LEXEME.match(text, at)
         kind = match.lastgroup
         lexeme = match[kind]
-        start = at
         at = match.end()
         before = found[-1] if found else END
-        if before.kind in ("*", "/") and len(found) > 1 and found[-2].kind == "word":
+        style = mark
+        if before.kind in ("*", "/") and found[-2:-1] and found[-2].value in UNITS:  # km/h
             before = found[-2]
-        if kind == "space":
+            style = mark or "roman"
+        if kind in ("space", "quad"):
             space = True
+            found += [Token("quad")] * (kind == "quad" and before.kind in ENDS)
+            continue
+        if kind == "styled":
+            content = match["group"] or match["letter"] or ""
+            whole = alone and match[0] == text
+            tokenize(content, "prose" if match["prose"] else "roman", found, whole)
+            space = bool(match["prose"])
+            call = not space and text[at : at + 1] == "(" and before.kind != "number"
+            if call and found and found[-1].kind == "word":
+                found[-1] = found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
             continue
         if kind == "literal":
             tokens = [Token("number", (Fraction(int(lexeme, 0)), Fraction(0)), lexeme)]
         elif kind == "number":
-            value, unit, at = read_number(text, start, brackets > 0)
+            mixed = before.kind not in ("^", "_", "sqrt", "frac")
+            value, unit, at = read_number(text, start, brackets > 0, mixed)
             tokens = [Token("number", (value, unit), text[start:at])]
         elif kind == "letters":
-            run = lexeme.lstrip(TEXT + ROMAN)
-            mark = lexeme[: len(lexeme) - len(run)]
-            tokens = read_letters(run, mark, space, before, lexeme == text)
-            if mark == ROMAN and text[at : at + 1] == "(" and before.kind != "number":
-                tokens = [Token("sym", run, run)]  # \operatorname{rank}(A)
+            if mark:
+                lexeme = PROSE.match(text, start)[0]
+                at = start + len(lexeme)
+            tokens = read_letters(lexeme, style, space, before, alone and lexeme == text.strip())
         elif kind in ("command", "symbol"):
-            known = KNOWN.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
+            known = NAMES.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
             if not known and kind == "symbol":
                 raise Unreadable(f"unknown character {lexeme!r}")
             kind, value = known or ("sym", lexeme)
@@ -563,6 +580,9 @@ def tokenize(text):
             tokens = [Token(kind, value, lexeme)]
         else:  # digits, begin, end, set
             tokens = [Token("number" if kind == "digits" else kind, lexeme, lexeme)]
+        if found and found[-1].kind == "quad":  # a comma, if it stands between two operands
+            found.pop()
+            found += [Token(",")] * (tokens[0].kind in OPERANDS)
         found += [tokens[0]._replace(space=space), *tokens[1:]]
         space = False
     return found
@@ -580,23 +600,18 @@ def tokenize(text):
 #   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
 #               ("reals",) ("empty",)
 #   statements  ("rel", operators, sides)
-#   words       ("words", words) ("option", letter, value); ("raw", string) cannot be parsed
+#   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9
-POWER = {  # how tightly what stands between two operands binds them
-    "newline": 1, ";": 1, "or": 2, ",": 3, "and": 3, "so": 3, "rel": 4, ":": 5, "cup": 6, "cap": 6,
-    "minus": 6, "+": 7, "-": 7, "pm": 7, "mp": 7, "*": 8, "/": 8, "op": 8, "word": 8, "currency": 8,
-}  # fmt: skip
+LEVELS = "newline ;|or|, and so|rel|: over choose|cup cap minus|+ - pm mp|* / op".split("|")
+POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
+CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-", "pm", "mp")
 CLOSING = {  # what closes each bracket
     "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
 }  # fmt: skip
-OPERANDS = {
-    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split()
-}  # fmt: skip
-TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
+LEADING = [("rel", "="), ("rel", "~"), (":", None), ("*", None)]  # of no meaning before an answer
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result "
     "solution solutions we get have choice option approximately about roughly exactly that it be "
@@ -610,6 +625,7 @@ TEXT_VALUES = {
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
 }  # fmt: skip
+TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
 
 
 def number(value):
@@ -644,6 +660,11 @@ def symbols(node):
     return names.union(*map(symbols, children(node)))
 
 
+@lru_cache(maxsize=1024)
+def size(node):
+    return 1 + sum(map(size, children(node)))
+
+
 def chain(tag, a, b):
     """a + b or a * b, without nesting."""
     return (tag, *(a[1:] if a[0] == tag else (a,)), *(b[1:] if b[0] == tag else (b,)))
@@ -670,60 +691,11 @@ def infinite(node):
     return int(node == ("inf",)) - (node == negate(("inf",)))
 
 
+DEGREE = divide(("const", "pi"), number(180))
+
+
 def items_of(node):
     return list(node[2:]) if node[0] == "list" else [node]
-
-
-def numeral(words):
-    """The tree of "minus twenty-five thousand", or None."""
-    total = 0
-    tail = 0
-    for name in re.sub("^(?:minus|negative) ", "", words).split():
-        if name == "hundred":
-            tail *= 100
-        elif name in SCALES:
-            total += tail * SCALES[name]
-            tail = 0
-        elif name in NUMERALS and tail % 100 == 0:
-            tail += NUMERALS[name]
-        else:
-            return None
-    return number(-total - tail if words.startswith(("minus", "negative")) else total + tail)
-
-
-def quantity(value, words):
-    """A value with its unit or counted noun; Unreadable if the words are no such thing."""
-    names = words.split()
-    if names and names[0].replace(".", "") in ("am", "pm"):
-        return (*(value[:-1] if value[0] == "time" else ("time", value)), names[0][0])
-    if value[0] == "quantity":
-        names += [*value[2].split(), *value[3].split()]
-        value = value[1]
-    for name in SCALES.keys() & set(names):
-        value = chain("mul", value, number(SCALES[name]))
-    units = " ".join(UNITS[name] for name in names if name in UNITS).split()
-    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
-    if STATEMENT & set(names) or nouns and symbols(value):
-        raise Unreadable("words that are no unit")
-    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
-    if not units and not nouns:
-        return value
-    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
-
-
-def unit_text(node):
-    """The words of a unit written as a term, such as \\frac{\\text{km}}{\\text{h}}, or None."""
-    if node[0] == "words":
-        return node[1]
-    parts = [unit_text(child) for child in node[1:3]] if node[0] in ("mul", "pow") else [None]
-    if node[0] == "pow" and parts[0]:
-        return f"{exponent_text(node[2])} {parts[0]}"
-    return None if None in parts else " ".join(parts)
-
-
-def exponent_text(power):
-    """How a unit's exponent is written among its words: m^2 is `m ^2`, h^{-1} is `/ h`."""
-    return f"^{show(power)}".replace("^-1", "/").replace("^-", "/ ^")
 
 
 class Parser:
@@ -777,14 +749,12 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
-        while self.context == "aligned" and self.accept("&"):
-            pass
-        if self.starts_operand():
+        if self.starts_operand() or self.kind == "word":
             return POWER[","] if self.starts_equation() else TERM
         return 0 if self.kind == ":" and self.context == "set" else POWER.get(self.kind, 0)
 
     def starts_operand(self):
-        return self.kind in OPERANDS or self.kind == "|" and self.context in ("open", "aligned")
+        return self.kind in OPERANDS or self.kind == "|" and self.context == "open"
 
     def starts_equation(self):
         """Whether another equation begins here, as in x = 1 y = 2."""
@@ -803,7 +773,7 @@ class Parser:
         while self.power() == power and self.kind != "so":
             while separator := self.accept(*SEPARATORS):
                 kind = "or" if separator.kind == "or" else kind
-            if not self.starts_operand() and self.kind not in ("word", "currency", *SIGNS):
+            if not self.starts_operand() and self.kind not in ("word", *SIGNS):
                 break
             items.append(self.expression(power + 1))
         flat = []
@@ -816,13 +786,9 @@ class Parser:
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
-        if kind in ("word", "currency"):
-            return quantity(left, self.unit())
-        if self.starts_operand():
+        if self.starts_operand() or kind == "word":
             return self.juxtaposed(left)
         token = self.take(kind)
-        if kind == "/" and self.kind == "word":
-            return quantity(left, "/ " + self.unit())
         if kind == ":":
             return self.ratio(left)
         while kind == "rel" and self.accept("&"):
@@ -838,19 +804,24 @@ class Parser:
             return chain("add" if kind == "+" else "mul", left, right)
         if kind == "-":
             return ("minus", left, right) if left[0] == "reals" else minus(left, right)
-        if kind == "/":
+        if kind in ("/", "over"):
             return divide(left, right)
+        if kind == "choose":
+            return ("binomial", left, right)
         return ("call", token.value, left, right) if kind == "op" else (kind, left, right)
 
     def juxtaposed(self, left):
-        if left[0] == "quantity" and self.kind == "number":  # 3 hours 20 minutes
-            return ("list", ",", left, self.expression(TERM))
-        noun = left[0] == "quantity" and left[3]
-        if noun or left[0] in ("num", "sym") and self.kind == "number":
-            raise Unreadable("two things side by side")
-        right = self.expression(FACTOR)
-        words = unit_text(right)
-        return quantity(left, words) if words else chain("mul", left, right)
+        """A product without a sign, a value with its unit, or 3 hours 20 minutes."""
+        if self.kind == "number":
+            words = left[0] == "mul" and words_of_unit(left[-1])
+            if words and set(words) - IGNORED:
+                return ("list", ",", left, self.expression(TERM))
+            if words or left[0] in ("num", "sym"):
+                raise Unreadable("two things side by side")
+        return chain("mul", left, self.unit() if self.kind == "word" else self.expression(FACTOR))
+
+    def unit(self):
+        return self.postfix(("words", self.take("word").value))
 
     def ratio(self, left):
         """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
@@ -861,29 +832,12 @@ class Parser:
         parts = [left, self.expression(SIDE + 1)]
         while self.accept(":"):
             parts.append(self.expression(SIDE + 1))
-        if parts[-1][0] == "time":  # 7:30 p.m.
-            return ("time", *parts[:-1], *parts[-1][1:])
         texts = [token.text for token in self.tokens[begin : self.at : 2]]
         if all(map(is_integer, parts)) and all(re.fullmatch("[0-5][0-9]", text) for text in texts):
             clock = [int(part[1]) for part in parts]
             if clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
                 return ("time", *parts, "")
         return ("ratio", *parts)
-
-    def unit(self):
-        """The words of a unit such as `cm^2`, `m / s` or `miles per hour`."""
-        words = []
-        while True:
-            if self.accept("currency"):
-                words.append("dollar")
-            elif self.kind == "word" or words[-1:] == ["/"] and self.kind == "sym":
-                words.append(self.take(self.kind).value)
-            elif self.kind in ("/", "*") and self.tokens[self.at + 1].kind in ("word", "sym"):
-                words += ["/"] if self.take("/", "*").kind == "/" else []
-            elif words and self.accept("^"):
-                words.append(exponent_text(self.script()))
-            else:
-                return " ".join(words)
 
     # operands
 
@@ -899,32 +853,8 @@ class Parser:
             value = self.expression(TERM)
             return negate(value) if negative else value
         if self.kind == "word":
-            return self.words()
-        if self.accept("currency"):
-            negative = self.accept("-")
-            value = self.postfix(self.atom())
-            return quantity(negate(value) if negative else value, "dollar " + self.unit())
-        value = self.postfix(self.atom())
-        if is_integer(value) and self.tokens[self.at - 1].kind == "number":
-            return self.mixed(value)
-        return value
-
-    def mixed(self, value):
-        """A mixed number such as 1\\frac45 or 2 1/3, or the value itself."""
-        begin = self.at
-        share = None
-        first, second, third = self.tokens[begin : begin + 3]
-        if first.kind == "frac" or first.kind == "{" and second.kind == "frac":
-            part = self.atom()
-            bottom = part[2][1] if len(part) == 3 and part[2][0] == "pow" else part
-            share = exact(part) if is_integer(part[1]) and is_integer(bottom) else None
-        elif first.kind == third.kind == "number" and first.space and second.kind == "/":
-            self.at += 3
-            share = first.value[0] / (third.value[0] or 1)
-        if share is not None and 0 < share < 1:
-            return self.postfix(number(value[1] + share))
-        self.at = begin
-        return value
+            return self.unit() if self.tokens[self.at - 1].kind in ("/", "*") else self.words()
+        return self.postfix(self.atom())
 
     def words(self):
         """Words before an operand, which must be a phrase like "the answer is", or a text."""
@@ -933,14 +863,16 @@ class Parser:
             words.append(self.take("word").value)
         if words[:2] in (["all", "real"], ["all", "reals"]) and words[-1] in ("except", "but"):
             return ("minus", ("reals",), ("set", *items_of(self.expression())))
-        if self.starts_operand() or self.kind in ("currency", *SIGNS):
+        if self.starts_operand() or self.kind in SIGNS:
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
         text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
-        return TEXT_VALUES.get(text) or numeral(text) or ("words", text)
+        if text in NUMERALS:
+            return number(NUMERALS[text])
+        return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
         for _ in range(10):
@@ -950,17 +882,17 @@ class Parser:
             if token.kind in ("!", "%"):
                 value = ("factorial" if token.kind == "!" else "pct", value)
             elif token.kind == "deg":
-                value = ("quantity", value, "degree", "")
+                value = chain("mul", value, ("words", "degree"))
             else:
-                power = self.script(single=value[0] == "sym")
+                power = self.script()
                 if value[0] == "sym" and self.accept("_"):  # v^2_0
                     value = ("sym", f"{value[1]}_{self.subscript()}")
                 value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
         raise Unreadable("too many postfix operators")
 
-    def script(self, single=False):
-        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2). single: not 2_0 in v^2_0."""
-        if single and self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
+    def script(self):
+        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
+        if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
             token = self.take("number", "sym")
             return ("num", *token.value) if token.kind == "number" else ("sym", token.value)
         sign = self.accept("-", "+")
@@ -1030,9 +962,7 @@ class Parser:
         return value
 
     def number(self, token):
-        if self.tokens[self.at][:2] == ("word", "base"):  # 1011 base 2
-            self.take("word")
-        elif not self.accept("_"):
+        if not self.accept("_"):
             return ("num", *token.value)
         base = self.subscript().lower().removeprefix("base").strip("() ")
         base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
@@ -1087,7 +1017,7 @@ class Parser:
         else:
             values = [self.bare_argument()]
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
-            values = [rebuild(value, radians) for value in values]
+            values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
         if power == MINUS_ONE and name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"}:
             return ("a" + name, *values)
         value = ("log" if base else name, *values, *base)
@@ -1109,7 +1039,7 @@ class Parser:
         below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
-                above = self.script(single=True)
+                above = self.script()
             else:
                 below = self.argument()
         body = self.expression(TERM)
@@ -1151,8 +1081,7 @@ class Parser:
         if self.accept("set}"):
             return ("empty",)
         if self.tokens[self.at][:2] == ("begin", "array"):  # \left\{\begin{array} ... \right.
-            self.at += 1
-            return self.closed("end", context="aligned")
+            return self.equations()
         content = self.closed("set}", "|", "mid", ":", context="set")
         if self.tokens[self.at - 1].kind == "set}":
             return ("set", *items_of(content))
@@ -1163,10 +1092,10 @@ class Parser:
         return ("list", ",", content, condition) if domain else condition
 
     def environment(self, token):
-        name = token.value
-        if not name.endswith("matrix") and name != "array":  # aligned, cases
-            return self.closed("end", context="aligned")
-        if name.startswith(("v", "V")):
+        if not token.value.endswith("matrix") and token.value != "array":  # aligned, cases
+            self.at -= 1
+            return self.equations()
+        if token.value.startswith(("v", "V")):
             raise Unreadable("a determinant")
         outer = self.context
         self.context = "open"
@@ -1183,16 +1112,12 @@ class Parser:
             raise Unreadable("rows of different length")
         return ("matrix", *rows)
 
-
-def radians(node):
-    if node[0] == "quantity" and node[2:] == ("degree", ""):
-        return chain("mul", node[1], divide(("const", "pi"), number(180)))
-    return node
-
-
-@lru_cache(maxsize=1024)
-def size(node):
-    return 1 + sum(map(size, children(node)))
+    def equations(self):
+        """What stands in an environment that only aligns."""
+        rest = self.tokens[self.at + 1 :]
+        self.tokens[self.at + 1 :] = [token for token in rest if token.kind != "&"]
+        self.take("begin")
+        return self.closed("end")
 
 
 def written_out(name, body, variable, below, above):
@@ -1211,52 +1136,72 @@ def written_out(name, body, variable, below, above):
     return ("add" if name == "sum" else "mul", *terms) if few else None
 
 
-def normalised(text):
-    """An answer in plain ASCII LaTeX, with as few spellings of one thing as rewriting can leave."""
-    for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
-        text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
-    text = text.translate(UNICODE)
-    if not text.isascii():  # mathematical italics become letters
-        text = unicodedata.normalize("NFKC", text).translate(UNICODE)
-    if text.isdecimal():  # as most answers are
-        return text
-    for pattern, by in REWRITES:
-        text = pattern.sub(by, text)
-    for _ in range(3):  # \text{} in \text{}
-        text = STYLED.sub(marked, text)
-    return text.strip()
+# ---- the normal form
 
 
-def marked(match):
-    """The words of \\text{} or \\mathrm{}, each with its mark."""
-    content = match[2] or match[3] or ""
-    if match[1]:
-        content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
-    word = r"(?<![\\\x02\x03a-zA-Z])[a-zA-Z]+(?:['.\-][a-zA-Z]+)*"
-    content = re.sub(word, (TEXT if match[1] else ROMAN) + r"\g<0>", content)
-    return f" {content} " if match[1] else " " + content
+def words_of_unit(node):
+    """The words of a factor: those of m, of m^2, of 1/s; None if it is a value."""
+    if node[0] == "words":
+        return node[1].split()
+    parts = [words_of_unit(child) for child in node[1:]] if node[0] in ("mul", "pow") else [None]
+    if node[0] == "pow" and parts[0]:
+        return [*f"^{show(node[2])}".replace("^-1", "/").replace("^-", "/ ^").split(), *parts[0]]
+    return None if None in parts else [word for part in parts for word in part]
 
 
-def raw(text):
-    """What two unreadable texts are compared by: blanks count only between letters or digits,
-    and case only in formulas."""
-    plain = re.sub(f"(?:[{TEXT}{ROMAN}~\\s]|\\\\[,;:! ])+", " ", text)
-    plain = re.sub(r"\{(\w)\}", r"\1", plain)
-    plain = re.sub(r"(?<![\w\\])\s|\s(?![\w\\])|[.,]+$", "", plain).strip()
-    words = r"(?<![\\a-zA-Z])(?:[A-Z]?[a-z]+|[A-Z]{3,})(?![a-zA-Z])"
-    return ("raw", re.sub(words, lambda word: word[0].lower(), plain))
+def quantity(values, names):
+    """A product and the words in it; Unreadable if these are no unit and no counted noun."""
+    for name in SCALES.keys() & set(names):
+        values = [*values, number(SCALES[name])]
+    value = ("mul", *values) if len(values) > 1 else values[0]
+    if names and names[0] in ("am", "pm"):
+        return ("time", value, names[0][0])
+    units = [UNITS[name] for name in names if name in UNITS]
+    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
+    if STATEMENT & set(names) or nouns and symbols(value):
+        raise Unreadable("words that are no unit")
+    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
+    if not units and not nouns:
+        return value
+    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
+
+
+def normal(node):
+    """One spelling of what has several: words behind a value, times of the day."""
+    if node[0] == "mul":
+        words = [words_of_unit(factor) for factor in node[1:]]
+        values = [factor for factor, names in zip(node[1:], words) if names is None]
+        if values and len(values) < len(words):
+            return quantity(values, [name for names in words if names for name in names])
+    if node[0] == "ratio" and node[-1][0] == "time":  # 7:30 p.m.
+        return ("time", *node[1:-1], *node[-1][1:])
+    return node
+
+
+def raw(tokens):
+    """What two unreadable texts are compared by: their tokens, without braces around one."""
+    found = []
+    for token in tokens:
+        found.append((token.kind, token.value))
+        if token.kind == "}" and len(found) > 2 and found[-3][0] == "{":
+            found[-3:] = found[-2:-1]
+    return ("raw", *found)
 
 
 @lru_cache(maxsize=1024)
 def parse(text):
     text = normalised(text)
+    tokens = None
     try:
-        parser = Parser(tokenize(text))
+        tokens = [token for token in tokenize(text) if token.kind != "quad"]
+        while tokens and tokens[0][:2] in LEADING:
+            tokens.pop(0)
+        parser = Parser(tokens)
         tree = parser.expression()
         parser.take("end of text")
-        return tree
+        return rebuild(tree, normal)
     except (Unreadable, RecursionError):
-        return raw(text)
+        return ("raw", text) if tokens is None else raw(tokens)
 
 
 def read(text):
@@ -2036,7 +1981,7 @@ def converted(one, other):
 def same(a, b):
     """Whether two trees are the same answer."""
     if a == b:
-        return a != ("raw", "")
+        return a != ("raw",)
     one, other = statement(a), statement(b)
     x, y = (one.value, *one.rough), (other.value, *other.rough)
     if one.name and other.name:
