@@ -22,6 +22,7 @@ import argparse
 import cmath
 import json
 import math
+import operator
 import random
 import re
 import string
@@ -31,11 +32,10 @@ import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from itertools import islice, product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 MAX_TEXT = 200_000  # characters of an output that are searched for a box, from its end
 MAX_PROSE = 20_000  # characters of an output without a box that are searched for an answer
@@ -698,6 +698,13 @@ def items_of(node):
     return list(node[2:]) if node[0] == "list" else [node]
 
 
+def residue_class(value, modulus):
+    value, modulus = exact(value), exact(modulus)
+    if value is None or not modulus:
+        raise Unreadable("a congruence with letters")
+    return ("mod", number(value % modulus), number(modulus))
+
+
 class Parser:
     """Precedence climbing over a list of tokens: each method returns the tree of what it takes."""
 
@@ -795,7 +802,7 @@ class Parser:
             pass
         right = self.expression(power + 1)
         if kind == "rel":
-            right = ("mod", right, self.argument()) if self.accept("pmod") else right
+            right = residue_class(right, self.argument()) if self.accept("pmod") else right
             operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
             return ("rel", (*operators, token.value), (*sides, right))
         while kind == "/" and self.kind == "sym" and not self.tokens[self.at].space:  # t/RC
@@ -1016,6 +1023,10 @@ class Parser:
             values = items_of(self.closed({"(": ")", "{": "}", "[": "]"}[opening.kind]))
         else:
             values = [self.bare_argument()]
+        if name in ("tanh", "coth"):  # so that the size of the exponential is seen
+            square = ("exp", chain("mul", number(2), values[0]))
+            ends = chain("add", square, MINUS_ONE), chain("add", square, ONE)
+            return divide(*ends[:: 1 if name == "tanh" else -1])
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
             values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
         if power == MINUS_ONE and name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"}:
@@ -1166,16 +1177,87 @@ def quantity(values, names):
     return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
 
 
+def rows_of(node):
+    """The rows of a matrix or vector, else None."""
+    if node[0] in ("tuple", "array"):
+        return [[cell] for cell in node[1:]]
+    return [list(row) for row in node[1:]] if node[0] == "matrix" else None
+
+
+def matrix(rows):
+    """A matrix as a tree; a column is a tuple."""
+    column = all(len(row) == 1 for row in rows) and len(rows) > 1
+    return ("tuple", *(row[0] for row in rows)) if column else ("matrix", *map(tuple, rows))
+
+
+def matrix_product(a, b):
+    if len(a[0]) != len(b) or len(a) * len(b[0]) > MAX_TERMS:
+        raise Unreadable("a product of matrices of other sizes")
+    return [
+        [("add", *(chain("mul", x, y) for x, y in zip(row, column))) for column in zip(*b)]
+        for row in a
+    ]
+
+
+def with_matrices(node):
+    """A sum or product with matrices, or a transposed one, as one matrix."""
+    parts = [rows_of(child) for child in node[1:]]
+    if node[0] == "pow":
+        transposed = parts[0] and node[2] == ("sym", "T")
+        return matrix(list(zip(*parts[0]))) if transposed else node
+    if node[0] == "add":
+        if None in parts or len({(len(rows), len(rows[0])) for rows in parts}) > 1:
+            raise Unreadable("a sum of things of other sizes")
+        return matrix([[("add", *cell) for cell in zip(*rows)] for rows in zip(*parts)])
+    rows = reduce(matrix_product, filter(None, parts))
+    scalars = [child for child, part in zip(node[1:], parts) if part is None]
+    times = partial(chain, "mul")
+    return matrix([[reduce(times, [*scalars, cell]) for cell in row] for row in rows])
+
+
 def normal(node):
-    """One spelling of what has several: words behind a value, times of the day."""
+    """One spelling of what has several: words behind a value, times, matrices."""
     if node[0] == "mul":
         words = [words_of_unit(factor) for factor in node[1:]]
         values = [factor for factor, names in zip(node[1:], words) if names is None]
         if values and len(values) < len(words):
             return quantity(values, [name for names in words if names for name in names])
+    if node[0] in ("add", "mul", "pow") and any(rows_of(child) for child in node[1:]):
+        return with_matrices(node)
+    if node[0] == "matrix":
+        return matrix(node[1:])
     if node[0] == "ratio" and node[-1][0] == "time":  # 7:30 p.m.
         return ("time", *node[1:-1], *node[-1][1:])
     return node
+
+
+def tally(node, tag):
+    return (node[:1] == (tag,)) + sum(tally(child, tag) for child in children(node))
+
+
+def chosen(node, signs, last):
+    """A tree with its plus-minus signs decided. \\mp is the opposite of the last \\pm."""
+    if node[:1] not in (("pm",), ("mp",)):
+        part = (chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
+        return tuple(part)
+    left = chosen(node[1], signs, last)
+    last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
+    right = chosen(node[2], signs, last)
+    return chain("add", left, right) if last[0] > 0 else minus(left, right)
+
+
+def alternatives(node):
+    """A tree with plus-minus signs as the list of what it stands for."""
+    if node[0] in ("list", "set"):
+        items = []
+        for item in children(node):
+            found = alternatives(item)
+            items += [item] if found == item else items_of(found)
+        return ("set", *dict.fromkeys(items)) if node[0] == "set" else (*node[:2], *items)
+    count = tally(node, "pm") or tally(node, "mp")
+    if not 0 < count <= 4:
+        return node
+    return ("list", ",", *(chosen(node, iter(s), [1]) for s in product((1, -1), repeat=count)))
 
 
 def raw(tokens):
@@ -1199,7 +1281,7 @@ def parse(text):
         parser = Parser(tokens)
         tree = parser.expression()
         parser.take("end of text")
-        return rebuild(tree, normal)
+        return alternatives(rebuild(tree, normal))
     except (Unreadable, RecursionError):
         return ("raw", text) if tokens is None else raw(tokens)
 
@@ -1221,41 +1303,16 @@ ROOT = pow(2, (P - 1) // 4, P)
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
 
 
-def spend(a, b, bits=0):
-    """Counts the evaluation of two trees; as if none were cached, since verdicts must not vary."""
-    LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (1 + bits // 20)
-    if LOCAL.steps < 0:
-        raise TooHard("out of steps")
+def bit_length(value):
+    return max(map(int.bit_length, value.as_integer_ratio()))
 
 
-def exact_power(base, exponent, real_root=False):
-    """base ** exponent if that is rational, else None. real_root: an odd root of a negative."""
-    degree = exponent.denominator
-    sign = 1
-    if degree > 1:
-        if base < 0 and real_root and degree % 2:
-            base = -base
-            sign = -1
-        parts = [integer_root(part, degree) for part in base.as_integer_ratio()]
-        if None in parts:
-            return None
-        base = Fraction(*parts)
-    bits = max(map(int.bit_length, base.as_integer_ratio())) - 1
-    if bits * abs(exponent.numerator) > MAX_BITS:
+def exact_power(base, exponent):
+    if exponent.denominator > 1:
+        return None
+    if (bit_length(base) - 1) * abs(exponent.numerator) > MAX_BITS:
         raise OverflowError("too many digits")
-    return sign * base**exponent.numerator
-
-
-def integer_root(value, degree):
-    """The natural number whose power `value` is, or None."""
-    if degree > value.bit_length():
-        return value if value in (0, 1) else None
-    low = 0
-    high = 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
-    return low if low**degree == value else None
+    return base**exponent.numerator
 
 
 def of_naturals(function, most, *values):
@@ -1269,17 +1326,25 @@ def real_part(x):
     return x.real
 
 
+def tame(m, x):
+    if not m.isfinite(x):
+        raise ValueError("infinite")
+    if m.mag(x) > 15:
+        raise OverflowError("a function of so large a number could fill the memory")
+    return x
+
+
 def rounded(m, x, round_):
     """Floor or ceiling; a value next to an integer is that integer."""
     value = real_part(x)
     nearest = m.floor(value + 0.5)
-    return m.complex(nearest if abs(value - nearest) < m.tiny else round_(value))
+    return nearest if m.mag(value - nearest) < -m.prec // 2 else round_(value)
 
 
 def power(m, base, exponent):
     base = base + 0  # -4-0j, which is on the wrong side of the branch cut, becomes -4+0j
     if base != 0:
-        m.tame(exponent * m.log(base))
+        tame(m, exponent * m.log(base))
     return base**exponent
 
 
@@ -1289,40 +1354,34 @@ def root(m, degree, value):
     return power(m, value, 1 / degree)
 
 
-def binomial(m, n, k):
-    n, k, rest = (m.tame(x) + 1 for x in (n, k, n - k))
-    return m.gamma(n) / (m.gamma(k) * m.gamma(rest))
-
-
 def logarithm(m, x, base=None):
-    return m.log(x) / m.log(base) if base is not None else m.log(x)
+    return m.log(x) if base is None else m.log(x) / m.log(base)
 
 
 # Each operator and function: (exact, numeric). exact: Fractions to a Fraction, or None if that is
-# irrational; numeric: an arithmetic and its complex numbers to such a number.
+# irrational; numeric: mpmath and its complex numbers to such a number.
 OPS = {
+    **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, x))) for name in (
+        "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp"
+    ).split()},
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
-    "pow": (exact_power, power), "root": (lambda n, a: exact_power(a, 1 / n, True), root),
+    "pow": (exact_power, power), "root": (None, root), "log": (None, logarithm),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
-    **{name: (None, lambda m, x, name=name: getattr(m, name)(m.tame(x))) for name in (
-        "sin cos tan asin acos atan sinh cosh asinh acosh atanh exp"
-    ).split()},
-    "tanh": (None, lambda m, x: m.tanh(m.tame(1000 * x) / 1000)),  # no rounding to 1
-    "coth": (None, lambda m, x: 1 / m.tanh(m.tame(1000 * x) / 1000)),
-    "cot": (None, lambda m, x: 1 / m.tan(m.tame(x))), "acot": (None, lambda m, x: m.atan(1 / x)),
-    "sec": (None, lambda m, x: 1 / m.cos(m.tame(x))), "asec": (None, lambda m, x: m.acos(1 / x)),
-    "csc": (None, lambda m, x: 1 / m.sin(m.tame(x))), "acsc": (None, lambda m, x: m.asin(1 / x)),
-    "cis": (None, lambda m, x: m.exp(1j * m.tame(x))), "log": (None, logarithm),
-    "abs": (abs, lambda m, x: m.complex(abs(x))), "conjugate": (None, lambda m, x: x.conjugate()),
-    "re": (None, lambda m, x: m.complex(x.real)), "im": (None, lambda m, x: m.complex(x.imag)),
+    "cis": (None, lambda m, x: m.expj(tame(m, x))),
+    "abs": (abs, lambda m, x: abs(x)), "conjugate": (None, lambda m, x: x.conjugate()),
+    "re": (None, lambda m, x: x.real), "im": (None, lambda m, x: x.imag),
     "floor": (lambda a: Fraction(math.floor(a)), lambda m, x: rounded(m, x, m.floor)),
     "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
-    "min": (lambda *v: min(v), lambda m, *v: m.complex(min(map(real_part, v)))),
-    "max": (lambda *v: max(v), lambda m, *v: m.complex(max(map(real_part, v)))),
-    "factorial": (partial(of_naturals, math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
-    "binomial": (partial(of_naturals, math.comb, 20_000), binomial),
+    "min": (lambda *v: min(v), lambda m, *v: min(map(real_part, v))),
+    "max": (lambda *v: max(v), lambda m, *v: max(map(real_part, v))),
+    "factorial": (
+        partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(tame(m, x))
+    ),
+    "binomial": (
+        partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(tame(m, n), tame(m, k))
+    ),
     "gcd": (partial(of_naturals, math.gcd, 10**999), None),
     "lcm": (partial(of_naturals, math.lcm, 10**999), None),
 }  # fmt: skip
@@ -1343,8 +1402,7 @@ def exact(node):
         value = function(*values) if function else None
     except (ArithmeticError, ValueError, TypeError):
         return None
-    long = value is not None and max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS
-    return None if long else value
+    return None if value is None or bit_length(value) > MAX_BITS else value
 
 
 @lru_cache(maxsize=4096)
@@ -1373,10 +1431,7 @@ def residue(node):
         values = [residue(child) for child in children(node)]
         if None in values or tag == "call":
             return None if None in values else chance(node[1], *values)
-        total = values[0]
-        for value in values[1:]:
-            total = (total + value if tag == "add" else total * value) % P
-        return total
+        return (sum(values) if tag == "add" else math.prod(values)) % P
     value = exact(node)
     return None if value is None else value.numerator * pow(value.denominator, -1, P) % P
 
@@ -1396,42 +1451,13 @@ def coordinate(name, point):
     return cmath.rect(radius, rng.uniform(-3.1, 3.1))
 
 
-def tame_double(x):
-    if abs(x) > 1e5:
-        raise OverflowError("a function of so large a number")
-    return x
-
-
-def tame_long(x):
-    if not LOCAL.m.isfinite(x):
-        raise ValueError("infinite")
-    if LOCAL.m.mag(x) > 15:
-        raise OverflowError("a function of so large a number could fill the memory")
-    return x
-
-
-DOUBLES = SimpleNamespace(
-    **{name: getattr(cmath, name) for name in (
-        "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp log pi e isfinite"
-    ).split()}, floor=math.floor, ceil=math.ceil, complex=complex, rational=complex, tiny=1e-9,
-    tame=tame_double, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
-    gamma=lambda x: complex(math.gamma(real_part(x))),
-)  # fmt: skip
-
-
 def arithmetic(bits):
-    """DOUBLES, or mpmath at a precision; one for each thread, as some functions change it."""
-    if not bits:
-        return DOUBLES
+    """mpmath at a precision; one for each thread, as some functions change it."""
     if not hasattr(LOCAL, "m"):
         import mpmath
 
         LOCAL.m = mpmath.MPContext()
-        LOCAL.m.complex = LOCAL.m.mpc
-        LOCAL.m.rational = lambda value: LOCAL.m.mpc(value.numerator) / value.denominator
-        LOCAL.m.tame = tame_long
     LOCAL.m.prec = bits
-    LOCAL.m.tiny = LOCAL.m.ldexp(1, -bits // 2)
     return LOCAL.m
 
 
@@ -1442,27 +1468,23 @@ def evaluate(node, point, m, sizes):
     """
     tag = node[0]
     if tag == "sym":
-        return m.complex(coordinate(node[1], point))
+        return m.mpc(coordinate(node[1], point))
     if tag == "const":
-        return m.complex({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
+        return m.mpc({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
     if tag == "num":
-        result = m.rational(node[1])
+        result = m.mpc(node[1].numerator) / node[1].denominator
     else:
         inner = [child for child in children(node) if child != ("empty",)]
         values = [evaluate(child, point, m, sizes) for child in inner]
         if tag == "call":
-            result = m.complex(unknown(node[1], values, point, m))
+            result = unknown(node[1], values, point, m)
         elif tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
         elif tag in ("floor", "ceiling") and symbols(node):
             sign = 1 if tag == "floor" else -1
             result = values[0] + sign * wave(m, sign * values[0])
         else:
-            result = OPS[tag][1](m, *values)
-        if tag == "pow" and point[1] and values[0].real < 0 == values[0].imag:
-            share = exact(node[2])
-            if share is not None and share.denominator % 2 and share.denominator > 1:
-                result = power(m, -values[0], values[1]) * (-1) ** share.numerator  # x^(2/3)
+            result = m.mpc(OPS[tag][1](m, *values))
     if point[1]:
         real_part(result)  # among reals ln x is undefined at -1, so that 2 ln x is ln x^2
     if not m.isfinite(result):
@@ -1474,22 +1496,22 @@ def evaluate(node, point, m, sizes):
 
 def wave(m, x):
     """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
-    turn = m.tame(2 * m.pi * x)
+    turn = tame(m, 2 * m.pi * x)
     return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
 
 
 def unknown(name, values, point, m):
     """An unknown function: an analytic one given by its name, another at every sample point."""
     point = (point[0], True, 1)
-    total = m.complex(coordinate(f"{name}()", point))
+    total = m.mpc(coordinate(f"{name}()", point))
     for place, value in enumerate(values):
         factor = coordinate(f"{name}({place})", point).real / 4
-        total = m.cos(m.tame(factor * value)) + total * (1 + factor)
+        total = m.cos(tame(m, factor * value + 1)) + total * (1 + factor)
     return total
 
 
 @lru_cache(maxsize=2048)
-def sample(node, point, bits=0):
+def sample(node, point, bits=200):
     """(value, largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
     sizes = [0]
     try:
@@ -1502,39 +1524,34 @@ def sample(node, point, bits=0):
 
 def constant(node):
     """The value of a constant as a complex, or None."""
-    return None if symbols(node) else sample(node, (0, False, 1))[0]
+    value = None if symbols(node) else sample(node, (0, False, 1))[0]
+    return None if value is None else complex(value)
 
 
 def agree(a, b, point):
     """Whether two trees have one value at a point; None if either is undefined there.
 
-    Raises TooHard if both are too large to tell.
+    Raises TooHard if both are too large to tell, or if the steps of this thread are used up; these
+    are counted as if nothing were cached, since verdicts must not vary.
     """
-    spend(a, b)
-    (x, digits), (y, others) = sample(a, point), sample(b, point)
-    if x is not None and y is not None:
-        digits = max(digits, others)
-        gap = abs(x - y)
-        if gap > 1e-10 * 2.0 ** min(digits, 900) and gap > 1e-7 * max(abs(x), abs(y)):
-            return False
-        if point[0] >= 2 and digits < 30 and x and y:  # two points to many digits are enough
-            return True
     bits = 200
-    for _ in range(2):
-        spend(a, b, bits)
+    while True:
+        LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (bits // 20)
+        if LOCAL.steps < 0:
+            raise TooHard("out of steps")
         (x, digits), (y, others) = sample(a, point, bits), sample(b, point, bits)
         if x is None and y is None and digits and others:
             raise TooHard("both are too large")
         if x is None or y is None:
             return False if (digits or others) and not symbols(a) | symbols(b) else None
         digits = max(digits, others)
-        if digits < 20 or bits > 200:
-            break
-        bits = 200 + 4 * digits
+        close = x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
+        if not close or digits < 20 or bits > 200:
+            return close
+        bits += 4 * digits
         slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
         if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
-    return x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
 
 
 def largest_number(node):
@@ -1583,8 +1600,7 @@ def near(decimal, node):
         precise = sample(node, (0, False, 1), 400)[0]
         if precise is None or abs(precise.imag) > 1e-40:
             return False
-        m = arithmetic(400)
-        other = Fraction(int(m.floor(m.ldexp(precise.real, 300))), 2**300)
+        other = Fraction(int(arithmetic(400).nint(precise.real * 2**300)), 2**300)
     if other is None or other.denominator == 1:
         return False
     cut_off = other * value > 0 and 0 < abs(other) - abs(value) < unit
@@ -1596,12 +1612,8 @@ def same_value(a, b):
     if (a[0] == "pct") != (b[0] == "pct"):  # 28 % is 28 and 0.28
         share, other = (a, b) if a[0] == "pct" else (b, a)
         return same_value(share[1], other) or same_value(divide(share[1], number(100)), other)
-    if "based" in (a[0], b[0]):
+    if {a[0], b[0]} & {"based", "mod"}:
         return a == b
-    if a[0] == b[0] == "mod":
-        quotient = exact(divide(minus(a[1], b[1]), a[2]))
-        return exact(a[2]) == exact(b[2]) and quotient is not None and quotient.denominator == 1
-    a, b = (node[1] if node[0] == "mod" else node for node in (a, b))
     x, y = exact(a), exact(b)
     if x is not None and x == y:
         return True
@@ -1620,88 +1632,83 @@ def same_value(a, b):
 # Endpoints have odd places, in their order, and gaps have even ones.
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+HOLDS = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq,
+    "!=": operator.ne,
+}  # fmt: skip
 
 
 def is_set(node):
     if node[0] == "rel":
-        return any(operator not in ("=", "~") for operator in node[1])
+        return any(relation not in ("=", "~") for relation in node[1])
     if node[0] == "list":
         sets = [is_set(item) for item in node[2:]]
         return any(sets) and all(found or item[0] == "rel" for found, item in zip(sets, node[2:]))
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
-def ray(operator, end, place, top):
-    """The places x with `x operator end`."""
-    at = place(end)
-    below = set(range(at))
-    here = {at} & set(range(top))
-    above = set(range(top)) - below - here
-    parts = {"<": below, ">": above, "=": here, "!": below | above}
-    return parts[operator[0]] | (here if operator in ("<=", ">=") else set())
+class Line(NamedTuple):
+    """The real line as sets see it."""
 
+    place: Callable  # of an endpoint
+    top: int  # the number of places; 0 when endpoints are only collected
+    names: set  # of the variables in the conditions, which are collected
 
-def solutions(operator, left, right, variable, place, top):
-    """The places that solve x < a or |x| < a."""
-    if variable not in symbols(left):
-        left, right, operator = right, left, FLIPPED[operator]
-    if left == ("sym", variable) and not symbols(right):
-        return ray(operator, right, place, top)
-    if left[0] == "abs" and not symbols(right):
-        above = solutions(operator, left[1], right, variable, place, top)
-        below = solutions(FLIPPED[operator], left[1], negate(right), variable, place, top)
-        return above | below if operator[0] in ">!=" else above & below
-    raise ValueError("not solved")
+    def ray(self, relation, end):
+        """The places x with `x relation end`."""
+        at = self.place(end)
+        return {x for x in range(self.top) if HOLDS[relation](x, at)}
 
+    def solutions(self, relation, left, right):
+        """The places x with x < a, a < x or |x| < a."""
+        if symbols(right):
+            left, right, relation = right, left, FLIPPED[relation]
+        if left[0] == "abs" and not symbols(right):
+            above = self.solutions(relation, left[1], right)
+            below = self.solutions(FLIPPED[relation], left[1], negate(right))
+            return above | below if relation[0] in ">!=" else above & below
+        if left[0] != "sym" or symbols(right):
+            raise ValueError("not solved")
+        self.names.add(left[1])
+        return self.ray(relation, right)
 
-def places(node, names, place, top):
-    """Where a set holds. Adds the name of its variable to `names`; ValueError if it is no set.
-
-    place(endpoint): its place. There are `top` places; with 0, endpoints are only looked at.
-    """
-    tag = node[0]
-    if tag in ("reals", "empty"):
-        return set(range(top if tag == "reals" else 0))
-    if tag == "interval" or tag == "tuple" and len(node) == 3:
-        low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        if infinite(low) and (infinite(low), opening) != (-1, "("):
-            raise ValueError("no interval")
-        if infinite(high) and (infinite(high), closing) != (1, ")"):
-            raise ValueError("no interval")
-        found = ray(">=" if opening == "[" else ">", low, place, top)
-        found &= ray("<=" if closing == "]" else "<", high, place, top)
-        if top and not found:
-            raise ValueError("an empty interval")
-        return found
-    if tag == "set" or tag == "list" and not is_set(node):
-        return {place(member) for member in members(node)}
-    if tag in ("cup", "cap", "minus", "list"):
-        parts = [places(part, names, place, top) for part in children(node)]
-        if tag == "minus":
-            return parts[0] - parts[1]
-        either = tag == "cup" or tag == "list" and node[1] == "or"
-        if tag == "list" and not either and all(item[0] != "rel" for item in node[2:]):
-            if top and sum(map(len, parts)) > len(set().union(*parts)):
+    def region(self, node):
+        """The places in a set; ValueError if it is none."""
+        tag = node[0]
+        if tag in ("reals", "empty"):
+            return set(range(self.top if tag == "reals" else 0))
+        if tag == "interval" or tag == "tuple" and len(node) == 3:
+            low, high, opening, closing = (*node[1:], "(", ")")[:4]
+            if infinite(low) and opening == "[" or infinite(high) and closing == "]":
+                raise ValueError("no interval")
+            found = self.ray(">=" if opening == "[" else ">", low)
+            found &= self.ray("<=" if closing == "]" else "<", high)
+            if self.top and not found:
+                raise ValueError("an empty interval")
+            return found
+        if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
+            self.names.add(node[2][0][1])
+            inner = self._replace(names=set()).region(node[2][1])
+            return inner if node[1] == ("in",) else set(range(self.top)) - inner
+        if tag == "rel" and set(node[1]) <= FLIPPED.keys():
+            functions = [side for side in node[2] if side[0] == "call" and side[2][0] == "sym"]
+            sides = [("sym", side[1]) if side in functions else side for side in node[2]]
+            parts = [self.solutions(*link) for link in zip(node[1], sides, sides[1:])]
+            return parts[0].intersection(*parts)
+        if tag == "set" or tag == "list" and not is_set(node):
+            return {self.place(member) for member in members(node)}
+        if tag in ("cup", "cap", "minus", "list"):
+            parts = [self.region(part) for part in children(node)]
+            if tag == "minus":
+                return parts[0] - parts[1]
+            listed = node[:2] == ("list", ",") and all(item[0] != "rel" for item in node[2:])
+            if listed and sum(map(len, parts)) > len(set().union(*parts)):
                 raise ValueError("a list of sets, not a union")
-            either = True
-        return set().union(*parts) if either else parts[0].intersection(*parts)
-    if tag == "rel":
-        operators, sides = node[1:]
-        functions = [side for side in sides if side[0] == "call" and side[2][0] == "sym"]
-        sides = [("sym", side[1]) if side in functions else side for side in sides]
-        if operators in (("in",), ("notin",)) and sides[0][0] == "sym":
-            names.add(sides[0][1])
-            inner = places(sides[1], set(), place, top)
-            return inner if operators == ("in",) else set(range(top)) - inner
-        found = frozenset().union(*map(symbols, sides))
-        if len(found) == 1 and set(operators) <= set(FLIPPED):
-            names |= found
-            links = zip(operators, sides, sides[1:])
-            solved = [solutions(*link, *found, place, top) for link in links]
-            return solved[0].intersection(*solved)
-    if constant(node) is None:
-        raise ValueError(f"{tag} is no set of reals")
-    return {place(node)}
+            either = listed or tag == "cup" or node[:2] == ("list", "or")
+            return set().union(*parts) if either else parts[0].intersection(*parts)
+        if constant(node) is None:
+            raise ValueError(f"{tag} is no set of reals")
+        return {self.place(node)}
 
 
 def order(ends):
@@ -1721,27 +1728,18 @@ def order(ends):
 
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    names = set(), set()
     ends = []
-
-    def note(end):
-        if not infinite(end):
-            ends.append(end)
-        return 0
-
-    def place(end):
-        return (-1, found.get(end), top)[infinite(end) + 1]
-
+    lines = [Line(lambda end: ends.append(end) or 0, 0, set()) for _ in (a, b)]
     try:
-        places(a, names[0], note, 0)
-        places(b, names[1], note, 0)
-        found = order(ends)
+        for line, node in zip(lines, (a, b)):
+            line.region(node)
+        found = order([end for end in ends if not infinite(end)])
         top = max(found.values(), default=-1) + 2
+        names = lines[0].names, lines[1].names
         if max(map(len, names)) > 1:
             raise ValueError("conditions on more than one variable")
-        if names[0] != names[1] and all(names):
-            return False
-        return places(a, names[0], place, top) == places(b, names[1], place, top)
+        line = Line(lambda end: (-1, found.get(end), top)[infinite(end) + 1], top, set())
+        return (names[0] == names[1] or not all(names)) and line.region(a) == line.region(b)
     except ValueError:
         pass
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
@@ -1755,13 +1753,13 @@ def same_set(a, b):
 
 
 def same_relation(a, b):
-    """Two (operator, left, right): equations up to a factor, inequalities up to a positive one."""
-    (operator, *sides), (other, *others) = a, b
-    if other == FLIPPED.get(operator) != operator:
-        other, others = operator, others[::-1]
-    if operator != other:
+    """Two (relation, left, right): equations up to a factor, inequalities up to a positive one."""
+    (relation, *sides), (other, *others) = a, b
+    if other == FLIPPED.get(relation) != relation:
+        other, others = relation, others[::-1]
+    if relation != other:
         return False
-    if operator in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
+    if relation in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
         return all(map(same, sides, others))
     f, g = minus(*sides), minus(*others)
     zero = number(0)
@@ -1769,8 +1767,10 @@ def same_relation(a, b):
         return False
     if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
-    factors = [sample(divide(f, g), (index, False, 1))[0] for index in range(6)]
-    return operator in ("=", "!=") or next((factor.real > 0 for factor in factors if factor), False)
+    if relation in ("=", "!="):
+        return True
+    factors = (sample(divide(f, g), (index, False, 1))[0] for index in range(6))
+    return next((factor.real > 0 for factor in factors if factor), False)
 
 
 def primed(node):
@@ -1782,12 +1782,10 @@ def primed(node):
 
 
 class Statement(NamedTuple):
-    """x = 2/6 = 1/3 ~ 0.33 taken apart. What is no such statement is its own value."""
+    """x = 2/6 = 1/3 taken apart. What is no such statement is its own value."""
 
     name: tuple | None
     value: tuple
-    between: tuple = ()  # sides with variables between the name and the value
-    rough: tuple = ()  # after "approximately", where they are near the value
 
 
 def is_name(node):
@@ -1817,10 +1815,7 @@ def statement(node):
         equation = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
         if equation or "in" in operators or len(values) > 1 and None not in values:
             return Statement(None, node)  # an equation; 2 + 2 = 5
-    x = constant(precise[-1])
-    rough = {side: constant(side) for side in sides[cut:]} if x is not None else {}
-    near_by = [s for s, y in rough.items() if y is not None and abs(x - y) <= 0.01 * abs(x) + 0.005]
-    return Statement(name, precise[-1], tuple(filter(symbols, precise[:-1])), tuple(near_by))
+    return Statement(name, precise[-1])
 
 
 def compatible(a, b):
@@ -1835,37 +1830,9 @@ def compatible(a, b):
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
 
 
-def tally(node, tag):
-    return (node[:1] == (tag,)) + sum(tally(child, tag) for child in children(node))
-
-
-def signs_chosen(node):
-    """The trees that plus-minus signs stand for. \\mp is the opposite of the last \\pm."""
-    count = tally(node, "pm") or tally(node, "mp")
-    if not 0 < count <= 4:
-        return [node]
-    return [chosen(node, iter(signs), [1]) for signs in product((1, -1), repeat=count)]
-
-
-def chosen(node, signs, last):
-    if node[:1] not in (("pm",), ("mp",)):
-        part = (chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
-        return tuple(part)
-    left = chosen(node[1], signs, last)
-    last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
-    right = chosen(node[2], signs, last)
-    return chain("add", left, right) if last[0] > 0 else minus(left, right)
-
-
 def members(node):
-    """The members of a list or set, plus-minus signs written out; None for anything else."""
-    if node[0] not in ("list", "set") and signs_chosen(node) == [node]:
-        return None
-    found = []
-    for member in children(node) if node[0] in ("list", "set") else [node]:
-        values = signs_chosen(statement(member).value)
-        found += values if len(values) > 1 else [member]
-    return list(dict.fromkeys(found)) if node[0] == "set" else found
+    """The members of a list or set; None for anything else."""
+    return children(node) if node[0] in ("list", "set") else None
 
 
 def same_items(a, b, compare=None):
@@ -1882,44 +1849,6 @@ def same_items(a, b, compare=None):
             return False
         b.remove(match)
     return True
-
-
-def cells(node):
-    """{(row, column): tree} of a matrix, or of a sum or product with matrices; else None."""
-    if node[0] == "matrix":
-        return {(i, j): cell for i, row in enumerate(node[1:]) for j, cell in enumerate(row)}
-    if node[0] in ("tuple", "array"):
-        return {(i, 0): cell for i, cell in enumerate(node[1:])}
-    if node[0] == "pow" and node[2] == ("sym", "T"):
-        inner = cells(node[1])
-        return inner and {(j, i): cell for (i, j), cell in inner.items()}
-    parts = [(part, cells(part)) for part in node[1:]] if node[0] in ("add", "mul") else []
-    total = None
-    for part, inner in parts:
-        if node[0] == "add":
-            total = total or inner
-            if not inner or inner.keys() != total.keys():
-                return None
-            if total is not inner:
-                total = {at: chain("add", total[at], inner[at]) for at in total}
-        elif inner and total:
-            total = matrix_product(total, inner)
-        else:
-            total = inner or total
-    for part, inner in parts:
-        if total and not inner:
-            total = {at: chain("mul", part, cell) for at, cell in total.items()}
-    return total
-
-
-def matrix_product(a, b):
-    found = {}
-    for (i, k), x in a.items():
-        for (row, j), y in b.items():
-            if row == k:
-                found[i, j] = chain("add", found.get((i, j), number(0)), chain("mul", x, y))
-    fits = max(k for _, k in a) == max(row for row, _ in b)
-    return found if fits else None
 
 
 def same_time(a, b):
@@ -1982,24 +1911,23 @@ def same(a, b):
     """Whether two trees are the same answer."""
     if a == b:
         return a != ("raw",)
+    equations = a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}
+    if equations and len(a[2]) == len(b[2]) > 2:  # x = 2y = 4
+        return all(map(same, a[2], b[2]))
     one, other = statement(a), statement(b)
-    x, y = (one.value, *one.rough), (other.value, *other.rough)
     if one.name and other.name:
         if compatible(one.name, other.name):
-            if len(one.between) == len(other.between):
-                if not all(map(same, one.between, other.between)):
-                    return False
-            if any(same_plain(u, v) for u in x for v in y):
+            if same_plain(one.value, other.value):
                 return True
             if not symbols(one.name) & (symbols(one.value) | symbols(other.value)):
                 return False
         if a[0] != "rel" or b[0] != "rel":
             return False
-    if a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}:
+    if equations:
         return len(a[2]) == len(b[2]) == 2 and same_relation((a[1][0], *a[2]), (b[1][0], *b[2]))
     if one.name and other.name:
         return same_plain(a, b)
-    return any(same_plain(u, v) for u in x for v in y)
+    return same_plain(one.value, other.value)
 
 
 def same_plain(a, b):
@@ -2025,11 +1953,10 @@ def same_plain(a, b):
         return same_items(items[0] or [a], items[1] or [b])
     if tags <= {"tuple", "array"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    if has(a, "matrix", "tuple") or has(b, "matrix", "tuple"):
-        one, other = cells(a), cells(b)
-        shape = bool(one and other) and one.keys() == other.keys()
-        return shape and all(same(one[at], other[at]) for at in one)
-    return "rel" not in tags and same_value(a, b)
+    if tags == {"matrix"}:
+        shape = len(a) == len(b) and len(a[1]) == len(b[1])
+        return shape and all(map(same, sum(a[1:], ()), sum(b[1:], ())))
+    return not tags & {"rel", "matrix", "tuple", "array"} and same_value(a, b)
 
 
 # ---- verdicts
