@@ -303,7 +303,7 @@ OPERATORS = spellings(r"""
     newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
     minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨  so Rightarrow implies ⇒
     frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  choose  sqrt surd √  cbrt ∛
-    pmod  inf infty ∞  empty emptyset varnothing ∅  bar overline
+    pmod  bar overline
 """)
 RELATIONS = spellings("""
     = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
@@ -326,8 +326,8 @@ WORD_NAMES = {  # runs of letters that are mathematics without a backslash
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
     **{name: ("sym", name) for name in GREEK.values()},
     **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
-    **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)),
-    "pi": ("const", "pi"), "in": ("rel", "in"),
+    **dict.fromkeys(("inf", "infinity", "oo"), ("value", ("inf",))),
+    "pi": ("value", ("const", "pi")), "in": ("rel", "in"),
 }  # fmt: skip
 NAMES = WORD_NAMES | {  # commands and characters
     **{name: (kind, None) for name, kind in OPERATORS.items()},
@@ -335,9 +335,11 @@ NAMES = WORD_NAMES | {  # commands and characters
     **{name: ("sym", letter) for name, letter in GREEK.items()},
     **{name: ("big", kind) for name, kind in BIG.items()},
     **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
-    **{name: ("set", name) for name in "RZNQ"},
+    **{name: ("value", ("words", name)) for name in "ZNQ"}, "R": ("value", ("reals",)),
+    **{name: ("value", ("inf",)) for name in ("infty", "∞")},
+    **{name: ("value", ("empty",)) for name in ("emptyset", "varnothing", "∅")},
     **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "π": ("const", "pi"), "imath": ("const", "i"), "partial": ("sym", "d"),
+    "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -390,6 +392,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.\.\.+", r"\\ldots "), (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
+    (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
     (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
@@ -397,7 +400,6 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\\mathbb\{?R\}?\s*\^\s*(?:\{\s*\+\s*\}|\+)", r"(0,\\infty)"),
     (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
-    (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
@@ -422,10 +424,12 @@ LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
     r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
     r"|(?P<quad>\\q?quad(?![a-z]))"
+    r"|(?P<based>(?<![\^_])(?:(?P<paren>\()|(?P<brace>\\text\s*\{))?(?P<digits>\d+|(?=[A-F]*\d)"
+    r"[A-F\d]+(?=[)}]?\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))(?(paren)\))(?(brace)\})\s*_\s*"
+    r"(?:\{(?P<base>(?:[^{}]|\{[^{}]*\})*)\}|(?P<short>\d)))"
     r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
     r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
-    r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
     r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
@@ -435,6 +439,13 @@ LEXEME = re.compile(
 )  # fmt: skip
 PROSE = re.compile(r"[a-zA-Z]+(?:['.\-][a-zA-Z]+)*")  # what is a word in \text{}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
+CLOSING = {  # what closes each bracket
+    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}",), "|": ("|)",),
+    "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
+}  # fmt: skip
+CLOSERS = {closer for closers in CLOSING.values() for closer in closers}
+OPERANDS = {*CLOSING, *"number sym value fn frac sqrt cbrt binom bar big".split()}
+ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an operand
 
 
 def normalised(text):
@@ -450,19 +461,17 @@ def normalised(text):
     return text.strip().rstrip(" .,;:~*\\\n\t")
 
 
-ENDS = set("number sym const inf empty word deg ! % ) ] } set} rangle rfloor rceil end".split())
-OPERANDS = set(
-    "( [ { set{ langle lfloor lceil number sym const fn frac sqrt cbrt binom begin inf set empty "
-    "bar big".split()
-)
+def number(value, unit=0):
+    """The tree of a number. unit: the value of a decimal's last place, 0 if the number is exact."""
+    return ("num", Fraction(value), Fraction(unit))
 
 
 def read_number(text, at, inside, mixed):
-    """The number at `at`: (value, unit in the last place or 0 for an exact one, where it ends)."""
+    """The number at `at` as a tree, and where it ends."""
     if mixed and (match := MIXED.match(text, at)):
         whole, above, below = map(int, filter(None, match.groups()))
         if 0 < above < below:
-            return whole + Fraction(above, below), Fraction(0), match.end()
+            return number(whole + Fraction(above, below)), match.end()
     match = (INSIDE if inside else OUTSIDE).match(text, at)
     end = match.end()
     literal = re.sub(r"\{,\}(?!\\!|\d{3}(?!\d))", ".", match[0])  # 3{,}14 but 3{,}140
@@ -476,12 +485,22 @@ def read_number(text, at, inside, mixed):
     if period:
         digits = period[period.lastindex]
         value += unit * Fraction(int(digits), 10 ** len(digits) - 1)
-        return value, Fraction(0), (dots or period).end()
-    unit = unit if decimals else Fraction(0)
+        return number(value), (dots or period).end()
+    scale = 1
     if exponent := EXPONENT.match(text, end):
         scale = Fraction(10) ** int(exponent[1])
-        return value * scale, unit * scale, exponent.end()
-    return value, unit, end
+        end = exponent.end()
+    return number(value * scale, unit * scale if decimals else 0), end
+
+
+def read_based(match):
+    """The tree of a number with its base, 52_8."""
+    base = re.sub(r"\\[a-z]+|base|\W", "", match["short"] or match["base"].lower())
+    base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
+    try:
+        return ("based", str(int(match["digits"], base if base > 1 else 37)), base)
+    except ValueError:
+        raise Unreadable("a number with a subscript that is no base") from None
 
 
 def read_letters(run, mark, space, before, alone):
@@ -506,8 +525,8 @@ def read_letters(run, mark, space, before, alone):
         unit = mark == "roman" and run not in "dei" and (counted or before.kind == "}")
         unit = unit or before.kind == "deg" and run in "CF"
         word = unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word"
-        kind = "word" if word else "const" if run in "ie" else "sym"
-        value = run if run in UNITS or not word else low
+        kind = "word" if word else "value" if run in "ie" else "sym"
+        value = ("const", run) if kind == "value" else run if run in UNITS or not word else low
     elif counted and (low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")):
         kind = "word"
     elif run in WORD_NAMES and (mark != "prose" or alone):
@@ -524,68 +543,102 @@ def read_letters(run, mark, space, before, alone):
         syllable = (alone or space and counted) and len(run) > 2 and re.search("[aeiou]", low)
         kind = "word" if len(run) > 3 or syllable else None
     if kind:
-        return [Token(kind, value, run, space)]
+        return [Token(kind, value, run)]
     return [token for part in parts for token in read_letters(part, "", False, END, False)]
 
 
-def tokenize(text, mark="", found=None, alone=True):
-    """The tokens of a normalised text, appended to `found`."""
-    found = [] if found is None else found
-    if mark == "prose":
-        text = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", text).replace("&", " and ")
-    at = 0
-    space = mark == "prose"
-    brackets = 0
-    while at < len(text):
-        start = at
-        match = LEXEME.match(text, at)
-        kind = match.lastgroup
-        lexeme = match[kind]
-        at = match.end()
-        before = found[-1] if found else END
-        style = mark
-        if before.kind in ("*", "/") and found[-2:-1] and found[-2].value in UNITS:  # km/h
-            before = found[-2]
-            style = mark or "roman"
-        if kind in ("space", "quad"):
-            space = True
-            found += [Token("quad")] * (kind == "quad" and before.kind in ENDS)
-            continue
-        if kind == "styled":
-            content = match["group"] or match["letter"] or ""
-            whole = alone and match[0] == text
-            tokenize(content, "prose" if match["prose"] else "roman", found, whole)
-            space = bool(match["prose"])
-            call = not space and text[at : at + 1] == "(" and before.kind != "number"
-            if call and found and found[-1].kind == "word":
-                found[-1] = found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
-            continue
-        if kind == "literal":
-            tokens = [Token("number", (Fraction(int(lexeme, 0)), Fraction(0)), lexeme)]
-        elif kind == "number":
-            mixed = before.kind not in ("^", "_", "sqrt", "frac")
-            value, unit, at = read_number(text, start, brackets > 0, mixed)
-            tokens = [Token("number", (value, unit), text[start:at])]
-        elif kind == "letters":
-            if mark:
-                lexeme = PROSE.match(text, start)[0]
-                at = start + len(lexeme)
-            tokens = read_letters(lexeme, style, space, before, alone and lexeme == text.strip())
-        elif kind in ("command", "symbol"):
+class Tokenizer:
+    """The tokens of a normalised text: `found`, with the brackets that are open: `stack`."""
+
+    def __init__(self, text):
+        self.found = []
+        self.stack = []
+        self.scan(text, "", alone=True)
+
+    def scan(self, text, mark, alone):
+        """Adds the tokens of a text, or of a part of one: the content of \\text{}, \\mathrm{}."""
+        at = 0
+        space = mark == "prose"
+        while at < len(text):
+            match = LEXEME.match(text, at)
+            kind = match.lastgroup
+            lexeme = match[kind]
+            before = self.found[-1] if self.found else END
+            start = at
+            at = match.end()
+            if kind == "space":
+                tokens = []
+            elif kind == "quad":
+                tokens = [Token("quad")] * (before.kind in ENDS)
+            elif kind == "styled":
+                tokens = []
+                style = "prose" if match["prose"] else "roman"
+                content = match["group"] or match["letter"] or ""
+                if style == "prose":
+                    content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content)
+                    content = content.replace("&", " and ")
+                self.scan(content, style, alone and match[0] == text)
+                call = style == "roman" and text[at : at + 1] == "(" and before.kind != "number"
+                if call and self.found and self.found[-1].kind == "word":
+                    self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
+            elif kind == "based":
+                tokens = [Token("value", read_based(match), lexeme)]
+            elif kind == "literal":
+                tokens = [Token("number", number(int(lexeme, 0)), lexeme)]
+            elif kind == "number":
+                mixed = before.kind not in ("^", "_", "sqrt", "frac")
+                inside = {"(", "[", "set{"} & set(self.stack)
+                value, at = read_number(text, start, inside, mixed)
+                tokens = [Token("number", value, text[start:at])]
+            elif kind == "letters":
+                style = mark
+                if mark:
+                    lexeme = PROSE.match(text, start)[0]
+                    at = start + len(lexeme)
+                unit = self.found[-2:-1] and self.found[-2].value in UNITS
+                if before.kind in ("*", "/") and unit:  # km/h
+                    before = self.found[-2]
+                    style = mark or "roman"
+                whole = alone and lexeme == text.strip()
+                tokens = read_letters(lexeme, style, space, before, whole)
+            elif kind == "set":
+                value = ("reals",) if lexeme == "R" else ("words", lexeme)
+                tokens = [Token("value", value, lexeme)]
+            else:
+                tokens = self.symbol(kind, lexeme, before)
+            if tokens and self.found and self.found[-1].kind == "quad":
+                self.found[-1:] = [Token(",")] * (tokens[0].kind in OPERANDS)  # between operands
+            self.found += [token._replace(space=space) for token in tokens[:1]] + tokens[1:]
+            space = kind in ("space", "quad") or kind == "styled" and style == "prose"
+
+    def symbol(self, kind, lexeme, before):
+        """The tokens of a command or character, whose meaning may depend on what is open."""
+        top = self.stack[-1] if self.stack else None
+        value = None
+        if kind == "begin":
+            kind = "begin" if lexeme.endswith("matrix") or lexeme == "array" else "{"
+            if lexeme.startswith(("v", "V")):
+                raise Unreadable("a determinant")
+            if before.kind == "set{":  # \left\{\begin{array} ... \right.
+                self.found.pop()
+                self.stack.pop()
+                kind = "{"
+        elif kind == "end":
+            kind = "end" if top == "begin" else "}"
+        else:
             known = NAMES.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
             if not known and kind == "symbol":
                 raise Unreadable(f"unknown character {lexeme!r}")
             kind, value = known or ("sym", lexeme)
-            brackets += (kind in ("(", "[", "set{")) - (kind in (")", "]", "set}"))
-            tokens = [Token(kind, value, lexeme)]
-        else:  # digits, begin, end, set
-            tokens = [Token("number" if kind == "digits" else kind, lexeme, lexeme)]
-        if found and found[-1].kind == "quad":  # a comma, if it stands between two operands
-            found.pop()
-            found += [Token(",")] * (tokens[0].kind in OPERANDS)
-        found += [tokens[0]._replace(space=space), *tokens[1:]]
-        space = False
-    return found
+        if kind == "|" and before.kind in ENDS and top in ("|", "set{"):
+            kind = "|)" if top == "|" else "mid"
+        if kind == ":" and top == "set{":
+            kind = "mid"
+        if kind in CLOSING:
+            self.stack.append(kind)
+        elif kind in CLOSERS and self.stack:
+            self.stack.pop()
+        return [] if kind == "&" and top != "begin" else [Token(kind, value, lexeme)]
 
 
 # ---- parser
@@ -608,9 +661,6 @@ POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-", "pm", "mp")
-CLOSING = {  # what closes each bracket
-    "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
-}  # fmt: skip
 LEADING = [("rel", "="), ("rel", "~"), (":", None), ("*", None)]  # of no meaning before an answer
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result "
@@ -626,10 +676,6 @@ TEXT_VALUES = {
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
 }  # fmt: skip
 TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
-
-
-def number(value):
-    return ("num", Fraction(value), Fraction(0))
 
 
 ONE, MINUS_ONE = number(1), number(-1)
@@ -712,7 +758,6 @@ class Parser:
         self.tokens = [*tokens, END, END, END]
         self.at = 0
         self.depth = 0
-        self.context = "open"  # "|" opens an absolute value; in "abs" and "set" it closes or parts
 
     @property
     def kind(self):
@@ -736,12 +781,9 @@ class Parser:
         if self.depth > MAX_DEPTH:
             raise Unreadable("nested too deeply")
 
-    def closed(self, *closers, level=1, context="open"):
+    def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
-        outer = self.context
-        self.context = context
-        value = self.expression(level)
-        self.context = outer
+        value = self.expression()
         self.take(*closers)
         return value
 
@@ -756,12 +798,9 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
-        if self.starts_operand() or self.kind == "word":
+        if self.kind in OPERANDS or self.kind == "word":
             return POWER[","] if self.starts_equation() else TERM
-        return 0 if self.kind == ":" and self.context == "set" else POWER.get(self.kind, 0)
-
-    def starts_operand(self):
-        return self.kind in OPERANDS or self.kind == "|" and self.context == "open"
+        return POWER.get(self.kind, 0)
 
     def starts_equation(self):
         """Whether another equation begins here, as in x = 1 y = 2."""
@@ -780,7 +819,7 @@ class Parser:
         while self.power() == power and self.kind != "so":
             while separator := self.accept(*SEPARATORS):
                 kind = "or" if separator.kind == "or" else kind
-            if not self.starts_operand() and self.kind not in ("word", *SIGNS):
+            if self.kind not in OPERANDS and self.kind not in ("word", *SIGNS):
                 break
             items.append(self.expression(power + 1))
         flat = []
@@ -793,13 +832,11 @@ class Parser:
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
-        if self.starts_operand() or kind == "word":
+        if self.kind in OPERANDS or kind == "word":
             return self.juxtaposed(left)
         token = self.take(kind)
         if kind == ":":
             return self.ratio(left)
-        while kind == "rel" and self.accept("&"):
-            pass
         right = self.expression(power + 1)
         if kind == "rel":
             right = residue_class(right, self.argument()) if self.accept("pmod") else right
@@ -870,7 +907,7 @@ class Parser:
             words.append(self.take("word").value)
         if words[:2] in (["all", "real"], ["all", "reals"]) and words[-1] in ("except", "but"):
             return ("minus", ("reals",), ("set", *items_of(self.expression())))
-        if self.starts_operand() or self.kind in SIGNS:
+        if self.kind in OPERANDS or self.kind in SIGNS:
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
@@ -901,7 +938,7 @@ class Parser:
         """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
         if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
             token = self.take("number", "sym")
-            return ("num", *token.value) if token.kind == "number" else ("sym", token.value)
+            return token.value if token.kind == "number" else ("sym", token.value)
         sign = self.accept("-", "+")
         value = self.atom()
         if self.accept("^"):
@@ -915,7 +952,7 @@ class Parser:
         token = self.tokens[self.at]
         if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
             rest = token.text[1:]
-            self.tokens[self.at] = Token("number", (Fraction(rest), Fraction(0)), rest)
+            self.tokens[self.at] = Token("number", number(rest), rest)
             return number(token.text[0])
         return self.atom()
 
@@ -931,21 +968,18 @@ class Parser:
 
     def atom(self):
         """One value, without what may be raised or put behind it."""
-        token = self.tokens[self.at]
-        kind = token.kind
-        self.at += 1
         self.deepen()
-        if kind in CLOSING:
+        token = self.take(*OPERANDS, "word")
+        kind = token.kind
+        if kind in ("number", "value"):
+            value = token.value
+        elif kind in ("(", "[", "langle"):
             value = self.bracket(kind)
-        elif kind in ("number", "sym", "fn", "big", "begin"):
-            names = {"sym": "name", "fn": "function", "begin": "environment"}
-            value = getattr(self, names.get(kind, kind))(token)
-        elif kind == "{":
-            value = self.closed("}")
-        elif kind in ("const", "inf", "empty"):
-            value = ("const", token.value) if kind == "const" else (kind,)
-        elif kind in ("word", "set"):
-            value = ("reals",) if (kind, token.value) == ("set", "R") else ("words", token.value)
+        elif kind in ("lfloor", "lceil"):
+            value = ("floor" if kind == "lfloor" else "ceiling", self.closed(*CLOSING[kind]))
+        elif kind in ("{", "|"):
+            value = self.closed(*CLOSING[kind])
+            value = ("abs", value) if kind == "|" else value
         elif kind == "frac":
             value = divide(self.argument(), self.argument())
         elif kind == "binom":
@@ -959,24 +993,13 @@ class Parser:
             value = self.argument()
             line = value[0] == "mul" and all(name.isupper() for name in symbols(value))
             value = value if line else ("conjugate", value)
-        elif kind == "set{":
-            value = self.braces()
-        elif kind == "|":
-            value = ("abs", self.closed("|", level=CLAUSE, context="abs"))
+        elif kind == "word":
+            value = ("words", token.value)
         else:
-            raise Unreadable(f"found {token.text or kind!r} where a value was expected")
+            parse = {"sym": self.name, "fn": self.function, "begin": self.matrix, "big": self.big}
+            value = parse[kind](token) if kind in parse else self.braces()
         self.depth -= 1
         return value
-
-    def number(self, token):
-        if not self.accept("_"):
-            return ("num", *token.value)
-        base = self.subscript().lower().removeprefix("base").strip("() ")
-        base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
-        try:
-            return ("based", str(int(token.text, base if base > 1 else 37)), base)
-        except ValueError:
-            raise Unreadable("a number with a subscript that is no base") from None
 
     def name(self, token):
         """A variable, or the call of a function: f(x), P(3), P(n) = ..."""
@@ -990,9 +1013,6 @@ class Parser:
             name += "_" + self.subscript()
         long = len(name) > 2 and name.isalpha() and name not in GREEK
         function = long or name.rstrip("'") in ("f", "g", "h")
-        if function and [token.text for token in self.tokens[self.at : self.at + 6]] == [*"^{-1}("]:
-            self.at += 5
-            name += "^-1"
         begin = self.at
         arguments = []
         while long and self.accept("{"):  # a command that is not known
@@ -1038,7 +1058,7 @@ class Parser:
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
         sign = self.accept("-", "+")
         value = self.operand()
-        while self.starts_operand() and self.kind not in ("fn", "(", "["):
+        while self.kind in OPERANDS and self.kind not in ("fn", "(", "["):
             value = chain("mul", value, self.operand())
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
@@ -1071,8 +1091,6 @@ class Parser:
         content = self.closed(*CLOSING[opening])
         kinds = opening + self.tokens[self.at - 1].kind
         items = items_of(content)
-        if opening in ("lfloor", "lceil"):
-            return ("floor" if opening == "lfloor" else "ceiling", content)
         if len(items) == 1 or content[1] == "or":
             if kinds not in ("()", "[]"):
                 raise Unreadable("one item in unlike brackets")
@@ -1091,9 +1109,7 @@ class Parser:
     def braces(self):
         if self.accept("set}"):
             return ("empty",)
-        if self.tokens[self.at][:2] == ("begin", "array"):  # \left\{\begin{array} ... \right.
-            return self.equations()
-        content = self.closed("set}", "|", "mid", ":", context="set")
+        content = self.closed("set}", "mid")
         if self.tokens[self.at - 1].kind == "set}":
             return ("set", *items_of(content))
         condition = self.closed("set}")  # {x | x < 3} or {x in R | x < 3}
@@ -1102,33 +1118,17 @@ class Parser:
         domain = content[0] == "rel" and content[2][1] != ("reals",)
         return ("list", ",", content, condition) if domain else condition
 
-    def environment(self, token):
-        if not token.value.endswith("matrix") and token.value != "array":  # aligned, cases
-            self.at -= 1
-            return self.equations()
-        if token.value.startswith(("v", "V")):
-            raise Unreadable("a determinant")
-        outer = self.context
-        self.context = "open"
+    def matrix(self, _):
         rows = [[]]
         while not self.accept("end"):
-            rows[-1].append(self.expression(CLAUSE))
-            if self.kind == "newline":
+            if self.accept("newline"):
                 rows.append([])
-            while self.accept("newline", "&"):
-                pass
-        self.context = outer
+            elif not self.accept("&"):
+                rows[-1].append(self.expression(CLAUSE))
         rows = [tuple(row) for row in rows if row]
         if len(set(map(len, rows))) != 1:
             raise Unreadable("rows of different length")
         return ("matrix", *rows)
-
-    def equations(self):
-        """What stands in an environment that only aligns."""
-        rest = self.tokens[self.at + 1 :]
-        self.tokens[self.at + 1 :] = [token for token in rest if token.kind != "&"]
-        self.take("begin")
-        return self.closed("end")
 
 
 def written_out(name, body, variable, below, above):
@@ -1275,7 +1275,7 @@ def parse(text):
     text = normalised(text)
     tokens = None
     try:
-        tokens = [token for token in tokenize(text) if token.kind != "quad"]
+        tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
         while tokens and tokens[0][:2] in LEADING:
             tokens.pop(0)
         parser = Parser(tokens)
