@@ -35,7 +35,7 @@ from fractions import Fraction
 from functools import lru_cache, partial, reduce
 from itertools import islice, product
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 MAX_TEXT = 200_000  # characters of an output that are searched for a box, from its end
 MAX_PROSE = 20_000  # characters of an output without a box that are searched for an answer
@@ -301,7 +301,7 @@ OPERATORS = spellings(r"""
     (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩  lfloor ⌊
     rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │ ‖  mid ∣  ,  ;  : colon  &
     newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
-    minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨  so Rightarrow implies ⇒
+    minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨
     frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  choose  sqrt surd √  cbrt ∛
     pmod  bar overline
 """)
@@ -313,7 +313,7 @@ FUNCTIONS = spellings("""
     sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
     asec arcsec  acsc arccsc  sinh  cosh  tanh  coth  asinh arsinh  acosh arcosh  atanh artanh
     exp  cis  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial  gcd  lcm  min  max
-    conjugate conj  re Re  im Im
+    conjugate conj
 """) | {"log": "Log"}  # to base ten or e
 GREEK = spellings("""
     alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
@@ -656,7 +656,7 @@ class Tokenizer:
 #   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-LEVELS = "newline ;|or|, and so|rel|: over choose|cup cap minus|+ - pm mp|* / op".split("|")
+LEVELS = "newline ;|or|, and|rel|: over choose|cup cap minus|+ - pm mp|* / op".split("|")
 POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
@@ -679,6 +679,7 @@ TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
 
 
 ONE, MINUS_ONE = number(1), number(-1)
+INFINITY = ("inf",)
 
 
 def children(node):
@@ -811,12 +812,9 @@ class Parser:
 
     def clauses(self, left, power):
         """A list. A list in it is spliced in unless it has statements: p=5, q=2; p=7, q=2."""
-        if self.accept("so"):  # of a chain of implications the last counts
-            right = self.expression(CLAUSE)
-            return right if left[0] == right[0] == "rel" else ("call", "implies", left, right)
         kind = ","
         items = [left]
-        while self.power() == power and self.kind != "so":
+        while self.power() == power:
             while separator := self.accept(*SEPARATORS):
                 kind = "or" if separator.kind == "or" else kind
             if self.kind not in OPERANDS and self.kind not in ("word", *SIGNS):
@@ -905,8 +903,6 @@ class Parser:
         words = []
         while self.kind == "word":
             words.append(self.take("word").value)
-        if words[:2] in (["all", "real"], ["all", "reals"]) and words[-1] in ("except", "but"):
-            return ("minus", ("reals",), ("set", *items_of(self.expression())))
         if self.kind in OPERANDS or self.kind in SIGNS:
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
@@ -1298,8 +1294,6 @@ class TooHard(ArithmeticError):
     """Deciding would take more digits or steps than are allowed."""
 
 
-P = 2**255 - 19  # the size of a prime field that has a root of -1
-ROOT = pow(2, (P - 1) // 4, P)
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
 
 
@@ -1371,7 +1365,6 @@ OPS = {
     "quantity": (lambda a: a, lambda m, a: a),
     "cis": (None, lambda m, x: m.expj(tame(m, x))),
     "abs": (abs, lambda m, x: abs(x)), "conjugate": (None, lambda m, x: x.conjugate()),
-    "re": (None, lambda m, x: x.real), "im": (None, lambda m, x: x.imag),
     "floor": (lambda a: Fraction(math.floor(a)), lambda m, x: rounded(m, x, m.floor)),
     "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
     "min": (lambda *v: min(v), lambda m, *v: min(map(real_part, v))),
@@ -1387,53 +1380,33 @@ OPS = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=512)
-def exact(node):
-    """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS."""
-    if node[0] == "num":
-        return node[1]
-    function = OPS.get(node[0], (None,))[0]
-    values = []
-    for child in children(node) if function else ():
-        values.append(exact(child))
-        if values[-1] is None:
-            return None
-    try:
-        value = function(*values) if function else None
-    except (ArithmeticError, ValueError, TypeError):
-        return None
-    return None if value is None or bit_length(value) > MAX_BITS else value
-
-
 @lru_cache(maxsize=4096)
 def chance(*seed):
-    return random.Random(repr(seed)).randrange(P)
+    return Fraction(random.Random(repr(seed)).getrandbits(64), 2**61 - 1)
 
 
-@lru_cache(maxsize=512)
-def residue(node):
-    """The value of a rational function over Q(i) in the field, its variables, pi and e at random.
+@lru_cache(maxsize=1024)
+def exact(node, at_random=False):
+    """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS.
 
-    Two such functions are equal if and only if their residues are, but for one chance in 2^250.
-    None for anything else, or where the function is undefined.
+    at_random: also a rational function, its variables and unknown functions at random; two such
+    functions with one value are equal, but for one chance in 2^50.
     """
-    tag = node[0]
-    if tag in ("sym", "const"):
-        return ROOT if node == ("const", "i") else chance(*node)
-    if tag == "pow":
-        base, exponent = residue(node[1]), exact(node[2])
-        if base is None or exponent is None or exponent.denominator > 1:
-            return None
-        if base == 0:
-            return None if exponent < 0 else int(exponent == 0)
-        return pow(base, exponent.numerator % (P - 1), P)
-    if tag in ("add", "mul", "call"):
-        values = [residue(child) for child in children(node)]
-        if None in values or tag == "call":
-            return None if None in values else chance(node[1], *values)
-        return (sum(values) if tag == "add" else math.prod(values)) % P
-    value = exact(node)
-    return None if value is None else value.numerator * pow(value.denominator, -1, P) % P
+    if node[0] == "num":
+        return node[1]
+    rational = node[0] in ("add", "mul", "pow", "pct", "quantity", "sym", "call")
+    if node[0] not in OPS and not at_random or not rational and symbols(node):
+        return None
+    values = [exact(child, at_random) for child in children(node)]
+    if None in values:
+        return None
+    if node[0] in ("sym", "call"):
+        return chance(node[1], *values)
+    try:
+        value = OPS[node[0]][0](*values)
+    except (ArithmeticError, ValueError, TypeError, KeyError):
+        return None
+    return None if value is None or bit_length(value) > MAX_BITS else value
 
 
 # A sample point is (index, real, scale): variables are complex or real, with absolute values near
@@ -1566,24 +1539,22 @@ def same_function(a, b):
     if not symbols(a) | symbols(b):
         return agree(a, b, (0, False, 1)) is True
     digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
-    complex_only = has(a, "conjugate", "re", "im") or has(b, "conjugate", "re", "im")
-    for real in (False,) if complex_only else (False, True):
-        hits = 0
-        hard = None
+    hard = None
+    for real in (False, True):
+        verdicts = []
         for index in range(24 if real else 15):
             try:
-                verdict = agree(a, b, (index, real, 10**digits))
+                verdicts.append(agree(a, b, (index, real, 10**digits)))
             except TooHard as error:
                 hard = error
-                verdict = None
-            if verdict is False:
+            if False in verdicts:
                 break
-            hits += verdict is True
-        else:
-            if hits >= 4:
-                return True
-            if hard and not hits:
-                raise hard
+        if False not in verdicts and verdicts.count(True) >= 4:
+            return True
+        if has(a, "conjugate") or has(b, "conjugate"):  # among reals it does nothing
+            return False
+    if hard and not verdicts:
+        raise hard
     return False
 
 
@@ -1622,8 +1593,8 @@ def same_value(a, b):
     if infinite(a) or infinite(b):
         return infinite(a) == infinite(b)
     if x is None or y is None:
-        x, y = residue(a), residue(b)
-    return x == y if x is not None and y is not None else same_function(a, b)
+        x, y = exact(a, True), exact(b, True)
+    return same_function(a, b) if x is None or y is None else x == y
 
 
 # ---- sets
@@ -1647,99 +1618,94 @@ def is_set(node):
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
-class Line(NamedTuple):
-    """The real line as sets see it."""
-
-    place: Callable  # of an endpoint
-    top: int  # the number of places; 0 when endpoints are only collected
-    names: set  # of the variables in the conditions, which are collected
-
-    def ray(self, relation, end):
-        """The places x with `x relation end`."""
-        at = self.place(end)
-        return {x for x in range(self.top) if HOLDS[relation](x, at)}
-
-    def solutions(self, relation, left, right):
-        """The places x with x < a, a < x or |x| < a."""
-        if symbols(right):
-            left, right, relation = right, left, FLIPPED[relation]
-        if left[0] == "abs" and not symbols(right):
-            above = self.solutions(relation, left[1], right)
-            below = self.solutions(FLIPPED[relation], left[1], negate(right))
-            return above | below if relation[0] in ">!=" else above & below
-        if left[0] != "sym" or symbols(right):
-            raise ValueError("not solved")
-        self.names.add(left[1])
-        return self.ray(relation, right)
-
-    def region(self, node):
-        """The places in a set; ValueError if it is none."""
-        tag = node[0]
-        if tag in ("reals", "empty"):
-            return set(range(self.top if tag == "reals" else 0))
-        if tag == "interval" or tag == "tuple" and len(node) == 3:
-            low, high, opening, closing = (*node[1:], "(", ")")[:4]
-            if infinite(low) and opening == "[" or infinite(high) and closing == "]":
-                raise ValueError("no interval")
-            found = self.ray(">=" if opening == "[" else ">", low)
-            found &= self.ray("<=" if closing == "]" else "<", high)
-            if self.top and not found:
-                raise ValueError("an empty interval")
-            return found
-        if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
-            self.names.add(node[2][0][1])
-            inner = self._replace(names=set()).region(node[2][1])
-            return inner if node[1] == ("in",) else set(range(self.top)) - inner
-        if tag == "rel" and set(node[1]) <= FLIPPED.keys():
-            functions = [side for side in node[2] if side[0] == "call" and side[2][0] == "sym"]
-            sides = [("sym", side[1]) if side in functions else side for side in node[2]]
-            parts = [self.solutions(*link) for link in zip(node[1], sides, sides[1:])]
-            return parts[0].intersection(*parts)
-        if tag == "set" or tag == "list" and not is_set(node):
-            return {self.place(member) for member in members(node)}
-        if tag in ("cup", "cap", "minus", "list"):
-            parts = [self.region(part) for part in children(node)]
-            if tag == "minus":
-                return parts[0] - parts[1]
-            listed = node[:2] == ("list", ",") and all(item[0] != "rel" for item in node[2:])
-            if listed and sum(map(len, parts)) > len(set().union(*parts)):
-                raise ValueError("a list of sets, not a union")
-            either = listed or tag == "cup" or node[:2] == ("list", "or")
-            return set().union(*parts) if either else parts[0].intersection(*parts)
-        if constant(node) is None:
-            raise ValueError(f"{tag} is no set of reals")
-        return {self.place(node)}
+def endpoints(node):
+    """The real constants in a tree, and their negatives."""
+    value = constant(node)
+    if value is None:
+        return [end for child in children(node) for end in endpoints(child)]
+    return [node, negate(node)] if abs(value.imag) < 1e-12 else []
 
 
 def order(ends):
-    """{endpoint: its place}; ValueError if one is no real number."""
-    values = {end: constant(end) for end in ends}
-    if any(value is None or abs(value.imag) > 1e-12 for value in values.values()):
-        raise ValueError("an endpoint that is no real number")
-    found = {}
+    """{endpoint: its place}."""
+    values = {end: constant(end).real for end in ends}
+    place = {negate(INFINITY): -1}
     last = None
-    for end, value in sorted(values.items(), key=lambda pair: pair[1].real):
-        close = last and abs(value - values[last]) < 1e-6 * (1 + abs(value))
-        new = 2 * len(set(found.values())) + 1
-        found[end] = found[last] if close and same_value(end, last) else new
+    at = -1
+    for end in sorted(values, key=values.get):
+        close = last and abs(values[end] - values[last]) < 1e-6 * (1 + abs(values[end]))
+        at += 0 if close and same_value(end, last) else 2
+        place[end] = at
         last = end
-    return found
+    return place | {INFINITY: at + 2}
+
+
+def ray(relation, end, place):
+    """The places x with `x relation end`."""
+    if end not in place:
+        raise ValueError("no real number")
+    return {x for x in range(place[INFINITY]) if HOLDS[relation](x, place[end])}
+
+
+def solutions(relation, left, right, place):
+    """The places x with x < a, a < x or |x| < a."""
+    if symbols(right):
+        left, right, relation = right, left, FLIPPED[relation]
+    if left[0] == "abs":
+        above = solutions(relation, left[1], right, place)
+        below = solutions(FLIPPED[relation], left[1], negate(right), place)
+        return above | below if relation[0] in ">!=" else above & below
+    if left[0] != "sym":
+        raise ValueError("not solved")
+    return ray(relation, right, place)
+
+
+def region(node, place):
+    """The places in a set; ValueError if it is no set of reals."""
+    tag = node[0]
+    line = set(range(place[INFINITY]))
+    if tag in ("reals", "empty"):
+        return line if tag == "reals" else set()
+    if tag == "interval" or tag == "tuple" and len(node) == 3:
+        low, high, opening, closing = (*node[1:], "(", ")")[:4]
+        found = ray(">=" if opening == "[" else ">", low, place)
+        found &= ray("<=" if closing == "]" else "<", high, place)
+        if not found or infinite(low) and opening == "[" or infinite(high) and closing == "]":
+            raise ValueError("no interval")
+        return found
+    if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
+        inner = region(node[2][1], place)
+        return inner if node[1] == ("in",) else line - inner
+    if tag == "rel" and set(node[1]) <= FLIPPED.keys():
+        parts = [solutions(*link, place) for link in zip(node[1], node[2], node[2][1:])]
+        return parts[0].intersection(*parts)
+    if tag in ("cup", "cap", "minus") or tag == "list" and is_set(node):
+        parts = [region(part, place) for part in children(node)]
+        if tag == "minus":
+            return parts[0] - parts[1]
+        listed = node[:2] == ("list", ",") and all(item[0] != "rel" for item in node[2:])
+        if listed and sum(map(len, parts)) > len(set().union(*parts)):
+            raise ValueError("a list of sets, not a union")
+        either = listed or tag == "cup" or node[:2] == ("list", "or")
+        return set().union(*parts) if either else parts[0].intersection(*parts)
+    members = children(node) if tag in ("set", "list") else [node]
+    return set().union(*(ray("=", member, place) for member in members))
+
+
+def called(node):
+    """f(x) as one variable."""
+    return ("sym", node[1]) if node[0] == "call" and node[2:] and node[2][0] == "sym" else node
 
 
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    ends = []
-    lines = [Line(lambda end: ends.append(end) or 0, 0, set()) for _ in (a, b)]
+    one, other = rebuild(a, called), rebuild(b, called)
+    names = symbols(one), symbols(other)
     try:
-        for line, node in zip(lines, (a, b)):
-            line.region(node)
-        found = order([end for end in ends if not infinite(end)])
-        top = max(found.values(), default=-1) + 2
-        names = lines[0].names, lines[1].names
-        if max(map(len, names)) > 1:
-            raise ValueError("conditions on more than one variable")
-        line = Line(lambda end: (-1, found.get(end), top)[infinite(end) + 1], top, set())
-        return (names[0] == names[1] or not all(names)) and line.region(a) == line.region(b)
+        place = order(endpoints(one) + endpoints(other))
+        if max(map(len, names)) < 2:
+            same_names = names[0] == names[1] or not all(names)
+            return same_names and region(one, place) == region(other, place)
     except ValueError:
         pass
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
@@ -1830,31 +1796,24 @@ def compatible(a, b):
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
 
 
-def members(node):
-    """The members of a list or set; None for anything else."""
-    return children(node) if node[0] in ("list", "set") else None
-
-
 def same_items(a, b, compare=None):
     """Two unordered collections, item by item."""
     if len(a) != len(b):
         return False
-    common = Counter(a) & Counter(b)
-    a, b = (list((Counter(items) - common).elements()) for items in (a, b))
     if len(a) > 40:
-        raise TooHard("too many items")
+        return Counter(a) == Counter(b)
+    rest = list(b)
     for item in a:
-        match = next((other for other in b if (compare or same)(item, other)), None)
+        match = next((other for other in rest if (compare or same)(item, other)), None)
         if match is None:
             return False
-        b.remove(match)
+        rest.remove(match)
     return True
 
 
 def same_time(a, b):
     """Two times of the day; one may look like a ratio, or not say which half of the day."""
-    clocks = [[exact(part) for part in children(node)] for node in (a, b)]
-    clocks = [[*clock, 0, 0][:3] for clock in clocks]
+    clocks = [[*map(exact, children(node)), 0, 0][:3] for node in (a, b)]
     if any(node[0] == "ratio" and number(0) in node for node in (a, b)):
         return False
     halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
@@ -1889,9 +1848,7 @@ def converted(one, other):
     if one[0] == "option":
         letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
         return letter == one[1] or other[0] != "option" and same(one[2], other)
-    if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
-        return all(same(item, other) for item in one[2:]) or None
-    if one[0] == "words" and other[0] in ("sym", "const", "mul"):
+    if one[0] == "words" and other[0] in ("sym", "const", "mul"):  # ABC may be a product
         parts = other[1:] if other[0] == "mul" else [other]
         letters = [part[1] if part[0] in ("sym", "const") else "" for part in parts]
         return "".join(letters).lower() == one[1].lower() and set(map(len, letters)) == {1}
@@ -1900,8 +1857,6 @@ def converted(one, other):
         named = {show(item.name): item.value for item in items if item.name}
         if len(named) == len(items) == len(one) - 1:
             return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
-    if one[0] == "set" and len(one) == 2 and not is_set(other) and members(other) is None:
-        return False
     if one[0] == "array" and other[0] == "list":
         return same_items(one[1:], other[2:])
     return None
@@ -1948,9 +1903,8 @@ def same_plain(a, b):
         return same_ratio(a, b)
     if is_set(a) or is_set(b):
         return same_set(a, b)
-    items = members(a), members(b)
-    if items != (None, None):
-        return same_items(items[0] or [a], items[1] or [b])
+    if tags & {"list", "set"}:
+        return tags <= {"list", "set"} and same_items(children(a), children(b))
     if tags <= {"tuple", "array"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
     if tags == {"matrix"}:
