@@ -700,14 +700,12 @@ def has(node, *tags):
     return bool(node) and (node[0] in tags or any(has(child, *tags) for child in children(node)))
 
 
-@lru_cache(maxsize=1024)
 def symbols(node):
     """The names of a tree's variables."""
     names = frozenset(node[1:2] if node and node[0] in ("sym", "call") else ())
     return names.union(*map(symbols, children(node)))
 
 
-@lru_cache(maxsize=1024)
 def size(node):
     return 1 + sum(map(size, children(node)))
 
@@ -1274,10 +1272,12 @@ def parse(text):
         tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
         while tokens and tokens[0][:2] in LEADING:
             tokens.pop(0)
+        kinds = {token.kind for token in tokens}
         parser = Parser(tokens)
         tree = parser.expression()
         parser.take("end of text")
-        return alternatives(rebuild(tree, normal))
+        tree = rebuild(tree, normal)
+        return alternatives(tree) if "pm" in kinds or "mp" in kinds else tree
     except (Unreadable, RecursionError):
         return ("raw", text) if tokens is None else raw(tokens)
 
@@ -1385,7 +1385,6 @@ def chance(*seed):
     return Fraction(random.Random(repr(seed)).getrandbits(64), 2**61 - 1)
 
 
-@lru_cache(maxsize=1024)
 def exact(node, at_random=False):
     """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS.
 
@@ -1497,8 +1496,10 @@ def sample(node, point, bits=200):
 
 def constant(node):
     """The value of a constant as a complex, or None."""
-    value = None if symbols(node) else sample(node, (0, False, 1))[0]
-    return None if value is None else complex(value)
+    value = exact(node)
+    if value is None and not symbols(node):
+        value = sample(node, (0, False, 1))[0]
+    return complex(value) if value is not None and abs(value) < 1e300 else None
 
 
 def agree(a, b, point):
