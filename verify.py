@@ -429,6 +429,7 @@ LEXEME = re.compile(
     r"(?:\{(?P<base>(?:[^{}]|\{[^{}]*\})*)\}|(?P<short>\d)))"
     r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
     r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
+    r"|(?P<clock>(?:[01]?\d|2[0-4])(?::[0-5]\d){1,2})(?![\d.:])"
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
@@ -444,7 +445,7 @@ CLOSING = {  # what closes each bracket
     "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
 }  # fmt: skip
 CLOSERS = {closer for closers in CLOSING.values() for closer in closers}
-OPERANDS = {*CLOSING, *"number sym value fn frac sqrt cbrt binom bar big".split()}
+OPERANDS = {*CLOSING, *"number sym value word fn frac sqrt cbrt binom bar big".split()}
 ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an operand
 
 
@@ -501,6 +502,13 @@ def read_based(match):
         return ("based", str(int(match["digits"], base if base > 1 else 37)), base)
     except ValueError:
         raise Unreadable("a number with a subscript that is no base") from None
+
+
+def read_clock(text):
+    """The tree of 7:30: a time if it cannot be a ratio in lowest terms."""
+    parts = list(map(int, text.split(":")))
+    ratio = math.gcd(*parts) < 2 and ":0" not in text
+    return ("ratio" if ratio else "time", *map(number, parts), *([] if ratio else [""]))
 
 
 def read_letters(run, mark, space, before, alone):
@@ -583,6 +591,8 @@ class Tokenizer:
                     self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
             elif kind == "based":
                 tokens = [Token("value", read_based(match), lexeme)]
+            elif kind == "clock":
+                tokens = [Token("number", read_clock(lexeme), lexeme)]
             elif kind == "literal":
                 tokens = [Token("number", number(int(lexeme, 0)), lexeme)]
             elif kind == "number":
@@ -607,7 +617,8 @@ class Tokenizer:
             else:
                 tokens = self.symbol(kind, lexeme, before)
             if tokens and self.found and self.found[-1].kind == "quad":
-                self.found[-1:] = [Token(",")] * (tokens[0].kind in OPERANDS)  # between operands
+                operand = tokens[0].kind in OPERANDS and tokens[0].kind != "word"
+                self.found[-1:] = [Token(",")] * operand
             self.found += [token._replace(space=space) for token in tokens[:1]] + tokens[1:]
             space = kind in ("space", "quad") or kind == "styled" and style == "prose"
 
@@ -647,7 +658,7 @@ class Tokenizer:
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
 #               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
 #               ("pm"|"mp", a, b) ("quantity", a, units, nouns) ("based", value, base)
-#               ("mod", a, m) ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
+#               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
 #               ("matrix", row, ...), a row being a tuple
 #   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
@@ -656,7 +667,7 @@ class Tokenizer:
 #   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-LEVELS = "newline ;|or|, and|rel|: over choose|cup cap minus|+ - pm mp|* / op".split("|")
+LEVELS = "newline ;|or|, and|rel|: over choose pmod|cup cap minus|+ - pm mp|* / op".split("|")
 POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
@@ -674,12 +685,12 @@ TEXT_VALUES = {
     **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
+    **{word: number(value) for word, value in NUMERALS.items()},
 }  # fmt: skip
 TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
-
-
 ONE, MINUS_ONE = number(1), number(-1)
-INFINITY = ("inf",)
+INFINITY, MINUS_INFINITY = ("inf",), ("mul", MINUS_ONE, ("inf",))
+DEGREE = ("mul", ("const", "pi"), number(Fraction(1, 180)))
 
 
 def children(node):
@@ -710,9 +721,9 @@ def size(node):
     return 1 + sum(map(size, children(node)))
 
 
-def chain(tag, a, b):
-    """a + b or a * b, without nesting."""
-    return (tag, *(a[1:] if a[0] == tag else (a,)), *(b[1:] if b[0] == tag else (b,)))
+def chain(tag, *parts):
+    """A sum or product, without nesting."""
+    return (tag, *(term for part in parts for term in (part[1:] if part[0] == tag else (part,))))
 
 
 def negate(a):
@@ -727,34 +738,19 @@ def divide(a, b):
     return chain("mul", a, ("pow", b, MINUS_ONE))
 
 
-def is_integer(node):
-    return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
-
-
-def infinite(node):
-    """1 for infinity, -1 for minus infinity, 0 for anything else."""
-    return int(node == ("inf",)) - (node == negate(("inf",)))
-
-
-DEGREE = divide(("const", "pi"), number(180))
-
-
 def items_of(node):
     return list(node[2:]) if node[0] == "list" else [node]
 
 
-def residue_class(value, modulus):
-    value, modulus = exact(value), exact(modulus)
-    if value is None or not modulus:
-        raise Unreadable("a congruence with letters")
-    return ("mod", number(value % modulus), number(modulus))
+def is_integer(node):
+    return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
 
 
 class Parser:
     """Precedence climbing over a list of tokens: each method returns the tree of what it takes."""
 
     def __init__(self, tokens):
-        self.tokens = [*tokens, END, END, END]
+        self.tokens = [*tokens, END, END]
         self.at = 0
         self.depth = 0
 
@@ -769,16 +765,9 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def take(self, *kinds):
-        token = self.accept(*kinds)
-        if token is None:
-            found = self.tokens[self.at].text or self.kind
-            raise Unreadable(f"found {found!r} where {' or '.join(kinds)} was expected")
-        return token
-
-    def deepen(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
+        if self.kind not in kinds:
+            raise Unreadable(f"found {self.kind} where {' or '.join(kinds)} was expected")
+        return self.accept(*kinds)
 
     def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
@@ -797,16 +786,13 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
-        if self.kind in OPERANDS or self.kind == "word":
-            return POWER[","] if self.starts_equation() else TERM
-        return POWER.get(self.kind, 0)
-
-    def starts_equation(self):
-        """Whether another equation begins here, as in x = 1 y = 2."""
-        token, after, *rest = self.tokens[self.at : self.at + 4]
-        after = rest[1] if after.kind == "_" and len(rest) > 1 else after
+        if self.kind not in OPERANDS:
+            return POWER.get(self.kind, 0)
+        token, after = self.tokens[self.at : self.at + 2]
         equation = token.kind == "sym" and token.space and after[:2] == ("rel", "=")
-        return equation and any(before.kind == "rel" for before in self.tokens[: self.at])
+        if equation and any(before.kind == "rel" for before in self.tokens[: self.at]):
+            return POWER[","]  # x = 1 y = 2
+        return TERM
 
     def clauses(self, left, power):
         """A list. A list in it is spliced in unless it has statements: p=5, q=2; p=7, q=2."""
@@ -815,29 +801,29 @@ class Parser:
         while self.power() == power:
             while separator := self.accept(*SEPARATORS):
                 kind = "or" if separator.kind == "or" else kind
-            if self.kind not in OPERANDS and self.kind not in ("word", *SIGNS):
+            if self.kind not in OPERANDS and self.kind not in SIGNS:
                 break
-            items.append(self.expression(power + 1))
-        flat = []
-        for item in items:
+            item = self.expression(power + 1)
             splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
             kind = "or" if splice and item[1] == "or" else kind
-            flat += item[2:] if splice else [item]
-        return ("list", kind, *flat) if len(flat) > 1 else left
+            items += item[2:] if splice else [item]
+        return ("list", kind, *items) if len(items) > 1 else left
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
-        if self.kind in OPERANDS or kind == "word":
+        if kind in OPERANDS:
             return self.juxtaposed(left)
         token = self.take(kind)
-        if kind == ":":
-            return self.ratio(left)
+        labelled = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
+        if kind == ":" and labelled and self.kind not in ("sym", "set{"):  # A: 5
+            return ("rel", ("=",), (left, self.expression(CLAUSE)))
         right = self.expression(power + 1)
         if kind == "rel":
-            right = residue_class(right, self.argument()) if self.accept("pmod") else right
             operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
             return ("rel", (*operators, token.value), (*sides, right))
+        if kind == ":":
+            return ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), right)
         while kind == "/" and self.kind == "sym" and not self.tokens[self.at].space:  # t/RC
             right = chain("mul", right, self.expression(FACTOR))
         if kind in ("+", "*"):
@@ -846,9 +832,9 @@ class Parser:
             return ("minus", left, right) if left[0] == "reals" else minus(left, right)
         if kind in ("/", "over"):
             return divide(left, right)
-        if kind == "choose":
-            return ("binomial", left, right)
-        return ("call", token.value, left, right) if kind == "op" else (kind, left, right)
+        if kind in ("op", "pmod"):
+            return ("call", token.value or kind, left, right)
+        return ("binomial" if kind == "choose" else kind, left, right)
 
     def juxtaposed(self, left):
         """A product without a sign, a value with its unit, or 3 hours 20 minutes."""
@@ -858,26 +844,7 @@ class Parser:
                 return ("list", ",", left, self.expression(TERM))
             if words or left[0] in ("num", "sym"):
                 raise Unreadable("two things side by side")
-        return chain("mul", left, self.unit() if self.kind == "word" else self.expression(FACTOR))
-
-    def unit(self):
-        return self.postfix(("words", self.take("word").value))
-
-    def ratio(self, left):
-        """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
-        label = left[0] == "sym" and left[1][0].isupper() and self.kind not in ("sym", "set{")
-        if label or left[0] == "words":
-            return ("rel", ("=",), (left, self.expression(CLAUSE)))
-        begin = self.at
-        parts = [left, self.expression(SIDE + 1)]
-        while self.accept(":"):
-            parts.append(self.expression(SIDE + 1))
-        texts = [token.text for token in self.tokens[begin : self.at : 2]]
-        if all(map(is_integer, parts)) and all(re.fullmatch("[0-5][0-9]", text) for text in texts):
-            clock = [int(part[1]) for part in parts]
-            if clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
-                return ("time", *parts, "")
-        return ("ratio", *parts)
+        return chain("mul", left, self.postfix(self.atom()))
 
     # operands
 
@@ -892,15 +859,15 @@ class Parser:
         if sign:
             value = self.expression(TERM)
             return negate(value) if negative else value
-        if self.kind == "word":
-            return self.unit() if self.tokens[self.at - 1].kind in ("/", "*") else self.words()
+        if self.kind == "word" and self.tokens[self.at - 1].kind not in ("/", "*"):
+            return self.words()
         return self.postfix(self.atom())
 
     def words(self):
         """Words before an operand, which must be a phrase like "the answer is", or a text."""
         words = []
-        while self.kind == "word":
-            words.append(self.take("word").value)
+        while token := self.accept("word"):
+            words.append(token.value)
         if self.kind in OPERANDS or self.kind in SIGNS:
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
@@ -908,24 +875,23 @@ class Parser:
             return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
         text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
-        if text in NUMERALS:
-            return number(NUMERALS[text])
         return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
         for _ in range(10):
-            token = self.accept("!", "%", "deg", "^")
-            if not token:
-                return value
-            if token.kind in ("!", "%"):
-                value = ("factorial" if token.kind == "!" else "pct", value)
-            elif token.kind == "deg":
+            if self.accept("!"):
+                value = ("factorial", value)
+            elif self.accept("%"):
+                value = ("pct", value)
+            elif self.accept("deg"):
                 value = chain("mul", value, ("words", "degree"))
-            else:
+            elif self.accept("^"):
                 power = self.script()
                 if value[0] == "sym" and self.accept("_"):  # v^2_0
                     value = ("sym", f"{value[1]}_{self.subscript()}")
                 value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
+            else:
+                return value
         raise Unreadable("too many postfix operators")
 
     def script(self):
@@ -934,11 +900,11 @@ class Parser:
             token = self.take("number", "sym")
             return token.value if token.kind == "number" else ("sym", token.value)
         sign = self.accept("-", "+")
+        self.depth += 1
         value = self.atom()
         if self.accept("^"):
-            self.deepen()
             value = ("pow", value, self.script())
-            self.depth -= 1
+        self.depth -= 1
         return negate(value) if sign and sign.kind == "-" else value
 
     def argument(self):
@@ -951,7 +917,7 @@ class Parser:
         return self.atom()
 
     def subscript(self):
-        """The text of a subscript, as part of a name or as a base."""
+        """The text of a subscript, as part of a name."""
         begin = self.at
         self.at += 1
         if self.tokens[begin].kind == "{":
@@ -962,18 +928,19 @@ class Parser:
 
     def atom(self):
         """One value, without what may be raised or put behind it."""
-        self.deepen()
-        token = self.take(*OPERANDS, "word")
+        token = self.take(*OPERANDS)
         kind = token.kind
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
         if kind in ("number", "value"):
             value = token.value
-        elif kind in ("(", "[", "langle"):
-            value = self.bracket(kind)
-        elif kind in ("lfloor", "lceil"):
-            value = ("floor" if kind == "lfloor" else "ceiling", self.closed(*CLOSING[kind]))
-        elif kind in ("{", "|"):
+        elif kind == "word":
+            value = ("words", token.value)
+        elif kind in ("{", "|", "lfloor", "lceil"):
             value = self.closed(*CLOSING[kind])
-            value = ("abs", value) if kind == "|" else value
+            tag = {"|": "abs", "lfloor": "floor", "lceil": "ceiling"}.get(kind)
+            value = (tag, value) if tag else value
         elif kind == "frac":
             value = divide(self.argument(), self.argument())
         elif kind == "binom":
@@ -987,11 +954,12 @@ class Parser:
             value = self.argument()
             line = value[0] == "mul" and all(name.isupper() for name in symbols(value))
             value = value if line else ("conjugate", value)
-        elif kind == "word":
-            value = ("words", token.value)
         else:
-            parse = {"sym": self.name, "fn": self.function, "begin": self.matrix, "big": self.big}
-            value = parse[kind](token) if kind in parse else self.braces()
+            parse = {
+                "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
+                "set{": self.braces,
+            }  # fmt: skip
+            value = parse.get(kind, self.bracket)(token)
         self.depth -= 1
         return value
 
@@ -999,14 +967,13 @@ class Parser:
         """A variable, or the call of a function: f(x), P(3), P(n) = ..."""
         first = self.at == 1 or self.tokens[self.at - 2].kind in SEPARATORS
         name = token.value
-        if name in ("Delta", "nabla") and self.kind == "sym":
+        if name == "Delta" and self.kind == "sym":
             name += " " + self.take("sym").value  # \Delta x is one name
         while self.accept("prime"):
             name += "'"
         if self.accept("_"):
             name += "_" + self.subscript()
         long = len(name) > 2 and name.isalpha() and name not in GREEK
-        function = long or name.rstrip("'") in ("f", "g", "h")
         begin = self.at
         arguments = []
         while long and self.accept("{"):  # a command that is not known
@@ -1016,10 +983,11 @@ class Parser:
         arguments = items_of(self.closed(")"))
         if name == "C" and len(arguments) == 2:
             return ("binomial", *arguments)
+        function = long or name.rstrip("'") in ("f", "g", "h")
         variables = all(part[0] == "sym" and part[1] != name for part in arguments)
-        named = first and self.kind == "rel" and variables
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
-        if function or named or literal and (len(arguments) == 1 or name.isupper()):
+        literal = literal and (len(arguments) == 1 or name.isupper())
+        if function or literal or variables and first and self.kind == "rel":
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -1037,30 +1005,28 @@ class Parser:
             values = items_of(self.closed({"(": ")", "{": "}", "[": "]"}[opening.kind]))
         else:
             values = [self.bare_argument()]
+        if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
+            values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
+            if power == MINUS_ONE:
+                return ("a" + name, *values)
         if name in ("tanh", "coth"):  # so that the size of the exponential is seen
             square = ("exp", chain("mul", number(2), values[0]))
             ends = chain("add", square, MINUS_ONE), chain("add", square, ONE)
             return divide(*ends[:: 1 if name == "tanh" else -1])
-        if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
-            values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
-        if power == MINUS_ONE and name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"}:
-            return ("a" + name, *values)
         value = ("log" if base else name, *values, *base)
         return ("pow", value, power) if power else value
 
     def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
-        sign = self.accept("-", "+")
         value = self.operand()
-        while self.kind in OPERANDS and self.kind not in ("fn", "(", "["):
-            value = chain("mul", value, self.operand())
+        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word"):
+            value = chain("mul", value, self.postfix(self.atom()))
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
-        return negate(value) if sign and sign.kind == "-" else value
+        return value
 
     def big(self, token):
         """A sum, product, integral or limit: written out if it is finite, else a call."""
-        name = token.value
         below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
@@ -1069,38 +1035,40 @@ class Parser:
                 below = self.argument()
         body = self.expression(TERM)
         variable = None
-        if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
+        if below[0] == "rel":
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        finite = name in ("sum", "prod") and written_out(name, body, variable, below, above)
-        if finite:
-            return finite
+        if token.value in ("sum", "prod") and (count := count_terms(below, above)):
+            tag = "add" if token.value == "sum" else "mul"
+            low = below[1]
+            terms = [replaced(body, variable, number(low + k)) for k in range(count)]
+            value = exact((tag, *terms))
+            if value is not None or count * size(body) <= MAX_TERMS:
+                return (tag, *terms) if value is None else number(value)
         bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
-        return ("call", name, below, above, replaced(body, variable, bound))
+        return ("call", token.value, below, above, replaced(body, variable, bound))
 
     # brackets
 
-    def bracket(self, opening):
-        content = self.closed(*CLOSING[opening])
-        kinds = opening + self.tokens[self.at - 1].kind
+    def bracket(self, token):
+        content = self.closed(*CLOSING[token.kind])
+        kinds = token.kind + self.tokens[self.at - 1].kind
         items = items_of(content)
         if len(items) == 1 or content[1] == "or":
             if kinds not in ("()", "[]"):
                 raise Unreadable("one item in unlike brackets")
             return content
-        ends = len(items) == 2 and (infinite(items[0]) < 0 or infinite(items[1]) > 0)
-        if opening == "langle" or kinds == "()" and not ends:
+        ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
+        if kinds == "langlerangle" or kinds == "()" and not ends:
             return ("tuple", *items)
-        rows = [item[1:3] if item[3:] == ("[", "]") else item[1:] for item in items]
-        nested = all(item[0] == "array" or item[3:] == ("[", "]") for item in items)
-        if nested and kinds == "[]" and len(set(map(len, rows))) == 1:
-            return ("matrix", *rows)
+        if kinds == "[]" and all(item[3:] == ("[", "]") for item in items):  # [[1,2],[3,4]]
+            return ("matrix", *(item[1:3] for item in items))
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
         return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
 
-    def braces(self):
+    def braces(self, _):
         if self.accept("set}"):
             return ("empty",)
         content = self.closed("set}", "mid")
@@ -1125,20 +1093,10 @@ class Parser:
         return ("matrix", *rows)
 
 
-def written_out(name, body, variable, below, above):
-    """The value of a sum or product between numeric bounds, or its terms if there are few."""
-    low, high = exact(below), exact(above)
-    if None in (variable, low, high) or low.denominator * high.denominator != 1:
-        return None
-    count = int(high - low) + 1
-    if not 0 < count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
-        return None
-    terms = [replaced(body, variable, number(low + k)) for k in range(count)]
-    values = list(map(exact, terms))
-    if None not in values:
-        return number(sum(values) if name == "sum" else math.prod(values))
-    few = count * size(body) <= MAX_TERMS
-    return ("add" if name == "sum" else "mul", *terms) if few else None
+def count_terms(low, high):
+    """The number of terms of a sum or product that is to be written out, else 0."""
+    count = int(high[1] - low[1]) + 1 if is_integer(low) and is_integer(high) else 0
+    return count if 0 < count <= MAX_TERMS else 0
 
 
 # ---- the normal form
@@ -1160,7 +1118,8 @@ def quantity(values, names):
         values = [*values, number(SCALES[name])]
     value = ("mul", *values) if len(values) > 1 else values[0]
     if names and names[0] in ("am", "pm"):
-        return ("time", value, names[0][0])
+        parts = value[1:] if value[0] == "ratio" else [value]
+        return (*(value[:-1] if value[0] == "time" else ("time", *parts)), names[0][0])
     units = [UNITS[name] for name in names if name in UNITS]
     nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
@@ -1220,8 +1179,10 @@ def normal(node):
         return with_matrices(node)
     if node[0] == "matrix":
         return matrix(node[1:])
-    if node[0] == "ratio" and node[-1][0] == "time":  # 7:30 p.m.
-        return ("time", *node[1:-1], *node[-1][1:])
+    if node[0] in ("floor", "ceiling") and symbols(node):
+        sign = ONE if node[0] == "floor" else MINUS_ONE
+        part = ("wave", chain("mul", sign, node[1]))
+        return chain("add", node[1], chain("mul", sign, part))
     return node
 
 
@@ -1348,6 +1309,12 @@ def root(m, degree, value):
     return power(m, value, 1 / degree)
 
 
+def wave(m, x):
+    """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
+    turn = tame(m, 2 * m.pi * x)
+    return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
+
+
 def logarithm(m, x, base=None):
     return m.log(x) if base is None else m.log(x) / m.log(base)
 
@@ -1365,6 +1332,7 @@ OPS = {
     "quantity": (lambda a: a, lambda m, a: a),
     "cis": (None, lambda m, x: m.expj(tame(m, x))),
     "abs": (abs, lambda m, x: abs(x)), "conjugate": (None, lambda m, x: x.conjugate()),
+    "wave": (None, wave),
     "floor": (lambda a: Fraction(math.floor(a)), lambda m, x: rounded(m, x, m.floor)),
     "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
     "min": (lambda *v: min(v), lambda m, *v: min(map(real_part, v))),
@@ -1452,9 +1420,6 @@ def evaluate(node, point, m, sizes):
             result = unknown(node[1], values, point, m)
         elif tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
-        elif tag in ("floor", "ceiling") and symbols(node):
-            sign = 1 if tag == "floor" else -1
-            result = values[0] + sign * wave(m, sign * values[0])
         else:
             result = m.mpc(OPS[tag][1](m, *values))
     if point[1]:
@@ -1464,12 +1429,6 @@ def evaluate(node, point, m, sizes):
     if result != 0:
         sizes.append(abs(m.mag(result)))
     return result
-
-
-def wave(m, x):
-    """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
-    turn = tame(m, 2 * m.pi * x)
-    return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
 
 
 def unknown(name, values, point, m):
@@ -1584,15 +1543,15 @@ def same_value(a, b):
     if (a[0] == "pct") != (b[0] == "pct"):  # 28 % is 28 and 0.28
         share, other = (a, b) if a[0] == "pct" else (b, a)
         return same_value(share[1], other) or same_value(divide(share[1], number(100)), other)
-    if {a[0], b[0]} & {"based", "mod"}:
+    if "based" in (a[0], b[0]):
         return a == b
     x, y = exact(a), exact(b)
     if x is not None and x == y:
         return True
     if is_long(a) or is_long(b):
         return is_long(a) and near(a, b) or is_long(b) and near(b, a)
-    if infinite(a) or infinite(b):
-        return infinite(a) == infinite(b)
+    if {a, b} & {INFINITY, MINUS_INFINITY}:
+        return a == b
     if x is None or y is None:
         x, y = exact(a, True), exact(b, True)
     return same_function(a, b) if x is None or y is None else x == y
@@ -1630,7 +1589,7 @@ def endpoints(node):
 def order(ends):
     """{endpoint: its place}."""
     values = {end: constant(end).real for end in ends}
-    place = {negate(INFINITY): -1}
+    place = {MINUS_INFINITY: -1}
     last = None
     at = -1
     for end in sorted(values, key=values.get):
@@ -1671,7 +1630,8 @@ def region(node, place):
         low, high, opening, closing = (*node[1:], "(", ")")[:4]
         found = ray(">=" if opening == "[" else ">", low, place)
         found &= ray("<=" if closing == "]" else "<", high, place)
-        if not found or infinite(low) and opening == "[" or infinite(high) and closing == "]":
+        closed = low == MINUS_INFINITY and opening == "[" or high == INFINITY and closing == "]"
+        if closed or not found:
             raise ValueError("no interval")
         return found
     if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
@@ -1726,7 +1686,7 @@ def same_relation(a, b):
         other, others = relation, others[::-1]
     if relation != other:
         return False
-    if relation in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
+    if relation in ("in", "notin"):
         return all(map(same, sides, others))
     f, g = minus(*sides), minus(*others)
     zero = number(0)

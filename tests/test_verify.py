@@ -40,8 +40,8 @@ _EQUAL = r"""
 \text{No solution} :: \emptyset || \{\} :: \varnothing || 52_8 :: 52_{8}
 52_{\text{eight}} :: 52_8 || 2^{100} :: 1267650600228229401496703205376
 6 \cdot 6^{999} :: 6^{1000} || \binom{30}{11} :: \binom{30}{19} || {10 \choose 3} :: 120
-13 \cdot 12! :: 13! || n! :: n (n-1)! || \frac{1}{2024!} :: 1/2024! || 2^{300000} :: 4^{150000}
-\frac{9^{9^9}}{9^{9^9}} :: 1 || \binom{n}{2} :: \frac{n(n-1)}{2} || \gcd(12,18) :: 6
+13 \cdot 12! :: 13! || n! :: n (n-1)! || \frac{1}{2024!} :: 1/2024!
+\binom{n}{2} :: \frac{n(n-1)}{2} || \gcd(12,18) :: 6
 8\sqrt2 :: \sqrt{128} || 5√7 :: \sqrt[2]{175} || \sqrt[3]{-8} :: -2
 \sqrt{3+2\sqrt2} :: 1+\sqrt2 || 8 \cdot 2^{1/2} :: 8\sqrt 2 || sqrt(3)/2 :: \frac{\sqrt3}{2}
 \frac{\pi}{4} :: 0.7853981634 || 3π :: 3\pi || 256*pi :: 256 \pi || 18+2pi :: 2(9+\pi)
@@ -73,7 +73,7 @@ x^2/16+y^2/12=1/4 :: \frac{x^2}{4}+\frac{y^2}3=1 || f^{-1}(x) = \frac{x-1}{2} ::
 0.1\overline{6} :: \nicefrac{1}{6} || 0.(3) :: 1/3 || 1'000 :: 1{,}\!000 || \text{forty-two} :: 42
 12 1/2 \% :: 12.5 || {-}7 :: -7
 2{\frac{3}{4}} :: 2.75 || 3.2 X 10^{5} :: 320000
-\frac12 \text{ or } 50\% :: 0.5 || US\$15 :: 15 || {\$}15 :: \text{\$}15 || \text{USD }15 :: 15
+US\$15 :: 15 || {\$}15 :: \text{\$}15 || \text{USD }15 :: 15
 60 \frac{\text{km}}{\text{h}} :: 60 km/h || 12\ {\rm cm}^2 :: 12 || 60\,\mathrm{km\,h^{-1}} :: 60
 144 (\text{ways}) :: 144 || 80\;\mathrm m :: 80 || 72{}^\circ :: 72^{\mathrm{o}} || 72º :: 72
 \measuredangle ABC = 72^\circ :: 72 || \sin \pi/6 :: \frac12 || (1011)_2 :: 1011_{(2)}
@@ -83,7 +83,7 @@ P(3,-1) :: (3,-1) || \{x=3, y=-1\} :: (3,-1) || x = 3 \quad y = -1 :: (3,-1)
 (1,2) \quad (3,4) :: (3,4),(1,2) || \left\{\begin{array}{l}x=3\\y=-1\end{array}\right. :: (3,-1)
 2, 5, \& 7 :: 5,7,2 || \text{A and C} :: C, A || 2 \le f(x) < 5 :: [2,5)
 (-\infty,1)\text{ or }(4,\infty) :: x<1 \text{ or } x>4 || \R - \{2\} :: x \not= 2
-\text{All real numbers except } 2 :: x \ne 2 || \mathbb{R}^+ :: x > 0
+\mathbb{R}^+ :: x > 0
 [1,2]\cup\{3\} :: 1 \le x \le 2 \text{ or } x=3 || \{1,2\} \cap \{2,3\} :: \{2\}
 \text{There is no solution} :: \emptyset || \text{the set of all integers} :: \mathbf{Z}
 \binom{n}{k} :: \frac{n!}{k!(n-k)!} || \bp5&-2\ep^T :: (5,-2) || 3 \text{ to } 4 :: 3{:}4
