@@ -32,7 +32,7 @@ import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -314,7 +314,7 @@ FUNCTIONS = spellings("""
     asec arcsec  acsc arccsc  sinh  cosh  tanh  coth  asinh arsinh  acosh arcosh  atanh artanh
     exp  cis  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial  gcd  lcm  min  max
     conjugate conj
-""") | {"log": "Log"}  # to base ten or e
+""")
 GREEK = spellings("""
     alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
     mu μ  nu ν  xi ξ  rho ρ  sigma σ  tau τ  upsilon  phi φ  chi χ  psi ψ  omega ω  Delta Δ
@@ -434,11 +434,11 @@ LEXEME = re.compile(
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
     r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
-    r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-Z]+)"
+    r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
-PROSE = re.compile(r"[a-zA-Z]+(?:['.\-][a-zA-Z]+)*")  # what is a word in \text{}
+PROSE = re.compile(r"[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")  # what is a word in \text{}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 CLOSING = {  # what closes each bracket
     "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}",), "|": ("|)",),
@@ -660,7 +660,7 @@ class Tokenizer:
 #               ("pm"|"mp", a, b) ("quantity", a, units, nouns) ("based", value, base)
 #               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
-#               ("matrix", row, ...), a row being a tuple
+#               (a matrix is an array of arrays, a column is a tuple)
 #   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
 #               ("reals",) ("empty",)
 #   statements  ("rel", operators, sides)
@@ -1063,7 +1063,7 @@ class Parser:
         if kinds == "langlerangle" or kinds == "()" and not ends:
             return ("tuple", *items)
         if kinds == "[]" and all(item[3:] == ("[", "]") for item in items):  # [[1,2],[3,4]]
-            return ("matrix", *(item[1:3] for item in items))
+            return ("matrix", *(("array", *item[1:3]) for item in items))
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
         return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
@@ -1087,10 +1087,7 @@ class Parser:
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.expression(CLAUSE))
-        rows = [tuple(row) for row in rows if row]
-        if len(set(map(len, rows))) != 1:
-            raise Unreadable("rows of different length")
-        return ("matrix", *rows)
+        return ("matrix", *(("array", *row) for row in rows if row))
 
 
 def count_terms(low, high):
@@ -1132,24 +1129,19 @@ def quantity(values, names):
 
 def rows_of(node):
     """The rows of a matrix or vector, else None."""
-    if node[0] in ("tuple", "array"):
-        return [[cell] for cell in node[1:]]
-    return [list(row) for row in node[1:]] if node[0] == "matrix" else None
+    if node[0] not in ("tuple", "array"):
+        return None
+    matrix = all(row[0] == "array" for row in node[1:])
+    return [list(row[1:]) if matrix else [row] for row in node[1:]]
 
 
 def matrix(rows):
-    """A matrix as a tree; a column is a tuple."""
-    column = all(len(row) == 1 for row in rows) and len(rows) > 1
-    return ("tuple", *(row[0] for row in rows)) if column else ("matrix", *map(tuple, rows))
-
-
-def matrix_product(a, b):
-    if len(a[0]) != len(b) or len(a) * len(b[0]) > MAX_TERMS:
-        raise Unreadable("a product of matrices of other sizes")
-    return [
-        [("add", *(chain("mul", x, y) for x, y in zip(row, column))) for column in zip(*b)]
-        for row in a
-    ]
+    """A matrix as a tree: a column is a tuple, any other an array of arrays."""
+    if len(set(map(len, rows))) != 1:
+        raise Unreadable("rows of different length")
+    if len(rows[0]) == 1 and len(rows) > 1:
+        return ("tuple", *(row[0] for row in rows))
+    return ("array", *(("array", *row) for row in rows))
 
 
 def with_matrices(node):
@@ -1161,11 +1153,19 @@ def with_matrices(node):
     if node[0] == "add":
         if None in parts or len({(len(rows), len(rows[0])) for rows in parts}) > 1:
             raise Unreadable("a sum of things of other sizes")
-        return matrix([[("add", *cell) for cell in zip(*rows)] for rows in zip(*parts)])
-    rows = reduce(matrix_product, filter(None, parts))
-    scalars = [child for child, part in zip(node[1:], parts) if part is None]
-    times = partial(chain, "mul")
-    return matrix([[reduce(times, [*scalars, cell]) for cell in row] for row in rows])
+        return matrix([[chain("add", *cell) for cell in zip(*rows)] for rows in zip(*parts)])
+    total = None
+    for rows in filter(None, parts):
+        if total and (len(total[0]) != len(rows) or len(total) * len(rows[0]) > MAX_TERMS):
+            raise Unreadable("a product of matrices of other sizes")
+        product = [[dot(row, column) for column in zip(*rows)] for row in total or ()]
+        total = product or rows
+    scalars = [child for child, rows in zip(node[1:], parts) if not rows]
+    return matrix([[chain("mul", *scalars, cell) for cell in row] for row in total])
+
+
+def dot(a, b):
+    return chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
 
 
 def normal(node):
@@ -1178,7 +1178,7 @@ def normal(node):
     if node[0] in ("add", "mul", "pow") and any(rows_of(child) for child in node[1:]):
         return with_matrices(node)
     if node[0] == "matrix":
-        return matrix(node[1:])
+        return matrix([row[1:] for row in node[1:]])
     if node[0] in ("floor", "ceiling") and symbols(node):
         sign = ONE if node[0] == "floor" else MINUS_ONE
         part = ("wave", chain("mul", sign, node[1]))
@@ -1219,10 +1219,12 @@ def raw(tokens):
     """What two unreadable texts are compared by: their tokens, without braces around one."""
     found = []
     for token in tokens:
-        found.append((token.kind, token.value))
-        if token.kind == "}" and len(found) > 2 and found[-3][0] == "{":
+        name = token.kind in ("word", "sym")
+        found.append(token.value if name else (token.kind, token.value))
+        if token.kind == "}" and found[-3:-2] == [("{", None)]:
             found[-3:] = found[-2:-1]
-    return ("raw", *found)
+    text = found and all(isinstance(value, str) for value in found)
+    return ("words", " ".join(found)) if text else ("raw", *found)
 
 
 @lru_cache(maxsize=1024)
@@ -1479,9 +1481,12 @@ def agree(a, b, point):
             return False if (digits or others) and not symbols(a) | symbols(b) else None
         digits = max(digits, others)
         close = x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
-        if not close or digits < 20 or bits > 200:
+        enough = 200 + 4 * digits
+        if not close or digits < 20 or bits > enough:
             return close
-        bits += 4 * digits
+        if bits > 200:
+            raise TooHard("the value grows with the precision")  # near a pole
+        bits = enough + 20
         slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
         if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
@@ -1650,7 +1655,10 @@ def region(node, place):
         either = listed or tag == "cup" or node[:2] == ("list", "or")
         return set().union(*parts) if either else parts[0].intersection(*parts)
     members = children(node) if tag in ("set", "list") else [node]
-    return set().union(*(ray("=", member, place) for member in members))
+    parts = [ray("=", member, place) for member in members]
+    if not all(parts):
+        raise ValueError("infinity is no member")
+    return set().union(*parts)
 
 
 def called(node):
@@ -1708,13 +1716,6 @@ def primed(node):
 # ---- comparison
 
 
-class Statement(NamedTuple):
-    """x = 2/6 = 1/3 taken apart. What is no such statement is its own value."""
-
-    name: tuple | None
-    value: tuple
-
-
 def is_name(node):
     """What may stand before an equals sign as the name of the answer: x, f(x), |AB|, dy/dx."""
     if node[0] == "mul":
@@ -1727,22 +1728,23 @@ def is_name(node):
 
 
 def statement(node):
+    """(name, value) of x = 2/6 = 1/3 ~ 0.33; (None, node) of what is no such statement."""
     if node[0] == "call" and len(node) > 3 and node[1].isupper():  # the point P(1,2)
-        return Statement(("sym", node[1]), ("tuple", *node[2:]))
+        return ("sym", node[1]), ("tuple", *node[2:])
     if node[0] != "rel" or not set(node[1]) <= {"=", "~", "in"}:
-        return Statement(None, node)
-    operators, sides = node[1:]
-    if operators == ("=",) and is_name(sides[1]) and not is_name(sides[0]):
+        return None, node
+    relations, sides = node[1:]
+    if relations == ("=",) and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]  # 5 = x
     name = sides[0] if is_name(sides[0]) and sides[0] not in sides[1:] else None
-    cut = operators.index("~") + 1 if "~" in operators else len(sides)
+    cut = relations.index("~") + 1 if "~" in relations else len(sides)
     precise = sides[bool(name) : cut] or sides[-1:]
-    values = {exact(side) for side in precise if not symbols(side)}
     if not name:
+        values = {exact(side) for side in precise if not symbols(side)}
         equation = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
-        if equation or "in" in operators or len(values) > 1 and None not in values:
-            return Statement(None, node)  # an equation; 2 + 2 = 5
-    return Statement(name, precise[-1])
+        if equation or "in" in relations or len(values) > 1 and None not in values:
+            return None, node  # an equation; 2 + 2 = 5
+    return name, precise[-1]
 
 
 def compatible(a, b):
@@ -1815,7 +1817,7 @@ def converted(one, other):
         return "".join(letters).lower() == one[1].lower() and set(map(len, letters)) == {1}
     if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
         items = list(map(statement, children(other)))
-        named = {show(item.name): item.value for item in items if item.name}
+        named = {show(name): value for name, value in items if name}
         if len(named) == len(items) == len(one) - 1:
             return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
     if one[0] == "array" and other[0] == "list":
@@ -1830,20 +1832,18 @@ def same(a, b):
     equations = a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}
     if equations and len(a[2]) == len(b[2]) > 2:  # x = 2y = 4
         return all(map(same, a[2], b[2]))
-    one, other = statement(a), statement(b)
-    if one.name and other.name:
-        if compatible(one.name, other.name):
-            if same_plain(one.value, other.value):
+    (name, x), (other, y) = statement(a), statement(b)
+    if name and other:
+        if compatible(name, other):
+            if same_plain(x, y):
                 return True
-            if not symbols(one.name) & (symbols(one.value) | symbols(other.value)):
+            if not symbols(name) & (symbols(x) | symbols(y)):
                 return False
         if a[0] != "rel" or b[0] != "rel":
             return False
     if equations:
         return len(a[2]) == len(b[2]) == 2 and same_relation((a[1][0], *a[2]), (b[1][0], *b[2]))
-    if one.name and other.name:
-        return same_plain(a, b)
-    return same_plain(one.value, other.value)
+    return same_plain(a, b) if name and other else same_plain(x, y)
 
 
 def same_plain(a, b):
@@ -1868,41 +1868,25 @@ def same_plain(a, b):
         return tags <= {"list", "set"} and same_items(children(a), children(b))
     if tags <= {"tuple", "array"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    if tags == {"matrix"}:
-        shape = len(a) == len(b) and len(a[1]) == len(b[1])
-        return shape and all(map(same, sum(a[1:], ()), sum(b[1:], ())))
-    return not tags & {"rel", "matrix", "tuple", "array"} and same_value(a, b)
+    return not tags & {"rel", "tuple", "array"} and same_value(a, b)
 
 
 # ---- verdicts
 
 
-def words_of(text):
-    """An answer's words in lower case if it is nothing but words or one letter; else ""."""
-    plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ")
-    plain = re.sub(r"\\left|\\right|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
-    plain = re.sub(r"^'(.*)'$", r"\1", plain.strip(" .*\"`\n\t"))
-    plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain)
-    plain = " ".join(plain.split())
-    if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
-        return ""
-    plain = re.sub(r"(?i)^(?:the|an?|option|choice) (?=\w)", "", plain)
-    option = len(plain) == 1 and plain.lower() in "abcdefghij"
-    return plain.lower() if option or max(map(len, plain.split())) > 1 else plain
-
-
+LETTER = re.compile(  # an option and nothing else: (b), C), option (C), the answer is B
+    r"[\s.*\"`$(]*(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is|:)? \(?)?([a-j])"
+    r"[\s.*\"`$)]*", re.I,
+)
 UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
     rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
 )
 
 
-def base_ten(node):
-    return ("log", node[1], number(10)) if node[0] == "Log" else node
-
-
-def base_e(node):
-    return ("log", node[1]) if node[0] == "Log" else node
+def option_letter(text):
+    match = LETTER.fullmatch(WRAPPER.sub(r"\1", text))
+    return match[1].lower() if match else ""
 
 
 def readings(text, is_answer):
@@ -1915,21 +1899,21 @@ def readings(text, is_answer):
         texts.append(re.sub(r",(?=[1-9])", ", ", text))
     if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
+    if "log" in text:  # to base e or ten?
+        texts.append(re.sub(r"\\?log(?!\s*_|[a-z])", r"\\lg ", text))
     trees = list(map(read, texts))
     for tree in trees[:]:
         if tree[0] == "set" and len(tree) == 2 and tree[1] != ("empty",):
             trees.append(tree[1])
-        if has(tree, "Log"):
-            trees += [rebuild(tree, base_ten), rebuild(tree, base_e)]
-        if "I" in symbols(tree) and statement(tree).name != ("sym", "I"):
+        if "I" in symbols(tree) and statement(tree)[0] != ("sym", "I"):
             trees.append(replaced(tree, ("sym", "I"), ("const", "i")))
     return trees
 
 
 @lru_cache(maxsize=4096)
 def compare(answer, reference):
-    words = words_of(answer)
-    if words and words == words_of(reference):
+    letter = option_letter(answer)
+    if letter and letter == option_letter(reference):
         return True
     return any(same(a, b) for a in readings(answer, True) for b in readings(reference, False))
 
@@ -1978,16 +1962,11 @@ def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
 
 def canonical(answer):
     """A hashable key. Answers with one key are equivalent; not all equivalent ones share a key."""
-    if words := words_of(answer.strip()):
-        return "words", words
+    if letter := option_letter(answer):
+        return "option", letter
     node = read(answer.strip())
     value = exact(node) if node[0] in ("num", "mul") else None
     return ("tree", node) if value is None else ("number", value)
-
-
-def accuracy_reward(text, reference):
-    """1.0 if the last box after the thinking block holds the reference answer, else 0.0."""
-    return float(verify(text, reference, strict=True))
 
 
 def format_reward(text, think_tag="think"):
@@ -2019,43 +1998,42 @@ def format_reward(text, think_tag="think"):
 
 def show(node):
     """A tree on one line; a long number is rounded."""
-    if isinstance(node, Fraction):
-        long = max(map(int.bit_length, node.as_integer_ratio())) >= 400
-        return "(a long number)" if long else str(node)
     if isinstance(node, tuple):
-        return show(node[1]) if node and node[0] == "num" else f"({' '.join(map(show, node))})"
-    return str(node)
+        return show(node[1]) if node[:1] == ("num",) else f"({' '.join(map(show, node))})"
+    long = isinstance(node, Fraction) and bit_length(node) >= 400
+    return "(a long number)" if long else str(node)
 
 
 def grade_file(path, strict, explain, timeout_s):
     """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    rows = list(map(json.loads, filter(str.strip, Path(path).read_text("utf-8").splitlines())))
     seconds = 0.0
-    counts = Counter()
     table = {}
-    for line, row in enumerate(map(json.loads, filter(str.strip, lines)), 1):
-        reference = next((row[key] for key in ("reference", "gold", "answer") if key in row), None)
-        text = next((row[key] for key in ("pred", "completion", "answer") if key in row), None)
-        if text is None or reference is None or len(row) < 2:
+    for line, row in enumerate(rows, 1):
+        references = [row[key] for key in ("reference", "gold", "answer") if key in row]
+        texts = [row[key] for key in ("pred", "completion", "answer") if key in row]
+        if not references or not texts or len(row) < 2:
             expected = "expected pred|completion|answer, gold|reference"
             raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
         begin = time.process_time()
-        answer = extract_answer(text, strict)
-        verdict = judge(answer, str(reference), timeout_s)
+        answer = extract_answer(texts[0], strict)
+        verdict = judge(answer, str(references[0]), timeout_s)
         seconds += time.process_time() - begin
-        counts[verdict] += 1
-        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: accepted, -1: refused
-        table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
-        if explain or mistake:
-            wrong = "WRONG " * abs(mistake)
-            print(f"{wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
-    total = counts.total()
-    rate = f"{total / (seconds + 1e-9):.0f} per second"
-    print(f"{total} answers | {counts[True]} right | {counts[None]} undecided | {rate}")
-    for name, found in sorted(table.items()):
-        share = 100 * found[0] / found.total()
-        errors = f"{found[1]} false + | {found[-1]} false -"
-        print(f"{name:24} {found.total():6} | {share:.2f} % agree | {errors}")
+        counts = table.setdefault(row.get("category", "-"), Counter())
+        counts.update([verdict, "total"])
+        wrong = bool(verdict) != row.get("expected", bool(verdict))
+        if wrong:
+            counts.update(["accepted" if verdict else "refused"])
+        if explain or wrong:
+            mark = "WRONG " * wrong
+            print(f"{mark}{row.get('id', '')} {verdict}: {answer!r} for {references[0]!r}")
+    total = sum(table.values(), Counter())
+    rate = f"{len(rows) / (seconds + 1e-9):.0f} per second"
+    print(f"{len(rows)} answers | {total[True]} right | {total[None]} undecided | {rate}")
+    for name, counts in sorted(table.items()):
+        agree = 100 - 100 * (counts["accepted"] + counts["refused"]) / counts["total"]
+        errors = f"{counts['accepted']} false + | {counts['refused']} false -"
+        print(f"{name:24} {counts['total']:6} | {agree:.2f} % agree | {errors}")
 
 
 def main(args):
