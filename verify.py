@@ -33,7 +33,7 @@ import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,16 +167,15 @@ def is_prose(text):
     return not set(ENGLISH.findall(WRAPPER.sub("", text))) <= NOT_ENGLISH
 
 
-def formula_at(text, at, find=MATH.search):
-    """(the next formula, where it ends), or None. "5$ to Jack and 7$" has no formula."""
-    while match := find(text, at):
+def formulas(text):
+    """(content, begin, end) of each formula. "5$ to Jack and 7$" has none."""
+    at = 0
+    while match := MATH.search(text, at):
         content = match[match.lastindex]
-        if match[0][0] != "$" or " " not in content.strip() or not is_prose(content):
-            return content, match.end()
-        if find == MATH.match:
-            return None
-        at = match.start() + 1
-    return None
+        prose = match[0][0] == "$" and " " in content.strip() and is_prose(content)
+        if not prose:
+            yield content, *match.span()
+        at = match.start() + 1 if prose else match.end()
 
 
 def is_formula(text):
@@ -186,27 +185,23 @@ def is_formula(text):
     return read(text)[0] not in ("raw", "words")
 
 
-def number_in_prose(text, first):
-    """The first or last run of mathematics that has a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
-    found = None
+def numbers(text):
+    """The runs of mathematics in a text that have a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
+    found = []
     text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
     for sentence in re.split(r"(?:(?<![.,;:?])[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
         for run in MATH_RUN.finditer(sentence):
             value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
-            if not re.search(r"\d", value) or first and found:
-                continue
-            value = value.strip("()") if value.count("(") != value.count(")") else value
-            found = value + r"\%" * bool(PERCENT.match(sentence, run.end()))
+            if re.search(r"\d", value):
+                value = value.strip("()") if value.count("(") != value.count(")") else value
+                found.append(value + r"\%" * bool(PERCENT.match(sentence, run.end())))
     return found
 
 
 def last_value(text):
     """The last formula or the last number outside one, whichever comes later, or None."""
-    formula = None
-    at = 0
-    while found := formula_at(text, at):
-        formula, at = found
-    return number_in_prose(text[at:], first=False) or formula
+    *_, (formula, _, end) = [(None, 0, 0), *formulas(text)]
+    return (numbers(text[end:]) or [formula])[-1]
 
 
 def after_phrase(rest):
@@ -214,24 +209,25 @@ def after_phrase(rest):
     rest = rest.lstrip(" \t\n*_:=")
     found = []
     at = 0
-    while formula := formula_at(rest, at, MATH.match):
-        found.append(formula[0])
-        end = formula[1]
+    for content, begin, end in formulas(rest):
+        if begin > at:
+            break
+        found.append(content)
         at = BETWEEN_FORMULAS.match(rest, end).end()
     if found:
-        return ", ".join(found) + (r"\%" if PERCENT.match(rest, end) else "")
+        return ", ".join(found) + r"\%" * bool(PERCENT.match(rest, at))
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
     if REMARK.match(sentence):
         return None
-    if re.match(r"not\b", sentence):
+    if sentence.startswith("not "):
         return last_value(rest[len(sentence) :]) or sentence
     if verdict := VERDICT.match(sentence):
         return verdict[0]
-    number = number_in_prose(sentence, first=True)
-    if number and sentence.startswith(number):
-        return sentence if HEDGE.match(sentence[len(number) :]) else number
+    for number in numbers(sentence)[:1]:
+        if sentence.startswith(number):
+            return sentence if HEDGE.match(sentence[len(number) :]) else number
     return last_value(sentence) or sentence or None
 
 
@@ -389,7 +385,9 @@ LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    (r"\.\.\.+", r"\\ldots "), (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
+    (r"\.\.\.+", r"\\ldots "),
+    (r"\.(\d*?)(\d+?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),
+    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
@@ -403,12 +401,11 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
-NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d*)".format
+NUMBER = r"(?:{}(?:\.\d+)?|\d+\.?\d*|\.\d*)".format
 OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
 INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
 EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
 PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
-DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
 MIXED = re.compile(  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
     r"|(?<=\s)(\d+)\s?/\s?(\d+))"
@@ -475,18 +472,13 @@ def read_number(text, at, inside, mixed):
             return number(whole + Fraction(above, below)), match.end()
     match = (INSIDE if inside else OUTSIDE).match(text, at)
     end = match.end()
-    literal = re.sub(r"\{,\}(?!\\!|\d{3}(?!\d))", ".", match[0])  # 3{,}14 but 3{,}140
-    whole, point, decimals = re.sub(r"[^\d.]", "", literal).partition(".")
+    whole, point, decimals = re.sub(r"[^\d.]", "", match[0]).partition(".")
     unit = Fraction(1, 10 ** len(decimals))
     value = int(whole + decimals or "0") * unit
-    period = point and PERIOD.match(text, end)
-    dots = decimals and DOTS.match(text, end)
-    if dots:
-        period = re.search(r"(\d+?)\1\1+$", decimals)  # 0.333... is 1/3
-    if period:
+    if point and (period := PERIOD.match(text, end)):
         digits = period[period.lastindex]
         value += unit * Fraction(int(digits), 10 ** len(digits) - 1)
-        return number(value), (dots or period).end()
+        return number(value), period.end()
     scale = 1
     if exponent := EXPONENT.match(text, end):
         scale = Fraction(10) ** int(exponent[1])
@@ -539,9 +531,7 @@ def read_letters(run, mark, space, before, alone):
         kind = "word"
     elif run in WORD_NAMES and (mark != "prose" or alone):
         kind, value = WORD_NAMES[run]
-    elif low in ("pi", "infinity") and mark != "prose":
-        kind, value = WORD_NAMES[low]
-    elif mark or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
+    elif mark or low in WORDS or low in NUMERALS:
         kind = "word"
     elif joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
@@ -981,8 +971,6 @@ class Parser:
         if arguments or not self.accept("("):
             return ("call", name, *arguments) if arguments else ("sym", name)
         arguments = items_of(self.closed(")"))
-        if name == "C" and len(arguments) == 2:
-            return ("binomial", *arguments)
         function = long or name.rstrip("'") in ("f", "g", "h")
         variables = all(part[0] == "sym" and part[1] != name for part in arguments)
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
@@ -1009,10 +997,6 @@ class Parser:
             values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
             if power == MINUS_ONE:
                 return ("a" + name, *values)
-        if name in ("tanh", "coth"):  # so that the size of the exponential is seen
-            square = ("exp", chain("mul", number(2), values[0]))
-            ends = chain("add", square, MINUS_ONE), chain("add", square, ONE)
-            return divide(*ends[:: 1 if name == "tanh" else -1])
         value = ("log" if base else name, *values, *base)
         return ("pow", value, power) if power else value
 
@@ -1186,33 +1170,29 @@ def normal(node):
     return node
 
 
-def tally(node, tag):
-    return (node[:1] == (tag,)) + sum(tally(child, tag) for child in children(node))
+def count_signs(node):
+    return (node[:1] == ("pm",)) + sum(map(count_signs, children(node)))
 
 
-def chosen(node, signs, last):
-    """A tree with its plus-minus signs decided. \\mp is the opposite of the last \\pm."""
-    if node[:1] not in (("pm",), ("mp",)):
-        part = (chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
-        return tuple(part)
-    left = chosen(node[1], signs, last)
-    last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
-    right = chosen(node[2], signs, last)
-    return chain("add", left, right) if last[0] > 0 else minus(left, right)
+def signed(sign, node):
+    """The meaning of a plus-minus sign; \\mp is its opposite."""
+    if node[0] not in ("pm", "mp"):
+        return node
+    plus = (node[0] == "pm") == (sign > 0)
+    return chain("add", *node[1:]) if plus else minus(*node[1:])
 
 
 def alternatives(node):
-    """A tree with plus-minus signs as the list of what it stands for."""
+    """A tree with one plus-minus sign as the list of what it stands for."""
     if node[0] in ("list", "set"):
         items = []
         for item in children(node):
             found = alternatives(item)
             items += [item] if found == item else items_of(found)
         return ("set", *dict.fromkeys(items)) if node[0] == "set" else (*node[:2], *items)
-    count = tally(node, "pm") or tally(node, "mp")
-    if not 0 < count <= 4:
+    if count_signs(node) != 1:
         return node
-    return ("list", ",", *(chosen(node, iter(s), [1]) for s in product((1, -1), repeat=count)))
+    return ("list", ",", *(rebuild(node, partial(signed, sign)) for sign in (1, -1)))
 
 
 def raw(tokens):
@@ -1240,7 +1220,7 @@ def parse(text):
         tree = parser.expression()
         parser.take("end of text")
         tree = rebuild(tree, normal)
-        return alternatives(tree) if "pm" in kinds or "mp" in kinds else tree
+        return alternatives(tree) if "pm" in kinds else tree
     except (Unreadable, RecursionError):
         return ("raw", text) if tokens is None else raw(tokens)
 
@@ -1327,6 +1307,8 @@ OPS = {
     **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, x))) for name in (
         "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp"
     ).split()},
+    **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, 1000 * x) / 1000))
+       for name in ("tanh", "coth")},  # which are rounded to 1 early
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
     "pow": (exact_power, power), "root": (None, root), "log": (None, logarithm),
@@ -1429,7 +1411,7 @@ def evaluate(node, point, m, sizes):
     if not m.isfinite(result):
         raise ValueError("infinite")
     if result != 0:
-        sizes.append(abs(m.mag(result)))
+        sizes.append(m.mag(result))
     return result
 
 
@@ -1445,14 +1427,15 @@ def unknown(name, values, point, m):
 
 @lru_cache(maxsize=2048)
 def sample(node, point, bits=200):
-    """(value, largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
+    """(value, largest binary exponent on the way, smallest one); the value is None if there is
+    none, and then the exponents are 0 if it is undefined, 1 if it is huge."""
     sizes = [0]
     try:
-        return evaluate(node, point, arithmetic(bits), sizes), max(sizes)
+        return evaluate(node, point, arithmetic(bits), sizes), max(sizes), min(sizes)
     except OverflowError:
-        return None, 1
+        return None, 1, 1
     except (ArithmeticError, ValueError, TypeError):
-        return None, 0
+        return None, 0, 0
 
 
 def constant(node):
@@ -1474,19 +1457,21 @@ def agree(a, b, point):
         LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (bits // 20)
         if LOCAL.steps < 0:
             raise TooHard("out of steps")
-        (x, digits), (y, others) = sample(a, point, bits), sample(b, point, bits)
-        if x is None and y is None and digits and others:
+        x, high, low = sample(a, point, bits)
+        y, top, bottom = sample(b, point, bits)
+        if x is None and y is None and high and top:
             raise TooHard("both are too large")
         if x is None or y is None:
-            return False if (digits or others) and not symbols(a) | symbols(b) else None
-        digits = max(digits, others)
-        close = x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
-        enough = 200 + 4 * digits
-        if not close or digits < 20 or bits > enough:
-            return close
-        if bits > 200:
-            raise TooHard("the value grows with the precision")  # near a pole
-        bits = enough + 20
+            return False if (high or top) and not symbols(a) | symbols(b) else None
+        high = max(high, top)
+        if x != y and arithmetic(bits).mag(x - y) >= 2 * high + 60 - bits:
+            return False
+        digits = max(high, -low, -bottom)
+        if digits < 20 or bits > 200:
+            if 2 * high + 100 > bits:
+                raise TooHard("the value grows with the precision")  # near a pole
+            return True
+        bits += 4 * digits + 20
         slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
         if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
@@ -1752,8 +1737,6 @@ def compatible(a, b):
     if a[0] == b[0] == "sym":
         (one, _, sub), (other, _, below) = a[1].partition("_"), b[1].partition("_")
         return one.lower() == other.lower() and (sub == below or not sub or not below)
-    if a[0] == b[0] == "tuple":
-        return len(a) == len(b) and all(map(compatible, a[1:], b[1:]))
     if a[0] == b[0] or a[0] in OPS and b[0] in OPS:
         return a == b or a[0] != "words" and same_value(a, b)
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
