@@ -19,7 +19,6 @@ words must agree. A decimal equals an exact value from 8 significant digits on.
 """
 
 import argparse
-import cmath
 import json
 import math
 import operator
@@ -298,8 +297,8 @@ OPERATORS = spellings(r"""
     rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │ ‖  mid ∣  ,  ;  : colon  &
     newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
     minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨
-    frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  choose  sqrt surd √  cbrt ∛
-    pmod  bar overline
+    frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  sqrt surd √  cbrt ∛
+    pmod
 """)
 RELATIONS = spellings("""
     = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
@@ -307,9 +306,8 @@ RELATIONS = spellings("""
 """)
 FUNCTIONS = spellings("""
     sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
-    asec arcsec  acsc arccsc  sinh  cosh  tanh  coth  asinh arsinh  acosh arcosh  atanh artanh
-    exp  cis  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial  gcd  lcm  min  max
-    conjugate conj
+    asec arcsec  acsc arccsc  sinh  cosh  asinh arsinh  acosh arcosh  atanh artanh
+    exp  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial
 """)
 GREEK = spellings("""
     alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
@@ -421,8 +419,7 @@ LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
     r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
     r"|(?P<quad>\\q?quad(?![a-z]))"
-    r"|(?P<based>(?<![\^_])(?:(?P<paren>\()|(?P<brace>\\text\s*\{))?(?P<digits>\d+|(?=[A-F]*\d)"
-    r"[A-F\d]+(?=[)}]?\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))(?(paren)\))(?(brace)\})\s*_\s*"
+    r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
     r"(?:\{(?P<base>(?:[^{}]|\{[^{}]*\})*)\}|(?P<short>\d)))"
     r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
     r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
@@ -442,7 +439,7 @@ CLOSING = {  # what closes each bracket
     "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
 }  # fmt: skip
 CLOSERS = {closer for closers in CLOSING.values() for closer in closers}
-OPERANDS = {*CLOSING, *"number sym value word fn frac sqrt cbrt binom bar big".split()}
+OPERANDS = {*CLOSING, *"number sym value word fn frac sqrt cbrt binom big".split()}
 ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an operand
 
 
@@ -503,6 +500,13 @@ def read_clock(text):
     return ("ratio" if ratio else "time", *map(number, parts), *([] if ratio else [""]))
 
 
+READERS = {
+    "based": read_based, "clock": lambda match: read_clock(match[0]),
+    "literal": lambda match: number(int(match[0], 0)),
+    "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
+}  # fmt: skip
+
+
 def read_letters(run, mark, space, before, alone):
     """Tokens of a run of letters: functions, products of variables, words.
 
@@ -531,7 +535,7 @@ def read_letters(run, mark, space, before, alone):
         kind = "word"
     elif run in WORD_NAMES and (mark != "prose" or alone):
         kind, value = WORD_NAMES[run]
-    elif mark or low in WORDS or low in NUMERALS:
+    elif mark or low in WORDS or low in NUMERALS or run in ("II", "III"):
         kind = "word"
     elif joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
@@ -579,12 +583,8 @@ class Tokenizer:
                 call = style == "roman" and text[at : at + 1] == "(" and before.kind != "number"
                 if call and self.found and self.found[-1].kind == "word":
                     self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
-            elif kind == "based":
-                tokens = [Token("value", read_based(match), lexeme)]
-            elif kind == "clock":
-                tokens = [Token("number", read_clock(lexeme), lexeme)]
-            elif kind == "literal":
-                tokens = [Token("number", number(int(lexeme, 0)), lexeme)]
+            elif kind in READERS:
+                tokens = [Token("number", READERS[kind](match), lexeme)]
             elif kind == "number":
                 mixed = before.kind not in ("^", "_", "sqrt", "frac")
                 inside = {"(", "[", "set{"} & set(self.stack)
@@ -601,9 +601,6 @@ class Tokenizer:
                     style = mark or "roman"
                 whole = alone and lexeme == text.strip()
                 tokens = read_letters(lexeme, style, space, before, whole)
-            elif kind == "set":
-                value = ("reals",) if lexeme == "R" else ("words", lexeme)
-                tokens = [Token("value", value, lexeme)]
             else:
                 tokens = self.symbol(kind, lexeme, before)
             if tokens and self.found and self.found[-1].kind == "quad":
@@ -620,10 +617,6 @@ class Tokenizer:
             kind = "begin" if lexeme.endswith("matrix") or lexeme == "array" else "{"
             if lexeme.startswith(("v", "V")):
                 raise Unreadable("a determinant")
-            if before.kind == "set{":  # \left\{\begin{array} ... \right.
-                self.found.pop()
-                self.stack.pop()
-                kind = "{"
         elif kind == "end":
             kind = "end" if top == "begin" else "}"
         else:
@@ -657,7 +650,7 @@ class Tokenizer:
 #   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-LEVELS = "newline ;|or|, and|rel|: over choose pmod|cup cap minus|+ - pm mp|* / op".split("|")
+LEVELS = "newline ;|or|, and|rel|: over pmod|cup cap minus|+ - pm mp|* / op".split("|")
 POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
@@ -677,7 +670,7 @@ TEXT_VALUES = {
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
     **{word: number(value) for word, value in NUMERALS.items()},
 }  # fmt: skip
-TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
+TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
 ONE, MINUS_ONE = number(1), number(-1)
 INFINITY, MINUS_INFINITY = ("inf",), ("mul", MINUS_ONE, ("inf",))
 DEGREE = ("mul", ("const", "pi"), number(Fraction(1, 180)))
@@ -824,7 +817,7 @@ class Parser:
             return divide(left, right)
         if kind in ("op", "pmod"):
             return ("call", token.value or kind, left, right)
-        return ("binomial" if kind == "choose" else kind, left, right)
+        return (kind, left, right)
 
     def juxtaposed(self, left):
         """A product without a sign, a value with its unit, or 3 hours 20 minutes."""
@@ -940,10 +933,6 @@ class Parser:
             degree = number(2 if kind == "sqrt" else 3)
             degree = self.closed("]") if self.accept("[") else degree
             value = ("root", degree, self.atom())
-        elif kind == "bar":
-            value = self.argument()
-            line = value[0] == "mul" and all(name.isupper() for name in symbols(value))
-            value = value if line else ("conjugate", value)
         else:
             parse = {
                 "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
@@ -1129,11 +1118,8 @@ def matrix(rows):
 
 
 def with_matrices(node):
-    """A sum or product with matrices, or a transposed one, as one matrix."""
+    """A sum or product with matrices as one matrix."""
     parts = [rows_of(child) for child in node[1:]]
-    if node[0] == "pow":
-        transposed = parts[0] and node[2] == ("sym", "T")
-        return matrix(list(zip(*parts[0]))) if transposed else node
     if node[0] == "add":
         if None in parts or len({(len(rows), len(rows[0])) for rows in parts}) > 1:
             raise Unreadable("a sum of things of other sizes")
@@ -1159,14 +1145,12 @@ def normal(node):
         values = [factor for factor, names in zip(node[1:], words) if names is None]
         if values and len(values) < len(words):
             return quantity(values, [name for names in words if names for name in names])
-    if node[0] in ("add", "mul", "pow") and any(rows_of(child) for child in node[1:]):
+    if node[0] in ("add", "mul") and any(rows_of(child) for child in node[1:]):
         return with_matrices(node)
     if node[0] == "matrix":
         return matrix([row[1:] for row in node[1:]])
-    if node[0] in ("floor", "ceiling") and symbols(node):
-        sign = ONE if node[0] == "floor" else MINUS_ONE
-        part = ("wave", chain("mul", sign, node[1]))
-        return chain("add", node[1], chain("mul", sign, part))
+    if node[0] in ("floor", "ceiling") and symbols(node):  # steps cannot be sampled
+        return ("call", *node)
     return node
 
 
@@ -1257,25 +1241,12 @@ def of_naturals(function, most, *values):
     return Fraction(function(*map(int, values))) if natural else None
 
 
-def real_part(x):
-    if abs(x.imag) > 1e-9 * (1 + abs(x.real)):
-        raise ValueError("not real")
-    return x.real
-
-
 def tame(m, x):
     if not m.isfinite(x):
         raise ValueError("infinite")
     if m.mag(x) > 15:
         raise OverflowError("a function of so large a number could fill the memory")
     return x
-
-
-def rounded(m, x, round_):
-    """Floor or ceiling; a value next to an integer is that integer."""
-    value = real_part(x)
-    nearest = m.floor(value + 0.5)
-    return nearest if m.mag(value - nearest) < -m.prec // 2 else round_(value)
 
 
 def power(m, base, exponent):
@@ -1291,12 +1262,6 @@ def root(m, degree, value):
     return power(m, value, 1 / degree)
 
 
-def wave(m, x):
-    """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
-    turn = tame(m, 2 * m.pi * x)
-    return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
-
-
 def logarithm(m, x, base=None):
     return m.log(x) if base is None else m.log(x) / m.log(base)
 
@@ -1307,52 +1272,44 @@ OPS = {
     **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, x))) for name in (
         "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp"
     ).split()},
-    **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, 1000 * x) / 1000))
-       for name in ("tanh", "coth")},  # which are rounded to 1 early
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
     "pow": (exact_power, power), "root": (None, root), "log": (None, logarithm),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
-    "cis": (None, lambda m, x: m.expj(tame(m, x))),
-    "abs": (abs, lambda m, x: abs(x)), "conjugate": (None, lambda m, x: x.conjugate()),
-    "wave": (None, wave),
-    "floor": (lambda a: Fraction(math.floor(a)), lambda m, x: rounded(m, x, m.floor)),
-    "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
-    "min": (lambda *v: min(v), lambda m, *v: min(map(real_part, v))),
-    "max": (lambda *v: max(v), lambda m, *v: max(map(real_part, v))),
+    "abs": (abs, lambda m, x: abs(x)),
+    "floor": (lambda a: Fraction(math.floor(a)), None),
+    "ceiling": (lambda a: Fraction(math.ceil(a)), None),
     "factorial": (
         partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(tame(m, x))
     ),
     "binomial": (
         partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(tame(m, n), tame(m, k))
     ),
-    "gcd": (partial(of_naturals, math.gcd, 10**999), None),
-    "lcm": (partial(of_naturals, math.lcm, 10**999), None),
 }  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
-def chance(*seed):
-    return Fraction(random.Random(repr(seed)).getrandbits(64), 2**61 - 1)
+def chance(name):
+    return Fraction(random.Random(name).getrandbits(64), 2**61 - 1)
 
 
 def exact(node, at_random=False):
     """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS.
 
-    at_random: also a rational function, its variables and unknown functions at random; two such
-    functions with one value are equal, but for one chance in 2^50.
+    at_random: also a rational function, its variables at random; two such functions with one value
+    are equal, but for one chance in 2^50.
     """
     if node[0] == "num":
         return node[1]
-    rational = node[0] in ("add", "mul", "pow", "pct", "quantity", "sym", "call")
+    rational = node[0] in ("add", "mul", "pow", "pct", "quantity", "sym")
     if node[0] not in OPS and not at_random or not rational and symbols(node):
         return None
     values = [exact(child, at_random) for child in children(node)]
     if None in values:
         return None
-    if node[0] in ("sym", "call"):
-        return chance(node[1], *values)
+    if node[0] == "sym":
+        return chance(node[1])
     try:
         value = OPS[node[0]][0](*values)
     except (ArithmeticError, ValueError, TypeError, KeyError):
@@ -1360,19 +1317,17 @@ def exact(node, at_random=False):
     return None if value is None or bit_length(value) > MAX_BITS else value
 
 
-# A sample point is (index, real, scale): variables are complex or real, with absolute values near
-# 1, near 4, or somewhat beyond the largest number in the trees.
+# A sample point is (index, real, scale): variables are real, with absolute values near 1, near 4,
+# or somewhat beyond the largest number in the trees; if `real`, so is every value on the way.
 
 
 @lru_cache(maxsize=4096)
 def coordinate(name, point):
     """Where a variable stands: given by its name, so that it is the same in both trees."""
-    index, real, scale = point
+    index, _, scale = point
     rng = random.Random(f"{name} {index}")
     radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
-    if real:
-        return complex(radius if index % 2 == 0 else rng.choice((radius, -radius)))
-    return cmath.rect(radius, rng.uniform(-3.1, 3.1))
+    return radius if index % 2 == 0 else rng.choice((radius, -radius))
 
 
 def arithmetic(bits):
@@ -1398,31 +1353,18 @@ def evaluate(node, point, m, sizes):
     if tag == "num":
         result = m.mpc(node[1].numerator) / node[1].denominator
     else:
-        inner = [child for child in children(node) if child != ("empty",)]
-        values = [evaluate(child, point, m, sizes) for child in inner]
-        if tag == "call":
-            result = unknown(node[1], values, point, m)
-        elif tag not in OPS or OPS[tag][1] is None:
+        values = [evaluate(child, point, m, sizes) for child in children(node)]
+        if tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
-        else:
-            result = m.mpc(OPS[tag][1](m, *values))
+        result = m.mpc(OPS[tag][1](m, *values))
     if point[1]:
-        real_part(result)  # among reals ln x is undefined at -1, so that 2 ln x is ln x^2
+        if abs(result.imag) > 1e-9 * (1 + abs(result.real)):
+            raise ValueError("not real")  # ln x is undefined at -1, so that 2 ln x is ln x^2
     if not m.isfinite(result):
         raise ValueError("infinite")
     if result != 0:
         sizes.append(m.mag(result))
     return result
-
-
-def unknown(name, values, point, m):
-    """An unknown function: an analytic one given by its name, another at every sample point."""
-    point = (point[0], True, 1)
-    total = m.mpc(coordinate(f"{name}()", point))
-    for place, value in enumerate(values):
-        factor = coordinate(f"{name}({place})", point).real / 4
-        total = m.cos(tame(m, factor * value + 1)) + total * (1 + factor)
-    return total
 
 
 @lru_cache(maxsize=2048)
@@ -1485,14 +1427,14 @@ def largest_number(node):
 
 
 def same_function(a, b):
-    """Whether two trees agree at complex points, or else, among reals, where both are defined."""
+    """Whether two trees agree at real points: where both are real, or else wherever they are."""
     if not symbols(a) | symbols(b):
         return agree(a, b, (0, False, 1)) is True
     digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
     hard = None
-    for real in (False, True):
+    for real in (True, False):
         verdicts = []
-        for index in range(24 if real else 15):
+        for index in range(24):
             try:
                 verdicts.append(agree(a, b, (index, real, 10**digits)))
             except TooHard as error:
@@ -1501,8 +1443,6 @@ def same_function(a, b):
                 break
         if False not in verdicts and verdicts.count(True) >= 4:
             return True
-        if has(a, "conjugate") or has(b, "conjugate"):  # among reals it does nothing
-            return False
     if hard and not verdicts:
         raise hard
     return False
@@ -1528,6 +1468,13 @@ def near(decimal, node):
     return cut_off or abs(other - value) <= unit / 2
 
 
+def as_symbol(node):
+    """An unknown function of some arguments is a variable of its own."""
+    if node[0] != "call":
+        return node
+    return ("sym", repr([node[1], *(exact(part, True) or part for part in node[2:])]))
+
+
 def same_value(a, b):
     """Whether two values are equal: numbers, expressions."""
     if (a[0] == "pct") != (b[0] == "pct"):  # 28 % is 28 and 0.28
@@ -1543,6 +1490,7 @@ def same_value(a, b):
     if {a, b} & {INFINITY, MINUS_INFINITY}:
         return a == b
     if x is None or y is None:
+        a, b = rebuild(a, as_symbol), rebuild(b, as_symbol)
         x, y = exact(a, True), exact(b, True)
     return same_function(a, b) if x is None or y is None else x == y
 
@@ -1646,20 +1594,14 @@ def region(node, place):
     return set().union(*parts)
 
 
-def called(node):
-    """f(x) as one variable."""
-    return ("sym", node[1]) if node[0] == "call" and node[2:] and node[2][0] == "sym" else node
-
-
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    one, other = rebuild(a, called), rebuild(b, called)
-    names = symbols(one), symbols(other)
+    names = symbols(a), symbols(b)
     try:
-        place = order(endpoints(one) + endpoints(other))
+        place = order(endpoints(a) + endpoints(b))
         if max(map(len, names)) < 2:
             same_names = names[0] == names[1] or not all(names)
-            return same_names and region(one, place) == region(other, place)
+            return same_names and region(a, place) == region(b, place)
     except ValueError:
         pass
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
@@ -1705,8 +1647,7 @@ def is_name(node):
     """What may stand before an equals sign as the name of the answer: x, f(x), |AB|, dy/dx."""
     if node[0] == "mul":
         upper = all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
-        big = any(part[0] == "call" and part[1] in BIG for part in node[1:])
-        return upper or big or node[1] == ("sym", "d")
+        return upper or node[1] == ("sym", "d")
     if node[0] in ("sym", "call", "words"):
         return True
     return bool(symbols(node)) and not has(node, "num", "add", "rel", "list")
@@ -1738,7 +1679,7 @@ def compatible(a, b):
         (one, _, sub), (other, _, below) = a[1].partition("_"), b[1].partition("_")
         return one.lower() == other.lower() and (sub == below or not sub or not below)
     if a[0] == b[0] or a[0] in OPS and b[0] in OPS:
-        return a == b or a[0] != "words" and same_value(a, b)
+        return a == b
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
 
 
@@ -1757,26 +1698,25 @@ def same_items(a, b, compare=None):
     return True
 
 
-def same_time(a, b):
-    """Two times of the day; one may look like a ratio, or not say which half of the day."""
-    clocks = [[*map(exact, children(node)), 0, 0][:3] for node in (a, b)]
-    if any(node[0] == "ratio" and number(0) in node for node in (a, b)):
-        return False
-    halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
-    return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2
-
-
 def same_ratio(a, b):
-    """Ratios by proportion, with their zeros in the same places; 3:4 is 3/4."""
-    if a[0] != b[0]:
-        ratio, other = (a, b) if a[0] == "ratio" else (b, a)
-        value = exact(other) if len(ratio) == 3 else None
-        return value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
-    zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
+    """Times exactly, to what both give; ratios by proportion, with their zeros in one place."""
+    (tag, *one), (other, *two) = a, b
+    if "time" in (tag, other):
+        if {tag, other} - {"time", "ratio"}:
+            return False
+        halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
+        clocks = [[*map(exact, children(node)), 0, 0][:3] for node in (a, b)]
+        zero = any(node[0] == "ratio" and number(0) in node for node in (a, b))
+        return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2 and not zero
+    if tag != other:  # 3:4 is 3/4
+        share, value = (one, b) if tag == "ratio" else (two, a)
+        value = exact(value) if len(share) == 2 else None
+        return value is not None and value.denominator > 1 and value == exact(divide(*share))
+    zeros = [[exact(part) == 0 for part in parts] for parts in (one, two)]
     if zeros[0] != zeros[1] or all(zeros[0]):
         return False
-    at = zeros[0].index(False) + 1
-    products = [(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:])]
+    at = zeros[0].index(False)
+    products = [(chain("mul", x, two[at]), chain("mul", y, one[at])) for x, y in zip(one, two)]
     return all(same_value(*pair) for pair in products)
 
 
@@ -1794,10 +1734,8 @@ def converted(one, other):
     if one[0] == "option":
         letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
         return letter == one[1] or other[0] != "option" and same(one[2], other)
-    if one[0] == "words" and other[0] in ("sym", "const", "mul"):  # ABC may be a product
-        parts = other[1:] if other[0] == "mul" else [other]
-        letters = [part[1] if part[0] in ("sym", "const") else "" for part in parts]
-        return "".join(letters).lower() == one[1].lower() and set(map(len, letters)) == {1}
+    if one[0] == "words" and other[0] in ("sym", "const"):
+        return one[1].lower() == other[1].lower()
     if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
         items = list(map(statement, children(other)))
         named = {show(name): value for name, value in items if name}
@@ -1841,9 +1779,7 @@ def same_plain(a, b):
         return False
     if "quantity" in tags:
         return same_quantity(a, b)
-    if "time" in tags:
-        return tags <= {"time", "ratio"} and same_time(a, b)
-    if "ratio" in tags:
+    if tags & {"time", "ratio"}:
         return same_ratio(a, b)
     if is_set(a) or is_set(b):
         return same_set(a, b)
