@@ -4,12 +4,12 @@ r"""Grades text: is the answer in a model's output the same as the reference ans
     python verify.py --file results.jsonl --explain             # a file; with `expected`, a table
 
 Text from a model is hostile, and nothing here evaluates it. An answer is cut out of the output,
-split into tokens and parsed into a small tree of tuples; two trees are then compared by kind:
-words as words, sets of reals by where they hold, everything else by value. Values are exact where
-they can be: fractions, or for rational functions elements of a large prime field at a random
-point. Other values are sampled at complex and real points, first in doubles and then with as many
-digits as the sizes met on the way call for. Length, depth, digits and steps are bounded by
-counters, not by clocks, so a verdict depends neither on the machine nor on what else runs there.
+split into tokens, parsed into a small tree of tuples and brought to a normal form; two trees are
+then compared by kind: words as words, sets of reals by where they hold, everything else by value.
+Rational values and functions are compared exactly, as fractions, the functions at a random point.
+Other values are sampled at real points, with as many digits as the sizes met on the way call for.
+Length, depth, digits and steps are bounded by counters, not by clocks, so a verdict depends
+neither on the machine nor on what else runs there.
 
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma are one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three are ordered. `x = 5`
@@ -384,7 +384,7 @@ PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.\.\.+", r"\\ldots "),
-    (r"\.(\d*?)(\d+?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),
+    (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
     (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
@@ -394,7 +394,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
     (r"\{\s*\\(?:rm|bf|it)(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
     (r"\\mathbb\{?R\}?\s*\^\s*(?:\{\s*\+\s*\}|\+)", r"(0,\\infty)"),
-    (r"[,;]?\s*\(?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
+    (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
 ]]  # fmt: skip
 
@@ -402,7 +402,7 @@ GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
 NUMBER = r"(?:{}(?:\.\d+)?|\d+\.?\d*|\.\d*)".format
 OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
 INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
-EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
+EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?![\d.])")
 PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
 MIXED = re.compile(  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
@@ -1012,7 +1012,7 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if token.value in ("sum", "prod") and (count := count_terms(below, above)):
+        if token.value in ("sum", "prod") and (count := count_terms(below, above, body)):
             tag = "add" if token.value == "sum" else "mul"
             low = below[1]
             terms = [replaced(body, variable, number(low + k)) for k in range(count)]
@@ -1063,10 +1063,10 @@ class Parser:
         return ("matrix", *(("array", *row) for row in rows if row))
 
 
-def count_terms(low, high):
+def count_terms(low, high, body):
     """The number of terms of a sum or product that is to be written out, else 0."""
     count = int(high[1] - low[1]) + 1 if is_integer(low) and is_integer(high) else 0
-    return count if 0 < count <= MAX_TERMS else 0
+    return count if 0 < count <= MAX_TERMS and count * size(body) <= 10 * MAX_TERMS else 0
 
 
 # ---- the normal form
@@ -1306,7 +1306,7 @@ def exact(node, at_random=False):
     if node[0] not in OPS and not at_random or not rational and symbols(node):
         return None
     values = [exact(child, at_random) for child in children(node)]
-    if None in values:
+    if None in values or sum(map(bit_length, values)) > 2 * MAX_BITS:
         return None
     if node[0] == "sym":
         return chance(node[1])
@@ -1623,7 +1623,7 @@ def same_relation(a, b):
         return False
     if relation in ("in", "notin"):
         return all(map(same, sides, others))
-    f, g = minus(*sides), minus(*others)
+    f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
     zero = number(0)
     if not symbols(f) or symbols(f) != symbols(g) or same_value(f, zero) or same_value(g, zero):
         return False
