@@ -1135,7 +1135,10 @@ def with_matrices(node):
 
 
 def dot(a, b):
-    return chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
+    total = chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
+    if size(total) > MAX_TERMS:
+        raise Unreadable("too many matrices")
+    return total
 
 
 def normal(node):

@@ -287,6 +287,10 @@ e^{-500} :: e^{-501} || \sin(1000x) :: \sin(1001x) || \cos(500x) :: 1 || x^{100}
 \operatorname{sgn}(x-500) :: -1 || \sinh(100) :: \cosh(100) || (1+10^{-30})^{2} :: 1
 \lfloor x/10^7 \rfloor :: \lfloor x/10^8 \rfloor || x \bmod 7 :: x \bmod 9
 \gcd(n,100) :: \gcd(n,10) || V=120\sin(377t)+5 :: V=120\sin(377t)+6
+# poles, and what looks like one value near them
+\tan(\pi/2) :: 5 || \tan(\pi/2) - \tan(\pi/2) :: 5 || \frac{1}{\sin\pi} :: 7 || \sin\pi :: 5
+\frac{5}{\sin\pi} :: \frac{7}{\sin\pi} || x+\tan(\pi/2) :: 2x+\tan(\pi/2) || \emptyset :: \infty
+\frac{\sin\pi}{\sin 2\pi} :: 5 || f(3) < 2 :: f(2) < 2
 # hedges
 True/False :: True || \text{True or False} :: True || Yes/No :: Yes || A/B :: A
 \text{yes or no} :: yes || True, False :: True || (A)/(B) :: A || \text{True/False} :: False
@@ -362,6 +366,8 @@ x \oplus y :: x\oplus y || \mathfrak{g} :: \mathfrak{g} || \square = 5 :: 5
 \hat{\imath} :: i || \tilde{x}+1 :: 1+\tilde{x} || \checkmark 5 :: 5 || \dot{x} = 3 :: 3
 \lVert v \rVert = 3 :: 3 || 4 \boldsymbol{x} :: 4x || \displaystyle\frac12 :: 0.5
 2\,\mathbf{i} :: 2i
+# values of zero, inequalities with calls
+\sin\pi :: 0 || \sqrt{3+2\sqrt2}-1-\sqrt2 :: 0 || 2^{\sin\pi} :: 1 || 3 > f(2) :: f(2) < 3
 # options
 B - 12 apples :: B || B, since it is larger :: B || (C) - 5 :: C || \text{B) } 12 :: B
 C: 12 :: C || B – the second one :: B || (B) 12 :: 12 || \textbf{(B)}\ 12 :: B || A. 5 :: A
@@ -996,7 +1002,9 @@ def test_verify_hostile():
         r"\lfloor" * 70 + "x" + r"\rfloor" * 70, "1" + "," * 690, "a_" * 300, "x'" * 300,
         "1:" * 340 + "1", "2^" * 300 + "2", r"\text{is }" * 70,
         *(piece * 20_000 + "x" for piece in ("\n", ".", ",", "!", "*", " .", "9", "a ", "$a", "=")),
-        r"e^{-10^{4}x}+\sin(10^{9}x)", "0x" + "F" * 690,
+        r"e^{-10^{4}x}+\sin(10^{9}x)", "0x" + "F" * 690, r"\prod_{k=1}^{2000} k^{2000}",
+        "1e999" * 130, "0." + "1" * 600 + "...", "x^{100}" * 90,
+        r"\begin{pmatrix}1&x&3\\4&x&6\\x&8&9\end{pmatrix}" * 13,
     ]  # fmt: skip
     for bomb in bombs:
         for text in (bomb, rf"so $\boxed{{{bomb}}}$", "The answer is " + bomb):
