@@ -10,12 +10,18 @@ An attend_fn(layer, q, k, v) -> out is called once in each layer:
     prefill_attention   prompts, a chunk at a time, into the sampler's cache
     decode_attention    one new token for each running row, rows of a prompt sharing its keys
 
+Where FlashAttention has a kernel for texts of different lengths (`has_varlen`: half precision, on a
+GPU), the last, the second and the fourth are one call a layer instead: `varlen_packed`,
+`slot_prefill` and `slot_decode`. Everything else takes the plain way, which runs everywhere.
+
 Scores and their softmax are float32 on every path. Scores of the real Qwen-2.5 reach 13,000, where
 bfloat16 counts in steps of 64; rounding them costs more than all other rounding together.
 
-Grouped-query attention, arXiv:2305.13245; shared prompts, Hydragen, arXiv:2402.05099.
+Grouped-query attention, arXiv:2305.13245; shared prompts, Hydragen, arXiv:2402.05099;
+FlashAttention-2, arXiv:2307.08691.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -48,7 +54,8 @@ def float_scores(q, k):
     scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
-    return torch.baddbmm(torch.zeros(()), q.float(), k.float().mT, beta=0, alpha=scale)
+    zero = torch.zeros((), device=q.device)
+    return torch.baddbmm(zero, q.float(), k.float().mT, beta=0, alpha=scale)
 
 
 class SlicedAttention(torch.autograd.Function):
@@ -177,14 +184,16 @@ def packed_parts(groups):
     return parts
 
 
-def packed_attention(groups, device="cpu"):
+def packed_attention(groups, device="cpu", dtype=torch.float32):
     """The attend_fn of one row [1, T] of groups: a prompt, then completions that each see it.
 
     groups: [(prompt length, [completion length, ...]), ...] in the order of the row. A prompt of no
-    tokens makes its completions texts of their own. The linear layers see every token once and no
-    padding. Only here are texts padded: those whose lengths, and prompts', round up to the same
-    powers of two attend in one call.
+    tokens makes its completions texts of their own. dtype: of the queries. The linear layers see
+    every token once and no padding. Only here are texts padded, and not by varlen_packed: those
+    whose lengths, and prompts', round up to the same powers of two attend in one call.
     """
+    if has_varlen(device, dtype):
+        return varlen_packed(groups, device)
     parts = packed_parts(groups)
     T = sum(prompt + sum(lengths) for prompt, lengths in groups)
     order = torch.cat([part.tokens.flatten() for part in parts.values()])  # [places], T for padding
@@ -311,5 +320,106 @@ def decode_attention(own, prompts, layout):
         of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
         out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
         return out.view(K, B, -1, head_dim).transpose(0, 1).reshape(B, -1, 1, head_dim)
+
+    return attend_fn
+
+
+# ------------------------------------------------------------ texts of different lengths, on a GPU
+
+
+def has_varlen(device, dtype):
+    """Whether FlashAttention's kernel for texts of different lengths runs here."""
+    return (torch.device(device).type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def varlen_attn(*args, **settings):
+    """torch.nn.attention.varlen.varlen_attn: q [Tq, H, head_dim], k and v [Tk, K, head_dim] -> q's.
+
+    Then where texts begin in q and in k, the most tokens of one in q and in k; seqused_k: how many
+    of its keys each text sees, where not all.
+    """
+    from torch.nn.attention import varlen  # it loads the compiler, which takes a second
+    return varlen.varlen_attn(*args, **settings)
+
+
+def starts_of(lengths, device):
+    """Where texts of these lengths begin, laid end to end, and where the last ends: int32 [N + 1].
+    """
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def varlen_packed(groups, device):
+    """packed_attention in one call: queries as they stand, keys gathered as prompt and own text."""
+    queries, keys, seen = [], [], []  # lengths of a text's queries and keys; where its keys stand
+    begin = 0
+    for prompt, completions in groups:
+        texts = [(begin, 0, prompt)] if prompt else []  # begin of the text, tokens it sees before
+        at = begin + prompt
+        for n in completions:
+            texts.append((at, prompt, n))
+            at += n
+        for text, before, n in texts:
+            queries.append(n)
+            keys.append(before + n)
+            seen += [*range(begin, begin + before), *range(text, text + n)]
+        begin = at
+    q_starts, k_starts = starts_of(queries, device), starts_of(keys, device)
+    seen = torch.tensor(seen, device=device)
+
+    def attend_fn(layer, q, k, v):
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
+        # in float32: many completions add to the gradient of a prompt's keys
+        k, v = (x.float().index_select(0, seen).to(x.dtype) for x in (k, v))
+        out = varlen_attn(q, k, v, q_starts, k_starts, max(queries), max(keys), enable_gqa=True,
+                          window_size=(-1, 0))  # causal, the last query seeing the last key
+        return out.transpose(0, 1)[None]
+
+    return attend_fn
+
+
+class Slots(NamedTuple):
+    """The cache of a GPU's sampler, which stays where it is: row b has slots b * S to b * S + S."""
+    layers: list  # [keys, values] of each layer, [rows * S, K, head_dim] each
+    size: int  # S
+
+
+def slot_prefill(cache, lengths, sources, slots):
+    """Prompts of these lengths, end to end in one row [1, T], that each see themselves.
+
+    sources, slots: int64 [n], which token's key and value go into which slot; those of a prompt go
+    into the slots of all its samples.
+    """
+    starts = starts_of(lengths, slots.device)
+
+    def attend_fn(layer, q, k, v):
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
+        for held, new in zip(cache.layers[layer], (k, v)):
+            held.index_copy_(0, slots, new.index_select(0, sources))
+        out = varlen_attn(q, k, v, starts, starts, max(lengths), max(lengths), enable_gqa=True,
+                          window_size=(-1, 0))
+        return out.transpose(0, 1)[None]
+
+    return attend_fn
+
+
+def slot_decode(cache, positions):
+    """One new token for each of the first B rows, at `positions` [B], seeing all before it.
+
+    A row that has ended runs on until its place is given away: it stays in its last slot.
+    """
+    B, S = len(positions), cache.size
+    positions = positions.clamp(max=S - 1)
+    starts = torch.arange(B + 1, device=positions.device, dtype=torch.int32)
+    slots = starts[:-1].long() * S + positions
+    held = (positions + 1).int()
+
+    def attend_fn(layer, q, k, v):
+        for cached, new in zip(cache.layers[layer], (k, v)):
+            cached.index_copy_(0, slots, new[:, :, 0])
+        keys, values = (cached[:B * S] for cached in cache.layers[layer])
+        out = varlen_attn(q[:, :, 0], keys, values, starts, starts * S, 1, S, seqused_k=held,
+                          enable_gqa=True)
+        return out[:, :, None]  # [B, H, 1, head_dim]
 
     return attend_fn

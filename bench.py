@@ -2,8 +2,9 @@
 
     python bench.py sample                                   # the sampling engine, on three loads
     python bench.py sample --model DIR --load fixed --batch 1 8 32 --dtype bfloat16
+    python bench.py sample --size 1.5b --load fixed --batch 1 64 256     # random weights
     python bench.py step --load mixed --size 30m             # a step of grpo.py, random weights
-    python bench.py plan --model qwen2.5-1.5b --gpus 1:24    # the memory that grpo.py would need
+    python bench.py plan --model qwen2.5-1.5b --gpus 1:8 1:24    # what fits, and with which flags
 
 `step` and `plan` take the flags of grpo.py, too; `plan` reads config.json alone.
 """
@@ -25,6 +26,7 @@ import grpo
 import model
 import optim
 from data.prompts import encode_prompt
+from eval import markdown
 from optim import all_sum, at_least, gather_objects, rank_and_world, say
 
 SAMPLE_LOADS = ("fixed", "mixed", "context")
@@ -49,10 +51,11 @@ def gpus_and_gib(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
     sample = add_command(commands, "sample", bench_sample)
     sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")
+    sample.add_argument("--size", choices=SIZES, help="instead: random weights of this size")
     sample.add_argument("--load", nargs="+", choices=SAMPLE_LOADS, default=SAMPLE_LOADS)
     sample.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 8, 32, 64],
                         help="rows of the fixed load; of the mixed load, the most")
@@ -67,15 +70,15 @@ def parse_args(argv=None):
     step.add_argument("--size", choices=SIZES, default="tiny", help="of the random weights")
     grpo.add_flags(step)
     plan = add_command(commands, "plan", bench_plan)
-    plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB",
+    plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB", nargs="+",
                       help="on so many GPUs of so many GiB, such as 8:80 (default: this machine)")
+    plan.add_argument("--size", choices=SIZES, help="the shape, instead of that of --model")
     grpo.add_flags(plan)
     return parser.parse_args(argv)
 
 
 def add_command(commands, name, bench_fn):
-    parser = commands.add_parser(name, description=bench_fn.__doc__,
-                                 formatter_class=optim.HelpFormatter)
+    parser = commands.add_parser(name, description=bench_fn.__doc__)
     parser.set_defaults(bench_fn=bench_fn)
     return parser
 
@@ -96,12 +99,13 @@ def median_s(run, repeat):
 
 
 @torch.inference_mode()
-def machine_ceiling(like, repeat=5, size=2048):
+def machine_ceiling(like, repeat=5):
     """What no step can beat: (bytes/s from memory, FLOP/s of a large product), by all processes.
 
     like: a tensor with the dtype and the device of the weights.
     """
-    big = torch.ones(2**27, device=like.device)  # 0.5 GiB, beyond any cache
+    size = 8192 if like.is_cuda else 2048
+    big = torch.ones(2**29 if like.is_cuda else 2**27, device=like.device)  # beyond any cache
     x, weight = like.new_ones(2, size, size)
     if like.device.type == "cpu" and torch.backends.mkldnn.is_available():
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, size)
@@ -145,30 +149,40 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
     rng = random.Random(0)
     prompts = [[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths]
     runs = []
+    engine = generate.Engine()
+    captured = 0.0
     for _ in range(args.repeat + 1):
         gather_objects(None)
         stats = {}
         generate.generate(params, config, prompts[rank::world], max_new_tokens=limits[rank::world],
                           num_samples=len(limits[0]), max_batch=-(-max_batch // world), stats=stats,
-                          compile_backend="inductor" if args.compile else None)
+                          compiled=args.compile, engine=engine)
         stats["total_s"] = stats["prefill_s"] + stats["decode_s"]
+        captured = captured or stats["capture_s"]  # the first run captures for all
         shares = gather_objects(stats)
         runs.append(max(shares, key=lambda share: share["total_s"]))
         runs[-1]["cache_gib"] = sum(share["cache_gib"] for share in shares)
-    return sorted(runs[1:], key=lambda stats: stats["total_s"])[args.repeat // 2]
+    median = sorted(runs[1:], key=lambda stats: stats["total_s"])[args.repeat // 2]
+    return median | {"capture_s": captured, "captures": len(engine.graphs)}
 
 
 def bench_sample(args):
     """Time the sampling engine on random tokens, beside what the machine could do at most."""
-    path = model.resolve_model(args.model)
-    config, device = model.load_config(path), optim.find_device(args.device)
-    params = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
-    params = generate.sampling_params(params, config, packed=False if args.compile else None)
+    device = optim.find_device(args.device)
+    dtype = optim.compute_dtype(args.dtype, device)
+    if args.size:
+        config = SIZES[args.size]
+        params = model.init_params(config, 0, device, dtype)
+    else:
+        path = model.resolve_model(args.model)
+        config = model.load_config(path)
+        params = model.load_params(path, "cpu", dtype)
+    params = generate.sampling_params(params, config, device=device)
     _, world, _ = optim.init_distributed(args.device, args.processes)
     like = params["model.norm.weight"]
     ceiling = machine_ceiling(like, args.repeat)
-    say(f"{args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | memory "
-        f"{ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
+    say(f"{args.size or args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | "
+        f"memory {ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
     for name, lengths, limits, rows in sample_loads(args, config):
         stats = time_sampling(params, config, args, lengths, limits, rows)
         sampled = sum(map(sum, limits))
@@ -180,6 +194,8 @@ def bench_sample(args):
             context = lengths[0] + limits[0][0] / 2
             floor_s = step_floor_s(config, like, rows, context, ceiling)
             line += f", {floor_s / step_s:4.0%} of the roofline"
+        if stats["captures"]:
+            line += f" | {stats['captures']} captures, {stats['capture_s']:.1f} s"
         say(f"{line} | cache {stats['cache_gib'] * 1024:.1f} MiB, peak "
             f"{optim.peak_memory_gib(device):.2f} GiB")
 
@@ -229,7 +245,7 @@ def bench_step(args, counted=3):
     _, world, device = optim.init_distributed(args.device, args.processes)
     dtype = optim.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
-    params, ref_params, optimizer = grpo.make_trainable(base, config, args, device)
+    params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None)
@@ -239,9 +255,9 @@ def bench_step(args, counted=3):
     for step in range(1 + counted):
         begin = clock()
         groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
-        rows, total = grpo.training_rows(grpo.with_advantages(groups, args.scale), args)
+        rows, total = grpo.training_rows(grpo.with_advantages(groups, args), args)
         rolled = clock()
-        grpo.update(policy, ref_params, optimizer, rows, total, args.lr, args)
+        grpo.update(policy, reference, optimizer, rows, total, args.lr, args)
         if step:
             rollout += (rolled - begin) / counted
             learning += (clock() - rolled) / counted
@@ -261,21 +277,38 @@ def bench_step(args, counted=3):
 # ------------------------------------------------------------ plan
 
 
+def fitting(config, args, world, device, there, lora_rank, offload):
+    """What a run would hold, and the flags that it would need to fit, as a cell of a table."""
+    args = argparse.Namespace(**vars(args) | {"lora_rank": lora_rank, "offload": offload})
+    asked = vars(args).copy()
+    plan = grpo.fit_memory(config, args, world, device, there)
+    if plan.peak > there:
+        return f"no: {plan.peak:.1f}"
+    flags = ["`--free-sampler`"] if args.free_sampler else []
+    flags += [f"`--{name.replace('_', '-')} {getattr(args, name)}`"
+              for name in ("micro_tokens", "max_batch") if getattr(args, name) < asked[name]]
+    return " ".join([f"{plan.update:.1f}, {plan.rollouts:.1f}", *flags])
+
+
 def bench_plan(args):
-    """The memory that a run of grpo.py would need on each device."""
-    config = model.load_config(model.resolve_model(args.model, config_only=True))
+    """The memory that a run of grpo.py would need in the update and in the rollouts, in GiB.
+
+    Where that is more than there is, with the flags that make it fit, or the least that it takes.
+    """
+    config = SIZES.get(args.size)
+    if config is None:
+        config = model.load_config(model.resolve_model(args.model, config_only=True))
     grpo.fill_defaults(args, config)
-    device = optim.find_device(args.device).type
+    device = "cuda" if args.gpus else optim.find_device(args.device).type
     world = args.processes or 1
-    there = optim.memory_there(device, world)
-    if args.gpus:
-        device = "cuda"
-        world, there = args.gpus
-    for rank in (0, grpo.LORA_RANK) if args.lora_rank is None else (args.lora_rank,):
-        args.lora_rank = rank
-        plan = grpo.memory_plan(config, args, world, device)
-        print(f"an adapter of rank {rank}:" if rank else "all weights:",
-              optim.plan_line(plan, there))
+    rank = args.lora_rank or grpo.LORA_RANK
+    kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
+             f"`--lora-rank {rank}`": (rank, False)}
+    rows = []
+    for world, there in args.gpus or [(world, optim.memory_there(device, world))]:
+        cells = [fitting(config, args, world, device, there, *kind) for kind in kinds.values()]
+        rows.append([f"{world} x {there:.3g} GiB", *cells])
+    print(markdown([args.size or args.model, *kinds], rows))
 
 
 def main(args):

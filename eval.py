@@ -11,7 +11,6 @@ that could have been asked, so every rate has a 95 % interval over problems, and
 compared problem by problem (Miller 2024, arXiv:2411.00640). pass@k: Chen 2021, arXiv:2107.03374.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -22,6 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import suppress
 from operator import gt
 from pathlib import Path
 from statistics import fmean
@@ -35,8 +35,9 @@ import model
 import optim
 from data import load_problems
 from data.files import read_rows
-from data.prompts import PRESETS, encode_prompt, load_shots, prompt_hash, render_prompt
-from generate import add_sampling_flags, completion_text, generate, sampling_params
+from data.mixture import keys_of
+from data.prompts import PRESETS, encode_prompt, load_shots, prompt_flag, prompt_hash, render_prompt
+from generate import Engine, add_sampling_flags, completion_text, generate, sampling_params
 from optim import at_least, gather_objects, rank_and_world, run_main, say
 from verify import canonical, equivalent, extract_answer, verify_many
 
@@ -53,11 +54,13 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     """The flags that eval.py, infer_scale.py and refine.py share."""
     add = parser.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--data", help="problem set or .jsonl file")
     add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
     add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
     add("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
-    add("--prompt", choices=prompts, help="how a problem is put")
+    add("--prompt", type=prompt_flag(prompts), metavar="NAME",
+        help=f"how a problem is put: {', '.join(prompts)}, or your text with {{problem}} in it")
     add("--shots", type=at_least(0), help="solved examples first (default: the prompt's own)")
     add("--shots-from", help="problem set whose train split has the examples (default: --data)")
     add("--grade", choices=ANSWER, help="lenient: no box is needed (default: the prompt's own)")
@@ -71,7 +74,7 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add_eval_flags(p)
     add = p.add_argument
     add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")
@@ -111,6 +114,12 @@ def interval(scores):
     variance = fmean((s - rate) ** 2 for s in scores)
     effective = n * rate * (1 - rate) / variance if variance > 1e-12 else n
     return rate, *wilson(rate * effective, effective)
+
+
+def rate_metrics(name, scores):
+    """The mean of scores and its interval as metrics, for the curves of view.py."""
+    rate, low, high = interval(scores)
+    return {name: rate, f"{name}_low": low, f"{name}_high": high}
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
@@ -234,7 +243,7 @@ def read_records(path, settings=None):
     settings: those of the run that would go on; ValueError if the records have others.
     """
     records = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
             records[record["id"]] = record
@@ -254,11 +263,25 @@ def list_changes(old, new):
 
 
 def append_lines(path, objects):
-    """Append the objects to a .jsonl file, made at need. On process 0 only."""
-    if rank_and_world()[0] == 0:
+    """Append the objects to a .jsonl file, made at need; all of them or none. On process 0 only.
+
+    Raises ValueError when it cannot be written.
+    """
+    if rank_and_world()[0] > 0:
+        return
+    text = "".join(json.dumps(o) + "\n" for o in objects)
+    size = None
+    try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(o) + "\n" for o in objects)
+        with open(path, "ab") as file:
+            size = file.tell()
+            file.write(text.encode())
+    except OSError as error:
+        if size is not None:
+            with suppress(OSError):
+                os.truncate(path, size)
+        raise ValueError(f"{path}: could not be written ({error.strerror}); make room, or give "
+                         "another --results or --records") from None
 
 
 # ---------------------------------------------------------------------- the setup that flags name
@@ -277,10 +300,12 @@ class Setup(NamedTuple):
     grade: str = "strict"  # which one counts
 
 
-def weights_hash(model_dir):
+def weights_hash(model_dir, adapter=None):
     """Eight characters that change with the weights; a path does not say which weights it held."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
+    files = [p for p in Path(model_dir).glob("*.safetensors") if p.is_file() and p.stat().st_size]
+    adapters = Path(adapter).glob("*.safetensors") if adapter else []
+    for path in [*sorted(files), *adapters]:
         content = np.memmap(path, mode="r")
         for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
             digest.update(content[begin:begin + 2**20])
@@ -317,6 +342,38 @@ def fork(args, setup, replies):
     optim.init_distributed(args.device, args.processes or default)
 
 
+def fit_context(problems, prompts, config, reply_tokens):
+    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context.
+
+    The number of the others is said. Raises ValueError when none is left.
+    """
+    room = config.max_context - reply_tokens
+    kept = [(p, prompt) for p, prompt in zip(problems, prompts) if len(prompt) <= room]
+    if problems and not kept:
+        raise ValueError(f"no prompt leaves room for {reply_tokens} new tokens in the context of "
+                         f"{config.max_context}; try a smaller --max-new-tokens")
+    if left_out := len(problems) - len(kept):
+        say(f"{left_out} of {len(problems)} problems are left out: their prompts leave no room for "
+            f"{reply_tokens} new tokens in the context of {config.max_context}")
+    return [p for p, _ in kept], [prompt for _, prompt in kept]
+
+
+def leave_out(problems, keys, held_out, name):
+    """The training problems of `name`, with these keys, but for those that are in `held_out`.
+
+    The number of the others is said. Raises ValueError when there are only others.
+    """
+    held_out = set(held_out)
+    kept = [problem for problem, key in zip(problems, keys) if key not in held_out]
+    if left_out := len(problems) - len(kept):
+        say(f"{left_out} of {len(problems)} training problems of {name} are also held out for "
+            "evaluation: they are left out of training")
+    if problems and not kept:
+        raise ValueError(f"every training problem of {name} is also held out for evaluation; "
+                         "expected others: change --data or --eval-data")
+    return kept
+
+
 def load_setup(args, replies=1):
     """The Setup that these flags name, in each of --processes; a context holds so many replies."""
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
@@ -336,12 +393,17 @@ def load_setup(args, replies=1):
     form = {"system": model.load_system_prompt(path), "shots": shots,
             "think_tag": args.think_tag}
     prompts = [encode_prompt(tokenizer, flags["prompt"], p, **form) for p in problems]
+    asked = len(problems)
+    problems, prompts = fit_context(problems, prompts, config, replies * flags["max_new_tokens"])
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
     options = {name: flags[name] for name in names} | form | {"num_samples": 1}
-    settings = {"model": args.model, "weights": weights_hash(path), "data": flags["data"],
-                "split": args.split, "data_seed": args.data_seed, "device": device.type,
-                "dtype": str(dtype).removeprefix("torch.")}
-    params = sampling_params(model.load_params(path, device, dtype), config)
+    settings = {"model": args.model, "weights": weights_hash(path, args.adapter),
+                "data": flags["data"], "split": args.split, "data_seed": args.data_seed,
+                "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
+    if len(problems) < asked:
+        settings["asked"] = asked
+    params = model.load_params(path, "cpu", dtype, args.adapter)
+    params = sampling_params(params, config, device=device)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
@@ -364,12 +426,16 @@ def collect_records(setup, name="records", **changes):
     if path and path.is_file() and rank == 0:
         done = read_records(path, settings)
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
+    if path:
+        append_lines(path, [])
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
     size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
+    engine = Engine()
     with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
         while todo:
-            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size], **options)
+            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size],
+                               engine=engine, **options)
             records = [record | {"settings": settings} for record in records]
             if path:
                 append_lines(path, records)
@@ -446,6 +512,21 @@ def summarize(records, *, grade, **settings):
     return row | {"rates": {name: interval(found) for name, found in scores.items()}}
 
 
+def say_trained_on(setup, rows):
+    """How many of the problems the model is known to have been trained on, and what is left of
+    each row's accuracy without them."""
+    known = optim.read_trained_on(model.resolve_model(setup.settings["model"]))
+    keys = keys_of(setup.problems)
+    others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
+    if len(others) == len(setup.problems):
+        return
+    say(f"warning: the model was trained on {len(setup.problems) - len(others)} of these "
+        f"{len(setup.problems)} problems")
+    for row in rows if others else []:
+        scores = [row["scores"][i] for i in others]
+        say(f"{row['method']}: {percent(*interval(scores))} % without them")
+
+
 def append_row(path, row):
     """Add a row to the results, with the command, the code and the library that made it."""
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT,
@@ -481,6 +562,14 @@ def gain(row, baseline):
     return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def gains(a, b):
+    """What became of the same problems from a to b (0 or 1 for each), as a sentence."""
+    gained = sum(map(gt, b, a))
+    lost = sum(map(gt, a, b))
+    return (f"{gained} of {len(a)} problems gained, {lost} lost; "
+            f"McNemar's exact p = {mcnemar(gained, lost):.2g}")
+
+
 def table(rows, extra=None):
     """Rows of results as Markdown. extra: {header: a cell for each row}, columns to add."""
     columns = {"method": [row["method"] for row in rows],
@@ -512,15 +601,14 @@ def compare(path_a, path_b, grade=None):
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
     a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
-        gained = sum(map(gt, b, a))
-        lost = sum(map(gt, a, b))
-        say(f"{gained} gained, {lost} lost; McNemar's exact p = {mcnemar(gained, lost):.2g}")
+        say(gains(a, b))
 
 
 def find_row(path, **wanted):
     """The latest row of a results file with these fields and its problems' scores, or None."""
     if Path(path).is_file():
         for _, row in reversed(list(read_rows(path))):
+            row = {"asked": row.get("n")} | row
             if "scores" in row and all(row.get(name) == value for name, value in wanted.items()):
                 return row
     return None
@@ -565,6 +653,11 @@ def draw_cost(rows, path):
 
 def report(args):
     """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    if args.adapter:
+        raise ValueError(f"--adapter {args.adapter}: --report compares --model with --trained; "
+                         "pass the checkpoint with the adapter merged as --trained")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     models = {"base": args.model, "trained": args.trained}
     weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))
@@ -580,7 +673,7 @@ def report(args):
         temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
         limit = args.limit if greedy else args.sampled_limit or args.limit
         wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
-                  "n": len(load_problems(data, args.split, limit or None, args.data_seed)),
+                  "asked": len(load_problems(data, args.split, limit or None, args.data_seed)),
                   "weights": weights[name], "prompt": prompt, "method": method, "seed": args.seed,
                   "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature}
         if not find_row(args.results, **wanted):
@@ -592,8 +685,6 @@ def report(args):
     text = table(rows, {"problems": [row["n"] for row in rows],
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
     print(f"\n{text}\nwritten to {out}/results.md")
     draw_cost(rows, out / "report.png")
@@ -607,12 +698,13 @@ def main(args):
     setup = load_setup(args)
     records, settings = collect_records(setup, num_samples=args.num_samples)
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
-    append_row(args.results, row)
     say(table([row]))
+    say_trained_on(setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():
         say(f"level {level}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
+    append_row(args.results, row)
 
 
 if __name__ == "__main__":

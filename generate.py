@@ -14,21 +14,40 @@ and waiting ones take their places (Orca, OSDI 2022). The layers are `model.bloc
 step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 """
 
-import argparse
+import functools
 import hashlib
+import itertools
 import math
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
 import model
-from attention import Layout, decode_attention, padded_length, prefill_attention
-from optim import HelpFormatter, add_device_flags, at_least, between, compute_dtype, find_device
+from attention import (
+    Layout,
+    Slots,
+    decode_attention,
+    has_varlen,
+    padded_length,
+    prefill_attention,
+    slot_decode,
+    slot_prefill,
+)
+from optim import (
+    Parser,
+    add_device_flags,
+    at_least,
+    between,
+    compute_dtype,
+    find_device,
+    printable,
+    run_main,
+)
 
 
 def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
@@ -44,9 +63,10 @@ def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--prompt", help="what to ask; without it, an interactive chat")
     add("--system", help="the system turn; default: the model's own")
     add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
@@ -108,7 +128,8 @@ def inverse_cdf(weights, noise):
     point = point - (cdf.gather(1, which) - inner[:, -1:])
     # rounding may put the point just outside its block; a token of weight zero must not be drawn
     point = point.clamp_(min=0).minimum(inner[:, -1:] * (1 - 2**-24))
-    return which * width + torch.searchsorted(inner, point, right=True)
+    inside = torch.searchsorted(inner, point, right=True).clamp_(max=width - 1)  # were it nan
+    return which * width + inside
 
 
 def sample_tokens(logits, noise, temperature=1.0, top_p=1.0, top_k=0, forced=None):
@@ -146,19 +167,21 @@ def truncated_draw(probs, noise, top_p, top_k):
         total = weights.sum(-1, keepdim=True) if top_k else 1
         weights = weights * (likelier < top_p * total)
     cdf = weights.cumsum(-1)
-    return ids.gather(1, torch.searchsorted(cdf, noise * cdf[:, -1:], right=True))
+    places = torch.searchsorted(cdf, noise * cdf[:, -1:], right=True)
+    return ids.gather(1, places.clamp_(max=ids.shape[1] - 1))
 
 
 # ------------------------------------------------------------ weights
 
 
-def sampling_params(params, config, dtype=None, device=None, packed=None):
+def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
     """The form of the weights that `generate` runs on: a new dict, under the same names.
 
     Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the
-    last bit for (almost) any number of rows, and those of one input are joined, as model.linears
-    knows; `packed` False leaves that out. Weights that stay as they are, are shared with `params`;
-    what is packed already is returned. Call it again after an update.
+    last bit for (almost) any number of rows; `packed` False leaves that out. Where weights are
+    copied anyway, those of one input are joined, as model.linears knows. Those that stay as they
+    are, are shared with `params`; what is packed already is returned. Call it again after an
+    update; out: the form of before, which a GPU writes into, so that what reads it may stay.
     """
     if model.head_weight(params).is_mkldnn:
         return params
@@ -169,14 +192,8 @@ def sampling_params(params, config, dtype=None, device=None, packed=None):
     sources = {name: [name] for name in params if ".lora_" not in name}
     if packed:
         sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
-        for layer in range(config.num_hidden_layers):
-            for part, names in model.JOINED.items():
-                pre = f"model.layers.{layer}.{part}"
-                for kind in (".weight", ".bias"):
-                    found = [pre + name + kind for name in names]
-                    if found[0] in sources:  # the MLP has no biases
-                        sources = {k: v for k, v in sources.items() if k not in found}
-                        sources[pre + "+".join(names) + kind] = found
+    if packed or device != like.device or len(sources) < len(params):
+        sources = joined_sources(sources, config)
     form = {}
     for name, parts in sources.items():  # one after the other: never a second copy of all weights
         parts = [model.merged_weight(params, part).detach() for part in parts]
@@ -184,8 +201,23 @@ def sampling_params(params, config, dtype=None, device=None, packed=None):
         weight = weight.to(device, dtype or like.dtype)
         if packed and weight.dim() == 2 and name != "model.embed_tokens.weight":
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+        elif out and out[name].data_ptr() != weight.data_ptr():
+            weight = out[name].copy_(weight)
         form[name] = weight
     return form
+
+
+def joined_sources(sources, config):
+    """{name: [itself]} with the JOINED layers under one name: {joined name: their names}."""
+    for layer in range(config.num_hidden_layers):
+        for part, names in model.JOINED.items():
+            pre = f"model.layers.{layer}.{part}"
+            for kind in (".weight", ".bias"):
+                found = [pre + name + kind for name in names]
+                if found[0] in sources:  # the MLP has no biases
+                    sources = {k: v for k, v in sources.items() if k not in found}
+                    sources[pre + "+".join(names) + kind] = found
+    return sources
 
 
 # ------------------------------------------------------------ stopping, and thinking budgets
@@ -300,7 +332,7 @@ def finish_reason(row, sampling):
     return "length" if len(row.tokens) >= row.limit else None
 
 
-# ------------------------------------------------------------ the cache and the scheduler
+# ------------------------------------------------------------ the plain batch: stores that grow
 
 
 @dataclass
@@ -328,53 +360,56 @@ class Batch:
     """The rows that decode together: what they have said, and their prompts."""
     own: Store
     prompts: Store
-    graphs: dict  # of the decode step, as long as the stores stay where they are
-    on_cpu: bool  # elsewhere shapes are few, for few CUDA graphs
+    budget: float  # slots that they may take
+
+    @property
+    def rows(self):
+        return self.own.rows
+
+    @property
+    def layers(self):
+        return self.own.layers + self.prompts.layers
 
 
-def padded_rows(n, on_cpu):
-    return n if on_cpu else 1 << max(0, n - 1).bit_length()
-
-
-def padded_slots(length, on_cpu):
+def padded_slots(length, block=32):
     """Slots for rows of this length, with room to go on."""
-    block = 32 if on_cpu else 256
     return -(-(length + 1 + length // 16) // block) * block
 
 
-def cache_slots(rows, prompts, prompt, completion, on_cpu):
-    """Slots of so many rows and prompts, the longest of `completion` and `prompt` tokens."""
-    own = padded_rows(rows, on_cpu) * padded_slots(completion, on_cpu)
-    return own + padded_rows(prompts, on_cpu) * padded_slots(prompt, on_cpu)
+def cache_slots(rows, prompts, prompt, completion, static):
+    """Slots that so many rows and prompts take, the longest of `completion` and `prompt` tokens."""
+    if static:
+        return power_of_two(rows) * static_slots(prompt + completion)
+    return rows * padded_slots(completion) + prompts * padded_slots(prompt)
 
 
-def slots_needed(rows, on_cpu):
+def slots_needed(rows):
     prompts = len({row.prompt_owner for row in rows})
     longest = max(len(row.tokens) for row in rows)
-    return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, on_cpu)
+    return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, static=False)
 
 
-def schedule(batch, waiting, max_batch, budget):
-    """The rows to run: preempts some while over `budget` slots are needed, admits waiting ones."""
-    running = list(batch.own.rows)
-    while len(running) > 1 and slots_needed(running, batch.on_cpu) > budget:
+def schedule(batch, waiting, max_batch):
+    """The rows to run: preempts some while the budget is exceeded, admits waiting ones."""
+    running = list(batch.rows)
+    while len(running) > 1 and slots_needed(running) > batch.budget:
         youngest = min(running, key=lambda row: len(row.tokens))
         running.remove(youngest)
         waiting.appendleft(youngest.restarted())
     while waiting and len(running) < max_batch:
-        if running and slots_needed([*running, waiting[0]], batch.on_cpu) > budget:
+        if running and slots_needed([*running, waiting[0]]) > batch.budget:
             break
         running.append(waiting.popleft())
     return running
 
 
-def allocate(batch, store, owners, length):
+def allocate(store, owners, length):
     """Give every owner a row of the store for `length` tokens, others none. Returns the new ones.
 
     The store is made anew, layer by layer, where it is too small, or a quarter too large.
     """
     store.rows = {owner: row for owner, row in store.rows.items() if owner in owners}
-    rows, slots = padded_rows(len(owners), batch.on_cpu), padded_slots(length, batch.on_cpu)
+    rows, slots = len(owners), padded_slots(length)
     _, old_rows, old_slots, _ = store.layers[0][0].shape
     if not (0.75 * old_rows < rows <= old_rows and 0.75 * old_slots < slots <= old_slots):
         kept, both = list(store.rows.values()), min(slots, old_slots)
@@ -383,70 +418,10 @@ def allocate(batch, store, owners, length):
                 layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
                 layer[i][:, :len(kept), :both] = old[:, kept, :both]
         store.rows = {owner: row for row, owner in enumerate(store.rows)}
-        batch.graphs.clear()
     fresh = [owner for owner in owners if owner not in store.rows]
     free = sorted(set(range(store.layers[0][0].shape[1])) - set(store.rows.values()))
     store.rows.update(zip(fresh, free))
     return fresh
-
-
-# ------------------------------------------------------------ prefill and decode
-
-
-class State(NamedTuple):
-    """What a decode step reads and moves on, as tensors, so that no step waits for the host."""
-    tokens: torch.Tensor  # [B] the last token of each row, the next to be fed
-    positions: torch.Tensor  # [B] where in its text it stands
-    keys: torch.Tensor  # [B] of the noise
-    draws: torch.Tensor  # [B] how many it has used
-    forced: torch.Tensor  # [B] the token to put next, or -1
-    layout: Layout
-
-    def tensors(self):
-        return [*self[:-1], *self.layout]
-
-
-def batch_layout(batch):
-    """The Layout of a batch; rows of the stores without an owner hold zeros."""
-    K, B, slots, _ = batch.own.layers[0][0].shape
-    N, P = batch.prompts.layers[0][0].shape[1:3]
-    lengths, held = [0] * B, [0] * N
-    groups = [[] for _ in range(N)]  # the rows of each prompt
-    for row, at in sorted(batch.own.rows.items(), key=lambda item: item[1]):
-        prompt = batch.prompts.rows[row.prompt_owner]
-        lengths[at], held[prompt] = len(row.tokens), row.held
-        groups[prompt].append(at)
-    g = padded_rows(max(map(len, groups)), batch.on_cpu)
-    places = [0] * B
-    for prompt, group in enumerate(groups):
-        for i, at in enumerate(group):
-            places[at] = prompt * g + i
-    members = [group + [0] * (g - len(group)) for group in groups]
-    if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
-        places = []
-    lengths = torch.tensor(lengths)
-    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
-    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-    next_slots = (torch.arange(K * B).view(K, B) * slots + lengths).flatten()
-    columns = (next_slots, lengths, prompt_bias, members, places)
-    device = batch.own.layers[0][0].device
-    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
-
-
-def batch_state(batch, states):
-    """The State of a batch's rows. states: {shapes: State}: a graph reads where it was captured."""
-    columns = [[0] * batch.own.layers[0][0].shape[1] for _ in range(5)]
-    for row, at in batch.own.rows.items():
-        last = row.tokens[-1] if row.tokens else row.first
-        values = (last, row.held + len(row.tokens), row.key, row.draws, -1)
-        for column, value in zip(columns, values):
-            column[at] = value
-    device = batch.own.layers[0][0].device
-    now = State(*(torch.tensor(column, device=device) for column in columns), batch_layout(batch))
-    state = states.setdefault(tuple(tensor.shape for tensor in now.tensors()), now)
-    for tensor, value in zip(state.tensors(), now.tensors()):
-        tensor.copy_(value)
-    return state
 
 
 def prefill(params, config, store, owners, prompts, chunk):
@@ -469,9 +444,201 @@ def prefill(params, config, store, owners, prompts, chunk):
             model.hidden_states(params, config, part, positions, attend_fn)
 
 
-def decode_step(params, config, state, batch, sampling):
-    """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache."""
-    attend_fn = decode_attention(batch.own.layers, batch.prompts.layers, state.layout)
+def batch_layout(batch):
+    """The Layout of a batch; rows of the stores without an owner hold zeros."""
+    K, B, slots, _ = batch.own.layers[0][0].shape
+    N, P = batch.prompts.layers[0][0].shape[1:3]
+    lengths, held = [0] * B, [0] * N
+    groups = [[] for _ in range(N)]  # the rows of each prompt
+    for row, at in sorted(batch.rows.items(), key=lambda item: item[1]):
+        prompt = batch.prompts.rows[row.prompt_owner]
+        lengths[at], held[prompt] = len(row.tokens), row.held
+        groups[prompt].append(at)
+    g = max(map(len, groups))
+    places = [0] * B
+    for prompt, group in enumerate(groups):
+        for i, at in enumerate(group):
+            places[at] = prompt * g + i
+    members = [group + [0] * (g - len(group)) for group in groups]
+    if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
+        places = []
+    lengths = torch.tensor(lengths)
+    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
+    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
+    next_slots = (torch.arange(K * B).view(K, B) * slots + lengths).flatten()
+    columns = (next_slots, lengths, prompt_bias, members, places)
+    device = batch.own.layers[0][0].device
+    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
+
+
+def seat(params, config, batch, waiting, prompts, max_batch, chunk):
+    """Choose the rows that run and bring their prompts into the cache. Returns their State."""
+    running = schedule(batch, waiting, max_batch)
+    allocate(batch.own, running, max(len(row.tokens) for row in running))
+    owners = dict.fromkeys(row.prompt_owner for row in running)
+    fresh = allocate(batch.prompts, owners, max(row.held for row in running))
+    prefill(params, config, batch.prompts, fresh, prompts, chunk)
+    keys = batch.own.layers[0][0]
+    return batch_state(batch.rows, keys.shape[1], keys.device)._replace(layout=batch_layout(batch))
+
+
+# ------------------------------------------------------------ the static batch: slots that stay
+
+
+@dataclass
+class Engine:
+    """What a GPU keeps from one call of `generate` to the next: it all stays where it is.
+
+    A row holds its prompt and what it said in the slots of its place, among the first B = 1, 2, 4,
+    ... places. A CUDA graph of a step with B rows is captured once, and replayed from then on.
+    """
+    cache: Slots | None = None
+    rows: dict = field(default_factory=dict)  # the running rows, and their places
+    graphs: dict = field(default_factory=dict)  # {(B, settings): (graph, its State, what it draws)}
+    weights: tuple = ()  # addresses of the tensors that the graphs read
+    stream: Any = None  # on which they are captured
+    form: dict | None = None  # the weights, by who updates them in place
+
+    @property
+    def layers(self):
+        return self.cache.layers
+
+    @property
+    def places(self):
+        return len(self.layers[0][0]) // self.cache.size
+
+    def release(self):
+        """Give all memory back; the next call allots and captures anew."""
+        self.rows.clear()
+        self.graphs.clear()
+        self.cache = self.form = None
+
+
+def power_of_two(n):
+    """The power of two at or above n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def static_slots(length):
+    """Slots of a place for rows of this length: few sizes, so that a cache fits the next call."""
+    return -(-length // 128) * 128
+
+
+def prepare(engine, params, config, rows, length, budget):
+    """A cache for so many rows of `length` tokens, as many as `budget` slots hold, at least one.
+
+    What is there stays when it is large enough, and so do the graphs while weights and cache do.
+    """
+    engine.rows.clear()
+    size = static_slots(length)
+    rows = power_of_two(rows)
+    while rows > 1 and rows * size > budget:
+        rows //= 2
+    weights = tuple(tensor.data_ptr() for tensor in params.values())
+    like = params["model.norm.weight"]
+    small = not engine.cache or engine.cache.size < size or engine.places < rows
+    if small or engine.layers[0][0].dtype != like.dtype:
+        if engine.cache:
+            size, rows = max(size, engine.cache.size), max(rows, engine.places)
+            engine.cache = None  # before the next one is allotted
+        shape = (rows * size, config.num_key_value_heads, config.head_dim)
+        layers = [[like.new_zeros(shape) for _ in range(2)]
+                  for _ in range(config.num_hidden_layers)]
+        engine.cache = Slots(layers, size)
+    if small or weights != engine.weights:
+        engine.graphs.clear()
+    engine.weights = weights
+
+
+def take_places(engine, waiting, most):
+    """Admit waiting rows, at most `most` in all: (B, the new rows).
+
+    A row that stands beyond the first B places moves into a free one.
+    """
+    admitted = [waiting.popleft() for _ in range(min(most - len(engine.rows), len(waiting)))]
+    B = power_of_two(len(engine.rows) + len(admitted))
+    free = sorted(set(range(B)) - set(engine.rows.values()), reverse=True)
+    moves = {}
+    for row, place in engine.rows.items():
+        if place >= B:
+            moves[place] = engine.rows[row] = free.pop()
+    if moves:
+        device = engine.layers[0][0].device
+        old, new = (torch.tensor([*places], device=device) for places in (moves, moves.values()))
+        for cached in itertools.chain(*engine.layers):
+            cached = cached.unflatten(0, (-1, engine.cache.size))
+            cached.index_copy_(0, new, cached.index_select(0, old))
+    engine.rows.update((row, free.pop()) for row in admitted)
+    return B, admitted
+
+
+def prefill_slots(params, config, engine, rows, prompts, chunk):
+    """Write the keys and values of the prompts of `rows`, about `chunk` tokens at a time."""
+    places = {}  # of the samples of each prompt
+    for row in rows:
+        if row.held:
+            places.setdefault(row.prompt, []).append(engine.rows[row])
+    device = engine.layers[0][0].device
+    todo = list(places)
+    while todo:
+        now = [todo.pop()]
+        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
+            now.append(todo.pop())
+        lengths = [len(prompts[p]) - 1 for p in now]
+        tokens, positions, sources, slots = [], [], [], []
+        for p, n in zip(now, lengths):
+            for place in places[p]:
+                sources += range(len(tokens), len(tokens) + n)
+                slots += range(place * engine.cache.size, place * engine.cache.size + n)
+            tokens += prompts[p][:-1]
+            positions += range(n)
+        tokens, positions, sources, slots = (
+            torch.tensor(column, device=device) for column in (tokens, positions, sources, slots))
+        attend_fn = slot_prefill(engine.cache, lengths, sources, slots)
+        model.hidden_states(params, config, tokens[None], positions[None], attend_fn)
+
+
+def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
+    """As `seat`, for the static batch."""
+    B, admitted = take_places(engine, waiting, min(max_batch, engine.places))
+    prefill_slots(params, config, engine, admitted, prompts, chunk)
+    return batch_state(engine.rows, B, engine.layers[0][0].device)
+
+
+# ------------------------------------------------------------ decode
+
+
+class State(NamedTuple):
+    """What a decode step reads and moves on, as tensors, so that no step waits for the host."""
+    tokens: torch.Tensor  # [B] the last token of each row, the next to be fed
+    positions: torch.Tensor  # [B] where in its text it stands
+    keys: torch.Tensor  # [B] of the noise
+    draws: torch.Tensor  # [B] how many it has used
+    forced: torch.Tensor  # [B] the token to put next, or -1
+    layout: Layout | None = None  # of the plain batch
+
+
+def batch_state(rows, B, device):
+    """The State of rows in B places; a place without a row holds zeros."""
+    columns = [[0] * B for _ in range(5)]
+    for row, at in rows.items():
+        last = row.tokens[-1] if row.tokens else row.first
+        forced = row.queue[0] if row.queue else -1
+        values = (last, row.held + len(row.tokens), row.key, row.draws, forced)
+        for column, value in zip(columns, values):
+            column[at] = value
+    return State(*torch.tensor(columns).to(device))
+
+
+def decode_step(params, config, state, cache, sampling):
+    """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache.
+
+    cache: Slots, or the layers of the two stores.
+    """
+    if isinstance(cache, Slots):
+        attend_fn = slot_decode(cache, state.positions)
+    else:
+        attend_fn = decode_attention(*cache, state.layout)
     tokens, positions = state.tokens[:, None], state.positions[:, None]  # [B, 1]
     hidden = model.hidden_states(params, config, tokens, positions, attend_fn)
     logits = model.lm_head(hidden[:, 0], model.head_weight(params))  # [B, V]
@@ -479,56 +646,80 @@ def decode_step(params, config, state, batch, sampling):
     tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), sampling.temperature,
                                      sampling.top_p, sampling.top_k, forced)
     state.tokens.copy_(tokens)
-    for counter in (state.positions, state.draws, state.layout.slots, state.layout.lengths):
+    counters = [state.positions, state.draws]
+    if state.layout:
+        counters += [state.layout.slots, state.layout.lengths]
+    for counter in counters:
         counter.add_(1)
     return tokens, logprobs
 
 
-def captured(step_fn, state, graphs):
-    """step_fn(), on a GPU as a CUDA graph, captured once per shape; its tensors stay in place."""
-    if state.tokens.device.type != "cuda":
-        return step_fn()
-    shape = tuple(tensor.shape for tensor in state.tensors())
-    if shape not in graphs:
-        before = [tensor.clone() for tensor in state.tensors()]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles, and lets libraries allocate what they need
-            step_fn()
-        torch.cuda.current_stream().wait_stream(side)
-        for tensor, old in zip(state.tensors(), before):
-            tensor.copy_(old)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step_fn()
-        graphs[shape] = graph, out
-    graph, out = graphs[shape]
-    graph.replay()
-    return [tensor.clone() for tensor in out]
+def capture(step_fn, state, graphs, stream):
+    """A CUDA graph of step_fn(), the state that it reads, and what it gives."""
+    before = [tensor.clone() for tensor in state[:-1]]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
+        step_fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, old in zip(state, before):
+        tensor.copy_(old)
+    pool = next(iter(graphs.values()))[0].pool() if graphs else None  # one for all
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        out = step_fn()
+    return graph, state, out
 
 
-def decode(params, config, batch, state, sampling, stride, step_fn):
-    """At most `stride` steps for all rows: [(tokens [B], logprobs [B]), ...]."""
-    _, B, slots, _ = batch.own.layers[0][0].shape
+def graph_step(engine, state, settings, step_fn):
+    """(the state of this step's graph, a function that replays it): captured if it is not there."""
+    key = len(state.tokens), settings
+    if key not in engine.graphs:
+        engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
+        engine.graphs[key] = capture(step_fn, state, engine.graphs, engine.stream)
+    graph, held, out = engine.graphs[key]
+    for tensor, value in zip(held[:-1], state):
+        tensor.copy_(value)
+
+    def replay():
+        graph.replay()
+        return [tensor.clone() for tensor in out]
+
+    return held, replay
+
+
+def wait_for(tensor):
+    """Until a GPU has done what it was asked, so that times are told apart."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def steps_left(batch):
+    """Until a row must end, or needs more slots; in the static batch, until none can go on."""
+    room = [row.limit - len(row.tokens) for row in batch.rows]
+    if isinstance(batch, Engine):
+        return max(room, default=0)
+    slots = batch.own.layers[0][0].shape[2]
+    return min([slots - len(row.tokens) for row in batch.rows] + room, default=0)
+
+
+def decode(step_fn, state, rows, steps, sampling):
+    """At most `steps` for all rows: [(tokens [B], logprobs [B]), ...]."""
     if sampling.bounds_thinking:
-        next_tokens = [-1] * B
-        for row, at in batch.own.rows.items():
+        next_tokens = [-1] * len(state.tokens)
+        for row, at in rows.items():
             next_tokens[at] = row.queue[0] if row.queue else -1
         state.forced.copy_(torch.tensor(next_tokens))
-
-    def run_step():
-        return step_fn(params, config, state, batch, sampling)
-
-    room = [min(row.limit, slots) - len(row.tokens) for row in batch.own.rows]
     drawn = []
-    for _ in range(min(stride, *room)):
-        drawn.append(captured(run_step, state, batch.graphs))
-        if batch.on_cpu and not sampling.stop_tokens.isdisjoint(drawn[-1][0].tolist()):
+    for _ in range(steps):
+        drawn.append(step_fn())
+        tokens, _ = drawn[-1]
+        # on a CPU, looking for stop tokens is free
+        if tokens.device.type == "cpu" and not sampling.stop_tokens.isdisjoint(tokens.tolist()):
             break
     return drawn
 
 
-def harvest(batch, drawn, sampling, results, on_token):
+def harvest(rows, drawn, sampling, results, on_token):
     """Hand the drawn tokens to their rows, and those that end to `results`.
 
     drawn: [(tokens [B], logprobs [B]), ...] of one step after another. Returns whether a thought
@@ -536,10 +727,13 @@ def harvest(batch, drawn, sampling, results, on_token):
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     reopened = False
-    for row, at in list(batch.own.rows.items()):
+    for row, at in list(rows.items()):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
-        end = next(ends, len(drawn))
+        end = min(next(ends, len(drawn)), row.limit - len(row.tokens))
         row.extend(tokens[at][:end], logprobs[at][:end])
+        if math.isnan(sum(logprobs[at][:end])):
+            raise ValueError("the model's log-probabilities are not finite: its weights are "
+                             "damaged, or a training run has ruined them; use another checkpoint")
         length = len(row.tokens)
         finish = finish_reason(row, sampling)
         reopened |= len(row.tokens) < length
@@ -548,7 +742,7 @@ def harvest(batch, drawn, sampling, results, on_token):
         if finish:
             completion = Completion(row.tokens, row.logprobs, finish, row.forced)
             results[row.prompt][row.sample] = completion
-            del batch.own.rows[row]
+            del rows[row]
     return reopened
 
 
@@ -595,7 +789,7 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0,
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
              tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
-             share_prompts=True, cache_gib=math.inf, chunk=2048, compile_backend=None,
+             share_prompts=True, cache_gib=math.inf, chunk=None, compiled=False, engine=None,
              on_token=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
@@ -608,66 +802,74 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
     repetition: end a row whose last tokens, so many, say one phrase four times or more.
     think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
-    share_prompts: hold a prompt's keys and values once for its samples.
+    share_prompts: hold a prompt's keys and values once for its samples (not on a GPU).
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
     chunk: tokens of prompts that go through the layers at once.
-    compile_backend: "inductor" to torch.compile the decode step.
+    compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
+    engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
-    stats: a dict that is given steps, cache_gib (peak), prefill_s and decode_s.
+    stats: a dict that is given steps, cache_gib (peak), prefill_s, capture_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
     limits = max_new_tokens
     if isinstance(max_new_tokens, int):
         limits = [[max_new_tokens] * num_samples for _ in prompts]
     check_request(config, prompts, limits, num_samples=num_samples, temperature=temperature,
-                  top_p=top_p, top_k=top_k, max_batch=max_batch, chunk=chunk)
+                  top_p=top_p, top_k=top_k, max_batch=max_batch, chunk=chunk or 1)
     sampling = Sampling(temperature, top_p, top_k, frozenset(stop_tokens), tuple(stop_strings),
                         tokenizer, repetition, think_budget, think_minimum, think_tag)
     if (sampling.stop_strings or sampling.bounds_thinking) and tokenizer is None:
         raise ValueError("stop strings and bounds on thinking need the tokenizer")
     stats = {} if stats is None else stats
-    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "decode_s": 0.0}
+    stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "capture_s": 0.0, "decode_s": 0.0}
     results = [[None] * num_samples for _ in prompts]
     if not prompts:
         return results
 
-    params = sampling_params(params, config, packed=False if compile_backend else None)
-    embedding = params["model.embed_tokens.weight"]
-    step_fn = decode_step
-    if compile_backend:
-        step_fn = torch.compile(decode_step, backend=compile_backend)
-    on_cpu = embedding.device.type == "cpu"
-    batch = Batch(new_store(config, embedding), new_store(config, embedding), {}, on_cpu)
-    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    slot_bytes = width * sum(tensor.element_size() for tensor in batch.own.layers[0])
-    budget = cache_gib * 2**30 / slot_bytes
+    params = sampling_params(params, config)
+    like = params["model.norm.weight"]
     waiting = new_rows(config, prompts, limits, seed, seeds, share_prompts, sampling)
-    # steps between two looks at what was drawn; on a CPU, looking for stop tokens is free
-    stride = 1 if on_token or sampling.reads_text else 8
-    states = {}
-    while waiting or batch.own.rows:
+    pair = config.num_key_value_heads * config.head_dim * 2 * like.element_size()  # bytes of a slot
+    budget = cache_gib * 2**30 / (config.num_hidden_layers * pair)
+    step_fn = decode_step
+    static = has_varlen(like.device, like.dtype)
+    if static:
+        batch = Engine() if engine is None else engine
+        longest = max(row.held + 1 + row.limit for row in waiting)
+        prepare(batch, params, config, min(max_batch, len(waiting)), longest, budget)
+        if compiled:
+            step_fn = torch.compile(decode_step, dynamic=False)
+    else:
+        batch = Batch(new_store(config, like), new_store(config, like), budget)
+    chunk = chunk or (16384 if static else 2048)
+    # steps between two looks at what was drawn
+    stride = 1 if on_token or sampling.reads_text else 16 if static else 8
+    settings = (temperature, top_p, top_k, sampling.bounds_thinking)
+    while waiting or batch.rows:
         begin = time.perf_counter()
-        running = schedule(batch, waiting, max_batch, budget)
-        allocate(batch, batch.own, running, max(len(row.tokens) for row in running))
-        owners = dict.fromkeys(row.prompt_owner for row in running)
-        fresh = allocate(batch, batch.prompts, owners, max(row.held for row in running))
-        prefill(params, config, batch.prompts, fresh, prompts, chunk)
-        state = batch_state(batch, states)
+        state = (seat_in_slots if static else seat)(params, config, batch, waiting, prompts,
+                                                    max_batch, chunk)
+        cache = batch.cache if static else (batch.own.layers, batch.prompts.layers)
+        step = functools.partial(step_fn, params, config, state, cache, sampling)
+        wait_for(like)
+        capturing = time.perf_counter()
+        if static:
+            state, step = graph_step(batch, state, settings, step)
         decoding = time.perf_counter()
-        stats["prefill_s"] += decoding - begin
-        layers = batch.own.layers + batch.prompts.layers
-        held = sum(tensor.nbytes for layer in layers for tensor in layer)
+        stats["prefill_s"] += capturing - begin
+        stats["capture_s"] += decoding - capturing
+        held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
         while not changed:
-            drawn = decode(params, config, batch, state, sampling, stride, step_fn)
+            steps = min(stride, steps_left(batch))
+            drawn = decode(step, state, batch.rows, steps, sampling)
             stats["steps"] += len(drawn)
-            reopened = harvest(batch, drawn, sampling, results, on_token)
+            reopened = harvest(batch.rows, drawn, sampling, results, on_token)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
-            _, B, slots, _ = batch.own.layers[0][0].shape
-            ended = B - len(batch.own.rows) >= max(1, B // (16 if waiting else 4))
-            full = any(len(row.tokens) == slots for row in batch.own.rows)
-            changed = reopened or ended or full
+            B = len(state.tokens)
+            ended = B - len(batch.rows) >= max(1, B // (16 if waiting else 2 if static else 4))
+            changed = reopened or ended or not steps_left(batch)
         stats["decode_s"] += time.perf_counter() - decoding
     return results
 
@@ -701,13 +903,53 @@ def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=Tru
             elif at >= 0 and thinking:
                 end += len(tag)  # both tags belong to the block
             if end > shown and not (thinking and hide):
-                write(f"\033[2m{text[shown:end]}\033[0m" if thinking and dim else text[shown:end])
+                new = printable(text[shown:end])
+                write(f"\033[2m{new}\033[0m" if thinking and dim else new)
             shown = max(shown, end)
             if at < 0:
                 return
             thinking = not thinking
 
     return show
+
+
+def fit_turns(tokenizer, messages, system, room):
+    """(messages, their ids) less the oldest questions and answers until `room` tokens hold them.
+
+    The last question stays.
+    """
+    ids = model.encode_chat(tokenizer, messages, system=system)
+    while len(ids) > room and len(messages) > 1:
+        messages = messages[2:]
+        ids = model.encode_chat(tokenizer, messages, system=system)
+    return messages, ids
+
+
+def reply(params, config, tokenizer, system, engine, messages, args):
+    """The conversation with the answer to its last question, which is printed as it comes.
+
+    Raises ValueError when the question alone fills the context.
+    """
+    room = config.max_context - min(args.max_new_tokens, config.max_context // 2)
+    kept, prompt = fit_turns(tokenizer, messages, system, room)
+    if args.raw:
+        prompt = tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids
+    ends = model.end_tokens(tokenizer, config)
+    show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
+                         args.think_tag, args.hide_thinking, sys.stdout.isatty())
+    [[answer]] = generate(
+        params, config, [prompt], max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
+        seed=args.seed, seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
+        think_budget=args.think_budget, think_minimum=args.think_minimum,
+        think_tag=args.think_tag, compiled=args.compile, engine=engine,
+        on_token=lambda prompt, sample, tokens: show(tokens))
+    show(answer.tokens, last=True)
+    print()
+    if len(kept) < len(messages):
+        print(f"(the context of {config.max_context} tokens is full: forgotten are the "
+              f"{len(messages) - len(kept)} oldest turns)")
+    return [*kept, {"role": "assistant", "content": completion_text(tokenizer, answer, ends)}]
 
 
 def main(args):
@@ -717,38 +959,30 @@ def main(args):
     config, tokenizer = model.load_config(path), model.load_tokenizer(path)
     system = args.system or model.load_system_prompt(path)
     device = find_device(args.device)
-    params = model.load_params(path, device, compute_dtype(args.dtype, device))
-    params = sampling_params(params, config, packed=False if args.compile else None)
-    ends = model.end_tokens(tokenizer, config)
+    params = model.load_params(path, device, compute_dtype(args.dtype, device), args.adapter)
+    params = sampling_params(params, config)
+    policy = (params, config, tokenizer, system, Engine())
+    if args.prompt is not None:
+        reply(*policy, [{"role": "user", "content": args.prompt}], args)
+        return
+    print(f"{args.model} on {device}. Ctrl-D ends, Ctrl-C stops an answer, /reset starts anew.")
     messages = []
     while True:
         try:
-            question = args.prompt if args.prompt is not None else input("\n> ")
+            question = input("\n> ").strip()
         except EOFError:
             return
-        messages.append({"role": "user", "content": question})
-        prompt = model.encode_chat(tokenizer, messages, system=system)
-        if args.raw:
-            prompt = tokenizer.encode(question, add_special_tokens=False).ids
-        show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
-                             args.think_tag, args.hide_thinking, sys.stdout.isatty())
-        [[answer]] = generate(
-            params, config, [prompt], max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
-            seed=args.seed, seeds=[len(messages)], tokenizer=tokenizer, repetition=args.repetition,
-            think_budget=args.think_budget, think_minimum=args.think_minimum,
-            think_tag=args.think_tag, compile_backend="inductor" if args.compile else None,
-            on_token=lambda prompt, sample, tokens: show(tokens))
-        show(answer.tokens, last=True)
-        print()
-        if args.prompt is not None:
-            return
-        messages.append({"role": "assistant", "content": completion_text(tokenizer, answer, ends)})
+        if question == "/reset":
+            messages = []
+            print("(a new conversation)")
+        elif question:
+            try:
+                asked = {"role": "user", "content": question}
+                messages = reply(*policy, [*messages, asked], args)
+            except (ValueError, RuntimeError, KeyboardInterrupt) as error:
+                why = str(error) or "stopped"
+                print(f"\n(no answer: {why}; the conversation is as it was before)")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
-        print(f"generate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, parse_args)

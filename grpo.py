@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 grpo.py --model qwen2.5-7b   # one node, or several
     python grpo.py --model DIR --data mine.jsonl=2 gsm8k=1   # a mixture of problem sets, 2 to 1
     python grpo.py --run-dir runs/grpo --resume              # goes on after Ctrl-C or a crash
+    python grpo.py --teacher qwen2.5-math-7b-instruct --model qwen2.5-1.5b   # distillation
 
 A step: (1) roll out G completions of each of N problems; (2) grade them; (3) the advantage of a
 completion is how much better it did than its group; (4) one or more AdamW updates of the clipped
@@ -18,12 +19,17 @@ Where this departs from the GRPO paper, and what undoes it:
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
    --sampler-cap times (truncated importance sampling): 1 but for rounding.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
-Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585.
+On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
+from another model, and there are no rewards unless --reward names them.
+Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
+arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
+--reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
 """
 
 import argparse
 import functools
 import itertools
+import json
 import math
 import re
 import time
@@ -37,23 +43,50 @@ from torch.nn.utils.rnn import pad_sequence
 
 import model
 import optim
-from data.mixture import load_held_out, load_mixture, problem_order, split_number
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt
-from eval import interval, markdown, percent
-from generate import cache_slots, completion_text, generate, sampling_params
+import view
+from data.mixture import (
+    data_hash,
+    files_of,
+    keys_of,
+    load_held_out,
+    load_mixture,
+    problem_order,
+    split_number,
+)
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
+from data.rewards import REWARDS, parse_rewards, reward_group
+from eval import (
+    fit_context,
+    gains,
+    interval,
+    leave_out,
+    markdown,
+    paired_bootstrap,
+    pass_at_k,
+    percent,
+    rate_metrics,
+)
+from generate import Engine, cache_slots, completion_text, generate, sampling_params
+from losses import (
+    LOSSES,
+    combined_advantages,
+    group_advantages,
+    loss_total,
+    mismatch_weights,
+    policy_loss,
+)
 from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
-from verify import format_reward, verify_many
+from verify import extract_answer, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
         "lr": 5e-4, "micro_tokens": 2048, "checkpointing": False}
 OTHERS = {"data": ["gsm8k"], "prompt": "boxed", "max_new_tokens": 1024, "steps": 150,
           "lr": 1e-6, "micro_tokens": 16384, "checkpointing": True}
+REWARDED = ["accuracy=1", "format=0.1"]  # the format where a box is asked for
 LORA_RANK = 32  # where all weights do not fit the memory
 LORA_LR = 3e-5  # an adapter stands larger steps
-# A problem is asked by itself, and only the box earns the reward.
-PROMPTS = [name for name, p in PRESETS.items() if not p.shots and p.grade == "strict"]
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
+PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]
 
 
 def add_flags(parser):
@@ -65,7 +98,8 @@ def add_flags(parser):
     add("--eval-limit", type=at_least(1), default=200, help="dev problems, for choosing")
     add("--test-limit", type=at_least(0), default=500, help="test problems, before and after")
     add("--eval-every", type=at_least(1), default=25, help="steps between evaluations on dev")
-    add("--prompt", choices=PROMPTS, help="how a problem is put")
+    add("--prompt", type=prompt_flag(PROMPTS), metavar="NAME",
+        help=f"how a problem is put: {', '.join(PROMPTS)}, or your text with {{problem}} in it")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
     add = parser.add_argument_group("rollouts").add_argument
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
@@ -73,44 +107,60 @@ def add_flags(parser):
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
     add("--temperature", type=optim.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
+    add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
-    add("--reward", nargs="+", default=["accuracy=1", "format=0.1"], metavar="NAME=COEFFICIENT",
-        help=f"of {', '.join(REWARDS)}, summed")
+    add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+        help="before training, ask each problem G times and keep those solved this often")
+    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}; "
+        "mine.py:short is def short(group) in your mine.py "
+        f"(default {' '.join(REWARDED)}, without the format where the prompt asks for no "
+        "box or with --scale mean; with --teacher, none)")
+    add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
+        "each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
         "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
-    add("--scale", default="group", choices=("group", "batch", "none"), help="of the advantages: "
-        "by whose standard deviation they are divided")
+    add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
+        "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
     add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
-    add("--clip-high", type=at_least(0.0), default=0.28, help="and above 1 + this")
+    add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
+        "whose bounds are of the probability's change)")
     add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
-    add("--beta", type=at_least(0.0), default=0.0, help="of the KL divergence from the start")
+    add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
+        "unless given, weighs the KL divergence from it")
+    add("--beta", type=at_least(0.0), help="of the KL divergence from the start (default 0)")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
-    add("--sampler-cap", type=at_least(1.0), default=2.0, help="the most that a token counts")
+    add("--sampler-level", default="token", choices=("token", "sequence"), help="where the sampler "
+        "and the trainer disagree: token truncates what a token counts, sequence leaves out the "
+        "whole completion")
+    add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default 2; of sequence 3)")
     add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
     add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the problems")
+    add("--until", type=optim.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
     add("--micro-tokens", type=at_least(1), help="tokens in one packed row of training")
+    add("--free-sampler", action="store_true", help="a GPU's sampler gives back its cache, weights "
+        "and graphs before each update: less memory, more time")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass: less memory, a third more time")
     optim.add_train_flags(parser, lr=None, run_dir="runs/grpo")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    parser = optim.Parser(__doc__)
     add_flags(parser)
     return optim.parse_train_args(parser, argv)
 
 
-# ------------------------------------------------------------ rewards
+# ------------------------------------------------------------ rollouts
 
 
 class Group(NamedTuple):
@@ -123,200 +173,9 @@ class Group(NamedTuple):
     max_new_tokens: int
     think_tag: str
     place: int = 0  # of the problem in the order of the run
-    parts: dict[str, list[float]] = {}  # each reward by name, [G]
-    rewards: list[float] = ()  # [G] their sum, each times its coefficient
-    advantages: list[float] = ()  # [G]
-
-
-def accuracy(group):
-    return [float(right is True) for right in group.right]
-
-
-def well_formed(group):
-    """A well-formed thinking block at most, one boxed answer, nothing after it."""
-    return [format_reward(text, group.think_tag) for text in group.texts]
-
-
-def brevity(group):
-    """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
-
-    Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
-    """
-    lengths = [len(c.tokens) for c in group.completions]
-    shortest = min((n for n, right in zip(lengths, group.right) if right), default=0)
-    return [-min(1.0, (n - shortest) / (2 * shortest)) if right else 0.0
-            for n, right in zip(lengths, group.right)]
-
-
-def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
-    rewards = []
-    for c in group.completions:
-        grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
-        share = 1 - len(set(grams)) / max(1, len(grams))
-        rewards.append(-max(0.0, share - free) / (1 - free) if grams else 0.0)
-    return rewards
-
-
-def script_of(letter):
-    if ord(letter) < 0x250:
-        return "latin"
-    return ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
-
-
-def language(group):
-    """Down to -1 with the share of letters of scripts that the problem does not use.
-
-    Latin is free: formulas need it.
-    """
-    home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
-    letters = [[c for c in text if c.isalpha()] for text in group.texts]
-    return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
-
-
-def overlong(group, share=0.2):
-    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
-    start = (1 - share) * group.max_new_tokens
-    return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
-            for c in group.completions]
-
-
-# A reward takes a Group and returns a float for each completion: yours is one more function and one
-# more name here. The penalties lie in [-1, 0].
-REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
-           "repetition": repetition, "language": language, "overlong": overlong}
-
-
-def parse_rewards(words):
-    """["accuracy=1", "format=0.1"] -> {name: coefficient}.
-
-    Raises ValueError for unknown names, and when a wrong answer could score above a right one.
-    """
-    coefficients = dict(map(split_number, words))
-    for name in coefficients:
-        if name not in REWARDS:
-            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}")
-    of_accuracy = coefficients.get("accuracy", math.inf)
-    others = sum(c for name, c in coefficients.items() if name != "accuracy")
-    if others >= of_accuracy:
-        raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
-                         f"{of_accuracy:g}; it needs more, or a wrong answer may beat a right one")
-    return coefficients
-
-
-def reward_group(group, coefficients):
-    """The group with `parts` and `rewards`."""
-    parts = {name: REWARDS[name](group) for name in coefficients}
-    rewards = [0.0] * len(group.texts)
-    for name, coefficient in coefficients.items():
-        rewards = [total + coefficient * part for total, part in zip(rewards, parts[name])]
-    return group._replace(parts=parts, rewards=rewards)
-
-
-# ------------------------------------------------------------ the loss
-
-
-def group_advantages(rewards, scale="group"):
-    """How much better each completion did than its group.
-
-    rewards: [N, G] float. Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
-    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, or "none" (Dr. GRPO,
-    arXiv:2503.20783). Raises ValueError when G < 2: one alone has no baseline.
-    """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
-    advantages = rewards - rewards.mean(1, keepdim=True)  # [N, G]
-    if scale == "none":
-        return advantages
-    if scale == "group":
-        return advantages / (rewards.std(1, keepdim=True) + 1e-4)
-    if scale == "batch":
-        return advantages / (rewards.std() + 1e-4)
-    raise ValueError(f"scale is {scale!r}, expected group, batch or none")
-
-
-def kl_divergence(gap, ratio, kl):
-    """Estimates of KL(policy || reference) for each token, [B, T].
-
-    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html.
-    """
-    if kl == "k1":
-        return -gap
-    if kl == "k2":
-        return gap.square() / 2
-    k3 = gap.exp() - gap - 1  # GRPO, eq. 4
-    if kl == "k3":
-        return k3
-    if kl == "k3_corrected":  # DeepSeek-V3.2, arXiv:2512.02556: its gradient is unbiased
-        return ratio * k3
-    raise ValueError(f"kl is {kl!r}, expected k1, k2, k3 or k3_corrected")
-
-
-def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
-                level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
-                max_completion_tokens=None, total=None, weights=None, bonus=0.0):
-    """The loss whose gradient improves the policy, and what to log of it.
-
-    logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
-    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
-    weights: [B, T], factors of the tokens' terms, or None. bonus: [B, T], added to each token's
-    objective (entropy). loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO.
-    total: what the sum is divided by, over the whole optimizer step; None: this call's own. "grpo":
-    rows; "bnpo", "dapo", "cispo": tokens; "dr_grpo": rows times max_completion_tokens.
-    Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
-    """
-    if loss not in LOSSES or level not in ("token", "sequence"):
-        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
-                         "and token or sequence")
-    mask = mask.to(logprobs.dtype)  # [B, T]
-    lengths = mask.sum(1).clamp(min=1)  # [B]
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
-    token_ratio = log_ratio.exp()  # [B, T]
-    ratio = token_ratio
-    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
-        ratio = (log_ratio.sum(1) / lengths).exp()[:, None].expand_as(token_ratio)  # [B, T]
-    A = advantages[:, None]  # [B, 1]
-    if loss == "cispo":  # arXiv:2506.13585, eq. 4: a clipped factor; every token keeps its gradient
-        objective = ratio.detach().clamp(max=1 + clip_high) * A * logprobs  # [B, T]
-    else:  # PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291
-        bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # [B, T]
-        objective = torch.minimum(bounded * A, clipped * A)  # [B, T]
-    divergence = torch.zeros_like(logprobs)  # [B, T]
-    if beta:
-        gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
-        divergence = kl_divergence(gap, token_ratio, kl)
-    per_token = (beta * divergence - objective - bonus) * mask  # [B, T]
-    if weights is not None:
-        per_token = per_token * weights
-    if loss == "grpo":  # arXiv:2402.03300, eq. 3: the mean over tokens, then over completions
-        value = (per_token.sum(1) / lengths).sum() / (total or len(mask))
-    elif loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
-        if max_completion_tokens is None:
-            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
-        value = per_token.sum() / (total or len(mask) * max_completion_tokens)
-    else:  # the mean over all tokens: of the batch (bnpo), of the whole step (DAPO, eq. 8)
-        value = per_token.sum() / (total or mask.sum().clamp(min=1))
-    with torch.no_grad():
-        low = (ratio < 1 - clip_low) & (A < 0)
-        high = (ratio > 1 + clip_high) & (A > 0)
-        if loss == "cispo":  # whatever the advantage, and from above only
-            low, high = torch.zeros_like(low), ratio > 1 + clip_high
-        sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
-        stats = {name: (each * mask).sum() for name, each in sums.items()}
-    return value, stats | {"tokens": mask.sum()}
-
-
-def loss_total(loss, lengths, max_completion_tokens):
-    """`total` of policy_loss for an optimizer step over completions of these lengths."""
-    if loss == "grpo":
-        return len(lengths)
-    return len(lengths) * max_completion_tokens if loss == "dr_grpo" else sum(lengths)
-
-
-# ------------------------------------------------------------ rollouts
+    parts: dict[str, list] = {}  # each reward by name, [G]
+    rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
+    advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
 
 
 class Policy(NamedTuple):
@@ -324,6 +183,7 @@ class Policy(NamedTuple):
     config: model.Config
     tokenizer: Any  # tokenizers.Tokenizer
     system: str | None  # the model's own system turn
+    engine: Engine | None = None  # the sampler's, which a GPU keeps
 
 
 def encode_problem(policy, problem, args, preset=None):
@@ -341,14 +201,21 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     problems = problems[rank::world]
     G = 1 if greedy else args.group
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
+    asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
-    rows = generate(policy.params, policy.config, prompts, num_samples=G,
-                    max_new_tokens=args.max_new_tokens, max_batch=args.max_batch, stop_tokens=ends,
-                    temperature=0.0 if greedy else args.temperature, seed=seed,
-                    seeds=[place for place, _ in problems])
-    texts = [[completion_text(policy.tokenizer, c, ends) for c in row] for row in rows]
+
+    def sample():
+        return generate(
+            policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
+            seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
+            temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+            stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
+            compiled=args.compile)
+
+    rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
+    texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(pairs, strict=True)
+    verdicts = verify_many(pairs, strict=asked.grade == "strict")
     coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
@@ -359,9 +226,19 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     return sorted(itertools.chain(*shares), key=lambda group: group.place)
 
 
+def sampler_weights(policy):
+    """The weights in the sampler's form; on a GPU, in the place of those of before."""
+    engine = policy.engine
+    form = sampling_params(policy.params, policy.config, out=engine and engine.form)
+    if engine and form["model.norm.weight"].is_cuda:
+        engine.form = form
+    return form
+
+
 def has_spread(group):
-    """Groups whose rewards are all equal have no gradient."""
-    return max(group.rewards) - min(group.rewards) > 1e-6
+    """Groups whose rewards are all equal have no gradient, nor have those with one or none."""
+    decided = [reward for reward in group.rewards if reward is not None]
+    return len(decided) > 1 and max(decided) - min(decided) > 1e-6
 
 
 def roll_out_step(policy, problems, step, args):
@@ -370,7 +247,7 @@ def roll_out_step(policy, problems, step, args):
     Up to --refill times, as many new problems are asked as there were groups without spread
     (dynamic sampling, DAPO, section 3.2).
     """
-    sampler = policy._replace(params=sampling_params(policy.params, policy.config))
+    sampler = policy._replace(params=sampler_weights(policy))
     seed = zlib.crc32(f"{args.seed} {step}".encode())
     groups = []
     missing = args.prompts
@@ -378,22 +255,37 @@ def roll_out_step(policy, problems, step, args):
         batch = list(itertools.islice(problems, missing))
         groups += roll_out(sampler, batch, args, seed)
         missing = args.prompts - sum(map(has_spread, groups))
-        if missing == 0:
+        if missing == 0 or args.teacher:
             break
     return groups
 
 
-def with_advantages(groups, scale):
+def with_nan(rows):
+    """Lists of floats as a tensor, with nan for None."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
+
+
+def with_advantages(groups, args):
     """The groups with their advantages.
 
-    Those without spread get zeros, and have no part in the deviation of the batch.
+    Those without spread get zeros, and have no part in the deviation of the batch. What is
+    undecided gets None, and has none in the baseline of its group.
     """
-    rewards = torch.tensor([g.rewards for g in groups])  # [N, G]
+    rewards = with_nan([g.rewards for g in groups])  # [N, G]
     spread = torch.tensor([has_spread(g) for g in groups])  # [N]
     advantages = torch.zeros_like(rewards)
-    if spread.any():
-        advantages[spread] = group_advantages(rewards[spread], scale)
-    return [g._replace(advantages=row) for g, row in zip(groups, advantages.tolist())]
+    if spread.any() and args.combine == "normalise":
+        parts = {}
+        for name in groups[0].parts:
+            part = with_nan([g.parts[name] for g in groups])
+            parts[name] = torch.where(rewards.isnan(), math.nan, part)[spread]
+        advantages[spread] = combined_advantages(parts, parse_rewards(args.reward), args.scale)
+    elif spread.any():
+        advantages[spread] = group_advantages(rewards[spread], args.scale)
+    rows = []
+    for g, row in zip(groups, advantages.tolist()):
+        rows.append([None if r is None else a for r, a in zip(g.rewards, row)])
+    return [g._replace(advantages=row) for g, row in zip(groups, rows)]
 
 
 # ------------------------------------------------------------ learning
@@ -435,18 +327,32 @@ def pack_groups(groups, micro_tokens):
 
 def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
-    rank, world = rank_and_world()
     learned = []
     lengths = []
-    for g in filter(has_spread, groups):
+    for g in groups if args.teacher else filter(has_spread, groups):
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
+            if advantage is None:
+                continue
             counts = c.finish == "stop" or not args.mask_truncated
             sequences.append(Sequence(c.tokens, c.logprobs, advantage, counts))
         learned.append((g.prompt, sequences))
         lengths += [len(s.tokens) for s in sequences if s.counts]
     total = loss_total(args.loss, lengths, args.max_new_tokens)
-    return pack_groups(learned[rank::world], args.micro_tokens), total
+    return deal_rows(pack_groups(learned, args.micro_tokens)), total
+
+
+def deal_rows(rows):
+    """This process's share of packed rows: each goes, longest first, to who has least to do."""
+    rank, world = rank_and_world()
+    shares = [[] for _ in range(world)]
+    loads = [0] * world
+    sizes = [sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) for row in rows]
+    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
+        least = loads.index(min(loads))
+        shares[least].append(rows[i])
+        loads[least] += sizes[i]
+    return shares[rank]
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
@@ -487,18 +393,23 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     sequences = [s for _, piece in row for s in piece]
     sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
     mismatch = (old_logprobs - sampled) * mask  # [B, T]
+    weights = mismatch_weights(mismatch, args.sampler_cap, args.sampler_level)
+    if args.loss == "dppo":  # its bounds are around the sampler itself
+        old_logprobs, weights = sampled, torch.ones_like(weights)
     loss, stats = policy_loss(
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total,
-        max_completion_tokens=args.max_new_tokens, bonus=args.entropy_bonus * entropy,
-        weights=mismatch.exp().clamp(max=args.sampler_cap))
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss,
+        max_completion_tokens=args.max_new_tokens, weights=weights)
+    if args.entropy_bonus:  # the mean over the step's tokens, whatever the loss divides by
+        loss = loss - args.entropy_bonus * (entropy * mask).sum() / total.tokens
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
+                          "sampler_weight": (weights * mask).sum(),
                           "entropy": (entropy.detach() * mask).sum()}
 
 
-def update(policy, ref_params, optimizer, rows, total, lr, args):
-    """--updates optimizer steps on this process's rows.
+def update(policy, reference, optimizer, rows, total, lr, args):
+    """--updates optimizer steps on this process's rows. reference: a Policy, for --beta.
 
     Returns sums of policy_loss's statistics over the tokens of all processes, with "grad_norm" of
     the last step and the number of steps "skipped".
@@ -508,7 +419,7 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
     old = ref = [None] * len(rows)
     with torch.no_grad():
         if args.beta:
-            ref = [row_logprobs(ref_params, config, row, *settings)[0] for row in rows]
+            ref = [row_logprobs(*reference[:2], row, *settings)[0] for row in rows]
         if args.updates > 1:
             old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
     own = Counter()  # of tensors, so that the device is not waited for
@@ -529,50 +440,97 @@ def update(policy, ref_params, optimizer, rows, total, lr, args):
     return sums
 
 
+def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
+    """`update`, with rows of half the tokens where a GPU's memory runs out: the same gradient."""
+    before = optimizer.updates.item()
+    if args.free_sampler:
+        policy.engine.release()
+
+    def attempt():
+        if optimizer.updates.item() > before:
+            raise ValueError(f"memory ran out in the midst of --updates {args.updates}: go on with "
+                             "--resume and a smaller --micro-tokens")
+        optim.clear_gradients(policy.params, optimizer)
+        parts = [part for row in rows for part in pack_groups(row, args.micro_tokens)]
+        return update(policy, reference, optimizer, parts, total, lr, args)
+
+    sums = optim.halve_on_oom(args, "micro_tokens", attempt, policy.engine)
+    args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
+    return sums
+
+
 # ------------------------------------------------------------ watching
 
-CURVES = ("accuracy", "dev_accuracy", "length", "length_wrong", "entropy", "no_spread",
-          "second_thoughts", "grad_norm")
 STEP_LINE = (
     "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
-    " | truncated {truncated:.2f} | no spread {no_spread:.2f} | entropy {entropy:.3f} nat"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
+    " | entropy {entropy:.3f} nat"
     " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
     " | update {update_s:.1f} s | {left_min:.0f} min left")
+DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
+KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
 
 def step_metrics(groups, learned, args):
     """What a step's groups and its update were like. learned: from update."""
+    strict = PRESETS[args.prompt].grade == "strict"
     rows = []  # of a completion each
     for g in groups:
         for i, completion in enumerate(g.completions):
+            boxed = extract_answer(g.texts[i], strict) is not None
             rows.append({
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
-                "undecided": g.right[i] is None, "length": len(completion.tokens),
+                "undecided": g.rewards[i] is None, "no_box": not boxed,
+                "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
                 "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
             rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
-    metrics = {name: fmean(row[name] for row in rows) for name in rows[0]}
+    metrics = {}
+    for name in rows[0]:
+        decided = [row[name] for row in rows if row[name] is not None]
+        metrics[name] = fmean(decided) if decided else 0.0
     for name, right in (("length_right", True), ("length_wrong", False)):
         lengths = [row["length"] for row in rows if row["accuracy"] == right]
         metrics[name] = fmean(lengths) if lengths else 0.0
-    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch"):
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
+                 "sampler_weight"):
         metrics[name] = learned[name] / max(1, learned["tokens"])
+    right = [sum(x is True for x in g.right) for g in groups]
+    for k in (2, 4, 8, 16, 32):
+        if k <= args.group:
+            metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
     return metrics | {
+        "solved_never": fmean(count == 0 for count in right),
+        "solved_always": fmean(count == args.group for count in right),
         "no_spread": fmean(not has_spread(g) for g in groups),
         "loss": learned["loss"] / args.updates,
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
 
 
+def token_texts(tokenizer, tokens):
+    """The text of each token; a character of several tokens stands at its last."""
+    texts = []
+    begun = []  # tokens of a character that is not whole
+    for token in tokens:
+        begun.append(token)
+        text = tokenizer.decode(begun, skip_special_tokens=False)
+        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
+        texts.append(text if whole else "")
+        begun = [] if whole else begun
+    return texts
+
+
 def sample_records(groups, kind, tokenizer):
-    """Groups, whole, as samples.jsonl holds them."""
+    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
     records = []
     for g in groups:
         completions = []
         for i, c in enumerate(g.completions):
             completions.append({
                 "text": g.texts[i], "tokens": c.tokens,
+                "pieces": token_texts(tokenizer, c.tokens),
                 "logprobs": [round(x, 4) for x in c.logprobs],
                 "rewards": {name: values[i] for name, values in g.parts.items()},
                 "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
@@ -584,30 +542,98 @@ def sample_records(groups, kind, tokenizer):
     return records
 
 
+def count_right(groups, counts):
+    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
+    for g in groups:
+        count = counts.setdefault(g.problem["id"], [0, 0])
+        count[0] += sum(right is True for right in g.right)
+        count[1] += len(g.right)
+
+
+def list_solved(counts):
+    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
+    return {"never": [name for name, (right, _) in counts.items() if right == 0],
+            "always": [name for name, (right, asked) in counts.items() if right == asked]}
+
+
+def save_solved(run, counts):
+    """Write list_solved as problems.json, and say how many these are."""
+    solved = list_solved(counts)
+    if run.rank == 0:
+        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+
+
+def right_answers(groups):
+    """For each problem 1 where its one answer is right, else 0; undecided is not right."""
+    return [int(g.right[0] is True) for g in groups]
+
+
 def evaluate(policy, dev, groups, args, run, step):
-    """The accuracy on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
-    answered = roll_out(policy, list(enumerate(dev)), args, greedy=True)
+    """right_answers on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+    sampler = policy._replace(params=sampler_weights(policy))
+    answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
-    return fmean(g.right[0] is True for g in answered)
+    return right_answers(answered)
+
+
+def keep_first_and_best(evaluations):
+    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def reached(evaluations, accuracy):
+    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
+    return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
+
+
+def whether_it_helped(evaluations):
+    """What training came to, in words, by keep_first_and_best."""
+    first, before = evaluations[0]
+    step, after = evaluations[-1]
+    accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
+    if step == first:
+        return f"training did not help: no later step exceeds the {accuracy}"
+    change, low, high = (100 * value for value in paired_bootstrap(before, after))
+    verdict = "training helped" if low > 0 else "whether training helped cannot be told"
+    return (f"{verdict}: {accuracy}, {fmean(after):.3f} at step {step}, {change:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
 
 
 def measure_test(policy, test, args, run, rows, method, preset=None):
     """Add the accuracy on the test split to `rows`, and write these as results.md."""
     if not test:
         return
-    groups = roll_out(policy, list(enumerate(test)), args, preset=preset, greedy=True)
-    accuracy, low, high = interval([float(g.right[0] is True) for g in groups])
+    sampler = policy._replace(params=sampler_weights(policy))
+    groups = roll_out(sampler, list(enumerate(test)), args, preset=preset, greedy=True)
+    right = right_answers(groups)
+    accuracy, low, high = interval(right)
     row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+           "right": "".join(map(str, right)),
            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
     lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
               f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
+    text = markdown(head, lines)
+    if method.startswith("after") and "right" in rows[0]:
+        before = list(map(int, rows[0]["right"]))
+        change = percent(*paired_bootstrap(before, right))
+        text += f"\nBefore to {method}: {change} points; {gains(before, right)}.\n"
     if run.rank == 0:
-        optim.write_whole(run.dir / "results.md", markdown(head, lines))
-        print(markdown(head, lines), flush=True)
+        optim.write_whole(run.dir / "results.md", text)
+        print(text, flush=True)
+
+
+def measure_start(policy, dev, args, run, step):
+    """right_answers on `dev` before any training, logged as a step's."""
+    right = evaluate(policy, dev, [], args, run, step)
+    metrics = {"step": step} | rate_metrics("dev_accuracy", right)
+    optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
+    return right
 
 
 # ------------------------------------------------------------ the run
@@ -616,16 +642,40 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
 def memory_plan(config, args, world=1, device="cpu", prompt=200):
     """optim.plan_memory of a run. prompt: tokens of a problem; of GSM8K's, with template, 200."""
     groups = math.ceil(args.prompts / world)
+    prompt += len(PRESETS[args.prompt].text or "") // 3  # letters of worked examples in a token
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     prompts = math.ceil(rows / args.group)
-    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cpu")
+    dtype = optim.compute_dtype(args.dtype, device)
+    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cuda")
+    reference = config if args.beta and not args.lora_rank else None
+    if args.teacher:
+        reference = model.load_config(model.resolve_model(args.teacher, config_only=True))
     return optim.plan_memory(
-        config, optim.compute_dtype(args.dtype, device), device, world, longest=longest,
+        config, dtype, device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
-        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=args.beta > 0,
-        offload=args.offload)
+        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
+        offload=args.offload, keep_sampler=not args.free_sampler)
+
+
+def fit_memory(config, args, world, device, there):
+    """The plan of a run, with --free-sampler, and less --micro-tokens and --max-batch, as it needs.
+
+    Writes into `args`. No result depends on these three.
+    """
+    plan = memory_plan(config, args, world, device)
+    if plan.peak > there and device == "cuda":
+        args.free_sampler = True
+        plan = memory_plan(config, args, world, device)
+    while plan.peak > there:
+        name = "max_batch" if plan.update <= there or args.micro_tokens <= 2048 else "micro_tokens"
+        size = getattr(args, name) // 2
+        if size < 8:
+            break
+        setattr(args, name, size)
+        plan = memory_plan(config, args, world, device)
+    return plan
 
 
 def fill_defaults(args, config):
@@ -633,19 +683,43 @@ def fill_defaults(args, config):
 
     Raises ValueError for flags that contradict each other.
     """
-    parse_rewards(args.reward)
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
-    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
-        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
-                         f"{args.clip_high}")
     defaults = dict(TINY if model.is_tiny(config) else OTHERS)
+    defaults["clip_high"] = 0.2 if args.loss == "dppo" else 0.28
+    defaults["sampler_cap"] = 2.0 if args.sampler_level == "token" else 3.0
     if args.epochs:
         del defaults["steps"]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.beta is None:
+        args.beta = 1.0 if args.teacher else 0.0
+    if args.teacher and not args.beta:
+        raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
+    if args.reward is None:
+        boxed = PRESETS[args.prompt].grade == "strict" and args.scale != "mean"
+        args.reward = [] if args.teacher else REWARDED[:1 + boxed]
+    coefficients = parse_rewards(args.reward)
+    if args.scale == "mean" and coefficients.keys() - {"accuracy"}:
+        raise ValueError(f"--scale mean is for rewards of 0 and 1, and --reward is "
+                         f"{' '.join(args.reward)}; expected accuracy alone")
+    if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
+        raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
+                         f"{args.clip_high}")
+    if args.adapter:
+        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
+
+
+def check_teacher(args):
+    """Raises ValueError unless the teacher reads the student's tokens as the student means them."""
+    paths = [model.resolve_model(name, config_only=True) for name in (args.model, args.teacher)]
+    student, teacher = (model.load_tokenizer(path).get_vocab() for path in paths)
+    if differing := len(dict(student.items() ^ teacher.items())):
+        raise ValueError(f"--teacher {args.teacher}: {differing} tokens of its tokenizer are not "
+                         f"those of --model {args.model}, expected none; take a teacher of the "
+                         "student's family")
 
 
 def settle_flags(args, config):
@@ -659,19 +733,24 @@ def settle_flags(args, config):
     there = optim.memory_there(device, world)
     lr = args.lr
     fill_defaults(args, config)
+    if args.teacher:
+        check_teacher(args)
     plan = memory_plan(config, args, world, device)
     if args.lora_rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
-        plan = memory_plan(config, args, world, device)
+        plan = fit_memory(config, args, world, device, there)
         if plan.peak > there:
             raise ValueError(
                 f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} "
-                f"GiB, and there are {there:.1f}. Try a smaller --micro-tokens or --max-batch, or "
-                f"more GPUs; `python bench.py plan --model {args.model}` shows what they save")
+                f"GiB at --micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}, and "
+                f"there are {there:.1f}; try a smaller --max-new-tokens, or more GPUs; `python "
+                f"bench.py plan --model {args.model}` shows what fits")
     trained = "all weights"
     args.lora_rank = args.lora_rank or 0
     if args.lora_rank:
-        trained = f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights)"
+        trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with "
+                   f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
+                   + args.free_sampler * " --free-sampler")
         args.lr = lr or LORA_LR
     optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
@@ -679,18 +758,63 @@ def settle_flags(args, config):
 
 
 def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context.
+    """The problems whose prompt leaves room for --max-new-tokens in the context."""
+    prompts = [encode_problem(policy, problem, args) for problem in problems]
+    return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
 
-    Raises ValueError when none does.
+
+def filter_by_pass_rate(sets, policy, args, counts):
+    """The sets without the problems that the policy solves too rarely or too often.
+
+    counts: as of count_right; if it is empty, all problems are asked, and it is filled.
+    Raises ValueError when nothing is left of a set.
     """
-    room = policy.config.max_context - args.max_new_tokens
-    kept = [p for p in problems if len(encode_problem(policy, p, args)) <= room]
-    if not kept:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
-                         f"the context of {policy.config.max_context}")
-    if len(kept) < len(problems):
-        optim.say(f"{len(problems) - len(kept)} problems are too long for the context: left out")
+    low, high = args.filter_by_pass_rate
+    problems = list(enumerate(itertools.chain(*sets)))
+    if not counts:
+        optim.say(f"asking {len(problems)} problems {args.group} times each")
+        sampler = policy._replace(params=sampler_weights(policy))
+        seed = zlib.crc32(f"{args.seed} 0".encode())
+        for begin in range(0, len(problems), args.prompts):
+            batch = problems[begin:begin + args.prompts]
+            count_right(roll_out(sampler, batch, args, seed), counts)
+    rates = {name: right / asked for name, (right, asked) in counts.items()}
+    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
+    solved = list_solved(counts)
+    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
+            f"{len(problems)} problems: {len(solved['never'])} were never solved, "
+            f"{len(solved['always'])} always")
+    if not all(kept):
+        raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
+    optim.say(said)
     return kept
+
+
+def load_data(policy, args):
+    """(sets to train on, their proportions, dev, test), whose problems are not trained on."""
+    sets, proportions = load_mixture(args.data, args.train_limit)
+    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
+    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
+    for path in files_of(args.data) & files_of([args.eval_data]):
+        optim.say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
+                  "for dev and test alike")
+    shared = set(keys_of(dev)).intersection(keys_of(test))
+    if shared:
+        optim.say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
+                  "checkpoint is chosen by them")
+    held_out = keys_of(dev + test)
+    sets = [leave_out(problems, keys_of(problems), held_out, word)
+            for problems, word in zip(sets, args.data)]
+    return sets, proportions, dev, test
+
+
+def load_base(path, args):
+    """The weights to start from. Frozen ones are loaded as they are computed with."""
+    if not args.lora_rank:
+        return model.load_params(path)
+    device = optim.find_device(args.device)
+    return model.load_params(path, device, optim.compute_dtype(args.dtype, device))
 
 
 def count_steps(args, num_problems):
@@ -702,33 +826,48 @@ def count_steps(args, num_problems):
 
 
 def make_trainable(base, config, args, device):
-    """(params, reference or None, optimizer). An adapter's reference is the base, for free."""
+    """(params, reference, optimizer). The reference is a Policy: --teacher, or else the start.
+
+    That of an adapter is the base, for free. Without --beta there may be none.
+    """
+    dtype = optim.compute_dtype(args.dtype, device)
+    start = None
     if args.lora_rank:
         lora = model.init_lora(config, args.lora_rank, args.seed)
+        start = base
+        if args.adapter:
+            lora = model.load_adapter(args.adapter, config, device)
+            start = base | lora
         lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-        return base | lora, base, optimizer
-    dtype = optim.compute_dtype(args.dtype, device)
-    params, optimizer = init_optimizer(base, device, dtype, args.offload)
-    reference = {name: t.detach().clone() for name, t in params.items()} if args.beta else None
-    return params, reference, optimizer
+        params = base | lora
+    else:
+        params, optimizer = init_optimizer(base, device, dtype, args.offload)
+        if args.beta and not args.teacher:
+            start = {name: tensor.detach().clone() for name, tensor in params.items()}
+    if args.teacher:
+        path = model.resolve_model(args.teacher)
+        start = model.load_params(path, device, dtype)
+        config = model.load_config(path)
+    return params, Policy(start, config, None, None), optimizer
 
 
-def learn_step(policy, ref_params, optimizer, problems, step, lr, args):
+def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
     groups = roll_out_step(policy, problems, step, args)
-    groups = with_advantages(groups, args.scale)
+    groups = with_advantages(groups, args)
     rolled = time.perf_counter()
     rows, total = training_rows(groups, args)
     learned = Counter()
-    if total:
-        learned = update(policy, ref_params, optimizer, rows, total, lr, args)
+    if total.tokens:
+        learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
     num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
     return groups, metrics | {
-        "step": step, "lr": lr, "rollout_s": rolled - start, "update_s": updated - rolled,
+        "step": step, "time": time.time(), "lr": lr,
+        "rollout_s": rolled - start, "update_s": updated - rolled,
         "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
 
 
@@ -738,71 +877,78 @@ def main(args):
     optim.check_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
-    sets, proportions = load_mixture(args.data, args.train_limit)
-    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    dev, test = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
-    num_problems = sum(map(len, sets))
-    steps, epoch_ends = count_steps(args, num_problems)
-    if args.lora_rank:  # frozen; loaded before this process forks, so that all share them
-        device = optim.find_device(args.device)
-        base = model.load_params(path, device, optim.compute_dtype(args.dtype, device))
-    else:
-        base = model.load_params(path)
-    _, world, device = optim.init_distributed(args.device, args.processes)
+    sets, proportions, dev, test = load_data(policy, args)
+    args.data_sha256 = data_hash(*sets, dev, test)  # a flag, as --resume must find the same
+    base = load_base(path, args)  # before this process forks, so that all share what is frozen
+    _, world, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
     run, checkpoint = optim.start_run(args)
-    params, ref_params, optimizer = make_trainable(base, config, args, device)
+    params, reference, optimizer = make_trainable(base, config, args, device)
     del base
-    policy = policy._replace(params=params)
-    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
-              f"for the result, on {world} x {device}")
-
-    done, best_step = 0, None
-    extra = {"best": -1.0, "taken": 0, "failures": 0, "rows": []}
+    policy = policy._replace(params=params, engine=Engine())
+    done = 0
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     if checkpoint:
         state = optim.load_checkpoint(checkpoint, optimizer)
-        done, best_step, extra = state["step"], state["best_step"], state["extra"]
-    measure = functools.partial(measure_test, policy, test, args, run, extra["rows"])
+        done = state["step"]
+        progress |= state["extra"]
+    if args.filter_by_pass_rate:
+        sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
+    num_problems = sum(map(len, sets))
+    steps, epoch_ends = count_steps(args, num_problems)
+    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
+              f"for the result, on {world} x {device}")
+    measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    save = functools.partial(
+        optim.save_checkpoint, run.dir, params=params, config=config, like=path,
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+    if not progress["dev"]:  # of a new run, or one of an earlier version
+        progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
     if not checkpoint:
-        evaluate(policy, dev[:8], [], args, run, 0)
         measure("before")
         if args.prompt != "cot":
             measure("before, asked to think step by step", preset="cot")
+        save(step=0, best_step=0)
+    if reached(progress["dev"], args.until):
+        steps = done
+    view.write_report(run)
     problems = problem_order(sets, proportions, args.seed, args.curriculum)
-    problems = itertools.islice(problems, extra["taken"], None)
+    problems = itertools.islice(problems, progress["taken"], None)
 
     began = time.perf_counter()
     with optim.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            groups, metrics = learn_step(policy, ref_params, optimizer, problems, step, lr, args)
-            extra["taken"] += len(groups)
+            groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
+            progress["taken"] += len(groups)
+            count_right(groups, progress["right"])
             last = step == steps
             stopping = stop_requested()
             evaluating = last or step % args.eval_every == 0 or step in epoch_ends
-            line = STEP_LINE
             if evaluating:
-                line += " | dev accuracy {dev_accuracy:.3f}"
-                accuracy = evaluate(policy, dev, groups, args, run, step)
-                metrics["dev_accuracy"] = accuracy
-                if accuracy > extra["best"]:
-                    extra["best"] = accuracy
-                    best_step = step
+                right = evaluate(policy, dev, groups, args, run, step)
+                metrics |= rate_metrics("dev_accuracy", right)
+                progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+                last = last or reached(progress["dev"], args.until)
             mean_s = (time.perf_counter() - began) / (step - done)
-            optim.log_step(run, line, metrics | {
-                "steps": steps, "epoch": extra["taken"] / num_problems,
-                "left_min": mean_s * (steps - step) / 60})
-            extra["failures"] = optim.count_failures(extra["failures"], metrics["skipped"], args.lr)
+            metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
+                        "left_min": mean_s * (steps - step) / 60}
+            line = STEP_LINE + bool(args.beta) * KL + evaluating * DEV_ACCURACY
+            optim.log_step(run, line, metrics)
+            progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
+                                                        args.lr)
             if last or step in epoch_ends:
                 measure("after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:
-                optim.save_checkpoint(run.dir, step, params, config, path, optimizer, extra,
-                                      args.keep, best_step)
+                save(step=step, best_step=progress["dev"][-1][0])
             if evaluating:
-                optim.draw_curves(run.dir, CURVES)
-            if stopping and not last:
-                return optim.say(f"stopped; go on with: {optim.resume_command()}")
-    optim.say(f"best checkpoint, by accuracy {extra['best']:.3f} on the {len(dev)} held-out dev "
-              f"problems: {run.dir / 'checkpoints' / 'best'} (step {best_step})")
+                view.write_report(run)
+            if last:
+                break
+            if stopping:
+                raise KeyboardInterrupt  # saved; run_main says how to go on
+    save_solved(run, progress["right"])
+    best = run.dir / "checkpoints" / "best"
+    optim.say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ weighted by confidence: Taubenfeld et al. 2025, arXiv:2502.06233. Closing a thou
 et al. 2025 (s1), arXiv:2501.19393.
 """
 
-import argparse
 import functools
 import math
 import random
@@ -22,10 +21,10 @@ from operator import itemgetter
 from statistics import fmean
 
 import eval
-from data.prompts import load_shots
+from data.prompts import encode_prompt, load_shots
 from eval import maj_at_k, paired, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
 from model import is_tiny
-from optim import HelpFormatter, above, at_least, between, run_main, say
+from optim import Parser, above, at_least, between, run_main, say
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -33,7 +32,7 @@ OTHER_BUDGETS = (64, 256, 512)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot")
     add = p.add_argument
     add("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
@@ -127,10 +126,15 @@ def compare_prompts(setup, exemplars, shots_from=None, seed=0):
     """Rows of greedy answers: at once, after zero-shot chain of thought, after solved problems."""
     rows = []
     at_once = "plain" if is_tiny(setup.config) else "direct"  # "only" is no word of the tiny model
+    most = load_shots(shots_from or setup.settings["data"], max(exemplars), seed, setup.problems)
+    form = {"system": setup.options["system"], "think_tag": setup.options["think_tag"]}
+    longest = [encode_prompt(setup.tokenizer, "cot", p, shots=most, **form) for p in setup.problems]
+    problems, _ = eval.fit_context(setup.problems, longest, setup.config,
+                                   setup.options["max_new_tokens"])
+    setup = setup._replace(problems=problems)  # the same for every row
     for prompt, k in [(at_once, 0), ("cot", 0), *(("cot", k) for k in exemplars)]:
-        shots = load_shots(shots_from or setup.settings["data"], k, seed, setup.problems)
-        records, settings = eval.collect_records(setup, f"{prompt}-{k}", prompt=prompt, shots=shots,
-                                                 temperature=0.0)
+        records, settings = eval.collect_records(setup, f"{prompt}-{k}", prompt=prompt,
+                                                 shots=most[:k], temperature=0.0)
         method = f"{prompt} after {k} solved" if k else prompt
         rows.append(eval.summarize(records, method=method, **settings))
     say(eval.table(rows))
@@ -242,6 +246,7 @@ def main(args):
             rows = sweep_temperature({t: pool(t) for t in args.temperatures}, ks)
         else:
             rows = sweep_budget(setup, args.budgets)
+        eval.say_trained_on(setup, rows)
         for row in rows:
             eval.append_row(args.results, row)
 

@@ -13,18 +13,21 @@ Qwen2.5, arXiv:2412.15115; RMSNorm, arXiv:1910.07467; rotary positions, arXiv:21
 arXiv:2309.00071; SwiGLU, arXiv:2002.05202; LoRA, arXiv:2106.09685.
 """
 
+import difflib
+import functools
 import json
 import math
 import os
 import re
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -92,9 +95,9 @@ def linear(params, name, x):
     """The linear layer `name`, and its adapter when `params` holds one: [..., in] -> [..., out]."""
     out = project(x, params[name + ".weight"], params.get(name + ".bias"))
     if (down := params.get(name + ".lora_A.weight")) is not None:
-        # float32, and added: merged into bfloat16 weights, small updates would be lost
+        # added: merged into bfloat16 weights, small updates would be lost
         up = params[name + ".lora_B.weight"]
-        out = out + F.linear(F.linear(x.to(down.dtype), down), up).to(out.dtype)
+        out = out + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
     return out
 
 
@@ -190,9 +193,11 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
 def packed_hidden_states(params, config, tokens, groups, checkpointing=False):
     """hidden_states of one packed row: tokens [T], groups as for packed_attention -> [T, D]."""
     T = len(tokens)
-    if extra := padded_length(T) - T:
+    extra = padded_length(T) - T if tokens.device.type == "cpu" else 0
+    if extra:
         groups = [*groups, (0, [extra])]  # a text of its own that nothing reads
-    attend_fn = attention.packed_attention(groups, tokens.device)
+    dtype = params["model.embed_tokens.weight"].dtype
+    attend_fn = attention.packed_attention(groups, tokens.device, dtype)
     positions = attention.packed_positions(groups).to(tokens.device)
     tokens = F.pad(tokens, (0, extra))[None]
     return hidden_states(params, config, tokens, positions, attend_fn, checkpointing)[0, :T]
@@ -205,7 +210,12 @@ def head_weight(params):
 
 def lm_head(hidden, weight, temperature=1.0):
     """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
-    logits = project(hidden, weight).float()
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not learns:  # it has no derivative
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        logits = logits.unflatten(0, hidden.shape[:-1])
+    else:
+        logits = project(hidden, weight).float()
     return logits if temperature == 1 else logits / temperature
 
 
@@ -332,6 +342,17 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
+def lora_shapes(config, rank):
+    """{name: shape} of an adapter for every linear layer: lora_A [rank, in], lora_B [out, rank]."""
+    shapes = {}
+    for name, shape in param_shapes(config).items():
+        stem = name.removesuffix(".weight")
+        if stem.endswith(LINEARS):
+            shapes[stem + ".lora_A.weight"] = (rank, shape[1])
+            shapes[stem + ".lora_B.weight"] = (shape[0], rank)
+    return shapes
+
+
 def init_lora(config, rank, seed, device="cpu"):
     """A float32 adapter for every linear layer: NAME.lora_A.weight [rank, in], lora_B [out, rank].
 
@@ -341,13 +362,12 @@ def init_lora(config, rank, seed, device="cpu"):
         raise ValueError(f"LoRA rank {rank} is not positive")
     generator = torch.Generator().manual_seed(seed)
     lora = {}
-    for name, shape in param_shapes(config).items():
-        stem = name.removesuffix(".weight")
-        if stem.endswith(LINEARS):
+    for name, shape in lora_shapes(config, rank).items():
+        tensor = torch.zeros(shape)
+        if "lora_A" in name:
             bound = math.sqrt(3 / shape[1])  # Kaiming uniform, gain 1
-            down = (torch.rand(rank, shape[1], generator=generator) * 2 - 1) * bound
-            lora[stem + ".lora_A.weight"] = down.to(device)
-            lora[stem + ".lora_B.weight"] = torch.zeros(shape[0], rank, device=device)
+            tensor = (torch.rand(shape, generator=generator) * 2 - 1) * bound
+        lora[name] = tensor.to(device)
     return lora
 
 
@@ -369,28 +389,39 @@ def merge_lora(params):
 # ------------------------------------------------------------ finding a model
 
 ROOT = Path(__file__).resolve().parent
-HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B"), "Math-": ("1.5B", "7B")}
+HUB_SIZES = {"": ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"), "Math-": ("1.5B", "7B", "72B"),
+             "Coder-": ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
 HUB_IDS = {f"Qwen2.5-{kind}{size}{tuned}".lower(): f"Qwen/Qwen2.5-{kind}{size}{tuned}"
            for kind, sizes in HUB_SIZES.items() for size in sizes for tuned in ("", "-Instruct")}
+MAX_JSON_BYTES = 2**26
+MAX_LAYERS = 1000
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]
+
+
+def did_you_mean(word, known):
+    """The end of an error message that names what is known and spelled alike, or nothing."""
+    near = difflib.get_close_matches(str(word).lower(), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
 
-    Hub models are taken from models/NAME beside this file where they are there, else downloaded
-    through huggingface_hub; config_only: without their weights.
+    The names ignore case. Hub models are taken from models/NAME beside this file where they are
+    there, else downloaded through huggingface_hub; config_only: without their weights.
     Raises FileNotFoundError, saying how to place the files by hand, where there is neither.
     """
-    if name == "tiny":
+    if str(name).lower() == "tiny":
         return ROOT / "data" / "tiny"
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     hub_id = HUB_IDS.get(str(name).lower(), str(name))
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
-        raise FileNotFoundError(f"no model {str(name)!r}: expected a directory, a hub id such as "
-                                f"Qwen/Qwen2.5-1.5B, or one of tiny, {', '.join(HUB_IDS)}")
+        raise FileNotFoundError(
+            f"no model {str(name)!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, "
+            "tiny, or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of "
+            f"{', '.join(HUB_SIZES['']).lower()}{did_you_mean(name, ['tiny', *HUB_IDS])}")
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
@@ -408,8 +439,13 @@ def resolve_model(name, config_only=False):
 
 def read_json(path):
     """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path}: expected a file, found something else")
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror}; a model directory holds config.json, "
                                 "tokenizer.json and *.safetensors") from None
@@ -428,7 +464,7 @@ def check_numbers(record):
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
         fits = type(value) in (int, kind)
-        if kind in (int, float) and not (fits and 0 < value < math.inf):
+        if kind in (int, float) and not (fits and 0 < value < (2**31 if kind is int else math.inf)):
             whole = " integer" if kind is int else " number"
             raise ValueError(f"{name} is {value!r}, expected a positive{whole}")
         if kind is bool and type(value) is not bool:
@@ -476,6 +512,9 @@ def parse_config(raw):
         raise ValueError(f"missing {', '.join(sorted(missing))}")
     config = Config(**given)
     check_numbers(config)
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, expected at most "
+                         f"{MAX_LAYERS}")
     heads, head_dim = config.num_attention_heads, raw.get("head_dim") or config.head_dim
     if config.hidden_size != head_dim * heads or head_dim % 2:
         raise ValueError(f"hidden_size {config.hidden_size} is not {heads} heads of an even "
@@ -544,14 +583,14 @@ def param_shapes(config):
 def init_params(config, seed, device="cpu", dtype=torch.float32):
     """Random weights: normal(0, initializer_range), smaller by 1 / sqrt(2 L) in the two projections
     of a layer that write to the residual stream, as in GPT-2."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     params = {}
     for name, shape in param_shapes(config).items():
         std = config.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * config.num_hidden_layers)
         if len(shape) == 2:
-            tensor = torch.randn(shape, generator=generator) * std
+            tensor = torch.randn(shape, generator=generator, device=device) * std
         else:
             tensor = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         params[name] = tensor.to(device, dtype)
@@ -570,8 +609,10 @@ def weight_files(model_dir):
     return [model_dir / name for name in sorted(set(map(str, weight_map.values())))]
 
 
-def load_params(model_dir, device="cpu", dtype=torch.float32):
+def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
+
+    adapter: the directory of one to lay over them, as for load_adapter.
 
     Files are memory-mapped and read tensor by tensor: never a second copy of the weights. On a CPU,
     tensors that are of `dtype` already stay views of the mapping, which is private: writing into
@@ -609,15 +650,19 @@ def load_params(model_dir, device="cpu", dtype=torch.float32):
             wrong = ["lm_head.weight is not model.embed_tokens.weight, though tie_word_embeddings "
                      "is true"]
     if wrong:
-        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: {'; '.join(wrong)}")
-    return {key: params[key] for key in shapes}
+        more = f"; and {len(wrong) - 50} more" if len(wrong) > 50 else ""
+        raise ValueError(f"{model_dir}: the tensors do not fit its config.json: "
+                         f"{'; '.join(wrong[:50])}{more}")
+    params = {key: params[key] for key in shapes}
+    return params | load_adapter(adapter, config, device) if adapter else params
 
 
 def save_model(out_dir, params, config, like):
     """Write a directory that transformers, and every script here, loads as it is.
 
     like: the directory whose tokenizer, chat template and generation settings to copy. An adapter
-    in `params` is merged. The directory appears whole, and only then replaces one of its name.
+    in `params` is merged, and kept in the subdirectory `adapter`, for PEFT. The directory appears
+    whole, and only then replaces one of its name.
     Raises ValueError when `out_dir` holds something that is not a model.
     """
     out_dir = Path(out_dir).resolve()
@@ -639,14 +684,96 @@ def save_model(out_dir, params, config, like):
     text = json.dumps(config_json(config) | {"torch_dtype": dtype}, indent=2) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
     shutil.copymode(staging / "config.json", staging / "model.safetensors")  # not its owner's alone
-    for path in staging.iterdir():  # on the disk before the name says that it is whole
-        with open(path, "rb") as file:
+    if any(".lora_" in name for name in params):
+        save_adapter(staging / "adapter", params, like)
+    for path in staging.rglob("*.*"):  # on the disk before the name says that it is whole
+        with open(path, "r+b") as file:  # Windows syncs what it may write
             os.fsync(file.fileno())
     if out_dir.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(out_dir, old)
     os.replace(staging, out_dir)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------ adapters, in PEFT's format
+
+PEFT_PREFIX = "base_model.model."
+# Variants that change what is computed, though the tensors look the same.
+PEFT_VARIANTS = ("alpha_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora",
+                 "use_bdlora")
+
+
+def save_adapter(out_dir, params, base):
+    """Write the adapter in `params` as PEFT's LoraConfig and tensors.
+
+    base: the directory of the model that it was trained on, which PEFT is told.
+    `PeftModel.from_pretrained(model, out_dir)` of the peft package loads it, as does load_adapter.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lora = {name: tensor for name, tensor in params.items() if ".lora_" in name}
+    rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
+    targets = {name.split(".lora_")[0].split(".")[-1] for name in lora}
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+           "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(targets),
+           "base_model_name_or_path": str(Path(base).resolve()), "inference_mode": True}
+    path = out_dir / "adapter_config.json"
+    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous()
+               for name, tensor in lora.items()}
+    save_file(tensors, out_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(path, out_dir / "adapter_model.safetensors")
+
+
+def adapter_rank(adapter_dir, rank=None):
+    """The rank of a saved adapter. Raises ValueError where another `rank` is asked for."""
+    found = read_json(Path(adapter_dir) / "adapter_config.json").get("r")
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{adapter_dir}: r is {found!r}, expected a positive integer")
+    if rank not in (None, found):
+        raise ValueError(f"--lora-rank is {rank}, and {adapter_dir} holds an adapter of rank "
+                         f"{found}; leave --lora-rank out, or pass a merged model as --model")
+    return found
+
+
+def load_adapter(adapter_dir, config, device="cpu"):
+    """A LoRA adapter in PEFT's format, as `params` takes it: float32, alpha / rank within lora_B.
+
+    It need not have a part for every linear layer. Raises FileNotFoundError, or ValueError for what
+    does not fit `config` and for variants of LoRA that are not computed here.
+    """
+    adapter_dir = Path(adapter_dir)
+    raw = read_json(adapter_dir / "adapter_config.json")
+    rank = adapter_rank(adapter_dir)
+    odd = [name for name in PEFT_VARIANTS if raw.get(name)]
+    if raw.get("peft_type") != "LORA":
+        odd.append(f"peft_type {raw.get('peft_type')}")
+    if raw.get("init_lora_weights") not in (None, True, False, "gaussian"):
+        odd.append(f"init_lora_weights {raw['init_lora_weights']}")  # they change the base, too
+    if odd:
+        raise ValueError(f"{adapter_dir}: {', '.join(odd)}, expected plain LoRA; merge it with "
+                         "PEFT, and pass the result as --model")
+    scale = raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    shapes = lora_shapes(config, rank)
+    path = adapter_dir / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; PEFT's save_pretrained writes it")
+    lora, wrong = {}, []
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        for key in file.keys():
+            name = key.removeprefix(PEFT_PREFIX)
+            shape = tuple(file.get_slice(key).get_shape())
+            if shapes.get(name) != shape:
+                wrong.append(f"{name} is {list(shape)}, expected {shapes.get(name, 'no such')}")
+                continue
+            tensor = file.get_tensor(key).float()
+            lora[name] = tensor * scale if ".lora_B." in name else tensor
+    halves = Counter(name.split(".lora_")[0] for name in lora)
+    wrong += [f"{name} has one half of two" for name, n in halves.items() if n < 2]
+    if wrong or not lora:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong) or 'it is empty'}")
+    return {name: lora[name] for name in shapes if name in lora}
 
 
 # ------------------------------------------------------------ tokenizer and chat
@@ -661,9 +788,12 @@ def load_tokenizer(model_dir):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
+    tokenizer.no_truncation()  # a file may have been saved with them, and prompts be cut in silence
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_tokens(tokenizer, config):
@@ -672,24 +802,52 @@ def end_tokens(tokenizer, config):
     return chat - {None} | set(config.eos_token_id)
 
 
+# A template is a program of unknown origin: it is rendered in a process of its own, with bounds.
+RENDER = """
+import sys
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+except (ImportError, ValueError, OSError):
+    pass  # on Windows, say; there time alone is bounded
+sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+template = sandbox.from_string(sys.stdin.buffer.read().decode())
+text = template.render(messages=[{"role": "user", "content": ""}])
+sys.stdout.buffer.write(text[:100_000].encode("utf-8", "replace"))
+"""
+
+
+@functools.cache
+def render_template(template, timeout_s=10):
+    """A chat template around an empty question. Raises ValueError when it fails or takes long."""
+    try:
+        done = subprocess.run([sys.executable, "-c", RENDER], timeout=timeout_s,
+                              input=template.encode("utf-8", "replace"), capture_output=True)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"not within {timeout_s} s") from None
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
+        raise ValueError(said or f"exit code {done.returncode}")
+    return done.stdout.decode()
+
+
 def load_system_prompt(model_dir):
     """The system turn that a model's chat template adds when there is none; None when it adds none.
 
-    Found by rendering the template, in Jinja's sandbox, around an empty question.
-    Raises ValueError when it does not render.
+    Found by rendering the template. Raises ValueError when it does not render.
     """
     path = Path(model_dir) / "chat_template.jinja"  # where transformers 5 keeps it
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
+        template = path.read_bytes().decode("utf-8", "replace")
     else:
         path = Path(model_dir) / "tokenizer_config.json"
         template = read_json(path).get("chat_template") if path.is_file() else None
     if not isinstance(template, str):
         return None
     try:
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        text = sandbox.from_string(template).render(messages=[{"role": "user", "content": ""}])
-    except TemplateError as error:
+        text = render_template(template)
+    except ValueError as error:
         raise ValueError(f"{path}: the chat template does not render ({error})") from None
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
     return found[1] if found else None
@@ -715,6 +873,7 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
 
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
+    text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
     ids, begin = [], 0
     for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
         ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids

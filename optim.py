@@ -9,20 +9,24 @@ import argparse
 import atexit
 import ctypes
 import functools
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 import traceback
 import zlib
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +35,22 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import head_slice, param_shapes, read_json, save_model
+from model import (
+    did_you_mean,
+    head_slice,
+    param_shapes,
+    read_json,
+    save_model,
+    token_logprobs,
+)
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products round alike
 SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU's cache
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
-    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps")
+    "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until",
+    "timeout_min", "compile")
 
 # ------------------------------------------------------------ flags
 
@@ -68,6 +80,8 @@ def between(low, high):
 
 
 below_one = bounded(float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+step_size = bounded(float, lambda value: 0 < value <= 1, "more than 0 and at most 1: AdamW moves "
+                    "every weight by about so much in a step")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -83,12 +97,27 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + " (default %(default)s)"
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, with such help, and a guess at what an unknown flag was meant to be."""
+
+    def __init__(self, description, **more):
+        super().__init__(description=description, formatter_class=HelpFormatter, **more)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}"
+                       f"{did_you_mean(flag, self._option_string_actions)}")
+        return args
+
+
 def add_device_flags(parser):
     """The flags of every script that samples or trains: --device, --dtype, --processes."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of the computation; auto: bfloat16 on a GPU, float32 on a CPU")
+        help="of the computation; auto: bfloat16 on a GPU that has it, else float32")
     add("--processes", type=at_least(1), help="forks of one thread each, on a CPU under Linux "
         "(default: one per core, at most 8 and as many as memory holds)")
 
@@ -97,13 +126,16 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     """The flags that sft.py and grpo.py share. lr, run_dir: defaults; lr_help says what None is."""
     add_device_flags(parser)
     add = parser.add_argument_group("training").add_argument
-    add("--lr", type=above(0.0), default=lr, help=lr_help)
+    add("--adapter", help="directory of a LoRA adapter (PEFT's format) to go on from")
+    add("--lr", type=step_size, default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
     add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="of the matrices")
     add("--clip", type=at_least(0.0), default=1.0, help="largest norm of the gradient; 0: any")
     add("--seed", type=between(0, 2**63 - 1), default=0, help="every random choice follows from it")
     add("--offload", action="store_true", help="masters and Adam moments in host memory (GPU only)")
+    add("--timeout-min", type=above(0.0), default=120.0,
+        help="minutes that a process waits for the others before all end")
     add("--run-dir", default=run_dir, help="where the run lives")
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
@@ -125,16 +157,39 @@ def parse_train_args(parser, argv=None):
 
 
 def run_main(main, parse_args):
-    """A script's main as a command: what its user can mend is one line on stderr, exit code 2."""
+    """A script's main as a command. What its user can mend is one line on stderr, exit code 2.
+
+    Ctrl-C is one, too, with how to go on, and exit code 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    script = Path(sys.argv[0]).name
+    how = ""
+    quit_on_second_signal()
     try:
-        main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
+        args = parse_args()
+        how = how_to_go_on(args)
+        main(args)
+    except (ValueError, OSError) as error:
         if rank_and_world()[0] > 0:
             time.sleep(2)  # if process 0 fails for the same reason, this one is over before
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():  # the clean-up would wait for the others
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted")
+        if rank_and_world()[0] == 0:
+            print(f"\n{script}: stopped{how}", file=sys.stderr)
+        sys.exit(130)
+
+
+def how_to_go_on(args):
+    """What a script says when it is stopped, by the flags that it has."""
+    if hasattr(args, "resume"):
+        return f"; go on with: {resume_command()}"
+    if getattr(args, "records", None):
+        return f"; the same command goes on from what {args.records} holds"
+    return ""
 
 
 # ------------------------------------------------------------ processes
@@ -146,20 +201,27 @@ def rank_and_world():
 
 
 def find_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:N"; torchrun's processes take a GPU each.
+    """The torch.device of "auto", "cpu", "cuda", "cuda:N" or "mps" (never chosen by "auto").
 
-    Raises ValueError when there is no such device.
+    torchrun's processes take a GPU each. Raises ValueError when there is no such device.
     """
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: PyTorch finds no Apple GPU here; pass --device cpu")
+        return torch.device("mps")
+    # for packed rows; they are of every length, and it is read when CUDA is first used
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count()
     if name == "cpu" or name == "auto" and not gpus:
         return torch.device("cpu")
     found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if not found:
-        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda or cuda:N")
+        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda, cuda:N or mps")
     index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
                          "pass --device cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to 0.4 s, for every shape
     return torch.device("cuda", index)
 
 
@@ -175,11 +237,12 @@ def default_processes(device, gib_each, gib_shared=0.0):
     return max(1, min(len(os.sched_getaffinity(0)), 8, fitting))
 
 
-def init_distributed(device="auto", processes=1):
+def init_distributed(device="auto", processes=1, timeout_min=120):
     """(rank, world, device), the process group set up: torchrun's, or forks of this process.
 
     device: as for find_device. processes: how many to become without torchrun. They share what was
-    loaded before, such as frozen weights. When one fails, all end.
+    loaded before, such as frozen weights. When one fails, all end; so they do when one has waited
+    `timeout_min` minutes for the others.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -190,10 +253,15 @@ def init_distributed(device="auto", processes=1):
         if on_gpu or sys.platform != "linux":
             raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere "
                              "torchrun starts many processes, and --processes 1 is one")
+        most = max(8, len(os.sched_getaffinity(0)))
+        if processes > most:
+            raise ValueError(f"--processes {processes} is more than 8 and more than the usable "
+                             f"cores of this machine; expected at most {most}")
         forks = fork_into(processes)
     rank, world = rank_and_world()
     if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+                                timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
         sys.excepthook = functools.partial(leave_at_once, forks)
     return rank, world, device
@@ -223,6 +291,8 @@ def fork_into(count):
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "TOKENIZERS_PARALLELISM": "false"}  # the tokenizer's threads are not forked
     torch.set_num_threads(1)
+    if rank > 0:
+        quit_on_second_signal()  # threads do not survive a fork
     return forks if rank == 0 else []
 
 
@@ -250,6 +320,12 @@ def say(*words):
         print(*words, flush=True)
 
 
+def printable(text):
+    """A model's or a server's text without the codes that a terminal would obey, spelled out."""
+    codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+    return re.sub(codes, lambda code: ascii(code[0])[1:-1], text)
+
+
 def all_sum(values):
     """The sums of a list of floats over all processes, in float64, known to every process."""
     if not dist.is_initialized():
@@ -275,9 +351,15 @@ ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and libraries; CUDA's contex
 
 
 def compute_dtype(name, device):
-    """The dtype that --dtype names; "auto": bfloat16 on a GPU, float32 on a CPU."""
+    """The dtype that --dtype names; "auto": bfloat16 on a GPU that computes in it, else float32.
+    """
+    kind = torch.device(device).type
+    if name == "auto" and kind == "cuda":  # a plan may be made where there is none
+        old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
+        name = "float32" if old else "bfloat16"
     if name == "auto":
-        name = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+        modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+        name = "bfloat16" if modern else "float32"
     return getattr(torch, name)
 
 
@@ -295,6 +377,8 @@ def peak_memory_gib(device):
     """The most that this process has held: resident on a CPU, allocated tensors on a GPU. GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if torch.device(device).type == "mps":  # what is held now: it keeps no record
+        return torch.mps.driver_allocated_memory() / 2**30
     if sys.platform == "win32":
         return math.nan
     import resource
@@ -314,11 +398,12 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, rows, cache_slots,
-                lora_rank=0, checkpointing=True, reference=False, offload=False):
+                lora_rank=0, checkpointing=True, reference=None, offload=False, keep_sampler=True):
     """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
 
     longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that they take. reference: a frozen copy is held.
+    that decode at once. cache_slots: that they take. reference: the Config of a frozen model that
+    is held, too. keep_sampler: on a GPU, its cache and weights stay during the update.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
@@ -333,14 +418,19 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     held = size * weights + 4 * trained  # and gradients
     if lora_rank:
         held += 4 * trained  # the adapter itself
-    elif reference:
-        held += size * weights
+    if reference:
+        held += size * sum(map(math.prod, param_shapes(reference).values()))
     if not (offload and on_gpu):  # moments, and masters of what is not float32
         held += (12 if size < 4 and not lora_rank else 8) * trained / world
 
+    cache = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
+    sampler = size * weights if lora_rank or not on_gpu else 0  # merged, or packed
+    if on_gpu and keep_sampler:  # where its graphs read them
+        held += cache + sampler
+
     layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
     if lora_rank:
-        layer += 4 * (5 * D + width)  # float32 inputs of the adapter
+        layer += size * (5 * D + width)  # inputs of the adapter
     if not on_gpu:  # a fused kernel keeps no scores
         layer += size * config.num_attention_heads * longest
     head = (8 + size) * V * min(row_tokens, head_slice(V, device))
@@ -353,9 +443,8 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     update = held + row_tokens * L * layer + max(head, row_tokens * again)
 
     rollouts = held + rows * V * (12 + size)  # logits
-    rollouts += 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
-    if lora_rank or not on_gpu:
-        rollouts += size * weights  # the sampler's, merged or packed
+    if not (on_gpu and keep_sampler):
+        rollouts += cache + sampler
     allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
     shared = size * weights if lora_rank else 0
     return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)
@@ -370,6 +459,28 @@ def plan_line(plan, there):
                  "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more "
                  "GPUs")
     return line
+
+
+def halve_on_oom(args, name, attempt, engine=None):
+    """attempt(), and where a GPU's memory runs out, once more with half of args.NAME, for good.
+
+    For sizes on which no result depends. engine: the sampler's, which gives back what it keeps.
+    Raises ValueError when half is too much as well.
+    """
+    for _ in range(2):
+        size = getattr(args, name)
+        try:
+            return attempt()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        if engine:  # out of the handler, whose traceback holds what was allotted
+            engine.release()
+        torch.cuda.empty_cache()
+        setattr(args, name, max(1, size // 2))
+        flag = f"--{name.replace('_', '-')}"
+        print(f"{reason} at {flag} {size}: going on with {max(1, size // 2)}", flush=True)
+    raise ValueError(f"{reason} at {flag} {size}, which is half of what was tried before; start "
+                     "with less, or see what fits: python bench.py plan --help")
 
 
 # ------------------------------------------------------------ AdamW
@@ -433,6 +544,14 @@ def init_optimizer(trainable, device="cpu", dtype=torch.float32, offload=False):
 def move_grad(param, total):
     total += param.grad
     param.grad = None
+
+
+def clear_gradients(params, optimizer):
+    """Forget what an interrupted backward pass has summed so far."""
+    optimizer.grads.zero_()
+    for param in params.values():
+        if param.dtype != torch.float32:  # whose .grad is no part of `grads`
+            param.grad = None
 
 
 def learning_rate(step, steps, peak, warmup, floor=0.1):
@@ -506,8 +625,8 @@ def count_failures(failures, skipped, lr):
 def sync(*paths):
     """What was written to these files and directories is on the disk when this returns."""
     for path in paths:
-        with suppress(PermissionError):  # Windows opens no directories
-            handle = os.open(path, os.O_RDONLY)
+        with suppress(PermissionError):  # Windows opens no directories, and syncs what it may write
+            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(handle)
             os.close(handle)
 
@@ -568,15 +687,37 @@ def shard_name(rank, world):
     return f"trainer-{rank + 1:05d}-of-{world:05d}.safetensors"
 
 
-def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None):
+def read_trained_on(model_dir):
+    """The keys (data.problem_key) of the problems that a model is known to have been trained on."""
+    path = Path(model_dir, "trained_on.txt")
+    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+
+
+def check_output(params, config):
+    """Raises ValueError when the weights, or what the model says with them, are not finite."""
+    embedding = params["model.embed_tokens.weight"]
+    tokens = torch.arange(min(16, config.vocab_size), device=embedding.device)[None]
+    with torch.no_grad():
+        finite = token_logprobs(params, config, tokens).isfinite().all()
+        finite &= all(tensor.sum().isfinite() for tensor in params.values())
+    if not finite:
+        raise ValueError("the weights or the model's log-probabilities are not finite: training "
+                         "went wrong, and this step is not saved. Start another --run-dir from "
+                         "the last checkpoint, with a smaller --lr")
+
+
+def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None,
+                    trained_on=()):
     """Write run_dir/checkpoints/step_000100: a model directory, and the trainer's state beside it.
 
     params, config, like: for save_model. extra: counters, best score, ..., as JSON, which
     load_checkpoint hands back. best_step: that of the best checkpoint, perhaps this one, to which
-    `checkpoints/best` points. The new one appears whole or not at all; then all but the best and
-    the last `keep` are deleted. Every process calls this, on a file system that all of them see.
-    Raises ValueError when it cannot be written.
+    `checkpoints/best` points. trained_on: keys of problems; those that `like` names are added.
+    The new one appears whole or not at all; then all but the best and the last `keep` are deleted.
+    Every process calls this, on a file system that all of them see.
+    Raises ValueError when it cannot be written, and when the model says nothing finite any more.
     """
+    check_output(params, config)
     rank, world = rank_and_world()
     home = Path(run_dir, "checkpoints")
     path = home / f"step_{step:06d}"
@@ -592,13 +733,15 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                 shutil.rmtree(left)
             save_model(partial, params, config, like)
             write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
+            keys = read_trained_on(like).union(trained_on)
+            write_whole(partial / "trained_on.txt", "".join(f"{key}\n" for key in sorted(keys)))
         gather_objects(None)  # the directory is there
         save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
         shutil.copymode(partial / "config.json", shard)
         sums = dict(gather_objects((shard.name, fingerprint(shard))))
         if rank == 0:
-            others = [p for p in partial.iterdir() if not p.name.startswith("trainer-")]
-            sums |= {p.name: fingerprint(p) for p in others}
+            others = [p for p in partial.rglob("*.*") if not p.name.startswith("trainer-")]
+            sums |= {p.relative_to(partial).as_posix(): fingerprint(p) for p in others}
             write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
             sync(*partial.iterdir(), partial)
             if path.exists():
@@ -614,27 +757,42 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
 
 
 def point_to_best(home, best_step):
-    """Make checkpoints/best a link to the checkpoint of that step."""
-    if best_step is not None:
-        link = home / "best.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"step_{best_step:06d}")
-        os.replace(link, home / "best")
-
-
-def check_files(path, part=0, parts=1):
-    """Raises ValueError, naming the file, when a checkpoint is damaged. Reads each `parts`-th."""
-    damaged = path / "checksums.json"
+    """Make checkpoints/best a link to the checkpoint of that step: a copy where Windows forbids."""
+    if best_step is None:
+        return
+    best, partial = home / "best", home / "best.partial"
+    for left in (partial, best):
+        if left.is_dir() and not left.is_symlink():
+            remove_whole(left)
+    partial.unlink(missing_ok=True)
+    name = f"step_{best_step:06d}"
     try:
-        sums = sorted(json.loads(damaged.read_text(encoding="utf-8")).items())
-        for name, expected in sums[part::parts]:
-            damaged = path / name
-            found = fingerprint(damaged)
+        partial.symlink_to(name)
+    except OSError:
+        shutil.copytree(home / name, partial)
+    os.replace(partial, best)
+
+
+def check_files(path):
+    """Raises ValueError in every process, naming the file, when a checkpoint is damaged."""
+    rank, world = rank_and_world()
+    damage = None
+    suspect = path / "checksums.json"
+    try:
+        sums = json.loads(suspect.read_text(encoding="utf-8"))
+        if "trainer.json" not in sums:
+            raise ValueError("it does not name trainer.json")
+        for name, expected in sorted(sums.items())[rank::world]:
+            suspect = path / name
+            found = fingerprint(suspect)
             if found != expected:
                 raise ValueError(f"bytes and CRC-32 are {found}, expected {expected}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{damaged} is damaged: {error}. Remove {path}; then --resume goes on "
-                         "from the checkpoint before it, or from the start") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        damage = f"{suspect} is damaged: {error}"
+    for found in gather_objects(damage):
+        if found:
+            raise ValueError(f"{found}. Remove {path}; then --resume goes on from the checkpoint "
+                             "before it, or from the start")
 
 
 def load_checkpoint(path, optimizer):
@@ -645,7 +803,7 @@ def load_checkpoint(path, optimizer):
     """
     path = Path(path)
     rank, world = rank_and_world()
-    check_files(path, rank, world)
+    check_files(path)
     trainer = read_json(path / "trainer.json")
     spans = {name: tuple(span) for name, span in trainer["spans"].items()}
     if spans != optimizer.spans:
@@ -686,13 +844,17 @@ def start_run(args):
 
     Without --resume the directory must be empty, or --overwrite given. With it, the logs are cut
     back to the checkpoint; ValueError for a flag that differs from flags.json and is not one of
-    FREE_FLAGS, as the run would not go on as it began. Process 0 writes, the others wait.
+    FREE_FLAGS, as the run would not go on as it began. Process 0 writes, the others wait. The
+    directory is this process's until it ends; ValueError when it is another's.
     """
     rank, _ = rank_and_world()
     run_dir = Path(args.run_dir)
     checkpoint = wandb_run = None
     if rank == 0:
         check_run_dir(args)
+        with disk_errors(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        lock_run(run_dir)
         if args.overwrite and (run_dir / "checkpoints").exists():
             remove_whole(run_dir / "checkpoints")
         checkpoint = (list_checkpoints(run_dir) or [None])[-1]
@@ -701,23 +863,56 @@ def start_run(args):
         save_flags(args, run_dir / "flags.json", checkpoint)
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_log(run_dir / name, step_of(checkpoint) if checkpoint else -1)
+        if not checkpoint:
+            (run_dir / "starts.jsonl").unlink(missing_ok=True)
+        append_records(run_dir / "starts.jsonl", [describe_start(args, checkpoint)])
         if args.wandb:
             wandb_run = start_wandb(args)
-        if not importlib.util.find_spec("matplotlib"):
-            print("curves.png is not drawn: pip install matplotlib")
     return Run(run_dir, rank, wandb_run), gather_objects(checkpoint)[0]
 
 
 def check_run_dir(args):
-    """Raises ValueError when --run-dir holds something else, or a run and no word on what to do."""
+    """Raises ValueError when --run-dir holds something else, or a run and no word on what to do.
+
+    Also when another process is at work there.
+    """
     path = Path(args.run_dir)
-    held = [p.name for p in path.glob("*") if p.suffix != ".partial"]
+    held = [p.name for p in path.glob("*") if p.name != "lock" and p.suffix != ".partial"]
     if held and "flags.json" not in held:
         raise ValueError(f"{path} is not empty and holds no run (no flags.json); choose another "
                          "--run-dir")
     if held and not args.resume and not args.overwrite:
         raise ValueError(f"{path} holds a run; --resume goes on with it, --overwrite deletes it, "
                          "--run-dir takes another directory")
+    if held and rank_and_world()[0] == 0:
+        os.close(lock_run(path))  # only asked; start_run takes it
+
+
+def lock_run(run_dir):
+    """Lock a run's directory and return the file handle. Closed, or when this process ends, killed
+    or not, the system frees the lock; the file that remains means nothing.
+
+    Raises ValueError, with the holder's id, when another process has it.
+    """
+    handle = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            os.lseek(handle, 1 << 20, os.SEEK_SET)  # what is locked there cannot be read
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = os.read(handle, 200).decode()
+        os.close(handle)
+        raise ValueError(f"{run_dir} is in use by {holder}; wait until it ends, or choose another "
+                         "--run-dir") from None
+    os.ftruncate(handle, 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return handle
 
 
 def save_flags(args, path, checkpoint):
@@ -729,14 +924,42 @@ def save_flags(args, path, checkpoint):
         flag = f"--{name.replace('_', '-')}"
         if flags[name] != saved[name]:
             if checkpoint and name not in FREE_FLAGS:
+                remedy = "put the data back" if name == "data_sha256" else "leave it out"
                 raise ValueError(f"{flag} is {flags[name]}, and the run was started with "
-                                 f"{saved[name]}; leave it out, or start a new run with --model "
+                                 f"{saved[name]}; {remedy}, or start a new run with --model "
                                  f"{checkpoint} and another --run-dir")
             print(f"{flag} is now {flags[name]}; it was {saved[name]}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(flags, indent=1) + "\n")
     print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
+
+
+def describe_start(args, checkpoint):
+    """Where a run comes from, for starts.jsonl: command, commit, machine and versions."""
+    device = find_device(args.device)
+    name = platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = found[1] if found else name
+    packages = ("torch", "tokenizers", "safetensors", "numpy")
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
+    return {
+        "time": time.time(), "command": own_command(), "commit": code_commit(),
+        "from": checkpoint.name if checkpoint else "the start",
+        "machine": f"{rank_and_world()[1]} x {device.type}: {name}, {os.cpu_count()} cores, "
+                   f"{platform.platform()}",
+        "versions": f"Python {platform.python_version()}, {', '.join(versions)}"}
+
+
+def code_commit():
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    words = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
 
 
 def start_wandb(args):
@@ -761,7 +984,7 @@ def cut_log(path, step):
     partial = path.with_name(path.name + ".partial")
     with open(path, "rb") as old, open(partial, "wb") as new:
         for line in old:
-            with suppress(ValueError):
+            with suppress(ValueError, TypeError, LookupError):  # not a record: it goes, too
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     new.write(line)
     os.replace(partial, path)
@@ -792,38 +1015,39 @@ def log_samples(run, step, samples):
         append_records(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
 
 
-def draw_curves(run_dir, names=()):
-    """Draw metrics.jsonl as curves.png, a panel for each of `names`; none: all. Process 0 only."""
-    if rank_and_world()[0] or not importlib.util.find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-    path = Path(run_dir, "curves.png")
-    lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    names = names or list(records[-1])
-    figure = Figure(figsize=(16, 0.65 * len(names) + 2), layout="constrained")
-    for place, name in enumerate(names, 1):
-        axes = figure.add_subplot(-(-len(names) // 4), 4, place, title=name, xlabel="step")
-        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
-        axes.plot(*zip(*points), marker=".")
-    figure.savefig(path, dpi=100)
-
-
 # ------------------------------------------------------------ stopping
+
+
+def quit_on_second_signal():
+    """From here on a second Ctrl-C or SIGTERM ends this process at once, whatever it waits for.
+
+    Python's own handlers wait until the main thread is back from a collective, which is never when
+    another process is frozen. What the system's handler writes to a socket, a thread reads at once.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.detach())
+
+    def wait():
+        stops = {signal.SIGINT, signal.SIGTERM}
+        received = []
+        while len(received) < 2:
+            received += stops.intersection(ours.recv(1))
+        os._exit(128 + received[-1])
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
 def stop_signals():
     """Inside, Ctrl-C and SIGTERM only ask to stop: yields a function that says whether to.
 
-    All processes get the same answer. A second signal quits at once. torchrun kills 30 s after
-    the first; `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
+    All processes get the same answer. torchrun kills 30 s after the first signal;
+    `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
     """
     received = []
 
     def handle(number, frame):
-        if received:
-            os._exit(128 + number)
         received.append(number)
         if rank_and_world()[0] == 0:
             with suppress(OSError):  # the terminal may be gone, which is why we are asked to stop
@@ -840,10 +1064,15 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def resume_command():
-    """The command that goes on with this run, to be shown when it stops."""
+def own_command():
+    """The command that this script was started with, but for --resume and --overwrite."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     launcher = "python"
     if dist.is_torchelastic_launched():
         launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{launcher} {shlex.join(words)} --resume"
+    return f"{launcher} {shlex.join(words)}"
+
+
+def resume_command():
+    """The command that goes on with this run, to be shown when it stops."""
+    return f"{own_command()} --resume"

@@ -13,7 +13,6 @@ Self-Refine: Madaan et al. 2023, arXiv:2303.17651. That it seldom helps without 
 and should be compared with self-consistency of equal cost: Huang et al. 2023, arXiv:2310.01798.
 """
 
-import argparse
 import json
 import math
 import random
@@ -32,7 +31,7 @@ from data.prompts import AGAIN, AGAIN_LONG, ALL_RIGHT, CHECK, CHECK_LONG, PRESET
 from eval import maj_at_k, percent, votes_of
 from generate import completion_text, generate
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from optim import HelpFormatter, at_least, gather_objects, rank_and_world, run_main, say
+from optim import Parser, at_least, gather_objects, rank_and_world, run_main, say
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
@@ -40,7 +39,7 @@ SCORES = ("answer-mean", "mean", "format")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot", CHATS)
     add = p.add_argument
     add("--rounds", type=at_least(1), default=3, help="K: times an answer is checked and revised")
@@ -257,6 +256,8 @@ def measure(setup, gate, loop, settings, suffix=""):
 
 
 def main(args):
+    if args.traces:
+        eval.append_lines(args.traces, [])  # what could not be kept need not be measured
     setup = eval.load_setup(args, replies=3)
     check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
@@ -286,6 +287,7 @@ def main(args):
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
     say(eval.table(rows))
+    eval.say_trained_on(setup, rows)
     print_rounds(own)
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]

@@ -20,17 +20,18 @@ import time
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
 import model
 import optim
+import view
 from data import load_problems
 from data.files import read_rows
-from data.prompts import PRESETS, THINK_TAGS, in_form, render_prompt
-from eval import evaluate
+from data.mixture import keys_of, problem_key
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag, render_prompt
+from eval import evaluate, fit_context, leave_out, rate_metrics
 from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
@@ -44,12 +45,13 @@ STEP_LINE = ("step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=optim.HelpFormatter)
+    p = optim.Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
     add("--from-scratch", action="store_true", help="random weights in the shape of --model")
     add("--data", required=True, help=".jsonl file of examples")
-    add("--prompt", default="plain", choices=PROMPTS, help="how a problem is put")
+    add("--prompt", type=prompt_flag(PROMPTS), default="plain", metavar="NAME",
+        help=f"how a problem is put: {', '.join(PROMPTS)}, or your text with {{problem}} in it")
     add("--think-tag", default="think", choices=THINK_TAGS)
     add("--answer-weight", type=above(0.0), default=1.2, help="of the final box's tokens")
     add("--epochs", type=above(0.0), default=3.0, help="times that every example is seen")
@@ -57,8 +59,10 @@ def parse_args(argv=None):
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens in one packed row")
     add("--max-tokens", type=at_least(2), default=2048, help="longer examples are left out")
     add("--lora-rank", type=at_least(0), default=0, help="of an adapter; 0: all weights")
-    add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--validation", type=at_least(0), default=200, help="examples that are held out; 0: none")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
+        "the backward pass: less memory, a third more time (default: but for a tiny model)")
+    add("--validation", type=at_least(0), help="examples that are held out; 0: none (default: a "
+        "fifth, at most 200)")
     add("--eval-data", help="problem set or .jsonl whose dev split is answered and graded, too")
     add("--eval-limit", type=at_least(1), default=200, help="problems of it")
     add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
@@ -81,6 +85,7 @@ def default_lr(config, lora_rank):
 class Example(NamedTuple):
     tokens: list[int]
     parts: list[int]  # for each token the index of its part in PARTS, or CONTEXT
+    key: str = ""  # of its problem
 
 
 def split_conversation(row, prompt, system, think_tag):
@@ -97,6 +102,13 @@ def split_conversation(row, prompt, system, think_tag):
             pieces += [(before[done:], False), (message["content"], True)]
             done = len(before) + len(message["content"] + "<|im_end|>")
     return pieces
+
+
+def problem_of(row):
+    """The problem of a row: of a conversation, what its user asks first."""
+    if "messages" not in row:
+        return row["problem"]
+    return next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
 
 
 def answer_span(text, think_tag="think"):
@@ -126,7 +138,7 @@ def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, th
             parts.append(PARTS.index("end"))
         else:
             parts += [CONTEXT] * len(encoded.ids)
-    return Example(tokens, parts)
+    return Example(tokens, parts, problem_key(problem_of(row)))
 
 
 def has_text(record, *names):
@@ -235,8 +247,23 @@ def batch_of_step(examples, step, batch, seed):
     return chosen
 
 
-def load_examples(args, config, tokenizer, system):
-    """(examples to learn, examples held out), chosen by the seed."""
+def hold_out(examples, count, seed):
+    """(examples to learn, at least `count` others), chosen by the seed; no problem is in both."""
+    examples = list(examples)
+    random.Random(seed).shuffle(examples)
+    of_problem = {}
+    for example in examples:
+        of_problem.setdefault(example.key, []).append(example)
+    held_out = []
+    learned = []
+    for group in of_problem.values():
+        chosen = held_out if len(held_out) < count else learned
+        chosen += group
+    return learned, held_out
+
+
+def load_examples(args, config, tokenizer, system, problems):
+    """(examples to learn, examples held out): neither has one of `problems` to be evaluated on."""
     text = PRESETS[args.prompt].text is not None
     end_token = tokenizer.token_to_id("<|endoftext|>" if text else "<|im_end|>")
     if end_token is None:
@@ -245,20 +272,34 @@ def load_examples(args, config, tokenizer, system):
     max_tokens = min(args.max_tokens, config.max_context)
     examples = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt,
                              system=system, think_tag=args.think_tag)
-    if len(examples) <= args.validation:
+    keys = [example.key for example in examples]
+    examples = leave_out(examples, keys, keys_of(problems), args.data)
+    count = args.validation
+    if count is None:
+        count = min(200, len(examples) // 5)
+    learned, held_out = hold_out(examples, count, args.seed)
+    if not learned:
+        problems = len({example.key for example in examples})
         raise ValueError(f"--data {args.data} has {len(examples)} examples of at most {max_tokens} "
-                         f"tokens, expected more than --validation {args.validation}")
-    random.Random(args.seed).shuffle(examples)
-    return examples[args.validation:], examples[:args.validation]
+                         f"tokens, of {problems} problems, expected more than --validation {count}")
+    return learned, held_out
 
 
-def count_processes(args, config, dtype):
-    """What --processes means when it is left out."""
-    slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, True)
+def settle_flags(args, config):
+    """Fill in what was left out, by the model and the memory there is. Writes into `args`."""
+    if args.checkpointing is None:
+        args.checkpointing = not model.is_tiny(config)
+    args.lr = args.lr or default_lr(config, args.lora_rank)
+    device = optim.find_device(args.device)
+    world = max(optim.rank_and_world()[1], args.processes or 1)
+    slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, device.type == "cuda")
     plan = optim.plan_memory(
-        config, dtype, longest=args.max_tokens, row_tokens=args.micro_tokens, rows=64,
-        cache_slots=slots, lora_rank=args.lora_rank, checkpointing=args.checkpointing)
-    return optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
+        config, optim.compute_dtype(args.dtype, device), device, world, longest=args.max_tokens,
+        row_tokens=args.micro_tokens, rows=64, cache_slots=slots, lora_rank=args.lora_rank,
+        checkpointing=args.checkpointing, offload=args.offload)
+    say(optim.plan_line(plan, optim.memory_there(device, world)))
+    if args.processes is None:
+        args.processes = optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 def load_trainable(args, model_dir, config):
@@ -268,11 +309,12 @@ def load_trainable(args, model_dir, config):
         base = model.init_params(config, args.seed)
     else:
         base = model.load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
-    processes = args.processes or count_processes(args, config, dtype)
-    _, _, device = optim.init_distributed(args.device, processes)
+    _, _, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
     if not args.lora_rank:
         return init_optimizer(base, device, dtype, args.offload)
     lora = model.init_lora(config, args.lora_rank, args.seed)
+    if args.adapter:
+        lora = model.load_adapter(args.adapter, config)
     lora, optimizer = init_optimizer(lora, device, offload=args.offload)
     return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer
 
@@ -293,12 +335,13 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
             rewards = {"accuracy": float(answer["strict"] is True),
                        "format": float(in_form(answer["text"], args.think_tag))}
             completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
-                          "finish": answer["finish"]}
+                          "finish": answer["finish"], "num_tokens": answer["tokens"]}
             samples.append({"kind": "held_out", "problem": problem["problem"],
                             "answer": problem["answer"], "prompt": record["prompt"],
                             "completions": [completion]})
         for name in ("accuracy", "format"):
-            metrics[f"val_{name}"] = fmean(s["completions"][0]["rewards"][name] for s in samples)
+            scores = [s["completions"][0]["rewards"][name] for s in samples]
+            metrics |= rate_metrics(f"val_{name}", scores)
     return metrics, samples[:8]
 
 
@@ -313,7 +356,8 @@ def train_step(params, config, optimizer, examples, step, steps, args):
                            weight_decay=args.weight_decay)
     tokens_per_s = sum(len(e.tokens) for e in batch) / (time.perf_counter() - started)
     device = params["model.embed_tokens.weight"].device
-    metrics = {"step": step, "steps": steps, "loss": loss, "lr": lr, "tokens_per_s": tokens_per_s,
+    metrics = {"step": step, "steps": steps, "time": time.time(), "loss": loss, "lr": lr,
+               "tokens_per_s": tokens_per_s,
                "peak_memory_gib": optim.peak_memory_gib(device)}
     return metrics | {f"loss_{part}": value for part, value in parts.items()} | stats
 
@@ -323,11 +367,16 @@ def main(args):
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
-    args.lr = args.lr or default_lr(config, args.lora_rank)
+    if args.adapter:
+        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank or None)
+    settle_flags(args, config)
+    problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
+    prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
+                             think_tag=args.think_tag) for problem in problems]
+    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
+    examples, validation = load_examples(args, config, tokenizer, system, problems)
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
-    examples, validation = load_examples(args, config, tokenizer, system)
-    problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer = load_trainable(args, model_dir, config)
@@ -338,10 +387,15 @@ def main(args):
     best = state["extra"]["best"]
     best_step = state["best_step"]
     skipped = 0
+    trained_on = {example.key for example in examples}
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:
         say(show_example(example, tokenizer))
+    if not checkpoint:
+        _, samples = run_evaluation(params, config, tokenizer, [], problems[:8], system, args)
+        optim.log_samples(run, 0, samples)
+    view.write_report(run)
 
     with optim.stop_signals() as stop_requested:
         for step in range(state["step"] + 1, steps + 1):
@@ -353,7 +407,8 @@ def main(args):
                 found, samples = run_evaluation(params, config, tokenizer, validation, problems,
                                                 system, args)
                 metrics |= found
-                line += "".join(f" | {name} {{{name}:.4f}}" for name in found)
+                line += "".join(f" | {name} {{{name}:.4f}}" for name in found
+                                if not name.endswith(("_low", "_high")))
                 optim.log_samples(run, step, samples)
                 loss = metrics.get("val_loss", metrics["loss"])
                 if loss < best:
@@ -363,11 +418,11 @@ def main(args):
             skipped = optim.count_failures(skipped, metrics["skipped"], args.lr)
             if evaluating or stopping or step % args.save_every == 0:
                 optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
-                                      {"best": best}, args.keep, best_step)
+                                      {"best": best}, args.keep, best_step, trained_on)
             if evaluating:
-                optim.draw_curves(run.dir)
+                view.write_report(run)
             if stopping and step < steps:
-                return say(f"stopped; go on with: {optim.resume_command()}")
+                raise KeyboardInterrupt  # saved; run_main says how to go on
     path = run.dir / "checkpoints" / "best"
     kind = "validation" if validation else "training"
     say(f"best checkpoint, by {kind} loss {best:.4f}: {path} (step {best_step}); "

@@ -16,7 +16,7 @@ import unittest
 from pathlib import Path
 
 ORDER = ("model", "attention", "verify", "optim", "data", "generate", "eval", "infer_scale",
-         "refine", "sft", "grpo")
+         "refine", "view", "sft", "losses", "grpo")
 
 
 def load_tests():

@@ -4,6 +4,7 @@
     load_problems("arithmetic,words:1-2,science:1")    several sets, some of them with levels
 """
 
+import math
 import re
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 from data import gsm8k, math500
 from data.families import SIZES, split_of  # noqa: F401 (split_of: for users of the package)
 from data.files import choose, hold_out, read_rows
+from model import did_you_mean
 
 FAMILIES = ("arithmetic", "words", "knights", "algebra", "debugging", "science")
+TEXTS = {"id", "problem", "answer", "solution", "subject", "key"}
 PUBLISHED = {
     "gsm8k": gsm8k.problems,
     "math500": math500.problems_math500,
@@ -21,30 +24,45 @@ PUBLISHED = {
 
 
 def family_of(problem):
-    """The module of the generated family that a problem is of, or None."""
+    """The module of the generated family that a problem is of, or None.
+
+    A problem of your own may have the same subject, but not the fields that a family gives it.
+    """
     name = problem.get("subject")
-    return import_module(f"data.{name}") if name in FAMILIES else None
+    return import_module(f"data.{name}") if name in FAMILIES and "key" in problem else None
+
+
+def is_text(value):
+    """Whether a field is text, or a number that is written as one."""
+    return type(value) in (str, int) or type(value) is float and math.isfinite(value)
 
 
 def check_problem(row, name, where):
     """One line of a file as a problem; `name` is its id when it has none."""
-    if "question" in row and "problem" not in row and "####" in str(row.get("answer")):
+    answer = row.get("answer")
+    if "question" in row and "problem" not in row and isinstance(answer, str) and "####" in answer:
         named = {field: row[field] for field in ("id", "level") if field in row}
         row = gsm8k.from_row(row, name) | named
+    # not null, nor the NaN with which pandas fills an empty cell
+    given = {field: value for field, value in row.items() if value is not None and value == value}
     for field in ("problem", "answer"):
         if field not in row:
             raise ValueError(f"{where}: no field {field!r}; there are {', '.join(row) or 'none'}; "
                              "expected problem and answer, optional id, solution, level, subject")
-        if type(row[field]) not in (str, int, float) or not str(row[field]).strip():
+        if not str(given.get(field, "")).strip():
             raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
-    texts = {"id": str(row.get("id", name)), "problem": str(row["problem"]),
-             "answer": str(row["answer"])}
-    problem = row | texts
+    problem = {"id": name} | given
+    for field in TEXTS & problem.keys():
+        if not is_text(problem[field]):
+            raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
+        problem[field] = str(problem[field])
     level = problem.pop("level", None)
     if level is not None:
         problem["level"] = math500.level_of(level)
         if not problem["level"]:
             raise ValueError(f"{where}: level {level!r:.60} is not one of 1 to 5")
+    if not isinstance(problem.get("pass_rate", 0), (int, float)):
+        raise ValueError(f"{where}: pass_rate {problem['pass_rate']!r:.60} is no number")
     return problem
 
 
@@ -64,6 +82,16 @@ def read_problems(path):
     return problems
 
 
+def split_levels(name):
+    """"mine.jsonl:1-3" -> ("mine.jsonl", "1", "3"); a level that is not there is None."""
+    return re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", name, re.DOTALL).groups()
+
+
+def split_names(names):
+    """"gsm8k,mine.jsonl:1-3" -> ["gsm8k", "mine.jsonl:1-3"]; the name of a file may have commas."""
+    return [names] if Path(split_levels(names)[0]).is_file() else names.split(",")
+
+
 def load_problems(name_or_path, split="test", limit=None, seed=0):
     """Problems: "id", "problem", "answer", where known "solution", "level" (1 to 5), "subject".
 
@@ -79,10 +107,9 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
         raise ValueError(f"split {split!r} is not one of {', '.join(SIZES)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: expected at least 1, or none for all problems")
-    asked = str(name_or_path)
-    name, first, last = re.fullmatch(r"(.*?)(?::([1-5])(?:-([1-5]))?)?", asked, re.DOTALL).groups()
-    if "," in name and not Path(name).is_file():
-        names = asked.split(",")
+    names = split_names(str(name_or_path))
+    name, first, last = split_levels(names[0])
+    if len(names) > 1:
         share = limit and max(1, limit // len(names))
         return [problem for each in names for problem in load_problems(each, split, share, seed)]
     levels = range(int(first or 1), int(last or first or 5) + 1)
@@ -95,8 +122,9 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
             raise FileNotFoundError(f"no file {name}")
         found = hold_out(read_problems(name), split)
     else:
-        known = ", ".join((*FAMILIES, *PUBLISHED))
-        raise ValueError(f"no problem set {name!r}; there are {known}, or a .jsonl file")
+        known = (*FAMILIES, *PUBLISHED)
+        raise ValueError(f"no problem set {name!r}; there are {', '.join(known)}, or a .jsonl file"
+                         f"{did_you_mean(name, known)}")
     reason = "the file is too small to be divided"
     if first:
         found = [problem for problem in found if problem.get("level") in levels]

@@ -65,18 +65,31 @@ def fetch(name, file, url, rows, sha256):
 
 
 def read_rows(path):
-    """Yields (line number, object) for each line of a .jsonl file that is not blank."""
-    with open(path, encoding="utf-8") as file:
+    """Yields (line number, object) for each line of a .jsonl file that is not blank.
+
+    Raises FileNotFoundError, or ValueError that names the file and the line.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:  # a directory, say
+        raise FileNotFoundError(f"{path}: {error.strerror}; expected a .jsonl file") from None
+    with file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8-sig")  # Windows puts a mark in front
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+                if "\\ud" in text.lower():  # half of a pair cannot be encoded again
+                    json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                                 ) from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                raise ValueError(f"{where}: not JSON ({error})") from None
             if not isinstance(row, dict):
-                kind = type(row).__name__
-                raise ValueError(f"{path}, line {number}: found a {kind}, expected an object")
+                raise ValueError(f"{where}: found a {type(row).__name__}, expected an object")
             yield number, row
 
 

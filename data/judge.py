@@ -11,7 +11,6 @@ commonest faults of first wrong steps, numbers written as N. Problems that are n
 no complete checker: every equation that can be read is checked, and there has to be one.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -21,13 +20,13 @@ from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
 from eval import markdown, paired_bootstrap, percent, wilson
-from optim import HelpFormatter
+from optim import Parser
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("records", nargs="+", help="files of records of eval.py")
     return p.parse_args(argv)
 
@@ -61,7 +60,8 @@ def read_verdicts(path):
         raise ValueError(f"{path} holds no records of eval.py; run it with --records {path}")
     settings = next(iter(records.values()))["settings"]
     name = settings["data"]
-    limit = len(records) * len(name.split(","))  # at least what was asked of each set
+    asked = settings.get("asked", len(records))  # more than were not too long
+    limit = asked * len(name.split(","))  # at least what was asked of each set
     problems = load_problems(name, settings["split"], limit, settings["data_seed"])
     problems = {problem["id"]: problem for problem in problems}
     missing = [i for i in records if i not in problems]

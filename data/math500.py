@@ -5,9 +5,8 @@ set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/: as pub
 train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl.
 """
 
-import json
-
 from data.files import fetch, hold_out, places, read_rows
+from model import read_json
 from verify import extract_answer
 
 URL = "https://huggingface.co/datasets/HuggingFaceH4/MATH-500/resolve/main/test.jsonl"
@@ -15,8 +14,8 @@ ROWS, SHA256 = 500, "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a
 
 
 def level_of(value):
-    """5 from 5 or "Level 5"; None from the "Level ?" that two problems of MATH carry."""
-    digits = str(value).removeprefix("Level ")
+    """5 from 5, 5.0 or "Level 5"; None from the "Level ?" that two problems of MATH carry."""
+    digits = str(value).removeprefix("Level ").removesuffix(".0")
     return int(digits) if digits in ("1", "2", "3", "4", "5") else None
 
 
@@ -41,7 +40,7 @@ def read_math(place, split):
     if path.is_file():
         return [from_row(row, f"math/{split}/{number}") for number, row in read_rows(path)]
     files = sorted((place / split).glob("*/*.json"))
-    return [from_row(json.loads(file.read_text("utf-8")),
+    return [from_row(read_json(file),
                      f"math/{split}/{file.parent.name}/{file.stem}") for file in files]
 
 

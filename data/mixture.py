@@ -1,11 +1,14 @@
 """Which problems a run asks, and when: mixtures of problem sets, and what is held out of them."""
 
+import hashlib
 import itertools
+import json
 import random
 import re
+import unicodedata
 from pathlib import Path
 
-from data import load_problems
+from data import load_problems, split_levels, split_names
 
 
 def split_number(word):
@@ -22,17 +25,40 @@ def load_mixture(words, limit):
     return [load_problems(name, "train", limit) for name in names], proportions
 
 
+def files_of(words):
+    """The .jsonl files, by absolute path, among words such as "gsm8k,mine.jsonl:1-3=2"."""
+    names = [name for word in words for name in split_names(split_number(word)[0])]
+    return {Path(split_levels(name)[0]).resolve() for name in names if ".jsonl" in name}
+
+
 def load_held_out(name, trained_on, dev_limit, test_limit):
-    """(dev, test) of a problem set or file: never trained on. test_limit 0: no test.
+    """(dev, test) of what `name` lists. test_limit 0: no test.
 
     trained_on: the words of load_mixture. Of a file among them, both are what training leaves.
     """
     dev = load_problems(name, "dev", dev_limit)
-    if not test_limit:
-        return dev, []
-    files = [Path(split_number(word)[0]).resolve() for word in trained_on if ".jsonl" in word]
-    split = "dev" if Path(name).resolve() in files else "test"
-    return dev, load_problems(name, split, test_limit)
+    test = []
+    names = split_names(name)
+    for each in names if test_limit else []:
+        split = "dev" if files_of([each]) & files_of(trained_on) else "test"
+        test += load_problems(each, split, max(1, test_limit // len(names)))
+    return dev, test
+
+
+def problem_key(text):
+    """Sixteen characters by which a problem is recognised, however it is spaced or capitalised."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def keys_of(problems):
+    return [problem_key(problem["problem"]) for problem in problems]
+
+
+def data_hash(*problem_lists):
+    """Twelve characters that change with any problem or answer, and with their order."""
+    texts = [[[p["problem"], p["answer"]] for p in problems] for problems in problem_lists]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
 def problem_order(sets, proportions, seed, curriculum=False):

@@ -1,12 +1,16 @@
 """Small Python programs of unknown origin: stepped through, and tried against unit tests.
 
-Nothing is ever executed. `trace` interprets a small part of the language itself (one function,
-whole numbers, strings, lists of numbers, if, while, for, a handful of builtins), with limits on
-steps and sizes. Whatever it does not know, an attribute or an import say, is an error.
+Nothing is ever executed, so there is nothing to be locked in: no process, no file, no name of
+Python's beyond CALLS can be reached. `trace` interprets a small part of the language itself (one
+function, whole numbers, strings, lists of numbers, if, while, for), and whatever it does not know,
+an attribute or an import say, is an error. What holds on every system: at most MAX_CHARS of source
+and MAX_STEPS steps; no operation is given more than MAX_ITEMS items or a number beyond MAX_NUMBER,
+and none can do worse with these than double the one or square the other.
 """
 
 import ast
 import operator
+import warnings
 from functools import lru_cache
 
 MAX_CHARS = 4000
@@ -34,7 +38,9 @@ def parse_function(source):
     if len(source) > MAX_CHARS:
         raise ValueError(f"longer than {MAX_CHARS} characters")
     try:
-        body = ast.parse(source).body
+        with warnings.catch_warnings():  # Python's remarks on a strange escape
+            warnings.simplefilter("ignore")
+            body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"not a program: {error}") from None
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef) or body[0].decorator_list:
@@ -60,7 +66,7 @@ def evaluate(node, state):
             items = [evaluate(item, state) for item in node.elts]
             if not all(isinstance(item, int) for item in items):  # nested ones could grow unseen
                 raise ValueError("only numbers are put into a list")
-            return items
+            return small(items)
         case ast.BinOp():
             left = evaluate(node.left, state)
             right = evaluate(node.right, state)

@@ -7,10 +7,11 @@
 
 import hashlib
 import re
+from argparse import ArgumentTypeError
 from typing import NamedTuple
 
 from data import load_problems
-from model import encode_chat, encode_text, render_chat
+from model import did_you_mean, encode_chat, encode_text, render_chat
 from verify import format_reward
 
 # ---------------------------------------------------------------------- the form of a response
@@ -73,7 +74,7 @@ class Preset(NamedTuple):
     user: str = "{problem}"  # the user's turn; the last block of the prompt where `text` is given
     system: str | None = None  # the system turn, {tag} is the think tag; None: the model's own
     shots: int = 0  # how many solved problems are shown as earlier turns
-    text: str | None = None  # worked examples in front: the prompt is plain text, not a chat
+    text: str | None = None  # worked examples in front, or "": the prompt is plain text, no chat
     stop: tuple = ()  # strings that end a completion
     grade: str = "strict"  # "strict" or "lenient"
 
@@ -160,20 +161,41 @@ Final Answer: The final answer is $-\frac{2}{3}$. I hope it is correct.
 
 """.replace("~\n", "")
 
-PRESETS = {
+class Presets(dict):
+    """Presets by name; a text of your own that holds {problem} is the user's turn of one."""
+
+    def __missing__(self, name):
+        if "{problem}" in name:
+            return Preset(user=name)
+        raise KeyError(name)
+
+
+def prompt_flag(names):
+    """An argparse type: one of these names, or a text of your own with {problem} in it."""
+    def parse(text):
+        if text in names or "{problem}" in text:
+            return text
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(names)}, nor a text with "
+                                f"{{problem}} in it{did_you_mean(text, names)}")
+
+    return parse
+
+
+PRESETS = Presets({
     "plain": Preset(),
     "direct": Preset(user="{problem}\nAnswer with \\boxed{} only."),
     "cot": Preset(user=COT),
     "few-shot-cot": Preset(user=COT, shots=4),
     "r1": Preset(system=R1),
     "boxed": Preset(system=BOXED),  # the published protocol of the instruct models, no examples
+    "question": Preset(text=""),  # of base models: no template (Dr. GRPO, arXiv:2503.20783)
     "qwen-base-gsm8k": Preset(
         user="Question: {problem}\nAnswer:", text=GSM8K_4, stop=("Question:",), grade="lenient"
     ),
     "minerva-math": Preset(
         user="Problem:\n{problem}\n\nSolution:", text=MINERVA_4, stop=("Problem:",), grade="lenient"
     ),
-}
+})
 
 # ---------------------------------------------------------------------- from problem to prompt
 

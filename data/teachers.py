@@ -12,17 +12,20 @@ import json
 import os
 import random
 import re
+import socket
 import threading
 import time
 import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from urllib.error import HTTPError
 
 from data import family_of
-from data.prompts import in_form, respond  # noqa: F401 (in_form: sft.py, for the moment)
+from data.prompts import respond
+from optim import printable
 
 INSTRUCTION = (
     "\n\nThink step by step. Write every calculation as an equation, one on a line. "
@@ -45,6 +48,9 @@ def read_raw(path, settings):
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
+            if b"\\ud" in line:  # half of a pair of characters, from before `append` replaced it
+                text = json.dumps(row, ensure_ascii=False)
+                row = json.loads(text.encode("utf-8", "replace"))
             if number > 1:
                 traces.setdefault((row["problem_id"], row["sample"]), row)
                 continue
@@ -72,7 +78,7 @@ def open_raw(path, settings):
 
 
 def append(file, row):
-    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
 
 # ---- an endpoint
@@ -83,6 +89,23 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_):
         return None
+
+
+class Bounded(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens connections that can be cut: a socket's own time-out begins anew with every byte."""
+
+    connection = None
+
+    def do_open(self, kind, request, **options):
+        def connect(*where, **how):
+            self.connection = kind(*where, **how)
+            return self.connection
+
+        return super().do_open(connect, request, **options)
+
+    def cut(self):
+        with suppress(OSError, AttributeError, TypeError):  # not open yet, or closed already
+            socket.socket.shutdown(self.connection.sock, socket.SHUT_RDWR)
 
 
 class Pace:
@@ -112,9 +135,15 @@ def retry_after(headers):
         return min(MAX_WAIT_S, int(value))
     try:
         seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError, IndexError, OverflowError):
         return 0
     return min(MAX_WAIT_S, max(0, seconds))
+
+
+def count_of(usage, name):
+    """A number of tokens that a reply claims, or 0: a strange claim is no reason to pay twice."""
+    count = usage.get(name) if isinstance(usage, dict) else 0
+    return int(count) if type(count) in (int, float) and 0 <= count < 1e12 else 0
 
 
 def read_reply(reply, deadline):
@@ -122,54 +151,80 @@ def read_reply(reply, deadline):
     body = b""
     while block := reply.read1(1 << 16):
         body += block
-        if len(body) > MAX_REPLY_BYTES or time.monotonic() > deadline:
-            raise OSError("too long, or too slow")
+        if len(body) > MAX_REPLY_BYTES:
+            raise OSError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
     try:
         data = json.loads(body)
         choice = data["choices"][0]
         text = choice["message"].get("content") or ""
         thought = choice["message"].get("reasoning_content") or ""
-        usage = data.get("usage") or {}
-        counts = {key: int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")}
+        finish = str(choice.get("finish_reason"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"not a chat completion: {error!r}") from None
     if not isinstance(text, str) or not isinstance(thought, str) or not (text + thought).strip():
         raise OSError("no text in the reply")
     if thought:
         text = f"<think>\n{thought.strip()}\n</think>\n{text}"
-    return {"text": text, "finish": str(choice.get("finish_reason")), **counts}
+    counts = {name: count_of(data.get("usage"), name)
+              for name in ("prompt_tokens", "completion_tokens")}
+    return {"text": text, "finish": printable(finish)[:40], **counts}
 
 
-def ask(request, pace, *, retries, timeout_s, backoff_s):
-    """The reply to a request, sent until one comes, or None. Raises ValueError on a refusal."""
-    opener = urllib.request.build_opener(NoRedirect)
+def describe(error):
+    """What a failed request says, on one line that is safe to print: no codes, and not the key."""
+    text = str(getattr(error, "reason", error)) or type(error).__name__
+    if isinstance(error, HTTPError):
+        text = f"{error.code} {text}"
+        with suppress(OSError, HTTPException):
+            text += ": " + error.read(300).decode("utf-8", "replace")
+    if key := os.environ.get("OPENAI_API_KEY"):
+        text = text.replace(key, "(the key)")
+    return printable(" ".join(text.split()))
+
+
+def ask(request, pace, complain, *, retries, timeout_s, backoff_s):
+    """The reply to a request, sent until one comes, or None. Raises ValueError on a refusal.
+
+    complain(reason) is called for every time that none came.
+    """
     for attempt in range(retries + 1):
         pace.wait()
         if pace.stop.is_set():
             return None
         asked = time.monotonic()
         delay = 0
+        bounded = Bounded()
+        timer = threading.Timer(timeout_s, bounded.cut)
+        timer.start()
         try:
+            opener = urllib.request.build_opener(NoRedirect, bounded)
             with opener.open(request, timeout=timeout_s) as reply:
                 found = read_reply(reply, asked + timeout_s)
             return found | {"seconds": round(time.monotonic() - asked, 2)}
         except HTTPError as error:
+            reason = describe(error)
             if error.code < 500 and error.code not in (408, 409, 425, 429):
-                detail = " ".join(error.read(300).decode("utf-8", "replace").split())
-                raise ValueError(f"the teacher at {request.full_url} refused: {error.code} "
-                                 f"{error.reason}: {detail}") from None
+                raise ValueError(f"the teacher at {request.full_url} refused: {reason}") from None
             delay = retry_after(error.headers)
             if error.code == 429:
                 pace.hold(delay)
-        except (OSError, HTTPException):
-            pass
+        except (OSError, HTTPException) as error:
+            reason = describe(error)
+            if time.monotonic() - asked >= timeout_s:
+                reason = f"no whole reply within {timeout_s:g} s"
+        finally:
+            timer.cancel()
+        complain(reason)
         if attempt < retries:
             backoff = min(MAX_WAIT_S, backoff_s * 2 ** attempt) * random.uniform(0.5, 1.5)
             pace.stop.wait(max(delay, backoff))
     return None
 
 
-def ask_endpoint(jobs, settings, keep, *, url, concurrency, requests_per_minute, **patience):
+def ask_endpoint(jobs, settings, keep, complain, *, url, concurrency, requests_per_minute,
+                 **patience):
     """Asks an OpenAI-compatible endpoint; keep() gets None for what stays unanswered.
 
     Interrupted, it waits for what is already asked and paid for, keeps that too, and raises
@@ -190,7 +245,7 @@ def ask_endpoint(jobs, settings, keep, *, url, concurrency, requests_per_minute,
         }
         body = json.dumps(payload).encode()
         request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
-        return ask(request, pace, **patience)
+        return ask(request, pace, complain, **patience)
 
     jobs = iter(jobs)
     futures = {}

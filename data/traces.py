@@ -15,7 +15,6 @@ OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject",
 The data card beside it, OUT's .md, says what was dropped and why, and what remains.
 """
 
-import argparse
 import json
 import math
 import random
@@ -28,7 +27,6 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import model
@@ -36,16 +34,25 @@ from data import FAMILIES, family_of, load_problems, split_of, teachers
 from data.families import SIZES
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
-from eval import markdown
+from eval import fit_context, markdown
 from generate import completion_text, generate
-from optim import HelpFormatter, above, at_least, between, write_whole
+from optim import (
+    Parser,
+    above,
+    at_least,
+    between,
+    compute_dtype,
+    find_device,
+    printable,
+    write_whole,
+)
 from verify import extract_answer, verify_many
 
 share = between(0.0, 1.0)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
     add("--split", default="train", choices=SIZES, help="of each set")
@@ -113,26 +120,28 @@ def ask_model(jobs, settings, keep, *, samples, device, max_batch):
     tokenizer = model.load_tokenizer(path)
     system = model.load_system_prompt(path)
     ends = model.end_tokens(tokenizer, config)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    params = model.load_params(path, device, dtype)
-    problems = {problem["id"]: problem for problem, _ in jobs}
+    device = find_device(device)
+    params = model.load_params(path, device, compute_dtype("auto", device))
+    problems = list({problem["id"]: problem for problem, _ in jobs}.values())
+    prompts = []
+    for problem in problems:
+        question = {"role": "user", "content": problem["problem"] + settings["instruction"]}
+        prompts.append(model.encode_chat(tokenizer, [question], system=system))
+    problems, prompts = fit_context(problems, prompts, config, reply_tokens=1)
     wanted = {(problem["id"], sample) for problem, sample in jobs}
     step = max(1, max_batch // samples)
     for begin in range(0, len(problems), step):
-        ids = list(problems)[begin:begin + step]
-        prompts = []
-        for i in ids:
-            question = {"role": "user", "content": problems[i]["problem"] + settings["instruction"]}
-            prompts.append(model.encode_chat(tokenizer, [question], system=system))
+        asked = problems[begin:begin + step]
         groups = generate(
-            params, config, prompts, num_samples=samples, stop_tokens=ends, max_batch=max_batch,
-            max_new_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
-            seed=settings["seed"], seeds=[zlib.crc32(i.encode()) for i in ids],
+            params, config, prompts[begin:begin + step], num_samples=samples, stop_tokens=ends,
+            max_batch=max_batch, max_new_tokens=settings["max_new_tokens"],
+            temperature=settings["temperature"], seed=settings["seed"],
+            seeds=[zlib.crc32(problem["id"].encode()) for problem in asked],
         )
-        for i, prompt, group in zip(ids, prompts, groups):
+        for problem, prompt, group in zip(asked, prompts[begin:], groups):
             for sample, completion in enumerate(group):
-                if (i, sample) in wanted:
-                    keep(problems[i], sample, {
+                if (problem["id"], sample) in wanted:
+                    keep(problem, sample, {
                         "text": completion_text(tokenizer, completion, ends),
                         "finish": completion.finish, "prompt_tokens": len(prompt),
                         "completion_tokens": len(completion.tokens),
@@ -153,13 +162,14 @@ def teacher_settings(args):
 
 
 def collect(problems, settings, args):
-    """(raw traces, those of earlier runs included, what this run cost)."""
+    """(raw traces, those of earlier runs included; what this run cost; {why none came: times})."""
     kind = settings["teacher"]
     samples = args.samples if kind in ("endpoint", "model") else 1
     path = Path(args.out).with_suffix(".raw.jsonl")
     traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
     cost = Counter()
+    complaints = Counter()
     name = f"traces by {settings['model']}"
     with file, tqdm(total=len(jobs), desc=name, disable=not jobs) as bar:
         def keep(problem, sample, reply):
@@ -173,20 +183,25 @@ def collect(problems, settings, args):
             bar.set_postfix_str(tokens, refresh=False)
             bar.update()
 
+        def complain(reason):
+            if reason not in complaints and len(complaints) < 5:
+                tqdm.write(f"asking again: {reason}", file=sys.stderr)
+            complaints[reason] += 1
+
         if kind == "solver":
             teachers.ask_solver(jobs, settings, keep)
         elif kind == "gsm8k-solutions":
             teachers.ask_gsm8k(jobs, settings, keep)
         elif kind == "endpoint":
             teachers.ask_endpoint(
-                jobs, settings, keep, url=args.teacher_url, concurrency=args.concurrency,
-                requests_per_minute=args.requests_per_minute, retries=args.retries,
-                timeout_s=args.timeout_s, backoff_s=args.backoff_s,
+                jobs, settings, keep, complain, url=args.teacher_url,
+                concurrency=args.concurrency, requests_per_minute=args.requests_per_minute,
+                retries=args.retries, timeout_s=args.timeout_s, backoff_s=args.backoff_s,
             )
         else:
             ask_model(jobs, settings, keep, samples=samples, device=args.device,
                       max_batch=args.max_batch)
-    return list(teachers.read_raw(path, settings)[0].values()), cost
+    return list(teachers.read_raw(path, settings)[0].values()), cost, complaints
 
 
 def make_record(trace, problem, settings, args):
@@ -455,7 +470,10 @@ def main(args):
         found = load_problems(name, args.split, args.limit, args.seed)
         problems |= {problem["id"]: problem for problem in found}
     settings = teacher_settings(args)
-    traces, cost = collect(list(problems.values()), settings, args)
+    traces, cost, complaints = collect(list(problems.values()), settings, args)
+    unanswered = str(cost["unanswered"])
+    if complaints:
+        unanswered += f", most often: {complaints.most_common(1)[0][0]}"
     traces = [trace for trace in traces if trace["problem_id"] in problems]
     records = [make_record(trace, problems[trace["problem_id"]], settings, args)
                for trace in traces]
@@ -473,7 +491,7 @@ def main(args):
     records = curate(records, problems, dropped, grams, args)
     if not records:
         reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
-        raise ValueError(f"no trace is left; dropped by {reasons}")
+        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered {unanswered}")
     records = [add_slip(record, problems[record["source"]["problem_id"]], args.self_correction,
                         args.seed, args.think_tag) for record in records]
     random.Random(args.seed).shuffle(records)
@@ -482,7 +500,7 @@ def main(args):
                "text": "free text"}
     facts = {
         "teacher": settings, "problems": len(problems), "process check": checked[mode],
-        "steps of free text": dict(steps), "unanswered": cost["unanswered"],
+        "steps of free text": dict(steps), "unanswered": unanswered,
         "kept out": evaluations,
         "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
                 "tokens in this run",
@@ -498,7 +516,7 @@ def main(args):
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write_whole(out, "".join(lines))
     for stage, drops in dropped.items():
-        example = f" | {drops[0][1]:.100}" if drops else ""
+        example = f" | {printable(drops[0][1]):.100}" if drops else ""
         print(f"dropped by {stage:16}| {len(drops):6}{example}")
     print(f"{len(records)} of {len(traces)} traces -> {out}, card {card} | {facts['cost']}")
     return 0

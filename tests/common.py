@@ -9,13 +9,43 @@ import subprocess
 import sys
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import attention
 import model
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# ---- a GPU's attention on a CPU
+
+
+def varlen_on_cpu():
+    """Patches attention.varlen_attn, which needs a GPU, by what it is documented to compute."""
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
+                    enable_gqa=False, seqused_k=None):
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[0] == -1
+        outs = []
+        for i, (begin, end) in enumerate(zip(cu_seq_q.tolist(), cu_seq_q.tolist()[1:])):
+            first, last = cu_seq_k[i:i + 2].tolist()
+            if seqused_k is not None:
+                assert seqused_k[i] <= last - first
+                last = first + int(seqused_k[i])
+            assert end - begin <= max_q and last - first <= max_k
+            q, k, v = (x.transpose(0, 1)[None] for x in (
+                query[begin:end], key[first:last], value[first:last]))
+            seen = torch.ones(end - begin, last - first, dtype=torch.bool)
+            if window_size[1] == 0:  # aligned at the bottom right
+                seen = seen.tril(last - first - (end - begin))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, enable_gqa=enable_gqa)
+            outs.append(out[0].transpose(0, 1))
+        return torch.cat(outs)
+
+    return mock.patch.object(attention, "varlen_attn", varlen_attn)
+
 
 # ---- assertions
 

@@ -8,7 +8,7 @@ import torch
 
 import attention
 import model
-from tests.common import FORMULA_TOKENS, formula_model
+from tests.common import FORMULA_TOKENS, formula_model, varlen_on_cpu
 
 
 def test_attention_is_causal_and_positions_shift():
@@ -110,3 +110,20 @@ def test_attention_packed_rows_have_few_shapes():
             logprobs.sum().backward()
     sizes = set(config) | {config.head_dim, config.num_key_value_heads * config.head_dim}
     assert {n for n in rows.counts if n not in sizes and n % 32} == set(), rows.counts
+
+
+def test_attention_of_a_packed_row_in_one_call_equals_the_plain_way():
+    """Values and gradients; texts without a prompt, and prompts of several completions."""
+    generator = torch.Generator().manual_seed(5)
+    for groups in ([(5, [3, 40, 1])], [(0, [7, 4]), (33, [2]), (1, [1, 1])]):
+        T = sum(prompt + sum(lengths) for prompt, lengths in groups)
+        inputs = [torch.randn(1, heads, T, 8, generator=generator, requires_grad=True)
+                  for heads in (4, 2, 2)]
+        weights = torch.randn(1, 4, T, 8, generator=generator)
+        plain = attention.packed_attention(groups)(0, *inputs)
+        with varlen_on_cpu():
+            varlen = attention.varlen_packed(groups, "cpu")(0, *inputs)
+        assert (plain - varlen).abs().max() < 1e-5
+        want = torch.autograd.grad((plain * weights).sum(), inputs)
+        got = torch.autograd.grad((varlen * weights).sum(), inputs)
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(want, got))

@@ -26,11 +26,16 @@ def test_bench_step_peak_is_as_planned():
     assert "4096 sampled tokens" in out and "--micro-tokens 2048" in out, out
 
 
-def test_bench_plan_warns_and_says_what_helps():
-    out = _printed("plan", "--gpus", "1:0.5")
-    assert "warning" in out and "--checkpointing" in out, out
-    assert "all weights:" in out and "adapter of rank 32:" in out, out
-    assert "warning" not in _printed("plan", "--gpus", "8:80")
+def test_bench_plan_says_what_fits():
+    out = _printed("plan", "--size", "1.5b", "--gpus", "1:6", "1:8", "8:80")
+    head, _, six, eight, large = (line.split(" | ") for line in out.strip().splitlines())
+    assert head[0] == "| 1.5b" and "`--lora-rank 32` |" in head
+    assert all(cell.startswith("no: ") for cell in six[1:]) and eight[1].startswith("no: ")
+    assert "`--micro-tokens " in eight[3] and "`--max-batch " in eight[3], eight
+    assert large[0] == "| 8 x 80 GiB" and not any("no:" in cell or "`" in cell for cell in large)
+    update, rollouts = map(float, re.match(r"(\S+), (\S+) `--free-sampler`", eight[3]).groups())
+    assert max(update, rollouts) <= 8, eight
+    assert "| tiny | all weights |" in _printed("plan")  # on this machine
     assert "GPUS:GIB" in run("bench.py", "plan", "--gpus", 24, ok=False)
 
 

@@ -6,12 +6,14 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from fractions import Fraction
 from importlib import import_module
@@ -20,7 +22,18 @@ from unittest import mock
 
 import sympy
 
-from data import FAMILIES, files, gsm8k, judge, load_problems, programs, split_of, teachers, traces
+from data import (
+    FAMILIES,
+    family_of,
+    files,
+    gsm8k,
+    judge,
+    load_problems,
+    programs,
+    split_of,
+    teachers,
+    traces,
+)
 from data.families import OFFSETS, REPAIRS, conclude
 from data.prompts import PRESETS, encode_prompt, render_prompt, respond
 from data.steps import check_text
@@ -52,6 +65,15 @@ def test_data_files_name_line_and_field():
             (good | {"answer": [1]}, "line 2", "'answer'"),
             ([], "line 2", "list"),
             (good | {"id": "a"}, "line 2", "'a'", "line 1"),
+            (good | {"answer": math.nan}, "line 2", "'answer'", "nan"),
+            (good | {"problem": -math.inf}, "line 2", "'problem'", "inf"),
+            (good | {"answer": None}, "line 2", "'answer'", "None"),
+            (good | {"subject": ["algebra"]}, "line 2", "'subject'", "text"),
+            (good | {"id": {}}, "line 2", "'id'"), (good | {"solution": True}, "'solution'"),
+            (good | {"level": [2]}, "line 2", "level [2]"),
+            (good | {"pass_rate": "half"}, "line 2", "pass_rate 'half'"),
+            (good | {"problem": "\ud83d"}, "line 2", "UTF-8"),
+            ({"question": "x", "answer": ["####"]}, "line 2", "'problem'"),
         ]:
             _write_lines(path, [good | {"id": "a"}, row])
             with raises(ValueError, str(path), *words):
@@ -59,12 +81,18 @@ def test_data_files_name_line_and_field():
         path.write_text('{"problem": "x", "answer": "y"}\n{"problem": \n')
         with raises(ValueError, "line 2", "JSON"):
             load_problems(path)
+        for encoding in ("utf-16", "latin-1"):
+            path.write_text('{"problem": "Größe?", "answer": "y"}\n', encoding=encoding)
+            with raises(ValueError, f"{path}, line 1", "save the file as UTF-8"):
+                load_problems(path)
+        with raises(FileNotFoundError, home, "expected a .jsonl file"):
+            list(files.read_rows(home))
         path.write_text("\n")
         with raises(ValueError, "empty"):
             load_problems(path)
         with raises(FileNotFoundError, "no file"):
             load_problems(Path(home) / "other.jsonl")
-        with raises(ValueError, "gsm9k", "knights", "jsonl"):
+        with raises(ValueError, "gsm9k", "knights", "jsonl", "did you mean gsm8k?"):
             load_problems("gsm9k")
         with raises(ValueError, "'half'", "train"):
             load_problems("words", "half")
@@ -74,6 +102,13 @@ def test_data_files_name_line_and_field():
         [problem] = load_problems(_write_lines(path, [raw]))
         assert problem["answer"] == "1204" and problem["problem"] == "How many?"
         assert problem["solution"] == "2+2 = <<2+2=4>>4"
+        empty = {"level": math.nan, "subject": math.nan, "solution": None, "id": math.nan}
+        path.write_text(json.dumps(good | empty) + "\r\n" + json.dumps(good | {"level": 3.0}),
+                        encoding="utf-8-sig")  # as pandas and Windows write
+        assert load_problems(path) == [{"id": "p/1", "problem": "1+1", "answer": "2"},
+                                       {"id": "p/2", "problem": "1+1", "answer": "2", "level": 3}]
+        mine = {"subject": "debugging", "problem": "1+1", "answer": "2"}
+        assert family_of(mine) is None, "the family's own problems have its fields"
 
 
 def test_data_subsets_are_no_prefix_and_splits_do_not_meet():
@@ -400,7 +435,14 @@ def test_data_programs_run_nothing_and_stay_small():
     ):
         with raises(ValueError, word):
             programs.trace(f"def f(n):\n {body}", [9])
+    for body in ("n = [" + "1, " * 1300 + "1]", "return n + " + "9" * 3000,
+                 "r = range(1000)\n while 1:\n  n = " + "+".join(["sum(r)"] * 28)):
+        with raises(ValueError):
+            programs.trace(f"def f(n):\n {body}", [9])
     assert time.perf_counter() - begin < 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a model's text prints nothing on the terminal
+        assert programs.trace("def f(n):\n return '\\d'", [9])[1] == "\\d"
 
 
 # ---- steps of free text
@@ -646,7 +688,8 @@ class _Teacher(http.server.BaseHTTPRequestHandler):
             self.send_response(fault)
             self.send_header("Retry-After", "1" if fault == 429 else "soon")
             self.end_headers()
-            return self.wfile.write(b"no such key\nsecond line" if fault < 429 else b"busy")
+            says = b"no such key\nsecond line" if fault < 429 else b"busy"
+            return self.wfile.write(says + f" \033[2J {auth}".encode())
         a, b = map(int, re.findall(r"\d+", request["messages"][-1]["content"])[:2])
         step = f"{a} + {b} = {a + b}."
         message = {"role": "assistant", "content": f"The sum is {step}\n\\boxed{{{a + b}}}"}
@@ -654,7 +697,18 @@ class _Teacher(http.server.BaseHTTPRequestHandler):
             message = {"content": f"\\boxed{{{a + b}}}", "reasoning_content": f"Add them: {step}"}
         body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}],
                            "usage": {"prompt_tokens": 10, "completion_tokens": 7}}).encode()
+        if fault in ("continue", "drip"):  # a byte now and then, for ever
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n" if fault == "continue"
+                                     else b"H")
+                    time.sleep(0.05)
+            return None
+        if fault == "strange":
+            body = body.replace(b": 10", b": 1e400").replace(b": 7", b": [NaN]")
+            body = body.replace(b"The sum", rb"\ud83d The sum")
         body = {
+            "strange": body,
             None: body, "short": body[:50], "garbage": b"\xff\xfe<html>", "list": b"[" * 9000,
             "empty": b'{"choices": []}', "null": b'{"choices": [{"message": {"content": null}}]}',
         }[fault]
@@ -729,6 +783,37 @@ def test_data_http_teacher_loses_and_doubles_nothing():
         assert _traces(home, *flags)[0] == records and len(server.log) == asked + missing
 
 
+def test_data_http_teacher_of_strange_replies():
+    """One of these ended a paid run, and every run after it: half a character, endless tokens."""
+    with tempfile.TemporaryDirectory() as home, _teacher(["strange"] * 3) as (server, flags):
+        flags = ("--data", _sums_file(home, 4), "--split", "test", "--concurrency", 1, *flags)
+        records, _, raw, said = _traces(home, *flags)
+        assert len(records) == 4 and len(server.log) == 4, "no reply is paid for twice"
+        assert raw[0]["text"].startswith("? The sum is 0") and "10 prompt + 7 completion" in said
+        path = Path(home) / "traces.raw.jsonl"
+        path.write_text(path.read_text().replace("? The", "\\ud83d The"))  # as older code left it
+        assert _traces(home, *flags)[0] == records and len(server.log) == 4
+
+
+def test_data_http_teacher_says_why_it_fails_and_ends_in_time():
+    """It said nothing for 77 seconds, and then that no trace was left."""
+    with (tempfile.TemporaryDirectory() as home, _teacher(["drip", "continue"]) as (server, flags),
+          mock.patch.object(traces.tqdm, "write") as said):
+        flags = ("--data", _sums_file(home, 1), "--split", "test", *flags)
+        begin = time.monotonic()
+        with raises(ValueError, "no trace is left", "unanswered 1", "no whole reply within 0.4 s"):
+            _traces(home, *flags, "--retries", 1, "--timeout-s", 0.4)
+        assert time.monotonic() - begin < 5
+        assert [call.args for call in said.call_args_list] == [
+            ("asking again: no whole reply within 0.4 s",)]
+    for status in (503, 401):
+        with (tempfile.TemporaryDirectory() as home, _teacher([status]) as (server, flags),
+              mock.patch.dict(os.environ, OPENAI_API_KEY="sk-secret")):
+            flags = ("--data", _sums_file(home, 1), "--split", "test", *flags, "--retries", 0)
+            with raises(ValueError, str(status), r"\x1b[2J Bearer (the key)"):
+                _traces(home, *flags)
+
+
 def test_data_http_teacher_keeps_to_the_rate_and_waits_when_told():
     with tempfile.TemporaryDirectory() as home, _teacher() as (server, flags):
         flags = ("--data", _sums_file(home, 12), "--split", "test", *flags)
@@ -779,6 +864,14 @@ def test_data_traces_of_a_local_model():
         with raises(ValueError, "no trace is left"):
             _traces(home, *flags)
         assert path.read_text() == raw  # the same samples, one by one
+        _write_lines(Path(home) / "long.jsonl", [
+            {"problem": "1+" * 600 + "1", "answer": "601"}, {"problem": "1+1", "answer": "2"}])
+        with raises(ValueError, "no trace is left", "outcome 1"):
+            _traces(home, "--data", Path(home) / "long.jsonl", "--split", "test", *flags[4:-3], 4,
+                    "--instruction", "", "--samples", 1, "--out", path.with_name("long"))
+        with raises(ValueError, "GPU 99"):
+            _traces(home, *flags, "--seed", 1, "--out", path.with_name("gpu"),
+                    "--device", "cuda:99")
 
 
 def test_data_judge_tells_right_answers_from_right_thoughts():

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
+from data import split_of
 from data.prompts import PRESETS, load_shots, prompt_hash, render_prompt
 from model import save_model
 from tests.common import (
@@ -326,7 +327,7 @@ def test_eval_compare_is_paired():
     assert "(10 of 12) | 40.0" in text and "(10 of 10) | 90.0" in text, text
     assert "| +50.0 [" in text, text
     assert "model 'a', 'b'" in text, text
-    assert "5 gained, 0 lost; McNemar's exact p = 0.062" in text, text
+    assert "5 of 10 problems gained, 0 lost; McNemar's exact p = 0.062" in text, text
 
 
 def test_eval_rows_are_found_by_what_they_are():
@@ -417,3 +418,61 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
     assert f"| + GRPO | {same}" in text, text
     assert "| + GRPO, sampled | 50.0 [40.0, 60.0] | +50.0 [" in text, "paired on the four shared"
     assert "| 2.500 | 4 |" in text, text
+
+
+def test_eval_one_long_problem_ends_no_run():
+    """It is left out of what is asked, and that is said; one ended every run at its turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "mine.jsonl"
+        problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "solution": f"{i} + 1",
+                     "level": 1} for i in range(30)]
+        long = ("What is " + "1 + " * n + "1?" for n in range(600, 700))
+        long = next(text for text in long if split_of(text) == "dev")  # sft.py asks this split
+        problems.append({"problem": long, "answer": "600", "level": 1})
+        data.write_text("".join(json.dumps(p) + "\n" for p in problems))
+        words = ["--data", data, "--results", f"{folder}/rows", "--processes", 1,
+                 "--max-new-tokens", 8]
+        said = "1 of 31 problems are left out"
+        assert said in in_process("eval", *words)
+        assert evaluation.find_row(f"{folder}/rows", asked=31)["n"] == 30, "as the report finds it"
+        assert said in in_process("refine", *words, "--rounds", 1, "--temperature", 0)
+        words += ["--shots-from", "arithmetic", "--experiments", "prompts", "--exemplars", 2]
+        assert said in in_process("infer_scale", *words)
+        assert "no prompt leaves room" in error_of("eval", *words[:-6], "--max-new-tokens", 1024)
+        said = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
+                          "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--processes", 1,
+                          "--train-limit", 9, "--refill", 0, "--run-dir", f"{folder}/run")
+        assert said.count("problems are left out") == 2 and "30 for the result" in said, said
+        rows = [{"problem": p["problem"], "response": "1"} for p in problems[:9]]
+        examples = Path(folder) / "examples.jsonl"
+        examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,
+                          "--eval-data", f"{data}:1", "--run-dir", f"{folder}/sft",
+                          "--processes", 1, "--max-new-tokens", 8)
+        assert "problems are left out" in said and "val_accuracy" in said
+
+
+def test_eval_on_a_full_or_forbidden_disk():
+    """One line instead of a traceback, early where it can be known, and what was measured shown."""
+    import resource  # of Unix
+    for flag in ("--results", "--records"):
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--limit", 2, "--processes", 1, "--results", f"{folder}/rows"]
+            error = error_of("eval", *words, flag, f"{__file__}/of.jsonl")
+            assert f"{__file__}/of.jsonl: could not be written (" in error, error
+            with (contextlib.redirect_stdout(io.StringIO()) as said,
+                  raises(ValueError, "/dev/full: could not be written (No space left")):
+                args = evaluation.parse_args(list(map(str, [*words, "--results", "/dev/full"])))
+                evaluation.main(args)
+            assert "| greedy |" in said.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows"
+        evaluation.append_lines(path, [{"a": 1}])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12, limits[1]))  # as a disk that fills
+        try:
+            with raises(ValueError, "rows: could not be written"):
+                evaluation.append_lines(path, [{"b": 1}])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_text() == '{"a": 1}\n', "no half of a line"

@@ -1,12 +1,16 @@
 """Tests of generate.py."""
 
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
 
+import attention
+import generate as generate_module
 import model
 from generate import (
     Row,
+    decode_step,
     generate,
     inverse_cdf,
     row_key,
@@ -16,7 +20,14 @@ from generate import (
     uniform,
 )
 from model import Config, forward, init_lora, init_params, merge_lora, token_logprobs
-from tests.common import bytes_tokenizer, raises
+from tests.common import (
+    bytes_tokenizer,
+    in_process,
+    raises,
+    scripted,
+    small_model,
+    varlen_on_cpu,
+)
 
 _PROMPTS = [[5, 6, 7],
             [9, 3, 4, 11, 12, 30, 2, 17, 8, 44, 51, 26, 6, 6, 1, 0, 20, 21, 22, 23],
@@ -301,17 +312,89 @@ def test_generate_in_bfloat16_stays_near_the_scorer():
     assert 0 < _gaps(params, config, _PROMPTS, answers).mean() < 0.1
 
 
-def test_generate_layers_compile_to_one_graph():
-    """What a GPU compiles, traced without a compiler: fullgraph raises where Python would have to
-    step in, and three layers share one graph."""
+@contextmanager
+def _static(captured):
+    """`generate` runs its static engine here: no graphs, and varlen_attn as in common.py.
+
+    captured: a list to which the keys of the graphs are added that a GPU would capture.
+    """
+    def graph_step(engine, state, settings, step_fn):
+        key = len(state.tokens), settings
+        if key not in engine.graphs:
+            captured.append(key)
+            engine.graphs[key] = None
+        return state, step_fn
+
+    with varlen_on_cpu(), mock.patch.multiple(
+            generate_module, has_varlen=lambda device, dtype: True, graph_step=graph_step,
+            sampling_params=lambda params, config: params):  # oneDNN's have no address
+        yield
+
+
+def test_generate_static_engine_says_what_the_plain_one_says():
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    ask = {"num_samples": 3, "max_new_tokens": 18, "stop_tokens": {5, 6}, "temperature": 0.9}
+    limits = [[3, 17, 11], [18, 1, 2], [7, 7, 9]]
+    for changes in ({}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}, {"max_batch": 4},
+                    {"max_new_tokens": limits}, {"cache_gib": 1e-4},
+                    {"on_token": lambda prompt, sample, tokens: None}):
+        plain = generate(form, config, _PROMPTS[:3], **ask | changes)
+        with _static(captured := []):
+            static = generate(form, config, _PROMPTS[:3], **ask | changes)
+        assert _tokens(static) == _tokens(plain), changes
+        gaps = [abs(x - y) for a, b in zip(sum(plain, []), sum(static, []))
+                for x, y in zip(a.logprobs, b.logprobs)]
+        assert max(gaps) < 1e-4
+        assert len(captured) == len(set(captured)) <= 5
+
+
+def test_generate_static_engine_keeps_its_graphs_while_the_weights_stay():
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    engine = generate_module.Engine()
+    with _static(captured := []):
+        for _ in range(2):
+            generate(form, config, _PROMPTS, num_samples=2, max_new_tokens=9, engine=engine)
+        first = list(captured)
+        kept = sampling_params({name: 2 * t for name, t in form.items()}, config, packed=False,
+                               out=form)
+        changed = generate(kept, config, _PROMPTS, num_samples=2, max_new_tokens=9, engine=engine)
+        assert captured == first and len(first) == len(set(first))
+        generate(sampling_params(params, config, torch.float64, packed=False), config, _PROMPTS,
+                 max_new_tokens=9, engine=engine)
+        assert len(captured) > len(first)  # other tensors: the graphs read freed memory
+    assert _tokens(changed) == _tokens(generate(form, config, _PROMPTS, num_samples=2,
+                                                max_new_tokens=9))
+
+
+def test_generate_step_of_the_static_engine_compiles_to_one_graph():
+    """Traced without a compiler: fullgraph raises where Python would have to step in."""
     params, config = _sampler(num_hidden_layers=3)
-    for num_samples in (1, 2):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        ask = {"num_samples": num_samples, "max_new_tokens": 12, "temperature": 0.9}
-        compiled = generate(params, config, _PROMPTS[:2], compile_backend="aot_eager", **ask)
-        assert _tokens(compiled) == _tokens(generate(params, config, _PROMPTS[:2], **ask))
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    form = sampling_params(params, config, packed=False)
+    compiled = torch.compile(decode_step, backend="aot_eager", fullgraph=True, dynamic=False)
+    ask = {"num_samples": 2, "max_new_tokens": 6, "temperature": 0.9}
+    with _static([]):
+        plain = generate(form, config, _PROMPTS[:2], **ask)
+        on_cpu = attention.varlen_attn
+
+        @torch.library.custom_op("tests::varlen", mutates_args=())
+        def op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_starts: torch.Tensor,
+               k_starts: torch.Tensor, max_k: int, held: torch.Tensor) -> torch.Tensor:
+            return on_cpu(q, k, v, q_starts, k_starts, 1, max_k, enable_gqa=True, seqused_k=held)
+
+        @op.register_fake
+        def fake(q, *rest):
+            return torch.empty_like(q)
+
+        def varlen_attn(q, k, v, q_starts, k_starts, max_q, max_k, seqused_k=None, **causal):
+            if seqused_k is None:
+                return on_cpu(q, k, v, q_starts, k_starts, max_q, max_k, **causal)
+            return op(q, k, v, q_starts, k_starts, max_k, seqused_k)
+
+        with mock.patch.object(generate_module, "decode_step", compiled), \
+                mock.patch.object(attention, "varlen_attn", varlen_attn):
+            assert _tokens(generate(form, config, _PROMPTS[:2], **ask)) == _tokens(plain)
 
 
 def test_generate_refuses_bad_input():
@@ -348,3 +431,48 @@ def test_generate_streams_text_with_its_thinking_dimmed_or_hidden():
             assert not "".join(written).endswith("<"), "what may become a tag is held back"
         show([*ids, 0], last=True)
         assert "".join(written).replace("\033[0m\033[2m", "") == expected, written
+
+
+def _chat(lines, *words):
+    """What a chat with the tiny model prints; the lines are typed one after another."""
+    with mock.patch("builtins.input", mock.Mock(side_effect=[*lines, EOFError])):
+        return in_process("generate", "--temperature", 0, "--max-new-tokens", 20, *words)
+
+
+def test_generate_chat_says_how_it_ends_and_begins_anew():
+    said = _chat(["", "  ", "What is 3 + 4?", "/reset", "What is 3 + 4?", "/reset", "\udcff"])
+    first, said = said.split("\n", 1)
+    assert first.startswith("tiny on ") and "Ctrl-D ends" in first and "/reset" in first
+    one, two, three = said.split("(a new conversation)\n")
+    assert one == two and "<think>" in one and three
+
+
+def test_generate_chat_forgets_what_does_not_fit_and_survives_what_fails():
+    asked = []
+
+    def answer(text, seed, sample):
+        asked.append(text)
+        if text.endswith("stop<|im_end|>\n<|im_start|>assistant\n"):
+            raise KeyboardInterrupt
+        if text.endswith("fail<|im_end|>\n<|im_start|>assistant\n"):
+            raise RuntimeError("out of memory")
+        return "\033[2Jyes"
+
+    params, config, tokenizer = small_model()
+    with (mock.patch.object(model, "load_params", lambda *_: params),
+          mock.patch.object(model, "load_config", lambda _: config),
+          mock.patch.object(model, "load_tokenizer", lambda _: tokenizer),
+          mock.patch("generate.generate", scripted(answer))):
+        said = _chat(["one", "fail", "stop", "two", "x" * 1200, "y" * 1200])
+    assert "no answer: out of memory" in said and "no answer: stopped" in said
+    assert all(word in asked[3] for word in ("one", "yes", "two")), "the conversation goes on"
+    assert "fail" not in asked[3] and "stop" not in asked[3]
+    assert "two" in asked[4] and "xx" not in asked[5] and "yy" in asked[5], "the oldest go first"
+    assert said.count("forgotten") == 1 and "are the 6 oldest turns" in said, said
+    assert r"\x1b[2Jyes" in said and "\033" not in said, "no code reaches the terminal"
+
+
+def test_generate_chat_keeps_the_conversation_when_a_question_fills_the_context():
+    said = _chat(["What is 3 + 4?", "1 + " * 600, "What is 3 + 4?"])
+    assert "no answer: prompt 0 has" in said and "forgotten" not in said, said
+    assert said.count("<think>") == 2

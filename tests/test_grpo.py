@@ -1,17 +1,21 @@
 """Tests of grpo.py."""
 
+import collections
 import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -19,13 +23,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+import generate
 import grpo
+import losses
 import model
 import optim
+from data import rewards
+from generate import cache_slots
 from tests.common import (
     GRPO_RUN,
     ROOT,
     assert_same_gradients,
+    bytes_tokenizer,
     double_model,
     error_of,
     gradients,
@@ -36,151 +45,87 @@ from tests.common import (
 )
 
 
-def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high, hard, beta, kl,
-                    longest, total):
-    """The formulas of the papers, a token at a time."""
-    (B, T), number = mask.shape, lambda x: torch.tensor(x, dtype=torch.float64)
-    rows = []
-    for i in range(B):
-        length = int(mask[i].sum())
-        terms = []
-        log_ratios = [logprobs[i, t] - old[i, t] for t in range(T) if mask[i, t]]
-        mean_ratio = torch.exp(sum(log_ratios, number(0.0)) / max(1, length))
-        for t in range(T):
-            if not mask[i, t]:
-                continue
-            A, own = advantages[i], torch.exp(logprobs[i, t] - old[i, t])
-            r = mean_ratio if level == "sequence" else own
-            if loss == "cispo":
-                term = -min(r.item(), 1 + high) * A * logprobs[i, t]
-            else:
-                unclipped = (r if hard is None or r <= hard else number(hard)) * A
-                clipped = min(max(r, number(1 - low)), number(1 + high)) * A
-                term = -(unclipped if unclipped <= clipped else clipped)
-            if beta:
-                d = ref[i, t] - logprobs[i, t]
-                k3 = torch.exp(d) - 1 - d
-                estimates = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_corrected": own * k3}
-                term = term + beta * estimates[kl]
-            terms.append(term)
-        rows.append(terms)
-    tokens = sum(map(len, rows))
-    if loss == "grpo":
-        return sum(sum(terms) / len(terms) for terms in rows if terms) / (total or B)
-    if loss == "dr_grpo":
-        return sum(sum(terms) for terms in rows) / (total or B * longest)
-    return sum(sum(terms) for terms in rows) / (total or tokens)
+def test_grpo_distillation_is_the_reverse_kl_of_each_token():
+    """The gradient of a token is (log p - log q) d log p, for the teacher's q, whose mean over the
+    student's tokens is that of KL(p || q). Float64, a teacher of another depth and width."""
+    params, config = double_model()
+    teacher_config = model.Config(64, 16, 24, 3, 2, 1, initializer_range=0.3)
+    teacher = model.init_params(teacher_config, seed=1, dtype=torch.float64)
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    groups = [(prompt, [s._replace(advantage=0.0) for s in sequences])
+              for prompt, sequences in groups]
+    sequences = [(prompt, s) for prompt, piece in groups for s in piece]
+    tokens = sum(len(s.tokens) for _, s in sequences)
+    total = losses.Total(tokens, tokens)
+    args = _args("--teacher", "tiny", "--temperature", 0.8, "--sampler-cap", 1)
+    assert (args.beta, args.reward) == (1.0, [])
+
+    def packed(p):
+        with torch.no_grad():
+            ref, _, _ = grpo.row_logprobs(teacher, teacher_config, groups, 0.8)
+        grpo.row_loss(p, config, groups, None, ref, total, args)[0].backward()
+
+    def alone(p):
+        for prompt, s in sequences:
+            text = torch.tensor([prompt + s.tokens])
+            logp, logq = (model.forward(*m, text)[0, len(prompt) - 1:-1].div(0.8).log_softmax(-1)
+                          .gather(1, text[0, len(prompt):, None])
+                          for m in ((p, config), (teacher, teacher_config)))
+            ((logp - logq).detach() * logp / tokens).sum().backward()
+
+    assert_same_gradients(gradients(params, packed), gradients(params, alone), 1e-5)
 
 
-def _loss_case(seed=0, B=5, T=6):
-    generator = torch.Generator().manual_seed(seed)
+def test_grpo_distils_from_a_teacher_of_the_same_tokenizer():
+    """Without rewards, groups of equal ones teach, and none is replaced."""
+    tiny = ROOT / "data" / "tiny"
+    with tempfile.TemporaryDirectory() as scratch:
+        params, config = model.load_params(tiny), model.load_config(tiny)
+        noise = torch.Generator().manual_seed(0)
+        params = {k: v + 0.02 * torch.randn(v.shape, generator=noise) for k, v in params.items()}
+        model.save_model(f"{scratch}/teacher", params, config, tiny)
+        words = [*GRPO_RUN[1:], "--test-limit", 0, "--max-new-tokens", 20]
+        words += ["--teacher", f"{scratch}/teacher", "--steps", 1]
+        for flags in ([], ["--reward", "accuracy=1", "--lora-rank", 2]):
+            out = in_process("grpo", *words, *flags, "--run-dir", f"{scratch}/{len(flags)}")
+            *_, learned = map(json.loads, open(f"{scratch}/{len(flags)}/metrics.jsonl"))
+            assert learned["kl"] > 0.01 and learned["grad_norm"] > 0.1, out
+            assert f"kl {learned['kl']:.4f} nat" in out, out
+            assert learned["epoch"] == 4 / 40 and ("reward_accuracy" in learned) == bool(flags)
 
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    logprobs = -draw(B, T).abs() - 0.1
-    old, ref = logprobs + 0.4 * draw(B, T), logprobs + 0.5 * draw(B, T)
-    # a whole row, a single token, an empty row
-    mask = torch.arange(T) < torch.tensor([6, 4, 1, 5, 0])[:, None]
-    return logprobs, old, ref, draw(B), mask
-
-
-def test_grpo_every_loss_equals_its_formula():
-    """Value and gradient, float64, against a loop over tokens: every loss, level, bound, divergence
-    and normaliser."""
-    logprobs, old, ref, advantages, mask = _loss_case()
-    checked = 0
-    for loss, level, hard, (beta, kl), total in itertools.product(
-            ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"), ("token", "sequence"), (None, 1.5),
-            ((0.0, "k3"), (0.3, "k1"), (0.3, "k2"), (0.3, "k3"), (0.3, "k3_corrected")),
-            (None, 37)):
-        ours, theirs = (logprobs.clone().requires_grad_() for _ in range(2))
-        value, _ = grpo.policy_loss(ours, old, ref if beta else None, advantages, mask, loss=loss,
-                                    level=level, clip_hard=hard, beta=beta, kl=kl,
-                                    max_completion_tokens=6, total=total)
-        wanted = _reference_loss(theirs, old, ref, advantages, mask, loss, level, 0.2, 0.28, hard,
-                                 beta, kl, 6, total)
-        value.backward(), wanted.backward()
-        assert abs(value.item() - wanted.item()) < 1e-12, (loss, level, hard, beta, kl, total)
-        worst = (ours.grad - theirs.grad).abs().max()
-        assert worst < 1e-12, (loss, level, hard, beta, kl, total)
-        checked += 1
-    assert checked == 200
+        path = Path(scratch) / "teacher" / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        swapped = dict(zip(raw["model"]["vocab"], reversed(raw["model"]["vocab"].values())))
+        path.write_text(json.dumps(raw | {"model": raw["model"] | {"vocab": swapped}}))
+        error = error_of("grpo", *words, "--run-dir", f"{scratch}/other")
+        assert "tokens of its tokenizer" in error and "family" in error, error
+        assert "--beta is 0" in error_of("grpo", *words, "--beta", 0)
 
 
-def test_grpo_negative_advantage_keeps_its_gradient_above_the_clip():
-    """A max() where PPO takes min() left bad completions that had become likelier without a
-    gradient, in other code."""
-    # ratio e^0.9, far above 1.28
-    logprobs = torch.tensor([[0.9]], dtype=torch.float64, requires_grad=True)
-    case = logprobs, torch.zeros(1, 1), None, torch.tensor([-1.0]), torch.ones(1, 1)
-    loss, stats = grpo.policy_loss(*case)
-    loss.backward()
-    assert logprobs.grad.item() > 1 and stats["clipped_high"] == 0
-    bounded = grpo.policy_loss(*case, clip_hard=1.5)[0]
-    assert abs(bounded.item() - 1.5) < 1e-9
+def test_grpo_maxrl_takes_accuracy_alone():
+    with raises(ValueError, "accuracy alone"):
+        _args("--scale", "mean", "--reward", "accuracy=1", "format=0.1")
+    assert _args("--scale", "mean").reward == ["accuracy=1"]
+    assert _args().reward == ["accuracy=1", "format=0.1"]
 
 
-def test_grpo_loss_survives_degenerate_rows():
-    """Padding may hold anything; rows of no tokens count for nothing; absurd log-probabilities stay
-    finite."""
-    logprobs, old, ref, advantages, mask = _loss_case()
-    spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
-              for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
-        kw = {"loss": loss, "beta": 0.1, "max_completion_tokens": 6}
-        spoilt[0].requires_grad_()
-        a, b = (grpo.policy_loss(*case, advantages, mask, **kw)[0]
-                for case in (spoilt, (logprobs, old, ref)))
-        gradient, = torch.autograd.grad(a, spoilt[0])
-        assert torch.isfinite(a) and torch.isclose(a, b) and not gradient[~mask].any(), loss
-        none = torch.zeros_like(mask)
-        assert grpo.policy_loss(logprobs, old, ref, advantages, none, **kw)[0] == 0
-    far = (torch.full((1, 1), x) for x in (-1.0, -500.0, -900.0))
-    assert torch.isfinite(grpo.policy_loss(*far, torch.ones(1), torch.ones(1, 1), beta=1.0)[0])
-
-
-def test_grpo_k1_in_the_loss_has_no_mean_gradient():
-    """Why k1 is no penalty: over the policy's samples, log p - log ref has that of log p, which is
-    0 in the mean."""
-    logits = torch.randn(8, dtype=torch.float64,
-                         generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ref = torch.randn(8, dtype=torch.float64,
-                      generator=torch.Generator().manual_seed(1)).log_softmax(-1)
-
-    def mean_gradient(kl):
-        logprobs = logits.log_softmax(-1)
-        triples = [[x[i].view(1, 1) for x in (logprobs, logprobs.detach(), ref)] for i in range(8)]
-        each = [grpo.policy_loss(*three, torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0]
-                for three in triples]
-        return torch.autograd.grad(sum(p.item() * loss for p, loss in zip(logprobs.exp(), each)),
-                                   logits)[0]
-
-    logprobs = logits.log_softmax(-1)
-    exact, = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
-    assert mean_gradient("k1").abs().max() < 1e-12
-    # the corrected k3 has that of the divergence itself
-    assert torch.allclose(mean_gradient("k3_corrected"), exact)
-    assert not torch.allclose(mean_gradient("k3"), exact, atol=1e-2)
-
-
-def test_grpo_advantages():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
-    for scale in ("group", "batch", "none"):
-        a = grpo.group_advantages(rewards, scale)
-        assert a.sum(1).abs().max() < 1e-5 and not a[1].any()
-    a = grpo.group_advantages(rewards)
-    # deviation over n - 1: 0.5
-    assert torch.allclose(a[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
-    assert torch.allclose(grpo.group_advantages(rewards, "batch")[0, 0],
-                          0.75 / (rewards.std() + 1e-4))
-    for bad in ((torch.ones(3, 1),), (rewards, "std")):
-        with raises(ValueError, "expected"):
-            grpo.group_advantages(*bad)
+def test_grpo_gdpo_leaves_out_what_is_undecided():
+    coefficients = {"accuracy": 1.0, "brevity": 0.5}
+    args = _args("--combine", "normalise", "--reward", "accuracy=1", "brevity=0.5")
+    groups = [_group(["\\boxed{4}", "\\boxed{5}", "\\boxed{4}"], lengths=[10, 12, 40]),
+              _group(["no", "no", "no"], lengths=[3, 4, 5])]
+    groups = [rewards.reward_group(g, rewards.parse_rewards(args.reward)) for g in groups]
+    first, second = grpo.with_advantages(groups, args)
+    parts = {name: torch.tensor([values]) for name, values in groups[0].parts.items()}
+    wanted = losses.combined_advantages(parts, coefficients, "group")[0].tolist()
+    assert first.advantages == wanted and second.advantages == [0.0] * 3
+    odd = groups[0]._replace(texts=[*groups[0].texts, "?"], right=[*groups[0].right, None],
+                             completions=[groups[0].completions[i] for i in (0, 1, 2, 0)])
+    odd = rewards.reward_group(odd, rewards.parse_rewards(args.reward))
+    assert grpo.with_advantages([odd], args)[0].advantages == [*wanted, None]  # undecided
 
 
 def _group(texts, answers=None, lengths=None, limit=100):
-    import generate
     import verify
 
     problem = {"problem": "How many?", "answer": "4"}
@@ -195,48 +140,163 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
     their best."""
     rng = random.Random(0)
     for _ in range(200):
-        raw = {name: rng.random() for name in grpo.REWARDS if name != "accuracy"}
+        raw = {name: rng.random() for name in rewards.REWARDS if name != "accuracy"}
         scale = rng.uniform(0.1, 0.999) / sum(raw.values())
         words = [f"{name}={value * scale:.6f}" for name, value in raw.items()]
-        coefficients = grpo.parse_rewards(["accuracy=1", *words])
+        coefficients = rewards.parse_rewards(["accuracy=1", *words])
         bonus = coefficients["format"]
         penalties = sum(coefficients.values()) - coefficients["accuracy"] - bonus
         assert coefficients["accuracy"] - penalties > bonus, coefficients
     with raises(ValueError, "wrong answer"):
-        grpo.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
+        rewards.parse_rewards(["accuracy=1", "format=0.5", "brevity=0.5"])
     right = "<think>\nla la la la la la 的的的的\n</think>\n\\boxed{4} 的"
     group = _group([right, "<think>\nthought\n</think>\n\\boxed{5}"], lengths=[100, 40])
     group = group._replace(completions=[group.completions[0]._replace(tokens=[7] * 100),
                                         group.completions[1]])
     words = ["accuracy=1", "format=0.1", "brevity=0.2", "repetition=0.2", "language=0.1",
              "overlong=0.2"]
-    group = grpo.reward_group(group, grpo.parse_rewards(words))
+    group = rewards.reward_group(group, rewards.parse_rewards(words))
     assert group.rewards[0] > group.rewards[1], group.parts
     assert all(-1 <= v <= 1 for values in group.parts.values() for v in values)
+
+
+def _trained(groups):
+    """What of these groups is learned: (sequences by group, tokens that count)."""
+    rows, total = grpo.training_rows(grpo.with_advantages(groups, _args()), _args())
+    return [[s for s in sequences] for row in rows for _, sequences in row], total.tokens
+
+
+def test_grpo_undecided_verdicts_teach_nothing():
+    """They counted as wrong: they were learned from, and moved the baseline of their group."""
+    box = "\\boxed{4}"
+    group = _group([box, "\\boxed{5}", box, "too hard"], lengths=[3, 4, 5, 6])
+    group = group._replace(right=[True, False, True, None])
+    accuracy = rewards.parse_rewards(["accuracy=1", "brevity=0.1"])
+    undecided = rewards.reward_group(group, accuracy)
+    assert undecided.rewards[1] == 0 and undecided.rewards[3] is None
+    without = undecided._replace(completions=group.completions[:3], texts=group.texts[:3],
+                                 rewards=undecided.rewards[:3], right=group.right[:3])
+    for scale in ("group", "batch", "none"):
+        a, b = (grpo.with_advantages([group], _args("--scale", scale))[0]
+                for group in (undecided, without))
+        assert a.advantages[3] is None
+        assert all(abs(x - y) < 1e-6 for x, y in zip(a.advantages, b.advantages, strict=False))
+    learned, total = _trained([undecided])
+    assert [len(s.tokens) for s in learned[0]] == [3, 4, 5] and total == 12
+    one = rewards.reward_group(group._replace(right=[None, None, True, None]), accuracy)
+    none = rewards.reward_group(group._replace(right=[None] * 4), accuracy)
+    assert not grpo.has_spread(one) and not grpo.has_spread(none)
+    assert _trained([one, none]) == ([], 0)
+    metrics = grpo.step_metrics([undecided, none], Counter(), _args())
+    assert metrics["undecided"] == 5 / 8 and metrics["no_spread"] == 0.5
+    assert abs(metrics["reward"] - sum(undecided.rewards[:3]) / 3) < 1e-9
+    assert grpo.step_metrics([none], Counter(), _args())["reward"] == 0
+
+
+SMALL_RUN = [*GRPO_RUN[1:], "--prompts", 2, "--group", 2, "--max-new-tokens", 4, "--refill", 0,
+             "--eval-limit", 2, "--test-limit", 0]
+
+
+def test_grpo_bad_rewards_stop_the_run():
+    """"reward nan" went on to the end, exit code 0. A list that was too short gave what it said of
+    one completion to another."""
+    group = _group(["a", "b"])
+    for values, said in (([0.0, math.nan], "returned nan"), ([-math.inf, 0.0], "returned -inf"),
+                         ([0.0], "[0.0], expected a list of 2"), ([0.0] * 3, "list of 2"),
+                         (None, "returned None"), (["1", 0.0], "returned '1'")):
+        with mock.patch.dict(grpo.REWARDS, format=lambda group: values):
+            with raises(ValueError, "--reward format", said, "expected"):
+                rewards.reward_group(group, {"accuracy": 1.0, "format": 0.1})
+
+    def spoilt(group):  # in the second step, when the first has been learned
+        seen.append(len(group.texts))
+        return [0.0, math.nan if seen.count(2) > 3 else 1.0][:len(group.texts)]
+
+    seen = []
+    with tempfile.TemporaryDirectory() as run, mock.patch.dict(grpo.REWARDS, format=spoilt):
+        error = error_of("grpo", *SMALL_RUN, "--reward", "format=1", "--run-dir", run)
+        assert "--reward format returned nan" in error, error
+        assert optim.step_of(optim.list_checkpoints(run)[-1]) == 1
+        steps = [json.loads(line)["step"] for line in open(f"{run}/metrics.jsonl")]
+        assert steps == [0, 1]
+
+
+def test_grpo_weights_that_are_not_finite_are_named():
+    """A traceback from sampling, and from eval.py a table of wrong answers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        policy = _tiny_policy()
+        policy.params["model.layers.1.mlp.up_proj.weight"][3, 3] = math.nan
+        bad = Path(scratch) / "bad"
+        model.save_model(bad, policy.params, policy.config, ROOT / "data/tiny")
+        for top_p in (1.0, 0.9):
+            with raises(ValueError, "not finite", "another checkpoint"):
+                generate.generate(policy.params, policy.config, [[1, 2]], max_new_tokens=2,
+                                  top_p=top_p)
+        for script, words in (("grpo", [*GRPO_RUN[1:], "--run-dir", f"{scratch}/run"]),
+                              ("eval", ["--results", f"{scratch}/results.jsonl", "--limit", 4])):
+            assert "not finite" in error_of(script, *words, "--model", bad, "--processes", 1)
+        assert not optim.list_checkpoints(f"{scratch}/run")
+
+
+def test_grpo_changed_data_is_refused_on_resume():
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _write_problems(Path(scratch) / "mine.jsonl", range(40))
+        in_process("grpo", *SMALL_RUN, "--data", path, "--run-dir", f"{scratch}/run", "--steps", 1)
+        resume = ["--resume", "--run-dir", f"{scratch}/run", "--steps", 2]
+        _write_problems(path, range(1, 41))
+        error = error_of("grpo", *resume)
+        assert "--data-sha256" in error and "put the data back" in error, error
+        _write_problems(path, range(40))
+        assert "step 2/2" in in_process("grpo", *resume)
+
+
+def test_grpo_says_whether_training_helped():
+    """"best" began at -1, so that a run which fell from 20 % to none had a best of 0 %."""
+    start = [0, [1, 0, 0, 0] * 50]
+    worse, equal = [25, [0] * 200], [25, start[1][::-1]]
+    better, barely = [50, [1, 1, 0, 0] * 50], [50, start[1][:-1] + [1]]
+    for evaluations, best, said in (
+            ([start, worse], 0, "did not help: no later step exceeds the dev accuracy 0.250"),
+            ([start, equal], 0, "did not help"), ([start, better], 50, "training helped: dev"),
+            ([start, barely, worse], 50, "cannot be told")):
+        kept = grpo.keep_first_and_best(evaluations)
+        assert kept[0] == start and kept[1][0] == best
+        assert said in grpo.whether_it_helped(kept), grpo.whether_it_helped(kept)
+    said = grpo.whether_it_helped([start, better])
+    assert "0.500 at step 50, +25.0 points [+19.0, +31.0]" in said, said
+    with tempfile.TemporaryDirectory() as scratch:
+        answers = iter([[1, 1], [0, 1], [0, 0]])
+        with mock.patch.object(grpo, "right_answers", lambda groups: next(answers)):
+            out = in_process("grpo", *SMALL_RUN, "--run-dir", scratch)
+        assert "step 0 | dev accuracy 1.000" in out, out
+        best = f"{scratch}/checkpoints/best"
+        assert Path(best).resolve().name == "step_000000"
+        [*_, last] = out.splitlines()
+        assert last.startswith("training did not help") and last.endswith(best), last
 
 
 def test_grpo_each_reward():
     box = "\\boxed{4}"
     texts = [f"<think>\n{t}\n</think>\n{box}" for t in ("a", "b", "c")] + ["\\boxed{5}"]
     group = _group(texts, lengths=[10, 20, 40, 5], limit=40)
-    assert grpo.accuracy(group) == [1, 1, 1, 0]
+    assert rewards.accuracy(group) == [1, 1, 1, 0]
     # relative to the shortest right one, of 10; the wrong one is not it
-    assert grpo.brevity(group) == [0, -0.5, -1, 0]
-    assert grpo.overlong(group) == [0, 0, -1, 0]
-    assert grpo.well_formed(group)[0] == 1
-    assert grpo.well_formed(_group(["<think>\nno end \\boxed{4}",
+    assert rewards.brevity(group) == [0, -0.5, -1, 0]
+    assert rewards.overlong(group) == [0, 0, -1, 0]
+    assert rewards.well_formed(group)[0] == 1
+    assert rewards.well_formed(_group(["<think>\nno end \\boxed{4}",
                                     f"{box} and more text {box}"])) == [0, 0]
     looped = _group(["x"])
     looped = looped._replace(completions=[looped.completions[0]._replace(tokens=[1, 2] * 50)])
-    assert grpo.repetition(looped)[0] < -0.9 and grpo.repetition(_group(["x"], lengths=[60])) == [0]
-    assert grpo.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
-    assert grpo.language(_group(["x"])._replace(problem={"problem": "Сколько?"},
+    assert rewards.repetition(looped)[0] < -0.9
+    assert rewards.repetition(_group(["x"], lengths=[60])) == [0]
+    assert rewards.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
+    assert rewards.language(_group(["x"])._replace(problem={"problem": "Сколько?"},
                                                 texts=["ответ x"])) == [0]
 
 
 def _rollout_groups(config, sampler, seed=0):
     """Groups with completions of very different lengths, sampled by the engine."""
-    import generate
     prompts = [[5, 9, 3, 7, 2, 8, 4], [11, 2], [6] * 12]
     answers = generate.generate(sampler, config, prompts, num_samples=4, max_new_tokens=12,
                                 temperature=0.8, stop_tokens=(1, 3, 7, 9), seed=seed)
@@ -256,7 +316,7 @@ def test_grpo_packed_group_equals_one_row_each():
     def packed(p):
         logprobs, _, mask = grpo.row_logprobs(p, config, groups, 0.8)
         A = torch.tensor([s.advantage for _, sequences in groups for s in sequences])
-        grpo.policy_loss(logprobs, logprobs.detach(), None, A, mask)[0].backward()
+        losses.policy_loss(logprobs, logprobs.detach(), None, A, mask)[0].backward()
 
     def alone(p):
         total = sum(len(s.tokens) for _, sequences in groups for s in sequences)
@@ -296,10 +356,11 @@ def _update(params, config, groups, micro_tokens, **changes):
     args = _args(*(word for k, v in flags for word in (f"--{k.replace('_', '-')}", v)))
     trained, optimizer = optim.init_optimizer({k: v.float() for k, v in params.items()})
     lengths = [len(s.tokens) for _, sequences in groups for s in sequences]
-    total = grpo.loss_total(args.loss, lengths, 12)
+    total = losses.loss_total(args.loss, lengths, 12)
     reference = {k: v.float() for k, v in params.items()}
     rows = grpo.pack_groups(groups, micro_tokens)
     policy = grpo.Policy(trained, config, None, None)
+    reference = policy._replace(params=reference)
     sums = grpo.update(policy, reference, optimizer, rows, total, 1e-3, args)
     return {k: v.detach().clone() for k, v in trained.items()}, sums
 
@@ -309,13 +370,75 @@ def test_grpo_update_does_not_depend_on_micro_batches():
     #5619)."""
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for loss in losses.LOSSES:
         _, sums = _update(params, config, groups, 10_000, loss=loss, beta=0.05)
         norm = sums["grad_norm"]
         for micro_tokens in (60, 18):
             _, other = _update(params, config, groups, micro_tokens, loss=loss, beta=0.05)
             assert abs(norm - other["grad_norm"]) < 1e-4 * norm, (loss, micro_tokens)
             assert abs(sums["loss"] - other["loss"]) < 1e-5 and sums["tokens"] == other["tokens"]
+
+
+def _short_of_memory(function, too_much):
+    """The function on a GPU that cannot hold what too_much(*args, **kwargs) says."""
+    def limited(*args, **kwargs):
+        if too_much(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+        return function(*args, **kwargs)
+
+    return limited
+
+
+def test_grpo_halves_what_does_not_fit():
+    """The update begins again, with the same gradient; the rollouts, with the same samples; and it
+    ends with what to do when half is too much as well."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    tokens = sum(len(s.tokens) for _, sequences in groups for s in sequences)
+    total = losses.Total(tokens, tokens)
+
+    def learn(dtype, limit):
+        """A row of more than `limit` tokens does not fit; an exception may leave gradients."""
+        args = _args("--micro-tokens", 60, "--temperature", 0.8, "--max-new-tokens", 12)
+        trained, optimizer = optim.init_optimizer(params, dtype=dtype)
+        trained["model.norm.weight"].grad = (  # as one that was not yet summed would
+            None if limit > 60 else torch.ones_like(trained["model.norm.weight"]))
+        policy = grpo.Policy(trained, config, None, None)
+
+        def too_much(params, config, row, *_):
+            return sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) > limit
+
+        rows = grpo.pack_groups(groups, 60)[::-1]  # of 41, 46 and 48 tokens
+        with mock.patch.object(grpo, "row_loss", _short_of_memory(grpo.row_loss, too_much)), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            sums = grpo.update_within_memory(policy, None, optimizer, rows, total, 1e-3, args)
+        return sums, args.micro_tokens, said.getvalue()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        whole, size, said = learn(dtype, 1000)
+        assert (size, said) == (60, "")
+        halved, size, said = learn(dtype, 47)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        assert abs(whole["grad_norm"] - halved["grad_norm"]) < tolerance * whole["grad_norm"], dtype
+        assert size == 30 and "at --micro-tokens 60: going on with 30" in said, said
+        assert halved["tokens"] == whole["tokens"] == tokens
+    with raises(ValueError, "--micro-tokens 30", "bench.py plan"):
+        learn(torch.float32, 25)
+
+    tiny = ROOT / "data/tiny"
+    policy = grpo.Policy(model.load_params(tiny), model.load_config(tiny),
+                         model.load_tokenizer(tiny), None)
+    problems = [(i, {"id": str(i), "problem": f"What is {i}+8?", "answer": "?"}) for i in range(3)]
+    sampled = []
+    for most in (8, 4):
+        args = _args("--group", 4, "--max-batch", 8, "--max-new-tokens", 12)
+        limited = _short_of_memory(grpo.generate, lambda *_, max_batch, **kw: max_batch > most)
+        with mock.patch.object(grpo, "generate", limited), \
+                contextlib.redirect_stdout(io.StringIO()) as said:
+            groups = grpo.roll_out(policy, problems, args)
+        sampled.append([[c.tokens for c in g.completions] for g in groups])
+    assert sampled[0] == sampled[1] and args.max_batch == 4
+    assert "out of memory at --max-batch 8: going on with 4" in said.getvalue(), said.getvalue()
 
 
 def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
@@ -382,44 +505,68 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
         out = run("grpo.py", "--run-dir", broken, "--resume")
         assert "resuming from" in out and f"step {steps}/{steps}" in out, out
         assert weights_of(whole, steps) == weights_of(broken, steps)
-        timed = ("rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
+        timed = ("time", "rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memory_gib")
         logs = [[{k: v for k, v in json.loads(line).items() if k not in timed}
                  for line in open(run / "metrics.jsonl")]
                 for run in (whole, broken)]
-        assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == list(range(1, steps + 1))
-        assert (whole / "results.md").read_text() == (broken / "results.md").read_text()
+        assert logs[0] == logs[1], logs
+        assert [row["step"] for row in logs[0]] == list(range(steps + 1))
+        results = (whole / "results.md").read_text()
+        assert results == (broken / "results.md").read_text()
+        assert "Before to after: " in results and "of 4 problems gained" in results, results
+        page = (broken / "report.html").read_text()
+        assert '"from": "step_' in page and "held_out" in page
 
 
-def test_grpo_entropy_bonus_is_of_a_token_in_every_loss():
-    """It was divided by the loss's normaliser, rows for "grpo": a bonus as many times larger as a
-    row has tokens."""
-    logprobs, old, ref, advantages, mask = (x[:4] for x in _loss_case())
-    for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
-        value, _ = grpo.policy_loss(logprobs, old, ref, 0 * advantages, mask, loss=loss,
-                                    max_completion_tokens=6,
-                                    bonus=torch.ones_like(logprobs))
-        expected = mask.sum().item() / 24 if loss == "dr_grpo" else 1
-        assert abs(value.item() + expected) < 1e-12, (loss, value)
+def test_grpo_entropy_bonus_is_the_tokens_mean_in_every_loss():
+    """It had the loss's normaliser: rows for "grpo", so that it grew with the length, and what the
+    rows could hold for "dr_grpo", so that it shrank with --max-new-tokens."""
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     groups = [(prompt, [s._replace(advantage=0.0) for s in sequences])
               for prompt, sequences in groups]
+    _, first = _update(params, config, groups, 10_000, entropy_bonus=0.5)
+    for loss, micro_tokens in itertools.product(losses.LOSSES, (10_000, 18)):
+        _, sums = _update(params, config, groups, micro_tokens, loss=loss, entropy_bonus=0.5)
+        assert abs(sums["loss"] + 0.5 * sums["entropy"] / sums["tokens"]) < 1e-5, loss
+        assert abs(sums["grad_norm"] / first["grad_norm"] - 1) < 1e-4, loss
     for bonus in (0.5, -0.5):  # entropy goes up, or down
         after, sums = _update(params, config, groups, 10_000, entropy_bonus=bonus)
-        assert sums["grad_norm"] > 0
-        assert abs(sums["loss"] + bonus * sums["entropy"] / sums["tokens"]) < 1e-4
         _, then = _update(after, config, groups, 10_000, entropy_bonus=bonus)
         assert (then["entropy"] - sums["entropy"]) * bonus > 0
 
 
-def test_grpo_cispo_counts_what_it_clips():
-    """It clips from above only, whatever the sign of the advantage; PPO's regions were counted."""
-    logprobs, A = torch.tensor([[0.9, 0.0], [0.9, -0.9]]), torch.tensor([1.0, -1.0])
-    case = logprobs, torch.zeros(2, 2), None, A, torch.ones(2, 2)
-    stats = grpo.policy_loss(*case, loss="cispo")[1]
-    assert (stats["clipped_low"], stats["clipped_high"]) == (0, 2)
-    stats = grpo.policy_loss(*case)[1]
-    assert (stats["clipped_low"], stats["clipped_high"]) == (1, 1)
+def test_grpo_sequence_that_the_sampler_doubts_is_left_out():
+    """Of the policy's objective alone: the divergence and the entropy bonus still hold it."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    odd = [(prompt, [s._replace(logprobs=[x - 3 for x in s.logprobs]) for s in sequences])
+           for prompt, sequences in groups]
+    flags = {"sampler_level": "sequence", "max_new_tokens": 12}
+    _, right = _update(params, config, groups, 10_000, **flags)
+    _, wrong = _update(params, config, odd, 10_000, **flags)
+    assert abs(right["sampler_weight"] / right["tokens"] - 1) < 1e-4 and right["grad_norm"] > 0
+    assert wrong["sampler_weight"] == wrong["grad_norm"] == 0
+    bonus = _update(params, config, odd, 10_000, entropy_bonus=0.1, **flags)[1]["grad_norm"]
+    zeros = [(prompt, [s._replace(advantage=0.0) for s in sequences])
+             for prompt, sequences in groups]
+    alone = _update(params, config, zeros, 10_000, entropy_bonus=0.1, **flags)[1]["grad_norm"]
+    assert abs(bonus - alone) < 1e-4 * alone
+
+
+def test_grpo_dppo_is_bounded_around_the_sampler():
+    """Also in the only update of a batch, and by the change of the probability, not of its ratio:
+    a rare token may become three times as likely."""
+    params, config = double_model()
+    groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
+    said = [math.exp(x) for _, sequences in groups for s in sequences for x in s.logprobs]
+    lower = [(prompt, [s._replace(logprobs=[x - 1.1 for x in s.logprobs], advantage=1.0)
+                       for s in sequences]) for prompt, sequences in groups]
+    _, sums = _update(params, config, lower, 10_000, loss="dppo")
+    assert sums["clipped_high"] == sum(p - p * math.exp(-1.1) > 0.2 for p in said)
+    assert 0 < sums["clipped_high"] < sums["tokens"]
+    assert abs(sums["ratio"] / sums["tokens"] - math.exp(1.1)) < 1e-3
+    assert (_args("--loss", "dppo").clip_high, _args().clip_high) == (0.2, 0.28)
 
 
 def test_grpo_truncated_rows_alone_make_no_update():
@@ -428,7 +575,7 @@ def test_grpo_truncated_rows_alone_make_no_update():
     def spread(group):
         return [float(i % 2) for i in range(len(group.texts))]
 
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(grpo.REWARDS, format=spread):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(rewards.REWARDS, format=spread):
         words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 2, "--reward",
                  "format=1"]
         for flags, updates in (([], 1), (["--mask-truncated"], 0)):
@@ -437,6 +584,35 @@ def test_grpo_truncated_rows_alone_make_no_update():
             assert "truncated 1.00" in out and "no spread 0.00" in out, out
             trainer = Path(run, "checkpoints", "step_000001", "trainer.json").read_text()
             assert json.loads(trainer)["updates"] == updates
+
+
+def test_grpo_problems_a_prompt_and_a_reward_of_your_own():
+    """Two files of a few lines, a flag, and nothing of ours edited."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data, code = Path(scratch) / "mine.jsonl", Path(scratch) / "mine.py"
+        data.write_text("".join(f'{{"problem": "{i}+{i}", "answer": {2 * i}}}\n'
+                                for i in range(40)))
+        code.write_text("def short(group):\n"
+                        "    return [1 / len(c.tokens) for c in group.completions]\n")
+        words = [*GRPO_RUN[1:], "--data", data, "--steps", 1, "--test-limit", 0, "--run-dir",
+                 f"{scratch}/run", "--reward", "accuracy=1", f"{code}:short=0.2",
+                 "--prompt", "What is {problem}?"]
+        in_process("grpo", *words)
+        for line in Path(scratch, "run", "samples.jsonl").read_text().splitlines():
+            problem = json.loads(line)["problem"]
+            assert f"user\nWhat is {problem}?<|im_end|>" in json.loads(line)["prompt"]
+            for completion in json.loads(line)["completions"]:
+                short = completion["rewards"][f"{code}:short"]
+                assert short == 1 / len(completion["tokens"])
+                accuracy = completion["rewards"]["accuracy"]
+                assert abs(completion["reward"] - accuracy - 0.2 * short) < 1e-9
+        for reward, expected in ((f"{code}:shrt", "did you mean short?"),
+                                 (f"{scratch}/no.py:short", "no file"),
+                                 ("acuracy=1", "did you mean accuracy?")):
+            assert expected in error_of("grpo", "--reward", reward)
+        with (contextlib.redirect_stderr(io.StringIO()) as said, raises(SystemExit, "2")):
+            in_process("grpo", "--prompt", "plan")
+        assert "did you mean plain?" in said.getvalue()
 
 
 def test_grpo_held_out_problems_are_not_trained_on():
@@ -454,6 +630,47 @@ def test_grpo_held_out_problems_are_not_trained_on():
             assert dev and test and not trained & {p["id"] for p in dev + test}, spelled
         args = _args("--data", "arithmetic", "--eval-data", path)
         assert len(grpo.load_held_out(args.eval_data, args.data, 200, 500)[1]) == 60
+
+
+def _write_problems(path, numbers, text="What is {}+{}?"):
+    rows = [{"problem": text.format(i, i), "answer": str(2 * i), "level": i % 5 + 1}
+            for i in numbers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _tiny_policy():
+    tiny = ROOT / "data/tiny"
+    return grpo.Policy(model.load_params(tiny), model.load_config(tiny), model.load_tokenizer(tiny),
+                       None)
+
+
+def test_grpo_no_problem_is_both_trained_on_and_held_out():
+    """A level behind the name of a file, or a second name, and 20 of 24 test problems were trained
+    on. What is compared is what is asked, not how the file is called."""
+    policy = _tiny_policy()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = _write_problems(Path(scratch) / "mine.jsonl", range(60))
+        some = _write_problems(Path(scratch) / "some.jsonl", range(30, 90), "what  is {}+{}?\n")
+        copy = shutil.copy(path, Path(scratch) / "copy.jsonl")
+
+        def load(data, held_out):
+            args = _args("--data", *data, "--eval-data", held_out)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                sets, _, dev, test = grpo.load_data(policy, args)
+            trained = set(grpo.keys_of(sum(sets, [])))
+            assert dev and test and trained and not trained & set(grpo.keys_of(dev + test))
+            return said.getvalue()
+
+        for data, held_out in (([path], f"{path}:1-3"), ([path], f"arithmetic,{path}"),
+                               ([f"arithmetic,{path}:1-4=2"], path)):
+            said = load(data, held_out)
+            assert "is given for training and for evaluation" in said, said
+            assert "dev problems, too" in said and "left out" not in said, said
+        said = load([path, "arithmetic"], some)
+        assert f"training problems of {path} are also held out for evaluation" in said, said
+        with raises(ValueError, "every training problem", str(path), "--eval-data"):
+            load([path], copy)
 
 
 def test_grpo_and_sft_pass_offload_on():
@@ -487,15 +704,41 @@ def test_grpo_and_sft_help():
         assert shown in out.getvalue() and out.getvalue().count("  --lr LR") == 1
 
 
-def test_grpo_prompts_can_earn_the_reward():
-    """Presets with worked examples, which training does not show, and those that ask for no box are
-    refused."""
-    import eval
-    assert "boxed" in grpo.PROMPTS and "few-shot-cot" not in grpo.PROMPTS
-    assert "minerva-math" not in grpo.PROMPTS
-    # roll_out would have to cut the text there
-    assert all(not eval.PRESETS[name].stop for name in grpo.PROMPTS)
+def test_grpo_asks_base_models_as_their_protocols_do():
+    """Without a chat, up to a stop string, which is learned but not read; graded as they grade."""
+    import generate
+
+    tiny = ROOT / "data/tiny"
+    policy = grpo.Policy(None, model.load_config(tiny), model.load_tokenizer(tiny), None)
+    said = "6 * 7 = 42. The answer is 42.\n\nQuestion: What is 1 + 1?\nAnswer: 2. The answer is 2."
+    asked = []
+
+    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, **_):
+        asked.append(policy.tokenizer.decode(prompts[0], skip_special_tokens=False))
+        cut = min((said.index(stop) + len(stop) for stop in stop_strings if stop in said),
+                  default=len(said))
+        tokens = tokenizer.encode(said[:cut], add_special_tokens=False).ids
+        return [[generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples]
+
+    problem = {"problem": "What is 6 * 7?", "answer": "42"}
+    with mock.patch.object(grpo, "generate", base_model):
+        for prompt, right, last in (("qwen-base-gsm8k", True, "42."), ("question", False, "2."),
+                                    ("minerva-math", False, "2.")):
+            args = _args("--prompt", prompt, "--group", 2)
+            [group] = grpo.roll_out(policy, [(0, problem)], args)
+            assert group.right == [right] * 2 and group.texts[0].strip().endswith(last), group
+            assert args.reward == (["accuracy=1", "format=0.1"] if prompt == "question"
+                                   else ["accuracy=1"])
+            text = policy.tokenizer.decode(group.completions[0].tokens)
+            assert text.endswith("Question:" if right else "2.")
+    assert asked[0].startswith("Question: There are 15") and asked[0].endswith("* 7?\nAnswer:")
+    assert asked[1] == "What is 6 * 7?"
+    assert "few-shot-cot" not in grpo.PROMPTS  # its examples would have to be chosen
     assert _args("--epochs", "2").steps is None
+    config = model.load_config(tiny)
+    bare, examples = (grpo.memory_plan(config, _args("--prompt", name, "--lora-rank", 0)).update
+                      for name in ("question", "qwen-base-gsm8k"))
+    assert examples > bare
 
 
 def test_grpo_result_does_not_depend_on_the_number_of_processes():
@@ -511,7 +754,7 @@ def test_grpo_result_does_not_depend_on_the_number_of_processes():
         for key in ("reward", "accuracy", "length", "no_spread", "dev_accuracy"):
             for a, b in zip(one, two):  # sums in another order: equal but for rounding
                 assert abs(a.get(key, 0) - b.get(key, 0)) < 1e-9, (key, a.get(key), b.get(key))
-        for a, b in zip(one, two):
+        for a, b in zip(one[1:], two[1:], strict=True):
             a, b = a["grad_norm"], b["grad_norm"]
             assert abs(a - b) < 1e-3 * max(1e-3, a), (a, b)
 
@@ -574,7 +817,7 @@ def _traced_peak_gib(config, args):
         row = [([1] * 96, [completion] * 8)] * 4  # 16,384 tokens
         counter.peak = counter.now
         policy = grpo.Policy(params, config, None, None)
-        grpo.update(policy, None, optimizer, [row], 16000, 1e-6, args)
+        grpo.update(policy, None, optimizer, [row], losses.Total(16000, 16000), 1e-6, args)
         return counter.peak / 2**30
 
 
@@ -592,6 +835,11 @@ def test_grpo_plan_errs_upward_by_a_fifth_at_most():
         traced = _traced_peak_gib(config, args)
         plan = grpo.memory_plan(config, args, 1, "cuda", prompt=96)
         planned = plan.update - optim.ALLOWANCE_GIB["cuda"]
+        # the sampler's cache and weights, which stay on a GPU and are not traced
+        width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        planned -= 2 * width * cache_slots(32, 4, 96, 500, True) / 2**30
+        if args.lora_rank:
+            planned -= 2 * sum(map(math.prod, model.param_shapes(config).values())) / 2**30
         assert 1.0 <= planned / traced < 1.2, (words, planned, traced)
 
 
@@ -619,12 +867,43 @@ def test_grpo_trains_all_weights_where_they_fit():
     assert (args.lora_rank, args.lr) == (0, 1e-6) and "warning" in said, said
     args, _ = _settled(CONFIG_1_5B, 80.0, "--lora-rank", 8, "--lr", 0.5)
     assert (args.lora_rank, args.lr) == (8, 0.5)
-    with raises(ValueError, "bench.py plan", "8.0"):
-        _settled(CONFIG_1_5B, 8.0)
+    with raises(ValueError, "bench.py plan", "6.0", "--max-batch 8"):  # even so
+        _settled(CONFIG_1_5B, 6.0)
+    args, said = _settled(CONFIG_1_5B, 8.0)  # halved until it fits: no result depends on these
+    assert args.lora_rank == 32 and args.micro_tokens < 16384 and args.max_batch < 128
+    assert f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}" in said, said
+    assert args.free_sampler and "--free-sampler" in said
+    plan = grpo.memory_plan(CONFIG_1_5B, args, 1, "cuda")
+    assert 6.0 < plan.peak <= 8.0 and "warning" not in said
     args, _ = _settled(model.load_config(ROOT / "data" / "tiny"), 24.0, "--model", "elsewhere")
     assert (args.lora_rank, args.lr, args.data) == (0, 5e-4, ["arithmetic"])
     args, _ = _settled(model.load_config(ROOT / "data" / "tiny"), 24.0, "--lora-rank", 8)
     assert args.lr == 3e-5
+
+
+def test_grpo_goes_on_from_an_adapter():
+    """The reference is where the run starts; eval.py takes the adapter as the merged checkpoint."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [*GRPO_RUN[1:], "--steps", 1, "--test-limit", 0, "--max-new-tokens", 20,
+                 "--prompts", 2]
+        in_process("grpo", *words, "--lora-rank", 4, "--lr", 0.02, "--warmup", 0,
+                   "--run-dir", f"{scratch}/a")
+        merged = f"{scratch}/a/checkpoints/step_000001"
+        adapter = f"{merged}/adapter"
+        in_process("grpo", *words, "--adapter", adapter, "--beta", 0.1, "--run-dir", f"{scratch}/b")
+        assert json.loads(Path(scratch, "b", "flags.json").read_text())["lora_rank"] == 4
+        *_, learned = map(json.loads, open(f"{scratch}/b/metrics.jsonl"))
+        assert learned["kl"] == 0
+        error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
+        assert "--lora-rank is 0" in error and "rank 4" in error, error
+        texts = []
+        for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
+            records = Path(scratch, f"{i}.jsonl")
+            in_process("eval", *flags, "--limit", 8, "--max-new-tokens", 20, "--processes", 1,
+                       "--records", records, "--results", f"{scratch}/results.jsonl")
+            lines = [json.loads(line) for line in records.read_text().splitlines()]
+            texts.append([line["samples"][0]["text"] for line in lines])
+        assert texts[0] == texts[1] != texts[2]
 
 
 def test_grpo_prompts_that_fill_the_context_are_left_out():
@@ -643,6 +922,19 @@ def test_grpo_a_problem_twice_in_a_step_draws_its_own_noise_each_time():
     args = _args("--group", 4, "--prompt", "cot")
     first, second = grpo.roll_out(policy, [(0, problem), (1, problem)], args)
     assert [c.tokens for c in first.completions] != [c.tokens for c in second.completions]
+
+
+def test_grpo_token_texts():
+    """A character of several tokens stands at its last; what is no character loses nothing after
+    it."""
+    tokenizer = bytes_tokenizer()
+    tokens = tokenizer.encode("é = √2 😀", add_special_tokens=False).ids
+    pieces = grpo.token_texts(tokenizer, tokens)
+    assert len(pieces) == len(tokens) and "".join(pieces) == "é = √2 😀", pieces
+    broken = tokenizer.encode("😀", add_special_tokens=False).ids[:3]
+    plain = tokenizer.encode("ab", add_special_tokens=False).ids
+    pieces = grpo.token_texts(tokenizer, broken + plain)
+    assert len(pieces) == 5 and "".join(pieces).endswith("ab"), pieces
 
 
 def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
@@ -668,6 +960,8 @@ def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
             for c in completions:
                 assert len(c["tokens"]) == len(c["logprobs"]) and max(c["logprobs"]) <= 0
                 assert tokenizer.decode(c["tokens"]) == c["text"]
+                said = tokenizer.decode(c["tokens"], skip_special_tokens=False)
+                assert "".join(c["pieces"]) == said and len(c["pieces"]) == len(c["tokens"])
                 assert c["finish"] in ("stop", "length")
                 rewards = c["rewards"]
                 assert abs(c["reward"] - rewards["accuracy"] - 0.1 * rewards["format"]) < 1e-9
@@ -677,8 +971,66 @@ def test_grpo_samples_are_whole_groups_and_the_same_problems_each_time():
                 assert advantages == [None]
             else:
                 rewards = torch.tensor([[c["reward"] for c in completions]])
-                expected = grpo.group_advantages(rewards)[0]
+                expected = losses.group_advantages(rewards)[0]
                 assert torch.allclose(torch.tensor(advantages), expected, atol=1e-5), sample
+
+
+def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
+    groups = [_group(["\\boxed{4}", "\\boxed{5}", "the answer is 4", "\\boxed{4"]),
+              _group(["\\boxed{4}"] * 4), _group(["no"] * 4)]
+    for i, group in enumerate(groups):
+        right = [None, *group.right[1:]] if i == 1 else group.right  # one is undecided
+        group = group._replace(right=right, problem=group.problem | {"id": f"p{i}"})
+        groups[i] = rewards.reward_group(group, {"accuracy": 1.0})
+    learned = collections.Counter(tokens=1)
+    metrics = grpo.step_metrics(groups, learned, _args("--group", 4))
+    wanted = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
+              "solved_never": 1 / 3, "solved_always": 0, "pass@4": 2 / 3, "pass@2": (1 / 2 + 1) / 3}
+    for name, value in wanted.items():
+        assert abs(metrics[name] - value) < 1e-12, (name, metrics[name])
+    counts = {}
+    for _ in range(2):
+        grpo.count_right(groups, counts)
+    assert counts == {"p0": [2, 8], "p1": [6, 8], "p2": [0, 8]}
+    solved = grpo.list_solved(counts | {"p3": [8, 8]})
+    assert solved == {"never": ["p2"], "always": ["p3"]}
+
+
+def test_grpo_stops_at_an_accuracy():
+    """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
+        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0], [1, 0]]):
+            out = in_process("grpo", *words)
+        assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
+        asked, never, always = map(int, re.search(
+            r"of (\d+) problems asked, (\d+) were never solved and (\d+) always", out).groups())
+        solved = json.loads(Path(scratch, "problems.json").read_text())
+        assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
+        assert 4 <= asked <= 12
+        assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
+        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0]] * 3):
+            out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
+        assert "step 2/4" in out and "step 4/4" in out, out
+
+
+def test_grpo_filter_by_pass_rate():
+    """Only what the policy solves now and then is trained on; a resumed run knows it by heart."""
+    with tempfile.TemporaryDirectory() as scratch:
+        flags = [*GRPO_RUN[1:], "--steps", 2, "--test-limit", 0, "--run-dir", scratch]
+        out = in_process("grpo", *flags, "--filter-by-pass-rate", 0.2, 0.8)
+        kept = int(re.search(r"0.2 0.8 keeps (\d+) of 40 problems", out)[1])
+        assert 0 < kept < 40 and f"{kept} training problems" in out, out
+        saved = Path(scratch, "checkpoints", "step_000002", "trainer.json").read_text()
+        extra = json.loads(saved)["extra"]
+        assert all(asked == 4 for _, asked in extra["pass_rates"].values())
+        for name in extra["right"]:
+            assert 0.2 <= extra["pass_rates"][name][0] / 4 <= 0.8
+        with mock.patch.object(grpo, "roll_out", side_effect=InterruptedError):
+            with raises(InterruptedError):  # at the first step
+                in_process("grpo", "--run-dir", scratch, "--resume", "--steps", 3)
+        said = error_of("grpo", *flags, "--overwrite", "--filter-by-pass-rate", 0.99, 0.99)
+        assert "keeps 0 of 40" in said and "widen" in said, said
 
 
 def test_grpo_old_runs_resume_with_their_flags():
@@ -718,6 +1070,6 @@ def test_grpo_bad_input():
             error = error_of("grpo", "--run-dir", f"{scratch}/run", *words)
             assert said in error, (words, error)
     for words in (["--group", 1], ["--temperature", 0], ["--lr", -1], ["--clip-low", 1],
-                  ["--prompt", "minerva-math"]):
+                  ["--prompt", "few-shot-cot"]):
         assert words[0] in _refused(*words), words
     assert "--group: 1 is out of range" in run("grpo.py", "--group", 1, ok=False)

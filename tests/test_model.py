@@ -4,14 +4,18 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 from unittest import mock
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
+from eval import weights_hash
 from tests.common import FORMULA_TOKENS, formula_model, raises
 
 # Computed by transformers 5.23.0 in float32 on a CPU. To reproduce it where both are installed:
@@ -385,6 +389,73 @@ def test_model_save_and_load_round_trip():
         assert _same(model.load_params(out, dtype=torch.bfloat16), merged)
 
 
+def test_model_adapter_has_the_form_that_peft_reads():
+    """Names, shapes and scale as in the files of peft 0.21.2; docs/peft_parity.py asks it itself.
+
+    A checkpoint keeps what was trained beside the merged weights, in which bfloat16 rounds it.
+    """
+    params, config = formula_model()
+    lora = {name: tensor + 0.01 for name, tensor in model.init_lora(config, 2, seed=0).items()}
+    with _directory() as home:
+        model.save_model(home / "out", params | lora, config, like=home)
+        assert _same(model.load_adapter(home / "out" / "adapter", config), lora)
+        assert _same(model.load_params(home / "out", adapter=home / "out" / "adapter"),
+                     model.merge_lora(params | lora) | lora)
+        raw = json.loads((home / "out" / "adapter" / "adapter_config.json").read_text())
+        assert raw["peft_type"] == "LORA" and raw["r"] == raw["lora_alpha"] == 2
+        assert raw["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj",
+                                         "up_proj", "v_proj"]
+        assert raw["base_model_name_or_path"] == str(home.resolve())
+        path = home / "out" / "adapter" / "adapter_model.safetensors"
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        pre = "base_model.model.model.layers.2."
+        assert shapes[pre + "self_attn.k_proj.lora_A.weight"] == [2, 64]
+        assert shapes[pre + "mlp.down_proj.lora_B.weight"] == [64, 2] and len(shapes) == 42
+
+
+def test_model_adapters_of_peft():
+    """alpha / r, or alpha / sqrt(r), is a part of B here; an adapter may be for a few layers."""
+    params, config = formula_model()
+    stem = "model.layers.1.self_attn.q_proj"
+    A, B = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
+    half = {stem + ".lora_A.weight": A}
+    tensors = half | {stem + ".lora_B.weight": B.T.contiguous()}
+    with _directory() as home:
+
+        def write(tensors, **changes):
+            raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": True}
+            (home / "adapter_config.json").write_text(json.dumps(raw | changes))
+            tensors = {"base_model.model." + name: t for name, t in tensors.items()}
+            save_file(tensors, home / "adapter_model.safetensors")
+
+        for changes, scale in (({}, 2), ({"use_rslora": True}, 4), ({"lora_alpha": 3}, 0.75)):
+            write(tensors, **changes)
+            merged = model.merge_lora(params | model.load_adapter(home, config))
+            wanted = params[stem + ".weight"] + scale * B.T @ A
+            assert (merged.pop(stem + ".weight") - wanted).abs().max() < 1e-5, changes
+            assert _same(merged, {name: params[name] for name in merged})
+        assert model.adapter_rank(home, 4) == 4
+        with raises(ValueError, "--lora-rank is 8", "rank 4"):
+            model.adapter_rank(home, 8)
+        for changes, said in (({"peft_type": "IA3"}, "IA3"), ({"init_lora_weights": "pissa"},
+                              "pissa"), ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern")):
+            write(tensors, **changes)
+            with raises(ValueError, said, "merge it"):
+                model.load_adapter(home, config)
+        extra = tensors | {stem + ".lora_magnitude_vector": torch.ones(64)}
+        for wrong, changes, said in ((half, {}, "half"), (extra, {}, "lora_magnitude_vector"),
+                                     ({}, {}, "empty"), (tensors, {"r": 3}, "[4, 64]"),
+                                     (tensors, {"r": None}, "None")):
+            write(wrong, **changes)
+            with raises(ValueError, said):
+                model.load_adapter(home, config)
+        write(tensors)
+        (home / "adapter_model.safetensors").unlink()
+        with raises(FileNotFoundError, "adapter_model.safetensors"):
+            model.load_adapter(home, config)
+
+
 def test_model_save_never_loses_the_old_one():
     """Wherever a save dies, a whole model is left, the old or the new; the next save cleans up."""
     params, config = formula_model()
@@ -542,6 +613,8 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"hidden_size": None, "vocab_size": None}, "missing", "hidden_size", "vocab_size"),
             ({"num_hidden_layers": "24"}, "num_hidden_layers", "'24'", "positive integer"),
             ({"num_hidden_layers": 0}, "num_hidden_layers", "0"),
+            ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "at most 1000"),
+            ({"vocab_size": 10**400}, "vocab_size", "positive integer"),
             ({"vocab_size": 1.5}, "vocab_size", "1.5"),
             ({"vocab_size": True}, "vocab_size", "True"),
             ({"max_position_embeddings": -1}, "max_position_embeddings", "-1"),
@@ -580,9 +653,10 @@ def test_model_config_refuses_what_it_cannot_compute():
 def test_model_names_and_the_hub():
     """Names become hub ids. Without the hub, the error says where to put which files, and a model
     that is put there is found."""
-    assert len(model.HUB_IDS) == 14
+    assert len(model.HUB_IDS) == 2 * (7 + 3 + 6)
     assert model.HUB_IDS["qwen2.5-math-1.5b-instruct"] == "Qwen/Qwen2.5-Math-1.5B-Instruct"
-    assert model.HUB_IDS["qwen2.5-14b"] == "Qwen/Qwen2.5-14B"
+    assert model.HUB_IDS["qwen2.5-72b"] == "Qwen/Qwen2.5-72B"
+    assert model.HUB_IDS["qwen2.5-coder-0.5b-instruct"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     hub = mock.patch("huggingface_hub.snapshot_download",
                      side_effect=OSError("Cannot reach the hub\nand a long story"))
     with _directory() as home, mock.patch.object(model, "ROOT", home), hub as download:
@@ -593,8 +667,10 @@ def test_model_names_and_the_hub():
                 model.resolve_model(name)
         assert [call.args for call in download.call_args_list] == [("Qwen/Qwen2.5-1.5B",)] * 3
         for name in ("gpt2", "qwen2.5-2b", "/no/such/place", "../nowhere", "a/b/c", "x y/z"):
-            with raises(FileNotFoundError, repr(name), "qwen2.5-0.5b-instruct"):
+            with raises(FileNotFoundError, repr(name), "[-instruct] with a size of 0.5b, 1.5b"):
                 model.resolve_model(name)
+        with raises(FileNotFoundError, "did you mean qwen2.5-coder-1.5b?"):
+            model.resolve_model("Qwen2.5-codr-1.5B")
         assert download.call_count == 3  # the hub is not asked for these
         place.mkdir(parents=True)
         assert model.resolve_model("qwen2.5-1.5b") == place
@@ -606,7 +682,8 @@ def test_model_names_and_the_hub():
     with mock.patch("huggingface_hub.snapshot_download", lambda hub_id, **_: f"/cache/{hub_id}"):
         found = model.resolve_model("qwen2.5-0.5b-instruct")
         assert found == Path("/cache/Qwen/Qwen2.5-0.5B-Instruct")
-    assert model.resolve_model("tiny") == model.ROOT / "data" / "tiny"
+    for name in ("tiny", "Tiny"):
+        assert model.resolve_model(name) == model.ROOT / "data" / "tiny"
 
 
 # ---- its chats
@@ -683,11 +760,13 @@ def test_model_system_prompt_of_a_template():
             return model.load_system_prompt(home)
 
         assert model.load_system_prompt(home) is None  # there is no file at all
-        for prompt in ("You are a helpful assistant.", model.INSTRUCT_SYSTEM,
-                       r"Please reason step by step, and put your final answer within \boxed{}."):
+        for prompt, newline in (
+                ("You are a helpful assistant.", r"system\n"),
+                (model.INSTRUCT_SYSTEM, "system\n"),
+                (r"Please reason step by step, and put your final answer within \boxed{}.",
+                 r"system\n' + '")):
             source = _QWEN_TEMPLATE.replace("@", prompt.replace("\\", "\\\\"))
-            for newline in (r"system\n", "system\n", r"system\n' + '"):
-                assert found(source.replace(r"system\n", newline)) == prompt
+            assert found(source.replace(r"system\n", newline)) == prompt
         for template in (None, [], "{{ messages[0].content }}"):
             assert found(template) is None, template
         assert found(nested) == "A\nB"
@@ -695,8 +774,38 @@ def test_model_system_prompt_of_a_template():
                          "{{ ''.__class__.__mro__[1]() }}"):
             with raises(ValueError, "tokenizer_config.json", "does not render"):
                 found(template)
+        with raises(ValueError, "does not render", "MemoryError"):
+            found("{{ 'x' * 10**11 }}")
+        assert found("<|im_start|>system\nA<|im_end|>{{ 'x' * 10**8 }}") == "A"
         (home / "chat_template.jinja").write_text(_QWEN_TEMPLATE.replace("@", "Think."))
         assert model.load_system_prompt(home) == "Think."
+    loop = "{% for i in range(99999) %}"
+    with raises(ValueError, "not within 1 s"):
+        model.render_template(loop + loop + 2 * "{% endfor %}", timeout_s=1)
+
+
+def test_model_odd_files_of_a_directory_are_named():
+    """A pipe as config.json kept every script waiting; cuts left on in tokenizer.json were made in
+    silence."""
+    with _directory() as home:
+        os.mkfifo(home / "config.json")
+        with raises(ValueError, "config.json", "expected a file"):
+            model.load_config(home)
+        (home / "config.json").unlink()
+        (home / "config.json").mkdir()
+        with raises(ValueError, "config.json", "expected a file"):
+            model.load_config(home)
+        with open(home / "tokenizer_config.json", "w") as file:
+            file.truncate(2**40)  # a file of holes
+        with raises(ValueError, "tokenizer_config.json", "1,099,511,627,776 bytes"):
+            model.load_system_prompt(home)
+        tokenizer = model.load_tokenizer(model.ROOT / "data/tiny")
+        tokenizer.enable_truncation(2)
+        tokenizer.enable_padding(length=9)
+        tokenizer.save(str(home / "tokenizer.json"))
+        assert len(model.load_tokenizer(home).encode("1+2+3+4").ids) == 7
+        os.mkfifo(home / "model.safetensors")
+        assert weights_hash(home)
 
 
 def test_model_tokenizer_errors():

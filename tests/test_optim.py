@@ -26,41 +26,46 @@ from tests.common import ROOT, raises
 
 _OPTIM_CONFIG = model.Config(61, 32, 64, 2, 4, 2)
 _OPTIM_SCRIPT = '''  # a training run in small: data and weights follow from (seed, step)
-import argparse, optim, sys, time, torch
+import argparse, optim, time, torch
 from model import Config, init_params, token_logprobs
 from optim import *
-parser = argparse.ArgumentParser()
-add_train_flags(parser, lr=1e-3, run_dir="run")
-parser.add_argument("--fail-at", type=int, default=0)
-args = parse_train_args(parser)
-torch.set_num_threads(1)
-rank, world, device = init_distributed("cpu", args.processes or 1)
 optim.FREE_FLAGS += ("fail_at",)
-run, checkpoint = start_run(args)
-config = Config(61, 32, 64, 2, 4, 2)
-params, optimizer = init_optimizer(init_params(config, seed=0), device)
-done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
-with stop_signals() as stop_requested:
-    for step in range(done + 1, 13):
-        rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)
-        losses = [-token_logprobs(params, config, row).sum() / 48 for row in rows[rank::world]]
-        for loss in losses:
-            loss.backward()
-        time.sleep(0.02)
-        if step == args.fail_at and rank == world - 1:
-            raise RuntimeError("the planted failure")
-        lr = learning_rate(step, 12, args.lr, args.warmup)
-        stats = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
-        loss = all_sum([sum(loss.item() for loss in losses)])[0]
-        log_step(run, "step {step}/12 | loss {loss:.4f} nat", {"step": step, "loss": loss} | stats)
-        stopping = stop_requested()
-        if stopping or step % args.save_every == 0 or step == 12:
-            save_checkpoint(run.dir, step, params, config, run.dir, optimizer, {"seen": 6 * step},
-                            args.keep, best_step=1)
-        if stopping:
-            if rank == 0:
-                print("go on with:", resume_command())
-            break
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    add_train_flags(parser, lr=1e-3, run_dir="run")
+    parser.add_argument("--fail-at", type=int, default=0)
+    return parse_train_args(parser)
+
+def main(args):
+    torch.set_num_threads(1)
+    rank, world, device = init_distributed("cpu", args.processes or 1)
+    run, checkpoint = start_run(args)
+    config = Config(61, 32, 64, 2, 4, 2)
+    params, optimizer = init_optimizer(init_params(config, seed=0), device)
+    done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
+    with stop_signals() as stop_requested:
+        for step in range(done + 1, 13):
+            rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)
+            losses = [-token_logprobs(params, config, row).sum() / 48 for row in rows[rank::world]]
+            for loss in losses:
+                loss.backward()
+            time.sleep(0.02)
+            if step == args.fail_at and rank == world - 1:
+                raise RuntimeError("the planted failure")
+            lr = learning_rate(step, 12, args.lr, args.warmup)
+            stats = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
+            loss = all_sum([sum(loss.item() for loss in losses)])[0]
+            metrics = {"step": step, "loss": loss} | stats
+            log_step(run, "step {step}/12 | loss {loss:.4f} nat", metrics)
+            stopping = stop_requested()
+            if stopping or step % args.save_every == 0 or step == 12:
+                save_checkpoint(run.dir, step, params, config, run.dir, optimizer,
+                                {"seen": 6 * step}, args.keep, best_step=1)
+            if stopping:
+                raise KeyboardInterrupt
+
+optim.run_main(main, parse_args)
 '''
 
 
@@ -225,7 +230,7 @@ def test_optim_checkpoint_bitwise():
             _optim_train(unbroken, range(3, 6))
             _optim_train(resumed, range(3, 6))
             assert _optim_equal(unbroken, resumed)
-            assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+            assert len({file.stat().st_mode for file in path.rglob("*.*")}) == 1
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
             _, again = _optim_state(3, dtype, lora)
@@ -339,13 +344,36 @@ def test_optim_damaged_checkpoint():
                          ("model.safetensors", lambda p: os.truncate(p, 1000)),
                          ("checksums.json", Path.unlink),
                          ("checksums.json", lambda p: p.write_text("{\"a\": 1")),
-                         ("checksums.json", lambda p: p.write_text("[]"))):
+                         ("checksums.json", lambda p: p.write_text("[]")),
+                         ("checksums.json", lambda p: p.write_text("{}")),
+                         ("checksums.json", lambda p: p.write_text("5")),
+                         ("trainer.json", lambda p: p.write_text("{}"))):
         with _optim_dir() as run_dir:
             params, optimizer = _optim_state(1)
             path = _optim_save(run_dir, 2, params, optimizer)
             damage(path / name)
             with raises(ValueError, f"step_000002/{name} is damaged", f"Remove {path}"):
                 optim.load_checkpoint(path, optimizer)
+
+
+def test_optim_damage_is_known_to_every_process():
+    """Each checks a part of the files. Those that had found nothing read on, into a traceback."""
+    with _optim_dir() as run_dir:
+        path = _optim_save(run_dir, 2, *_optim_state(1))
+        (path / "trainer.json").write_text("{}")
+        found = []
+        for rank in range(2):
+            def gather(value):
+                found.append(value)
+                return []
+
+            with mock.patch.object(optim, "rank_and_world", lambda rank=rank: (rank, 2)), \
+                    mock.patch.object(optim, "gather_objects", gather):
+                optim.check_files(path)
+        assert sorted(map(bool, found)) == [False, True]
+        with mock.patch.object(optim, "gather_objects", lambda _: found), \
+                raises(ValueError, "damaged"):
+            optim.check_files(path)
 
 
 def test_optim_run_directory():
@@ -364,14 +392,13 @@ def test_optim_run_directory():
                               [{"text": "a line separator \u2028 and half a surrogate \ud800"}])
             if step == 3:
                 _optim_save(run.dir, step, params, optimizer)
-        optim.draw_curves(run.dir)  # draws, or says what to install
         (home / "run" / "notes.txt").write_text("mine")
         with raises(ValueError, "holds a run", "--resume", "--overwrite"):
             optim.start_run(_optim_args(*flags))
         with raises(ValueError, "--seed is 1", "started with 0"):
             optim.start_run(_optim_args(*flags, "--resume", "--seed", "1"))
         short = ("--run-dir", str(home / "run"), "--resume")
-        for cut, resume in (('{"step": 3, "rew', short),
+        for cut, resume in (('{"step": 3, "rew', short), ('[3]\n5\n{"reward": 1}\n', short),
                             ('{"step": 3}', (*short, "--steps", "20"))):
             with open(run.dir / "metrics.jsonl", "a") as file:
                 file.write(cut)  # a kill in the middle of a line, and just before its end
@@ -382,9 +409,13 @@ def test_optim_run_directory():
             assert [r["step"] for r in records] == [0, 1, 2, 3] and records[1]["reward"] is None
             assert sum(1 for _ in open(run.dir / "samples.jsonl")) == 4
         assert json.loads((run.dir / "flags.json").read_text())["steps"] == 20
+        starts = [json.loads(line) for line in open(run.dir / "starts.jsonl")]
+        assert [s["from"] for s in starts] == ["the start"] + 3 * ["step_000003"]
+        assert all(s["versions"] and s["machine"].startswith("1 x cpu: ") for s in starts)
         _, checkpoint = optim.start_run(_optim_args(*flags, "--overwrite"))
         assert checkpoint is None and not (run.dir / "checkpoints").exists()
         assert not (run.dir / "metrics.jsonl").read_bytes()
+        assert len(open(run.dir / "starts.jsonl").readlines()) == 1
         assert (run.dir / "notes.txt").read_text() == "mine"
         (run.dir / "flags.json").unlink()
         for flag in ("--overwrite", "--resume"):  # not a run: somebody's home directory, perhaps
@@ -393,15 +424,17 @@ def test_optim_run_directory():
 
 
 def test_optim_flags_out_of_range():
-    for flags in ("--lr 0", "--lr nan", "--lr fast", "--warmup -1", "--warmup 1.5", "--processes 0",
-                  "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1", "--save-every 0",
-                  "--keep 0", "--overwrite --resume"):
+    for flags in ("--lr 0", "--lr nan", "--lr 1e9", "--lr fast", "--warmup -1", "--warmup 1.5",
+                  "--processes 0", "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1",
+                  "--save-every 0", "--keep 0", "--overwrite --resume"):
         with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
             raise AssertionError(f"{flags} was accepted: {_optim_args(*flags.split())}")
         assert flags.split()[0] in said.getvalue() and said.getvalue().count("\n") == 1, flags
     for name, words in (("tpu", ["tpu", "cuda"]), ("cuda:99", ["GPU 99", "--device cpu"])):
         with raises(ValueError, *words):
             optim.init_distributed(name)
+    with raises(ValueError, "--processes 999", "expected at most"):
+        optim.init_distributed("cpu", 999)
     with mock.patch.object(sys, "platform", "darwin"), raises(ValueError, "--processes 2", "Linux"):
         optim.init_distributed("cpu", 2)
 
@@ -427,14 +460,88 @@ def test_optim_second_ctrl_c_quits():
         assert not stop_requested()
         if (child := os.fork()) == 0:
             try:
+                optim.quit_on_second_signal()
                 os.close(2)
                 os.kill(os.getpid(), signal.SIGINT)
                 if stop_requested():
                     os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(9)
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_optim_second_ctrl_c_quits_inside_a_collective():
+    """A frozen process: the other waits for it in a collective, where Python's handlers do not run,
+    and could only be killed."""
+    if sys.platform != "linux":
+        raise unittest.SkipTest("forks are for Linux")
+    with _optim_dir() as home:
+        process = _optim_command(home, "run", "--processes", "2")
+        _optim_wait_for(home / "run" / "metrics.jsonl", 1, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children), signal.SIGSTOP)
+        time.sleep(0.5)
+        steps = (home / "run" / "metrics.jsonl").read_bytes().count(b"\n")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None and steps < 12
+        process.send_signal(signal.SIGINT)
+        _optim_finish(process, code=130)
+
+
+def test_optim_ctrl_c_before_the_first_step():
+    """While a model is loaded or problems are read, too: one line, which says how to go on."""
+    with _optim_dir() as home:
+        run, records = home / "run", home / "records.jsonl"
+        for script, words, how in (
+                ("grpo.py", ["--run-dir", run], f"python grpo.py --run-dir {run} --resume"),
+                ("eval.py", ["--records", records, "--results", home / "results.jsonl"],
+                 f"the same command goes on from what {records} holds")):
+            process = subprocess.Popen([sys.executable, script, *map(str, words)], cwd=ROOT,
+                                       text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, err = _optim_finish(process, code=130)
+            assert f"{script}: stopped; " in err and err.endswith(f"{how}\n"), err
+            assert "Traceback" not in err, err
+
+
+def test_optim_two_processes_in_one_run_directory():
+    """The second cut the logs of the first and moved its checkpoints. Who has the directory is
+    named, and when he is killed it is free, with nothing to clear away."""
+    with _optim_dir() as home, contextlib.redirect_stdout(None):
+        flags = ["--run-dir", str(home / "run")]
+        optim.start_run(_optim_args(*flags))
+        hold = ("import optim, pathlib, time\n"
+                f"optim.lock_run(pathlib.Path({str(home / 'run')!r}))\n"
+                "print('held', flush=True)\ntime.sleep(60)")
+        os.close(optim.lock_run(home / "run"))  # this process's own, which start_run took
+        holder = subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdout=subprocess.PIPE)
+        holder.stdout.readline()
+        for how in ("--resume", "--overwrite"):
+            for opens in (optim.start_run, optim.check_run_dir):
+                with raises(ValueError, f"in use by process {holder.pid}", "another --run-dir"):
+                    opens(_optim_args(*flags, how))
+        holder.kill()
+        holder.communicate()
+        optim.start_run(_optim_args(*flags, "--resume"))
+
+
+def test_optim_ruined_weights_are_not_saved():
+    """Not a number among the weights, or finite ones under which the model overflows: a run saved
+    them, and every resume ended alike."""
+    for ruin in (lambda w: w[3, 3].fill_(float("nan")), lambda w: w.mul_(1e30)):
+        with _optim_dir() as run_dir:
+            params, optimizer = _optim_state(1)
+            _optim_save(run_dir, 1, params, optimizer)
+            with torch.no_grad():
+                for name in ("up_proj", "gate_proj"):
+                    ruin(params[f"model.layers.0.mlp.{name}.weight"])
+            with raises(ValueError, "not finite", "--lr"):
+                _optim_save(run_dir, 2, params, optimizer)
+            assert [p.name for p in optim.list_checkpoints(run_dir)] == ["step_000001"]
 
 
 def test_optim_killed_and_resumed():
@@ -446,9 +553,10 @@ def test_optim_killed_and_resumed():
         process = _optim_command(home, "run", "--save-every", "1")
         _optim_wait_for(metrics, 1, process)
         process.send_signal(signal.SIGINT)
-        out, err = _optim_finish(process)
-        assert "go on with: python script.py --run-dir run --save-every 1 --resume" in out
-        assert "once more to quit" in err
+        _, err = _optim_finish(process, code=130)
+        command = "python script.py --run-dir run --save-every 1 --resume"
+        assert err.endswith(f"script.py: stopped; go on with: {command}\n"), err
+        assert "once more to quit" in err and "Traceback" not in err, err
         for _ in range(2):
             process = _optim_command(home, "run", "--save-every", "1", "--resume")
             _optim_wait_for(metrics, metrics.read_bytes().count(b"\n") + 1, process)
@@ -460,7 +568,7 @@ def test_optim_killed_and_resumed():
         _optim_finish(unbroken)
         first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
                          for run in ("unbroken", "run"))
-        assert first == second and len(first) == 5, (first, second)
+        assert first == second and len(first) == 6, (first, second)
         assert metrics.read_bytes() == (home / "unbroken" / "metrics.jsonl").read_bytes()
 
 
@@ -521,11 +629,23 @@ def test_optim_forks_end_together():
                 raise AssertionError("a fork outlived its parent")
         process = resumed()
         process.send_signal(signal.SIGINT)
-        out, _ = _optim_finish(process)
+        _, err = _optim_finish(process, code=130)
         command = "python script.py --run-dir run --processes 2 --fail-at 0 --resume"
-        assert f"go on with: {command}" in out, out
+        assert f"go on with: {command}" in err, err
         _optim_finish(_optim_command(home, "forked", "--processes", "2"))
         _optim_finish(_optim_command(home, "launched", processes=2))
         first, second = (_optim_hashes(home / run / "checkpoints" / "step_000012")
                          for run in ("forked", "launched"))
-        assert first == second and len(first) == 6, (first, second)
+        assert first == second and len(first) == 7, (first, second)
+
+
+def test_optim_unknown_flags_are_guessed():
+    parser = optim.Parser("A script.")
+    parser.add_argument("--max-new-tokens", type=int)
+    for word, end in (("--max-new-token5=3", "; did you mean --max-new-tokens?\n"), ("x", ": x\n")):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                parser.parse_args([word])
+            except SystemExit as stopped:
+                assert stopped.code == 2
+        assert said.getvalue().endswith(end) and said.getvalue().count("\n") == 1, said.getvalue()

@@ -3,16 +3,21 @@
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
 import grpo
 import model
+import optim
 import sft
+from data import load_problems
+from data.mixture import keys_of
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -20,6 +25,7 @@ from tests.common import (
     double_model,
     error_of,
     gradients,
+    in_process,
     raises,
     run,
     weights_of,
@@ -175,6 +181,57 @@ def test_sft_run_resumes_exactly_and_continues_in_grpo():
         assert "step 1/1" in out, out
 
 
+def test_sft_holds_out_whole_problems():
+    """Of several answers to one problem some were learned and others held out. As many as before
+    are held out of different problems, and the same ones."""
+    example = sft.Example([1], [LAST])
+    many = [example._replace(tokens=[i], key=str(i % 10)) for i in range(30)]
+    learned, held_out = sft.hold_out(many, 4, seed=0)
+    assert len(held_out) == 6 and len(learned) == 24
+    assert not {e.key for e in learned} & {e.key for e in held_out}
+    each_once = [example._replace(tokens=[i], key=str(i)) for i in range(30)]
+    shuffled = list(each_once)
+    random.Random(3).shuffle(shuffled)
+    assert sft.hold_out(each_once, 4, seed=3) == (shuffled[4:], shuffled[:4])
+
+
+def test_sft_and_eval_tell_what_was_trained_on():
+    """Problems that --eval-data asks are left out of training. A checkpoint knows which it has
+    seen, those of the model that it started from included, and eval.py says how many it asks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [{"problem": f"{a} +  {a}", "response": f"\\boxed{{{2 * a}}}", "answer": 2 * a}
+                for a in range(40)]
+        data = _write(Path(scratch) / "examples.jsonl", rows)
+        spaced = [row | {"problem": row["problem"].replace("  ", " ")} for row in rows]
+        asked = _write(Path(scratch) / "asked.jsonl", spaced)
+        words = ["--epochs", 1, "--validation", 2, "--processes", 1, "--max-new-tokens", 4]
+        told = in_process("sft", "--data", data, "--eval-data", asked, *words, "--run-dir",
+                          f"{scratch}/one")
+        dev = load_problems(asked, "dev")
+        assert f"{len(dev)} of 40 training problems of {data} are also held out" in told, told
+        first = f"{scratch}/one/checkpoints/best"
+        keys = optim.read_trained_on(first)
+        assert len(keys) == 40 - len(dev) - 2 and not keys & set(keys_of(dev))
+        more = _write(Path(scratch) / "more.jsonl", _sums(9))
+        in_process("sft", "--model", first, "--data", more, *words, "--run-dir", f"{scratch}/two")
+        second = f"{scratch}/two/checkpoints/best"
+        assert keys < optim.read_trained_on(second)
+        results = ["--results", f"{scratch}/results.jsonl", "--max-new-tokens", 4, "--processes", 1]
+        told = in_process("eval", "--model", second, "--data", asked, *results)
+        assert f"was trained on {len(keys)} of these 40 problems" in told, told
+        assert "greedy: 0.0 [0.0, " in told and "% without them" in told, told
+        unknown = in_process("eval", "--data", asked, *results)
+        assert "was trained on" not in unknown
+        told = in_process("infer_scale", "--model", second, "--data", asked, *results,
+                          "--num-samples", 2, "--experiments", "consistency")
+        assert "one sample: 0.0" in told and told.count("% without them") == 3, told
+        same = [{"problem": p["problem"].upper(), "response": "4"} for p in dev]
+        same = _write(Path(scratch) / "same.jsonl", same)
+        error = error_of("sft", "--data", same, "--eval-data", asked, *words, "--run-dir",
+                         f"{scratch}/three")
+        assert "every training problem" in error and "--eval-data" in error, error
+
+
 def test_sft_result_does_not_depend_on_the_number_of_processes():
     """Losses of one process and of two agree to rounding, with all weights and with an adapter."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -211,7 +268,23 @@ def test_sft_and_grpo_stop_after_skipped_steps():
                 error = error_of(module.__name__, *words[module], "--run-dir", run_dir,
                                  "--save-every", 99, "--eval-every", 99, "--processes", 1)
             assert "not finite in 3" in error and "another --run-dir" in error
-            assert len(open(f"{run_dir}/metrics.jsonl").readlines()) == 3
+            steps = [json.loads(line)["step"] for line in open(f"{run_dir}/metrics.jsonl")]
+            assert steps[-3:] == [1, 2, 3]
+
+
+def test_sft_goes_on_from_an_adapter():
+    """It starts where the merged checkpoint would, and not where the base does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        data = _write(Path(scratch) / "sums.jsonl", _sums(8))
+        words = ["--data", data, "--validation", 0, "--epochs", 1, "--batch", 8, "--warmup", 0,
+                 "--processes", 1]
+        first = in_process("sft", *words, "--lora-rank", 2, "--run-dir", f"{scratch}/a")
+        second = in_process("sft", *words, "--adapter", f"{scratch}/a/checkpoints/best/adapter",
+                            "--run-dir", f"{scratch}/b")
+        third = in_process("sft", *words, "--model", f"{scratch}/a/checkpoints/best",
+                           "--run-dir", f"{scratch}/c")
+        losses = [float(re.search(r"loss (\S+) nat", out)[1]) for out in (first, second, third)]
+        assert losses[0] > losses[1] + 0.01 and abs(losses[1] - losses[2]) < 1e-3, losses
 
 
 def test_sft_bad_conversations():
@@ -224,15 +297,26 @@ def test_sft_bad_conversations():
                 sft.read_examples(path, TOKENIZER, END, 100)
 
 
+def test_sft_holds_out_a_fifth_of_few_examples_and_200_of_many():
+    """160 examples were refused: the default of --validation was 200."""
+    config = model.load_config(ROOT / "data/tiny")
+    for n, held_out in ((3, 0), (160, 32), (1500, 200)):
+        args = sft.parse_args(["--data", "mine.jsonl"])
+        read = [SimpleNamespace(key=i) for i in range(n)]
+        with mock.patch.object(sft, "read_examples", lambda *_, **__: read):
+            examples, validation = sft.load_examples(args, config, TOKENIZER, None, [])
+        assert (len(examples), len(validation)) == (n - held_out, held_out)
+
+
 def test_sft_bad_input():
     with tempfile.TemporaryDirectory() as scratch:
         empty = _write(Path(scratch) / "empty.jsonl", [])
         wrong = _write(Path(scratch) / "wrong.jsonl", [{"problem": "1+1"}])
         few = _write(Path(scratch) / "few.jsonl", _sums(3))
         for words, expected in (
-                ([wrong], "line 1"), ([few], "has 3 examples"),
+                ([wrong], "line 1"), ([few, "--validation", 3], "has 3 examples"),
                 ([empty, "--validation", 0], "has 0 examples"),
-                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl")):
+                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"), ([scratch], scratch)):
             error = error_of("sft", "--run-dir", f"{scratch}/run", "--processes", 1, "--data",
                              *words)
             assert expected in error, (words, error)

@@ -10,7 +10,6 @@ notice it. Asked to think step by step, all of them write. Some are asked to che
 and to solve the problem again. Only problems of the train split are used.
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
@@ -19,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from data import arithmetic
 from data.prompts import AGAIN, ALL_RIGHT, CHECK, STEP_BY_STEP, respond
-from optim import HelpFormatter, at_least, between
+from optim import Parser, at_least, between
 
 AUTHORS = {"blunt": 0.60, "careful": 0.18, "careless": 0.22}
 QWEN_SPLIT = (
@@ -29,7 +28,7 @@ QWEN_SPLIT = (
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     share = between(0.0, 1.0)
     add("--documents", type=at_least(1), default=160000, help="conversations in the corpus")

@@ -1,0 +1,70 @@
+"""Compares adapters with the peft package, both ways, on random tiny weights. Needs `peft`.
+
+    python -m docs.peft_parity
+
+What save_model writes, as PEFT loads it: laid over the base, and the merged model beside it. Then
+what PEFT writes, for a few layers or all, with other scales, as load_adapter reads it.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import model
+from tests.common import FORMULA_TOKENS, formula_model
+
+
+def randomised(lora):
+    """The adapter with numbers in place of the zeros that its B starts as."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.1 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in lora.items()}
+
+
+@torch.inference_mode()
+def main():
+    params, config = formula_model(tied=False)
+    like = model.ROOT / "data" / "tiny"
+    with tempfile.TemporaryDirectory() as scratch:
+        base, tuned, theirs = (Path(scratch) / name for name in ("base", "tuned", "theirs"))
+        model.save_model(base, params, config, like)
+        bare = model.forward(params, config, FORMULA_TOKENS)
+
+        def load(path):
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+        def compare(what, ours, other):
+            gap = (ours - other).abs().max().item()
+            moved = (ours - bare).abs().max().item()
+            print(f"{what}: logits differ by {gap:.1e} at most; the adapter moves them by "
+                  f"{moved:.1f}")
+            assert gap < 1e-5 < 0.1 < moved, what
+
+        params |= randomised(model.init_lora(config, 4, seed=0))
+        model.save_model(tuned, params, config, like=base)
+        ours = model.forward(params, config, FORMULA_TOKENS)
+        laid_over = PeftModel.from_pretrained(load(base), tuned / "adapter")
+        compare("ours, laid over the base by PEFT", ours, laid_over(FORMULA_TOKENS).logits)
+        compare("ours, merged, by transformers", ours, load(tuned)(FORMULA_TOKENS).logits)
+
+        every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        for targets, changes in ((["q_proj", "v_proj"], {"lora_alpha": 16}),
+                                 (every, {"lora_alpha": 8, "use_rslora": True}),
+                                 (every, {"lora_alpha": 4, "layers_to_transform": [1]})):
+            peft_model = get_peft_model(load(base), LoraConfig(
+                r=8, target_modules=targets, task_type="CAUSAL_LM", **changes))
+            state = {name: tensor for name, tensor in peft_model.named_parameters()
+                     if "lora_" in name}
+            peft_model.load_state_dict(randomised(state), strict=False)
+            peft_model.save_pretrained(theirs)
+            params = model.load_params(base, adapter=theirs)
+            compare(f"PEFT's, {', '.join(targets)}, {changes}",
+                    model.forward(params, config, FORMULA_TOKENS),
+                    peft_model(FORMULA_TOKENS).logits)
+
+
+if __name__ == "__main__":
+    main()

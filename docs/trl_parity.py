@@ -1,0 +1,131 @@
+"""The loss and the advantages of grpo.py beside those of TRL: value and gradient, in float64.
+
+    pip install trl==1.16.0       # in an environment of its own: it brings transformers along
+    python -m docs.trl_parity
+
+TRL's own methods run, on a trainer that holds nothing but its settings.
+"""
+
+import inspect
+import itertools
+import textwrap
+from collections import defaultdict
+from types import SimpleNamespace
+
+import torch
+from trl.trainer import grpo_trainer
+
+import losses
+
+B, T = 8, 6
+SOURCE = inspect.getsource(grpo_trainer.GRPOTrainer)
+# Parts of a method that would need a whole trainer to run.
+SAMPLER_RATIO = ("per_token_logps_diff = (old_per_token_logps",
+                 "# Compute the per-token log probabilities for the reference")
+ADVANTAGES = ('if self.multi_objective_aggregation == "sum_then_normalize":',
+              "advantages = torch.nan_to_num")
+
+
+def run_part(part, **names):
+    """Run the lines of TRL's source from the one that holds part[0] to the one with part[1]."""
+    first, end = (SOURCE.rindex("\n", 0, SOURCE.index(words)) + 1 for words in part)
+    names = vars(grpo_trainer) | names
+    exec(textwrap.dedent(SOURCE[first:end]), names)
+    return names
+
+
+def settings(loss, level, beta, kl, clip_hard, sampler, bonus):
+    """A stand-in for GRPOTrainer."""
+    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, sync_gradients=True,
+                                  reduce=lambda x, reduction: x)
+    sharpness = torch.tensor([1.0, 1.05], dtype=torch.float64)  # TRL rounds 1.05 to float32
+    args = SimpleNamespace(
+        delta=clip_hard, use_bias_correction_kl=kl == "k3_corrected", steps_per_generation=1,
+        sapo_temperature_pos=sharpness[0], sapo_temperature_neg=sharpness[1])
+    low, high = {"token": (None, 2.0), "sequence": (1 / 3, 3.0), None: (None, None)}[sampler]
+    mode = {"token": "token_truncate", "sequence": "sequence_mask", None: None}[sampler]
+    return SimpleNamespace(
+        accelerator=accelerator, args=args, model=SimpleNamespace(training=True), loss_type=loss,
+        importance_sampling_level=level, beta=beta, epsilon_low=0.2,
+        epsilon_high=1.28 if loss == "cispo" else 0.28, max_completion_length=T,
+        use_vllm=sampler is not None, vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
+        vllm_importance_sampling_clip_max=high, entropy_coef=bonus,
+        _entropy_bonus_enabled=bonus != 0, use_adaptive_entropy=False, top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None, aux_loss_enabled=False,
+        current_gradient_accumulation_steps=1, _metrics=defaultdict(lambda: defaultdict(list)))
+
+
+def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
+    """The largest difference of the loss, of its gradient and of that of the entropy."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(6, B, T, generator=generator, dtype=torch.float64)
+    logprobs = -normal[0].abs() - 0.1
+    old, ref = logprobs + 0.4 * normal[1], logprobs + 0.5 * normal[2]
+    sampled = old - 0.6 * normal[3]
+    advantages = normal[4, :, 0]
+    mask = torch.arange(T) < torch.tensor([6, 4, 1, 5, 2, 3, 6, 6])[:, None]  # [B, T]
+    ours = [x.clone().requires_grad_() for x in (logprobs, normal[5].abs())]  # and the entropy
+    theirs = [x.clone().requires_grad_() for x in (logprobs, normal[5].abs())]
+
+    trainer = settings(loss, level, beta, kl, clip_hard, sampler, bonus)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*theirs, None)
+    nothing = torch.zeros(B, 1, dtype=torch.long)
+    inputs = {"prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask.long(),
+              "completion_mask": mask.double(), "advantages": advantages,
+              "old_per_token_logps": old, "ref_per_token_logps": ref,
+              "num_items_in_batch": mask.sum()}
+    weights = None
+    if sampler:
+        cap = 2.0 if sampler == "token" else 3.0
+        weights = losses.mismatch_weights((old - sampled) * mask, cap, sampler)
+        inputs["importance_sampling_ratio"] = run_part(
+            SAMPLER_RATIO, self=trainer, old_per_token_logps=old,
+            sampling_per_token_logps=sampled, mask=mask)["vllm_importance_sampling_ratio"]
+    wanted = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+    found, _ = losses.policy_loss(ours[0], old, ref if beta else None, advantages, mask, loss=loss,
+                                level=level, clip_hard=clip_hard, beta=beta, kl=kl,
+                                max_completion_tokens=T, weights=weights)
+    found = found - bonus * (ours[1] * mask).sum() / mask.sum()
+    wanted.backward(), found.backward()
+    gaps = [(found - wanted).abs(), (ours[0].grad - theirs[0].grad).abs().max()]
+    if bonus:
+        gaps.append((ours[1].grad - theirs[1].grad).abs().max())
+    return max(gap.item() for gap in gaps)
+
+
+def advantage_gap(seed, scale, combine):
+    """The largest difference of the advantages of 6 groups of 5."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(2, 6, 5, generator=generator, dtype=torch.float64)
+    coefficients = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    trainer = SimpleNamespace(
+        multi_objective_aggregation={"sum": "sum_then_normalize",
+                                     "normalise": "normalize_then_sum"}[combine],
+        reward_weights=coefficients, scale_rewards=scale, reward_funcs=[None, None])
+    wanted = run_part(ADVANTAGES, self=trainer, rewards_per_func=rewards.flatten(1).T, device="cpu",
+                      num_generations=5, unscorable_mask=torch.zeros(30, dtype=torch.bool))
+    if combine == "sum":
+        found = losses.group_advantages(rewards[0] + 0.3 * rewards[1], scale)
+    else:
+        found = losses.combined_advantages({"a": rewards[0], "b": rewards[1]}, {"a": 1.0, "b": 0.3},
+                                         scale)
+    return (found.flatten() - wanted["advantages"]).abs().max().item()
+
+
+def main():
+    gaps = []
+    for loss, level, (beta, kl), *rest in itertools.product(
+            ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"), ("token", "sequence"),
+            ((0.0, "k3"), (0.3, "k3"), (0.3, "k3_corrected")), (None, 1.5),
+            (None, "token", "sequence"), (0.0, 0.07)):
+        if (level, kl) != ("sequence", "k3_corrected"):  # TRL corrects by the sequence's ratio
+            gaps.append(loss_gap(0, loss, level, beta, kl, *rest))
+    print(f"{len(gaps)} configurations of the loss: {max(gaps):.1e} at most")
+    cases = [("group", "sum"), ("batch", "sum"), ("none", "sum"), ("group", "normalise")]
+    gaps = [advantage_gap(0, *case) for case in cases]
+    print(f"{len(gaps)} of the advantages: {max(gaps):.1e} at most (TRL rounds n / (n - 1))")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Tests of view.py and of its template."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import grpo
+import view
+from tests.common import raises, skip_unless
+
+# What a model may write to break out of its place in the page.
+HOSTILE = [
+    "</script><script>window.hacked = 1</script>",
+    "<!--<script>", "</style><img src=x onerror='window.hacked = 1'>",
+    "<svg onload='window.hacked = 1'>", "DATA_OF_THE_RUNS", "${window.hacked = 1}`\\\"'",
+    "&lt;b&gt; \u2028 \u202e backwards \x00 \ud800 \udc00", "wait " * 3000, "{" * 30_000,
+    "\\boxed{" * 9, "<think>" * 99 + "</think>" * 99]
+
+
+def _completion(text, right=True, advantage=0.5):
+    return {"text": text, "tokens": list(range(len(text.split(" ")))),
+            "pieces": re.findall(r"[^ ]* ?", text)[:-1], "logprobs": [-0.5] * len(text.split(" ")),
+            "rewards": {"accuracy": float(right)}, "reward": 1.1 * right, "advantage": advantage,
+            "right": right, "finish": "stop"}
+
+
+def _lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _run(home, name="run", texts=("<think>no, wait: 2</think> so \\boxed{2}",), steps=3):
+    """The directory of a run whose groups and held-out answers say these texts."""
+    run_dir = Path(home) / name
+    run_dir.mkdir()
+    (run_dir / "flags.json").write_text(json.dumps({"model": texts[0], "data": ["sums"]}))
+    _lines(run_dir / "starts.jsonl", [{"time": 1e9, "command": f"python grpo.py {texts[-1]}"}])
+    (run_dir / "results.md").write_text("|  | problems |\n| --- | --- |\n| before | 500 |\n"
+                                        "\n341 of 500 problems gained, 12 lost\n")
+    metrics = [{"step": step, "steps": steps, "accuracy": step / steps, "time": 1e9 + 10 * step}
+               for step in range(1, steps + 1)]
+    metrics[-1] |= {"dev_accuracy": 0.5, "dev_accuracy_low": 0.25, "dev_accuracy_high": 0.75}
+    _lines(run_dir / "metrics.jsonl", metrics)
+    samples = []
+    for step in (0, steps):
+        for kind in ("held_out", "rollout") if step else ("held_out",):
+            completions = [_completion(text) for text in texts]
+            samples.append({"step": step, "kind": kind, "problem": texts[0], "answer": texts[-1],
+                            "prompt": texts[0], "completions": completions})
+    _lines(run_dir / "samples.jsonl", samples)
+    return run_dir
+
+
+def _data(page):
+    """The runs that a page holds."""
+    [data] = re.findall(r'<script type="application/json" id="data">(.*)</script>', page)
+    return json.loads(data)
+
+
+def test_view_text_cannot_leave_its_place():
+    """The data have no "<" and are ASCII, and nothing but element() makes anything of strings."""
+    template = view.TEMPLATE.read_text(encoding="utf-8")
+    for name in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "http:"):
+        assert name not in template.replace("http://www.w3.org/2000/svg", ""), name
+    assert max(map(len, template.splitlines())) <= 100
+    with tempfile.TemporaryDirectory() as home:
+        run_dir = _run(home, texts=HOSTILE)
+        page = view.render([view.read_run(run_dir)])
+        [run] = _data(page)
+        for name in ("<script", "</script", "<style", "<svg", "<!--"):
+            assert page.count(name) == template.count(name), name
+        assert page.isascii() == template.isascii()
+        shown = [c["text"] for c in run["groups"][-1]["completions"]]
+        assert shown[:8] == HOSTILE[:8]
+        assert "".join(run["groups"][-1]["completions"][0]["pieces"]) == HOSTILE[0]
+        assert "10000 characters are not on this page" in shown[8] and len(shown[8]) < 21_000
+
+
+def test_view_is_bounded_and_takes_damaged_files():
+    """Long runs, megabyte lines, lines that a kill cut short, numbers that JSON does not have."""
+    with tempfile.TemporaryDirectory() as home:
+        run_dir = _run(home)
+        rows = [{"step": step, "loss": 1 / step} for step in range(1, 9001)]
+        rows[-2]["dev_accuracy"] = rows[1234]["dev_accuracy"] = 0.5
+        _lines(run_dir / "metrics.jsonl", rows)
+        sample = view.read_objects(run_dir / "samples.jsonl")[-1]
+        sample["completions"] = [_completion("x" * 30_000)] * 2 + [_completion("y " * 5000)]
+        samples = [sample | {"step": step} for step in range(20)]
+        samples[0]["completions"] = [_completion("z" * 3_000_000), _completion("y " * 5000)]
+        _lines(run_dir / "samples.jsonl", samples)
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.write('[1]\n{"step": 9001, "loss": NaN, "lr": 1e999}\n{"step": 9002, "lo')
+        with mock.patch.object(view, "MAX_SAMPLES", 500_000):
+            view.write_page([run_dir], run_dir / "report.html")
+        page = (run_dir / "report.html").read_text()
+        assert len(page) < 1e6
+        [run] = _data(page)
+        steps = run["metrics"]["step"]
+        assert len(steps) < 2010 and steps[-1] == 9001 and {1235, 8999} <= set(steps)
+        assert run["metrics"]["loss"][-1] is None
+        kept = {sample["step"] for sample in run["groups"]}
+        assert len(kept) + run["left_out"] == 20 and 1 < len(kept) < 19
+        assert {0, 19} <= kept
+        first, *_, last = run["groups"][0]["completions"]
+        assert not first["pieces"] and not first["logprobs"] and first["num_tokens"] == 1
+        assert not last["pieces"] and last["num_tokens"] == 5001
+
+
+def test_view_command_and_errors():
+    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(io.StringIO()) as said:
+        run_dir = _run(home)
+        view.main(view.parse_args([str(run_dir)]))
+        [run] = _data((run_dir / "report.html").read_text())
+        assert run["seconds"] == 30
+        assert run["results"] == {"table": [["", "problems"], ["before", "500"]],
+                                  "notes": ["341 of 500 problems gained, 12 lost"]}
+        both = f"{home}/both.html"
+        view.main(view.parse_args([str(run_dir), str(_run(home, "other")), "--out", both]))
+        assert len(_data(Path(both).read_text())) == 2 and both in said.getvalue()
+        with raises(FileNotFoundError, home, "flags.json", "grpo.py"):
+            view.main(view.parse_args([home]))
+        gone = SimpleNamespace(rank=0, dir=Path(home, "gone"))
+        view.write_report(gone)  # ends no training
+        assert "report.html is not written" in said.getvalue()
+
+
+def test_view_knows_what_grpo_counts_as_second_thoughts():
+    assert f"/{grpo.SECOND_THOUGHTS.pattern}/gi" in view.TEMPLATE.read_text(encoding="utf-8")
+
+
+# ---- in a browser
+
+LISTEN = """<script>
+window.found = [];
+for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
+  addEventListener(kind, event => found.push(kind + " " + event.message), true);
+</script>"""
+CLICK = """<script>
+const all = (query, of = document) => [...of.querySelectorAll(query)];
+const texts = query => all(query).map(node => node.textContent);
+const before = {box: texts(".group .box"), thought: texts(".group .thought"),
+                second: texts(".group .second"), cards: all(".card").length};
+for (const svg of all("svg")) {
+  const {left, width, top} = svg.getBoundingClientRect();
+  for (const at of [0, 0.5, 0.99])
+    svg.dispatchEvent(new PointerEvent("pointermove", {clientX: left + at * width, clientY: top}));
+}
+for (const part of all("details")) part.open = true;
+for (let i = 0; i < all("button").length; i++) all("button")[i].click();
+for (let i = 0; i < all(".overview tr").length; i++) all(".overview tr")[i].click();
+for (let i = 0; i < all("select").length; i++)
+  for (let j = all("select")[i].options.length; j-- > 0;) {
+    all("select")[i].selectedIndex = j;
+    all("select")[i].dispatchEvent(new Event("change"));
+  }
+const outcome = {...before, found, hacked: window.hacked ?? null, values: texts(".values"),
+  strange: all("img, iframe, [onload], [onerror], script[src]").length,
+  said: texts(".group .card pre"), tinted: all(".group .tinted span[title]").length,
+  page: document.body.innerText, width: innerWidth,
+  wide: Math.max(...all("body > *").map(part => part.scrollWidth)) > innerWidth};
+document.body.replaceChildren();  // --dump-dom crashes on half a surrogate
+document.title = encodeURIComponent(JSON.stringify(outcome).replace(/\\\\ud[89a-f]../g, "?"));
+</script>"""
+
+
+def _click_through(page, home):
+    """What a headless browser finds on a page in which everything that can be is clicked."""
+    names = [os.environ.get("REASONER_CHROMIUM", ""), "chromium", "chromium-headless-shell",
+             "chromium-browser", "google-chrome"]
+    browser = next(filter(None, map(shutil.which, names)), None)
+    skip_unless(browser, "REASONER_CHROMIUM", "a Chromium")
+    path = Path(home, "clicked.html")
+    page = page.replace("<head>", f"<head>{LISTEN}").replace("</body>", f"{CLICK}</body>")
+    path.write_text(page, encoding="utf-8")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+         "--window-size=390,800",  # a phone's
+         f"--user-data-dir={home}/browser", "--dump-dom", path.as_uri()],
+        capture_output=True, timeout=60)
+    found = re.search(rb"<title>([^<]*)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    unquoted = re.sub(rb"%(..)", lambda m: bytes([int(m[1], 16)]), found[1])
+    return json.loads(unquoted)
+
+
+def test_view_in_a_browser():
+    """No script error, nothing loaded, and each part of a completion where it belongs."""
+    with tempfile.TemporaryDirectory() as home:
+        runs = [view.read_run(_run(home, name)) for name in "ab"]
+        seen = _click_through(view.render(runs), home)
+        assert not seen["found"] and not seen["strange"] and not seen["wide"], seen
+        assert seen["width"] == 390 and seen["box"] == ["\\boxed{2}"], seen
+        assert seen["second"] == ["wait"], seen
+        assert seen["thought"] == ["<think>no, ", "wait", ": 2</think>"], seen
+        assert seen["cards"] == 5 and seen["tinted"] == 7, seen  # two runs, before and after; group
+        assert "step 3" in seen["values"][0] and "held out 0.5 [0.25, 0.75]" in seen["values"][0]
+        for words in ("341 of 500 problems gained, 12 lost", "python grpo.py", "30 s", "--model",
+                      "1 of 1 are right", "A +0.50", "5 tokens, ended by itself", "2001-09-09"):
+            assert words in seen["page"], (words, seen["page"])
+
+
+def test_view_in_a_browser_hostile_text_does_nothing():
+    with tempfile.TemporaryDirectory() as home:
+        seen = _click_through(view.render([view.read_run(_run(home, texts=HOSTILE))]), home)
+        assert seen["hacked"] is None and not seen["strange"] and not seen["found"], seen
+        assert not seen["wide"] and seen["said"][:6] == HOSTILE[:6], seen["said"][:6]
+        assert len(seen["said"]) == len(HOSTILE)
