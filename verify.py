@@ -432,6 +432,7 @@ LEXEME = re.compile(
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
+CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
 PROSE = re.compile(r"[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")  # what is a word in \text{}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 CLOSING = {  # what closes each bracket
@@ -507,46 +508,34 @@ READERS = {
 }  # fmt: skip
 
 
-def read_letters(run, mark, space, before, alone):
+def read_letters(run, mark, space, before):
     """Tokens of a run of letters: functions, products of variables, words.
 
     mark: "prose" or "roman" if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
     """
     low = run.lower().replace(".", "")
     counted = before.kind in ("number", "word", "deg")
-    kind = None
-    value = low
-    parts = run
-    if low in ("and", "or"):
-        kind = low
-    elif low in ("percent", "pct"):
-        kind = "%"
-    elif low == "to" and before.kind == "number":
-        kind = ":"
-    elif low == "per" and counted:
-        kind = "/"
-    elif len(run) == 1:
+    if low in CONNECTIVES and (low != "to" or before.kind == "number"):
+        return [Token(CONNECTIVES[low], None, run)]
+    if len(run) == 1:
         unit = mark == "roman" and run not in "dei" and (counted or before.kind == "}")
         unit = unit or before.kind == "deg" and run in "CF"
-        word = unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word"
-        kind = "word" if word else "value" if run in "ie" else "sym"
-        value = ("const", run) if kind == "value" else run if run in UNITS or not word else low
-    elif counted and (low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")):
-        kind = "word"
-    elif run in WORD_NAMES and (mark != "prose" or alone):
-        kind, value = WORD_NAMES[run]
-    elif mark or low in WORDS or low in NUMERALS or run in ("II", "III"):
-        kind = "word"
-    elif joined := JOINED.fullmatch(run):
+        if unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word":
+            return [Token("word", run if run in UNITS else low, run)]
+        return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
+    if run in WORD_NAMES and mark != "prose" and not (counted and low in UNITS):
+        return [Token(*WORD_NAMES[run], run)]
+    known = low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")
+    if mark or counted and known or low in WORDS or run in ("II", "III"):
+        return [Token("word", low, run)]
+    parts = run
+    if joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
-    elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
-        kind = "word"
-    elif low not in string.ascii_lowercase or run.isupper():  # abcd and xyz are products
-        syllable = (alone or space and counted) and len(run) > 2 and re.search("[aeiou]", low)
-        kind = "word" if len(run) > 3 or syllable else None
-    if kind:
-        return [Token(kind, value, run)]
-    return [token for part in parts for token in read_letters(part, "", False, END, False)]
+    elif low not in string.ascii_lowercase:  # abcd and xyz are products
+        syllable = len(run) == 3 and re.search("[aeiou]", low)  # a cat, but 2aex is a product
+        if len(run) > 3 or syllable and (space or before.kind != "number"):
+            return [Token("word", low, run)]
+    return [token for part in parts for token in read_letters(part, "", False, END)]
 
 
 class Tokenizer:
@@ -555,9 +544,9 @@ class Tokenizer:
     def __init__(self, text):
         self.found = []
         self.stack = []
-        self.scan(text, "", alone=True)
+        self.scan(text, "")
 
-    def scan(self, text, mark, alone):
+    def scan(self, text, mark):
         """Adds the tokens of a text, or of a part of one: the content of \\text{}, \\mathrm{}."""
         at = 0
         space = mark == "prose"
@@ -579,7 +568,7 @@ class Tokenizer:
                 if style == "prose":
                     content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content)
                     content = content.replace("&", " and ")
-                self.scan(content, style, alone and match[0] == text)
+                self.scan(content, style)
                 call = style == "roman" and text[at : at + 1] == "(" and before.kind != "number"
                 if call and self.found and self.found[-1].kind == "word":
                     self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
@@ -599,8 +588,7 @@ class Tokenizer:
                 if before.kind in ("*", "/") and unit:  # km/h
                     before = self.found[-2]
                     style = mark or "roman"
-                whole = alone and lexeme == text.strip()
-                tokens = read_letters(lexeme, style, space, before, whole)
+                tokens = read_letters(lexeme, style, space, before)
             else:
                 tokens = self.symbol(kind, lexeme, before)
             if tokens and self.found and self.found[-1].kind == "quad":
@@ -1008,7 +996,7 @@ class Parser:
                 below = self.argument()
         body = self.expression(TERM)
         variable = None
-        if below[0] == "rel":
+        if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]

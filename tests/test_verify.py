@@ -176,7 +176,9 @@ S = \sum_{k=1}^n k :: S = \sum_{k=1}^n 2k || \int_0^1 e^{2x}dx :: \int_0^1 e^2x 
 \sum_{k=1}^{n} a_k = 1 :: \sum_{k=1}^{n} b_k = 1 || \sum_{k=1}^{n} k = n :: \sum_{k=1}^{n} k = 2n
 \sum_{i=1}^{n} x_i :: \sum_{i=1}^{m} x_i || \sum_{k=0}^{\infty} x^k :: \sum_{k=1}^{\infty} x^k
 \prod_{k=1}^{n} (1+k) :: \prod_{k=1}^{n} (1-k) || 3+\sum_{k=1}^n k :: 4+\sum_{k=1}^n k
-\sum_{k=1}^{100} k :: 5000 || \sum_{d|n} d :: \sum_{d|n} d^2 || \sum k :: \sum k^2
+\sum_{k=1}^{100} k :: 5000 || \sum_{k<1}^n k :: \sum_{k=1}^n k
+\sin\pi :: 1 || e^{i\pi} :: e^{i\pi}+1 || 2^{\sin\pi} :: 2^{\cos\pi}
+\sum_{d|n} d :: \sum_{d|n} d^2 || \sum k :: \sum k^2
 # equations side by side
 x=1 y=2 :: x=3 y=2 || x=1$ $y=2 :: x=3$ $y=2 || x=1 \quad y=2 :: x=3 \quad y=2
 a=1\qquad b=5 :: a=2\qquad b=5 || x = 1 y = 2 z = 3 :: x = 1 y = 7 z = 3 || x=a y=b :: x=c y=b
