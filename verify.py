@@ -1092,8 +1092,8 @@ def rows_of(node):
     """The rows of a matrix or vector, else None."""
     if node[0] not in ("tuple", "array"):
         return None
-    matrix = all(row[0] == "array" for row in node[1:])
-    return [list(row[1:]) if matrix else [row] for row in node[1:]]
+    nested = all(row[0] == "array" for row in node[1:])
+    return [list(row[1:]) if nested else [row] for row in node[1:]]
 
 
 def matrix(rows):
@@ -1103,6 +1103,13 @@ def matrix(rows):
     if len(rows[0]) == 1 and len(rows) > 1:
         return ("tuple", *(row[0] for row in rows))
     return ("array", *(("array", *row) for row in rows))
+
+
+def dot(a, b):
+    total = chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
+    if size(total) > MAX_TERMS:
+        raise Unreadable("too many matrices")
+    return total
 
 
 def with_matrices(node):
@@ -1120,13 +1127,6 @@ def with_matrices(node):
         total = product or rows
     scalars = [child for child, rows in zip(node[1:], parts) if not rows]
     return matrix([[chain("mul", *scalars, cell) for cell in row] for row in total])
-
-
-def dot(a, b):
-    total = chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
-    if size(total) > MAX_TERMS:
-        raise Unreadable("too many matrices")
-    return total
 
 
 def normal(node):
@@ -1348,9 +1348,8 @@ def evaluate(node, point, m, sizes):
         if tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
         result = m.mpc(OPS[tag][1](m, *values))
-    if point[1]:
-        if abs(result.imag) > 1e-9 * (1 + abs(result.real)):
-            raise ValueError("not real")  # ln x is undefined at -1, so that 2 ln x is ln x^2
+    if point[1] and abs(result.imag) > 1e-9 * (1 + abs(result.real)):
+        raise ValueError("not real")  # ln x is undefined at -1, so that 2 ln x is ln x^2
     if not m.isfinite(result):
         raise ValueError("infinite")
     if result != 0:
