@@ -531,10 +531,10 @@ def summarize(records, *, grade, **settings):
     return row | {"rates": {name: interval(found) for name, found in scores.items()}}
 
 
-def say_trained_on(setup, rows):
+def say_trained_on(args, setup, rows):
     """How many of the problems the model is known to have been trained on, and what is left of
     each row's accuracy without them."""
-    known = optim.read_trained_on(model.resolve_model(setup.settings["model"]))
+    known = optim.read_trained_on(model.resolve_model(args.model), args.adapter)
     keys = keys_of(setup.problems)
     others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
     if len(others) == len(setup.problems):
@@ -736,7 +736,7 @@ def main(args):
     records, settings = collect_records(setup, num_samples=args.num_samples)
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
     say_table(table([row]))
-    say_trained_on(setup, [row])
+    say_trained_on(args, setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():

@@ -853,6 +853,15 @@ def make_trainable(base, config, args, device):
     return params, Policy(start, config, None, None), optimizer
 
 
+def restore(checkpoint, optimizer):
+    """(steps made, what the run has to remember), those of a new run where `checkpoint` is None."""
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
+    if checkpoint is None:
+        return 0, progress
+    state = optim.load_checkpoint(checkpoint, optimizer)
+    return state["step"], progress | state["extra"]
+
+
 def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
@@ -887,12 +896,7 @@ def main(args):
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params, engine=Engine())
-    done = 0
-    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
-    if checkpoint:
-        state = optim.load_checkpoint(checkpoint, optimizer)
-        done = state["step"]
-        progress |= state["extra"]
+    done, progress = restore(checkpoint, optimizer)
     if args.filter_by_pass_rate:
         sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
     num_problems = sum(map(len, sets))
@@ -900,9 +904,10 @@ def main(args):
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
     measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    trained_on = optim.read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
     save = functools.partial(
         optim.save_checkpoint, run.dir, params=params, config=config, like=path,
-        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
     if not progress["dev"]:  # of a new run, or one of an earlier version
         progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
     if not checkpoint:

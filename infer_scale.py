@@ -246,7 +246,7 @@ def main(args):
             rows = sweep_temperature({t: pool(t) for t in args.temperatures}, ks)
         else:
             rows = sweep_budget(setup, args.budgets)
-        eval.say_trained_on(setup, rows)
+        eval.say_trained_on(args, setup, rows)
         for row in rows:
             eval.append_row(args.results, row)
 

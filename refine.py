@@ -299,7 +299,7 @@ def main(args):
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
     eval.say_table(eval.table(rows))
-    eval.say_trained_on(setup, rows)
+    eval.say_trained_on(args, setup, rows)
     print_rounds(own)
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]

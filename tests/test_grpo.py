@@ -131,7 +131,7 @@ def _group(texts, answers=None, lengths=None, limit=100):
     problem = {"problem": "How many?", "answer": "4"}
     lengths = lengths or [len(t) for t in texts]
     completions = [generate.Completion(list(range(n)), [0.0] * n, "stop") for n in lengths]
-    right = [verify.accuracy_reward(text, "4") == 1 for text in texts]
+    right = [verify.verify(text, "4", strict=True) for text in texts]
     return grpo.Group(problem, [], texts, completions, right, limit, "think")
 
 
@@ -901,6 +901,8 @@ def test_grpo_goes_on_from_an_adapter():
         assert learned["kl"] == 0
         error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
         assert "--lora-rank is 0" in error and "rank 4" in error, error
+        known = optim.read_trained_on(adapter)
+        assert known and known <= optim.read_trained_on(f"{scratch}/b/checkpoints/step_000001")
         texts = []
         for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
             records = Path(scratch, f"{i}.jsonl")
