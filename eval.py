@@ -703,8 +703,8 @@ def report(args):
               if name not in OF_REPORT and value != usual[name]]
     rows = []
     for label, name, prompt, script, method in REPORT:
-        if not model.is_tiny(config):
-            prompt = {"plain": "direct", "cot": "boxed"}[prompt]
+        if not model.is_tiny(config):  # grpo.py asks it for steps, as the sampled rows do
+            prompt = "direct" if label == "base" else "boxed"
         greedy = method == "greedy"
         temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
         limit = args.limit if greedy else args.sampled_limit or args.limit
