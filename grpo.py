@@ -197,24 +197,26 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     greedy: one completion each, without noise.
     """
     rank, world = rank_and_world()
-    problems = problems[rank::world]
     G = 1 if greedy else args.group
+    total = len(problems) * G
+    problems = problems[rank::world]
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
     asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
 
     def sample():
-        return generate(
-            policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
-            seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
-            temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
-            stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
-            compiled=args.compile)
+        with optim.progress_bar(total, "answering" if greedy else "sampling", True) as on_step:
+            return generate(
+                policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
+                seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
+                temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+                stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
+                compiled=args.compile, on_step=on_step)
 
     rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
     texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(pairs, strict=asked.grade == "strict")
+    verdicts = verify_many(optim.show_phase(pairs, "grading"), strict=asked.grade == "strict")
     coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
@@ -423,8 +425,9 @@ def update(policy, reference, optimizer, rows, total, lr, args):
             old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
     own = Counter()  # of tensors, so that the device is not waited for
     skipped = 0
+    inputs = list(zip(rows, old, ref))
     for _ in range(args.updates):
-        for row, old_logprobs, ref_logprobs in zip(rows, old, ref):
+        for row, old_logprobs, ref_logprobs in optim.show_phase(inputs, "updating"):
             loss, stats = row_loss(params, config, row, old_logprobs, ref_logprobs, total, args)
             loss.backward()
             own.update(stats)

@@ -329,6 +329,7 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
     if problems:
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
+                           quiet=True,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
         for problem, record in zip(problems, records):
             [answer] = record["samples"]
