@@ -97,17 +97,24 @@ def test_readme_names_the_functions_of_the_seven_steps():
 
 
 def test_readme_example_of_your_own_runs():
-    """Its file is run as it stands, and trained on."""
+    """Its file is run as it stands, and trained on; settings.md names metrics that come of it."""
     [code] = re.findall(r"```python\n(.*?)```", _text(PAGES[0]), re.DOTALL)
     with tempfile.TemporaryDirectory() as folder:
         mine = Path(folder, "mine.py")
         mine.write_text(code, encoding="utf-8")
         mine.with_suffix(".jsonl").write_text(run(mine), encoding="utf-8")
-        out = in_process("grpo", "--data", mine.with_suffix(".jsonl"), "--reward", "accuracy=1",
-                         f"{mine}:short=0.2", "--run-dir", Path(folder, "run"), "--steps", 1,
-                         "--prompts", 2, "--group", 2, "--eval-limit", 2, "--test-limit", 0,
-                         "--processes", 1)
+        out = in_process(
+            "grpo", "--data", mine.with_suffix(".jsonl"), "--run-dir", Path(folder, "run"),
+            "--reward", "accuracy=1", "format=0.1", f"{mine}:short=0.2", "--steps", 1,
+            "--prompts", 2, "--group", 2, "--eval-limit", 2, "--test-limit", 0, "--processes", 1)
+        metrics = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8")
     assert "step 1/1" in out, out
+    symptoms = _text(ROOT / "docs" / "settings.md").partition("## Symptom by symptom")[2]
+    columns = [line.split("|")[2] for line in symptoms.splitlines() if line.startswith("| ")]
+    names = re.findall(r"`([a-z_]+)`", " ".join(columns))
+    assert len(names) > 20, names
+    for name in names:
+        assert f'"{name}' in metrics, f"settings.md: metrics.jsonl has no {name}"
 
 
 def test_readme_lists_the_files_from_the_ground_up():

@@ -131,7 +131,7 @@ def _group(texts, answers=None, lengths=None, limit=100):
     problem = {"problem": "How many?", "answer": "4"}
     lengths = lengths or [len(t) for t in texts]
     completions = [generate.Completion(list(range(n)), [0.0] * n, "stop") for n in lengths]
-    right = [verify.accuracy_reward(text, "4") == 1 for text in texts]
+    right = [verify.verify(text, "4", strict=True) for text in texts]
     return grpo.Group(problem, [], texts, completions, right, limit, "think")
 
 
