@@ -816,7 +816,7 @@ def test_verify_constants():
 
 
 _CONSTANTS = {  # what each of them truly equals among the references
-    "0": "0 || 0 = C || P(1)=0 || p(5) = 0",
+    "0": r"0 || 0 = C || P(1)=0 || p(5) = 0 || e^{i\pi}+1",
     "1": (
         r"1 || 100\% || \sum_{k=1}^{n} b_k = 1 || f(x)=1 || k=1 || n \equiv 1 \pmod 3 || "
         "u(3) = 1 || |AB|=1"
@@ -836,7 +836,7 @@ _CONSTANTS = {  # what each of them truly equals among the references
     "1=1": r"1 || 100\%",
     "?": "",
     "n": "n",
-    "0x": "0 || 0 = C || P(1)=0 || p(5) = 0",
+    "0x": r"0 || 0 = C || P(1)=0 || p(5) = 0 || e^{i\pi}+1",
     "f(0)": "f(0)",
     r"\infty": r"\infty",
     "x,y": "",
