@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -196,6 +197,10 @@ def maj_at_k(votes, right, k):
 # ---------------------------------------------------------------------- problems in, records out
 
 
+SAMPLE_FIELDS = {"text", "answer", "lenient_answer", "strict", "lenient", "tokens", "finish",
+                 "logprob"}
+
+
 def make_sample(completion, text, strict, lenient):
     """What a record keeps of a completion. strict, lenient: is it right? None: undecided."""
     return {"text": text, "answer": extract_answer(text, strict=True),
@@ -248,7 +253,9 @@ def read_records(path, settings=None):
             record = json.loads(line)
             records[record["id"]] = record
             changes = list_changes(record["settings"], settings or {})
-        except (ValueError, LookupError, TypeError):
+            if any(not SAMPLE_FIELDS <= sample.keys() for sample in record["samples"]):
+                raise KeyError
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}: not a record of eval.py") from None
         if changes:
             raise ValueError(f"{path} holds a run with other settings ({changes} now); give "
@@ -351,7 +358,8 @@ def fit_context(problems, prompts, config, reply_tokens):
     kept = [(p, prompt) for p, prompt in zip(problems, prompts) if len(prompt) <= room]
     if problems and not kept:
         raise ValueError(f"no prompt leaves room for {reply_tokens} new tokens in the context of "
-                         f"{config.max_context}; try a smaller --max-new-tokens")
+                         f"{config.max_context}; try a smaller --max-new-tokens, or fewer solved "
+                         "examples")
     if left_out := len(problems) - len(kept):
         say(f"{left_out} of {len(problems)} problems are left out: their prompts leave no room for "
             f"{reply_tokens} new tokens in the context of {config.max_context}")
@@ -512,10 +520,10 @@ def summarize(records, *, grade, **settings):
     return row | {"rates": {name: interval(found) for name, found in scores.items()}}
 
 
-def say_trained_on(setup, rows):
+def say_trained_on(args, setup, rows):
     """How many of the problems the model is known to have been trained on, and what is left of
     each row's accuracy without them."""
-    known = optim.read_trained_on(model.resolve_model(setup.settings["model"]))
+    known = optim.read_trained_on(model.resolve_model(args.model), args.adapter)
     keys = keys_of(setup.problems)
     others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
     if len(others) == len(setup.problems):
@@ -548,6 +556,18 @@ def markdown(header, rows):
     """A table as Markdown. rows: lists of strings, or of what has one."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def say_table(text):
+    """Print a table of `markdown`; on a terminal too narrow, its rows one below the other."""
+    lines = text.splitlines()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    if max(map(len, lines)) <= width:
+        return say(text)
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    longest = max(map(len, head))
+    for row in rows:
+        say("".join(f"{name:{longest}}  {cell}\n" for name, cell in zip(head, row)))
 
 
 def paired(a, b):
@@ -597,7 +617,7 @@ def compare(path_a, path_b, grade=None):
         rows.append(summarize([records[i] for i in shared],
                               grade=grade or PRESETS[of_run["prompt"]].grade,
                               method=f"{path} ({len(shared)} of {len(records)})"))
-    say(table(rows))
+    say_table(table(rows))
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
     a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
@@ -686,7 +706,8 @@ def report(args):
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
     (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
-    print(f"\n{text}\nwritten to {out}/results.md")
+    say_table(text)
+    print(f"written to {out}/results.md")
     draw_cost(rows, out / "report.png")
 
 
@@ -698,8 +719,8 @@ def main(args):
     setup = load_setup(args)
     records, settings = collect_records(setup, num_samples=args.num_samples)
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
-    say(table([row]))
-    say_trained_on(setup, [row])
+    say_table(table([row]))
+    say_trained_on(args, setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():

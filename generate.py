@@ -933,7 +933,8 @@ def reply(params, config, tokenizer, system, engine, messages, args):
     room = config.max_context - min(args.max_new_tokens, config.max_context // 2)
     kept, prompt = fit_turns(tokenizer, messages, system, room)
     if args.raw:
-        prompt = tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids
+        text = messages[-1]["content"].encode("utf-8", "replace").decode()
+        prompt = tokenizer.encode(text, add_special_tokens=False).ids
     ends = model.end_tokens(tokenizer, config)
     show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
                          args.think_tag, args.hide_thinking, sys.stdout.isatty())

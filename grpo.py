@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization: reinforcement learning with verifiable rewards, in one file.
+"""Group Relative Policy Optimization: reinforcement learning with verifiable rewards.
 
     python grpo.py                                           # the embedded tiny model, on a laptop
     python grpo.py --model qwen2.5-1.5b                      # GSM8K, one 24 GB GPU
@@ -17,13 +17,12 @@ Where this departs from the GRPO paper, and what undoes it:
 2. There is no KL divergence in the loss, and so no reference model: --beta 0.04 --kl k3.
 3. Groups of equal rewards teach nothing, and new problems replace them (DAPO): --refill 0.
 4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
-   --sampler-cap times (truncated importance sampling): 1 but for rounding.
+   --sampler-cap times (truncated importance sampling): 1 but for rounding. --sampler-level sequence
+   leaves out a completion instead.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
 On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
 from another model, and there are no rewards unless --reward names them.
-Other losses: Dr. GRPO, arXiv:2503.20783; GSPO, arXiv:2507.18071; CISPO, arXiv:2506.13585; DPPO,
-arXiv:2602.04879; SAPO, arXiv:2511.20347. Other advantages: MaxRL, arXiv:2602.02710: --scale mean
---reward accuracy; GDPO, arXiv:2601.05242: --combine normalise.
+Other losses and advantages are in losses.py, other rewards in data/rewards.py, with their papers.
 """
 
 import argparse
@@ -462,11 +461,11 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
 # ------------------------------------------------------------ watching
 
 STEP_LINE = (
-    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | length {length:.0f} tok"
-    " | truncated {truncated:.2f} | undecided {undecided:.2f} | no spread {no_spread:.2f}"
-    " | entropy {entropy:.3f} nat"
-    " | grad norm {grad_norm:.2f} | lr {lr:.1e} | rollout {rollout_s:.1f} s"
-    " | update {update_s:.1f} s | {left_min:.0f} min left")
+    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | no box {no_box:.2f}"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | length {length:.0f} tok"
+    " | no spread {no_spread:.2f} | entropy {entropy:.3f} nat | grad norm {grad_norm:.2f}"
+    " | lr {lr:.1e} | rollout {rollout_s:.1f} s | update {update_s:.1f} s"
+    " | {left_min:.0f} min left")
 DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
 KL = " | kl {kl:.4f} nat"
 SECOND_THOUGHTS = re.compile(
@@ -851,6 +850,15 @@ def make_trainable(base, config, args, device):
     return params, Policy(start, config, None, None), optimizer
 
 
+def restore(checkpoint, optimizer):
+    """(steps made, what the run has to remember), those of a new run where `checkpoint` is None."""
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
+    if checkpoint is None:
+        return 0, progress
+    state = optim.load_checkpoint(checkpoint, optimizer)
+    return state["step"], progress | state["extra"]
+
+
 def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
@@ -885,12 +893,7 @@ def main(args):
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params, engine=Engine())
-    done = 0
-    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
-    if checkpoint:
-        state = optim.load_checkpoint(checkpoint, optimizer)
-        done = state["step"]
-        progress |= state["extra"]
+    done, progress = restore(checkpoint, optimizer)
     if args.filter_by_pass_rate:
         sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
     num_problems = sum(map(len, sets))
@@ -898,9 +901,10 @@ def main(args):
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
     measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    trained_on = optim.read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
     save = functools.partial(
         optim.save_checkpoint, run.dir, params=params, config=config, like=path,
-        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
     if not progress["dev"]:  # of a new run, or one of an earlier version
         progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
     if not checkpoint:

@@ -234,8 +234,9 @@ def print_rounds(rows):
         moves = Counter(zip(*eval.paired(before, after)))
         lines.append([k, moves[1, 1], moves[1, 0], moves[0, 1], moves[0, 0],
                       eval.gain(after, before)])
-    say(eval.markdown(["round", "right to right", "right to wrong", "wrong to right",
-                       "wrong to wrong", "points gained [95 %]"], lines))
+    head = ["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong",
+            "points gained [95 %]"]
+    eval.say_table(eval.markdown(head, lines))
 
 
 def measure(setup, gate, loop, settings, suffix=""):
@@ -286,8 +287,8 @@ def main(args):
         rows += bound[1:]  # all gates share the draft
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
-    say(eval.table(rows))
-    eval.say_trained_on(setup, rows)
+    eval.say_table(eval.table(rows))
+    eval.say_trained_on(args, setup, rows)
     print_rounds(own)
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]

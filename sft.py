@@ -363,6 +363,7 @@ def train_step(params, config, optimizer, examples, step, steps, args):
 
 
 def main(args):
+    optim.check_run_dir(args)
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
@@ -387,7 +388,7 @@ def main(args):
     best = state["extra"]["best"]
     best_step = state["best_step"]
     skipped = 0
-    trained_on = {example.key for example in examples}
+    trained_on = optim.read_trained_on(args.adapter) | {example.key for example in examples}
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:

@@ -107,6 +107,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.teacher_url) != bool(args.teacher_model):
         p.error("--teacher-url and --teacher-model belong together")
+    if args.teacher_url and not re.match("https?://.", args.teacher_url):
+        p.error(f"--teacher-url {args.teacher_url}: expected http://... or https://...")
     return args
 
 
@@ -525,7 +527,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"traces.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -227,6 +227,6 @@ def scripted_setup(problems, **options):
     defaults = {"prompt": "cot", "system": None, "shots": [], "think_tag": "think",
                 "num_samples": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0,
                 "max_new_tokens": 100, "max_batch": 64}
-    settings = {"model": "scripted", "data": "sums", "split": "test"}
+    settings = {"model": "tiny", "data": "sums", "split": "test"}
     prompts = [encode_prompt(tokenizer, "cot", p) for p in problems]
     return Setup(params, config, tokenizer, problems, prompts, defaults | options, settings)

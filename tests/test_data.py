@@ -795,6 +795,20 @@ def test_data_http_teacher_of_strange_replies():
         assert _traces(home, *flags)[0] == records and len(server.log) == 4
 
 
+def test_data_raw_traces_that_are_none_are_named():
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / "raw.jsonl"
+        whole = {"problem_id": "a", "sample": 0, "text": "x", "finish": "stop"}
+        for rows in ([[]], [{"settings": 3}], [{"settings": {}}, whole | {"text": None}],
+                     [{"settings": {}}, {"problem_id": "a", "sample": 0}],
+                     [{"settings": {}}, whole | {"sample": []}]):
+            _write_lines(path, rows)
+            with raises(ValueError, f"raw.jsonl, line {len(rows)}: not a raw trace"):
+                teachers.read_raw(path, {})
+        _write_lines(path, [{"settings": {}}, whole])
+        assert teachers.read_raw(path, {})[0] == {("a", 0): whole}
+
+
 def test_data_http_teacher_says_why_it_fails_and_ends_in_time():
     """It said nothing for 77 seconds, and then that no trace was left."""
     with (tempfile.TemporaryDirectory() as home, _teacher(["drip", "continue"]) as (server, flags),

@@ -476,3 +476,27 @@ def test_eval_on_a_full_or_forbidden_disk():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_text() == '{"a": 1}\n', "no half of a line"
+
+
+def test_eval_long_tables_fit_a_terminal():
+    rows = [["greedy", "1.0 [0, 2]"], ["b", 3]]
+    text = evaluation.markdown(["method", "accuracy, % [95 %]"], rows)
+    for columns, expected in ((80, text + "\n"), (30, (
+            "method              greedy\naccuracy, % [95 %]  1.0 [0, 2]\n\n"
+            "method              b\naccuracy, % [95 %]  3\n\n"))):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            said.isatty = lambda: True
+            with mock.patch.dict("os.environ", COLUMNS=str(columns)):
+                evaluation.say_table(text)
+        assert said.getvalue() == expected, said.getvalue()
+
+
+def test_eval_records_that_are_none_are_named():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
+                     '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
+                     '{"id": 1, "settings": {}, "samples": 3}'):
+            path.write_text(line + "\n", encoding="latin-1")
+            with raises(ValueError, "records.jsonl, line 1: not a record of eval.py"):
+                evaluation.read_records(path, {"seed": 0})

@@ -392,18 +392,22 @@ def _short_of_memory(function, too_much):
 def test_grpo_halves_what_does_not_fit():
     """The update begins again, with the same gradient; the rollouts, with the same samples; and it
     ends with what to do when half is too much as well."""
+    import generate
+
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
     tokens = sum(len(s.tokens) for _, sequences in groups for s in sequences)
     total = losses.Total(tokens, tokens)
 
-    def learn(dtype, limit):
+    def learn(dtype, limit, free=False):
         """A row of more than `limit` tokens does not fit; an exception may leave gradients."""
-        args = _args("--micro-tokens", 60, "--temperature", 0.8, "--max-new-tokens", 12)
+        args = _args("--micro-tokens", 60, "--temperature", 0.8, "--max-new-tokens", 12,
+                     *["--free-sampler"] * free)
         trained, optimizer = optim.init_optimizer(params, dtype=dtype)
         trained["model.norm.weight"].grad = (  # as one that was not yet summed would
             None if limit > 60 else torch.ones_like(trained["model.norm.weight"]))
-        policy = grpo.Policy(trained, config, None, None)
+        engine = generate.Engine(cache="kept")
+        policy = grpo.Policy(trained, config, None, None, engine)
 
         def too_much(params, config, row, *_):
             return sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) > limit
@@ -412,10 +416,11 @@ def test_grpo_halves_what_does_not_fit():
         with mock.patch.object(grpo, "row_loss", _short_of_memory(grpo.row_loss, too_much)), \
                 contextlib.redirect_stdout(io.StringIO()) as said:
             sums = grpo.update_within_memory(policy, None, optimizer, rows, total, 1e-3, args)
+        assert engine.cache == (None if limit < 60 or free else "kept")
         return sums, args.micro_tokens, said.getvalue()
 
     for dtype in (torch.float32, torch.bfloat16):
-        whole, size, said = learn(dtype, 1000)
+        whole, size, said = learn(dtype, 1000, free=dtype == torch.bfloat16)
         assert (size, said) == (60, "")
         halved, size, said = learn(dtype, 47)
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
@@ -896,6 +901,8 @@ def test_grpo_goes_on_from_an_adapter():
         assert learned["kl"] == 0
         error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
         assert "--lora-rank is 0" in error and "rank 4" in error, error
+        known = optim.read_trained_on(adapter)
+        assert known and known <= optim.read_trained_on(f"{scratch}/b/checkpoints/step_000001")
         texts = []
         for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
             records = Path(scratch, f"{i}.jsonl")

@@ -1,0 +1,99 @@
+"""What a student learns from a teacher, and what from its own samples, at the same budget.
+
+    python -m docs.distillation 16    # steps, of the tiny model
+
+The teacher is what GRPO makes of the tiny model; the students are the tiny model again. Each way of
+learning takes as many updates, of 256 completions each: of those that the student samples at that
+step (GRPO, distillation), or of samples drawn before, on the problems that GRPO would ask
+(supervised). What is there already, of a run that was interrupted, is not done again.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import optim
+from data import load_problems
+from eval import find_row, markdown, percent
+
+HOME = Path("runs/distillation")
+LABELS = {
+    "grpo": "GRPO (the teacher)",
+    "distilled": "distilled from it on its own samples, without rewards",
+    "both": "the same beside the verifier's reward",
+    "sft_teacher": "supervised on the teacher's verified samples",
+    "sft_own": "supervised on its own verified samples",
+    "sft_control": "supervised on as many of its own at random"}
+SHOWN = (1, 2, 4, 8)  # eighths of the steps
+
+
+def run(out, script, *flags):
+    """`python SCRIPT FLAGS`, unless it has written `out`."""
+    if not out.exists():
+        print("$ python", script, *flags, flush=True)
+        subprocess.run([sys.executable, script, *map(str, flags)], check=True)
+
+
+def draw(name, source, count):
+    """[{"problem", "response", "right"}, ...]: 8 samples of each of so many training problems."""
+    records = HOME / f"{name}.jsonl"
+    results = HOME / f"{name}_results.jsonl"
+    run(results, "eval.py", "--model", source, "--split", "train", "--limit", count,
+        "--num-samples", 8, "--temperature", 1, "--records", records, "--results", results)
+    problems = {p["id"]: p["problem"] for p in load_problems("arithmetic", "train", count)}
+    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    return [{"problem": problems[row["id"]], "response": s["text"], "right": s["strict"],
+             "tokens": s["tokens"]} for row in rows for s in row["samples"]]
+
+
+def supervise(name, samples, steps, usual):
+    data = HOME / f"{name}.train.jsonl"
+    optim.write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
+    print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
+    run(HOME / name / "checkpoints" / f"step_{steps:06d}", "sft.py", "--data", data, "--batch", 256,
+        "--epochs", (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data",
+        "arithmetic", *usual, "--run-dir", HOME / name)
+
+
+def learn(steps):
+    """All the runs, in HOME."""
+    HOME.mkdir(parents=True, exist_ok=True)
+    usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
+    last = f"checkpoints/step_{steps:06d}"
+    teacher = HOME / "grpo" / last
+    distil = ["--teacher", teacher]
+    for name, flags in (("grpo", []), ("distilled", distil),
+                        ("both", [*distil, "--reward", "accuracy=1", "format=0.1"])):
+        run(HOME / name / last, "grpo.py", "--steps", steps, *usual, *flags, "--test-limit", 0,
+            "--run-dir", HOME / name)
+    right = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
+    supervise("sft_teacher", right, steps, usual)
+    own = draw("of_student", "tiny", 32 * steps)
+    right = [sample for sample in own if sample["right"]]
+    supervise("sft_own", right, steps, usual)
+    supervise("sft_control", random.Random(0).sample(own, len(right)), steps, usual)
+
+
+def main(steps):
+    learn(steps)
+    rows = []
+    for name, label in LABELS.items():
+        log = (HOME / name / "metrics.jsonl").read_text(encoding="utf-8")
+        curve = {}
+        for row in map(json.loads, log.splitlines()):
+            curve[row["step"]] = row.get("dev_accuracy", row.get("val_accuracy"))
+        results = HOME / f"{name}_results.jsonl"
+        run(results, "eval.py", "--results", results,
+            "--model", HOME / name / "checkpoints" / f"step_{steps:06d}")
+        row = find_row(results, method="greedy")
+        rows.append([label, *(percent(curve[max(1, steps * part // 8)]) for part in SHOWN),
+                     percent(row["accuracy"], row["low"], row["high"])])
+    print(markdown(["dev accuracy, %, at step", *(max(1, steps * part // 8) for part in SHOWN),
+                    "500 test problems, % [95 %]"], rows))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
