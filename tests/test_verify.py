@@ -832,7 +832,7 @@ _CONSTANTS = {  # what each of them truly equals among the references
     "yes": "Yes || yes",
     "()": "",
     "x=x": "",
-    "0=0": "0",
+    "0=0": r"0 || e^{i\pi}+1",
     "1=1": r"1 || 100\%",
     "?": "",
     "n": "n",
