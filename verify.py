@@ -446,12 +446,13 @@ ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an opera
 
 def normalised(text):
     """An answer without the spellings that would be harder to parse than to rewrite."""
-    for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
-        text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
-    if not text.isascii():  # mathematical italics become letters
-        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
-    if text.isdecimal():  # as most answers are
+    if text.isdecimal() and text.isascii():  # as most answers are
         return text
+    if not text.isascii():  # mathematical italics become letters
+        for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
+            run = re.compile(f"[{chars}]+")
+            text = run.sub(lambda found: mark + "{" + found[0].translate(PLAIN) + "}", text)
+        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
     return text.strip().rstrip(" .,;:~*\\\n\t")
@@ -594,7 +595,9 @@ class Tokenizer:
             if tokens and self.found and self.found[-1].kind == "quad":
                 operand = tokens[0].kind in OPERANDS and tokens[0].kind != "word"
                 self.found[-1:] = [Token(",")] * operand
-            self.found += [token._replace(space=space) for token in tokens[:1]] + tokens[1:]
+            if tokens and space:
+                tokens[0] = tokens[0]._replace(space=True)
+            self.found += tokens
             space = kind in ("space", "quad") or kind == "styled" and style == "prose"
 
     def symbol(self, kind, lexeme, before):

@@ -87,7 +87,7 @@ P(3,-1) :: (3,-1) || \{x=3, y=-1\} :: (3,-1) || x = 3 \quad y = -1 :: (3,-1)
 [1,2]\cup\{3\} :: 1 \le x \le 2 \text{ or } x=3 || \{1,2\} \cap \{2,3\} :: \{2\}
 \text{There is no solution} :: \emptyset || \text{the set of all integers} :: \mathbf{Z}
 \binom{n}{k} :: \frac{n!}{k!(n-k)!} || 3 \text{ to } 4 :: 3{:}4
-7 p.m. :: 7\text{ PM} || │x│ :: |x| || \textbf{(B) }12 :: (B) 12
+7 p.m. :: 7\text{ PM} || \triangle ABC :: ABC || │x│ :: |x| || \textbf{(B) }12 :: (B) 12
 \text{Answer: B} :: B) || \Large 42 :: 42\ || 42 \checkmark :: 42
 n \equiv 1 (\bmod 3) :: n \equiv 1 \pmod 3 || x = k\pi \; (k \in \mathbb{Z}) :: k\pi
 1, 2, \ldots, n :: 1,2,...,n || 10^{\text{th}} :: 10th || \text{II and III} :: III, II
