@@ -87,7 +87,7 @@ P(3,-1) :: (3,-1) || \{x=3, y=-1\} :: (3,-1) || x = 3 \quad y = -1 :: (3,-1)
 [1,2]\cup\{3\} :: 1 \le x \le 2 \text{ or } x=3 || \{1,2\} \cap \{2,3\} :: \{2\}
 \text{There is no solution} :: \emptyset || \text{the set of all integers} :: \mathbf{Z}
 \binom{n}{k} :: \frac{n!}{k!(n-k)!} || 3 \text{ to } 4 :: 3{:}4
-7 p.m. :: 7\text{ PM} || │x│ :: |x| || \textbf{(B) }12 :: (B) 12
+7 p.m. :: 7\text{ PM} || \triangle ABC :: ABC || │x│ :: |x| || \textbf{(B) }12 :: (B) 12
 \text{Answer: B} :: B) || \Large 42 :: 42\ || 42 \checkmark :: 42
 n \equiv 1 (\bmod 3) :: n \equiv 1 \pmod 3 || x = k\pi \; (k \in \mathbb{Z}) :: k\pi
 1, 2, \ldots, n :: 1,2,...,n || 10^{\text{th}} :: 10th || \text{II and III} :: III, II
@@ -816,7 +816,7 @@ def test_verify_constants():
 
 
 _CONSTANTS = {  # what each of them truly equals among the references
-    "0": "0 || 0 = C || P(1)=0 || p(5) = 0",
+    "0": r"0 || 0 = C || P(1)=0 || p(5) = 0 || e^{i\pi}+1",
     "1": (
         r"1 || 100\% || \sum_{k=1}^{n} b_k = 1 || f(x)=1 || k=1 || n \equiv 1 \pmod 3 || "
         "u(3) = 1 || |AB|=1"
@@ -832,11 +832,11 @@ _CONSTANTS = {  # what each of them truly equals among the references
     "yes": "Yes || yes",
     "()": "",
     "x=x": "",
-    "0=0": "0",
+    "0=0": r"0 || e^{i\pi}+1",
     "1=1": r"1 || 100\%",
     "?": "",
     "n": "n",
-    "0x": "0 || 0 = C || P(1)=0 || p(5) = 0",
+    "0x": r"0 || 0 = C || P(1)=0 || p(5) = 0 || e^{i\pi}+1",
     "f(0)": "f(0)",
     r"\infty": r"\infty",
     "x,y": "",
