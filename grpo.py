@@ -572,18 +572,23 @@ def right_answers(groups):
     return [int(g.right[0] is True) for g in groups]
 
 
-def evaluate(policy, dev, groups, args, run, step):
-    """right_answers on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+def keep_first_and_best(evaluations):
+    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def evaluate(policy, dev, groups, progress, args, run, step):
+    """rate_metrics of the answers on `dev`, which are noted in progress["dev"].
+
+    A few groups of the step and of `dev` go, whole, to samples.jsonl.
+    """
     sampler = policy._replace(params=sampler_weights(policy))
     answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
-    return right_answers(answered)
-
-
-def keep_first_and_best(evaluations):
-    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
-    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+    right = right_answers(answered)
+    progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+    return rate_metrics("dev_accuracy", right)
 
 
 def reached(evaluations, accuracy):
@@ -628,14 +633,6 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     if run.rank == 0:
         optim.write_whole(run.dir / "results.md", text)
         print(text, flush=True)
-
-
-def measure_start(policy, dev, args, run, step):
-    """right_answers on `dev` before any training, logged as a step's."""
-    right = evaluate(policy, dev, [], args, run, step)
-    metrics = {"step": step} | rate_metrics("dev_accuracy", right)
-    optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
-    return right
 
 
 # ------------------------------------------------------------ the run
@@ -909,7 +906,8 @@ def main(args):
         optim.save_checkpoint, run.dir, params=params, config=config, like=path,
         optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
     if not progress["dev"]:  # of a new run, or one of an earlier version
-        progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
+        metrics = {"step": done} | evaluate(policy, dev, [], progress, args, run, done)
+        optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
     if not checkpoint:
         measure("before")
         if args.prompt != "cot":
@@ -928,14 +926,11 @@ def main(args):
             groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
             progress["taken"] += len(groups)
             count_right(groups, progress["right"])
-            last = step == steps
-            stopping = stop_requested()
-            evaluating = last or step % args.eval_every == 0 or step in epoch_ends
+            evaluating = step == steps or step % args.eval_every == 0 or step in epoch_ends
             if evaluating:
-                right = evaluate(policy, dev, groups, args, run, step)
-                metrics |= rate_metrics("dev_accuracy", right)
-                progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
-                last = last or reached(progress["dev"], args.until)
+                metrics |= evaluate(policy, dev, groups, progress, args, run, step)
+            last = step == steps or reached(progress["dev"], args.until)
+            stopping = stop_requested()
             mean_s = (time.perf_counter() - began) / (step - done)
             metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
                         "left_min": mean_s * (steps - step) / 60}

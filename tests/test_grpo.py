@@ -1007,7 +1007,8 @@ def test_grpo_stops_at_an_accuracy():
     """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
     with tempfile.TemporaryDirectory() as scratch:
         words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
-        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0], [1, 0]]):
+        answers = [[0, 0], [0], [0], [1, 0], [0]]  # on dev, on the test before and after
+        with mock.patch.object(grpo, "right_answers", side_effect=answers):
             out = in_process("grpo", *words)
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
         asked, never, always = map(int, re.search(
@@ -1016,7 +1017,7 @@ def test_grpo_stops_at_an_accuracy():
         assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
         assert 4 <= asked <= 12
         assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
-        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0]] * 3):
+        with mock.patch.object(grpo, "right_answers", side_effect=[[0, 0]] * 4):
             out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
         assert "step 2/4" in out and "step 4/4" in out, out
 
