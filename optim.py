@@ -300,7 +300,8 @@ def leave_at_once(forks, kind, error, trace):
     rank, world = rank_and_world()
     text = "".join(traceback.format_exception(kind, error, trace))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        time.sleep(5)  # the process that failed first ends this one, when its error is shown
+        # the process that failed first ends this one, when its error is shown
+        time.sleep(5 if rank == 0 else 30)
         text = f"it lost another process, whose error is the one to read: {error}\n"
         for number, fork in enumerate(forks, 1):
             gone, status = os.waitpid(fork, os.WNOHANG)
