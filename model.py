@@ -880,14 +880,22 @@ def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
     return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
+def plain_pieces(text):
+    """Yields (where it begins, a piece of the text), so cut that no piece names a control token."""
+    begin = 0
+    for found in CONTROL.finditer(text):  # behind its first character
+        yield begin, text[begin:found.start() + 1]
+        begin = found.start() + 1
+    yield begin, text[begin:]
+
+
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
     text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
-    ids, begin = [], 0
-    for found in CONTROL.finditer(text):  # cut behind its first character, it is no name any more
-        ids += tokenizer.encode(text[begin:found.start() + 1], add_special_tokens=False).ids
-        begin = found.start() + 1
-    return ids + tokenizer.encode(text[begin:], add_special_tokens=False).ids
+    ids = []
+    for _, piece in plain_pieces(text):
+        ids += tokenizer.encode(piece, add_special_tokens=False).ids
+    return ids
 
 
 def encode_chat(tokenizer, messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):

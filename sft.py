@@ -31,10 +31,10 @@ import view
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag, render_prompt
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag
 from engine import cache_slots
 from eval import evaluate, fit_context, leave_out, rate_metrics
-from launch import above, at_least, rank_and_world, say
+from launch import above, at_least, printable, rank_and_world, say
 from optim import init_optimizer, optimizer_step
 from run import (
     check_run_dir,
@@ -100,20 +100,23 @@ class Example(NamedTuple):
     key: str = ""  # of its problem
 
 
-def split_conversation(row, prompt, system, think_tag):
-    """The text of an example: [(text, whether the assistant says it), ...]."""
+def split_turns(row, tokenizer, prompt, system, think_tag):
+    """[(tokens that are only read, the reply that is learned), ...] of an example."""
     if "messages" not in row:
-        asked = render_prompt(prompt, row, system=system, think_tag=think_tag)
-        return [(asked, False), (row["response"], True)]
-    pieces = []
-    done = 0
-    for i, message in enumerate(row["messages"]):
+        asked = encode_prompt(tokenizer, prompt, row, system=system, think_tag=think_tag)
+        return [(asked, row["response"])]
+    turns = []
+    read = []
+    line_break = []  # the template's, after the end token of a reply
+    for message in model.with_system(row["messages"], system):
         if message["role"] == "assistant":
-            before = model.render_chat(row["messages"][:i], system=system)
-            # a reply's end token is learned, the line break after it belongs to the template
-            pieces += [(before[done:], False), (message["content"], True)]
-            done = len(before) + len(message["content"] + "<|im_end|>")
-    return pieces
+            asked = model.encode_chat(tokenizer, read, system=None)
+            turns.append((line_break + asked, message["content"]))
+            read = []
+            line_break = model.encode_text(tokenizer, "\n")
+        else:
+            read.append(message)
+    return turns
 
 
 def problem_of(row):
@@ -132,24 +135,41 @@ def answer_span(text, think_tag="think"):
     return text.rindex("\\", 0, after + span[0]), after + span[1] + 1  # from \\boxed to its brace
 
 
+def encode_reply(text, tokenizer, think_tag):
+    """(ids, parts) of a reply. What it says beside its answer, words behind the box included,
+    counts as thought. The names of control tokens are plain text in it."""
+    first, last = answer_span(text, think_tag)
+    tokens = []
+    parts = []
+    for start, piece in model.plain_pieces(text):
+        encoded = tokenizer.encode(piece, add_special_tokens=False)
+        tokens += encoded.ids
+        for begin, end in encoded.offsets:
+            inside = start + begin < last and start + end > first
+            parts.append(PARTS.index("answer" if inside else "thought"))
+    return tokens, parts
+
+
 def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, think_tag="think"):
     """An Example, each piece tokenised by itself, as when the model is asked.
 
-    What a reply says beside its answer, words behind the box included, counts as thought.
+    What a reply says beside its answer, words behind the box included, counts as thought. No text
+    can make a control token, such as <|im_end|>.
     """
     tokens = []
     parts = []
-    for text, said in split_conversation(row, prompt, system, think_tag):
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        tokens += encoded.ids
-        if said:
-            first, last = answer_span(text, think_tag)
-            inside = [begin < last and end > first for begin, end in encoded.offsets]
+    for read, reply in split_turns(row, tokenizer, prompt, system, think_tag):
+        tokens += read
+        parts += [CONTEXT] * len(read)
+        first, last = answer_span(reply, think_tag)
+        for start, piece in model.plain_pieces(reply):
+            encoded = tokenizer.encode(piece, add_special_tokens=False)
+            tokens += encoded.ids
+            inside = [start + begin < last and start + end > first
+                      for begin, end in encoded.offsets]
             parts += [PARTS.index("answer" if yes else "thought") for yes in inside]
-            tokens.append(end_token)
-            parts.append(PARTS.index("end"))
-        else:
-            parts += [CONTEXT] * len(encoded.ids)
+        tokens.append(end_token)
+        parts.append(PARTS.index("end"))
     return Example(tokens, parts, problem_key(problem_of(row)))
 
 
@@ -186,7 +206,7 @@ def show_example(example, tokenizer):
     for part, run in groupby(zip(example.parts, example.tokens), key=itemgetter(0)):
         text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
         shown += text if part == CONTEXT else f"[{PARTS[part]}: {text}]"
-    return shown
+    return printable(shown)
 
 
 # ---------------------------------------------------------------------- loss
@@ -395,12 +415,11 @@ def main(args):
 
     params, optimizer = load_trainable(args, model_dir, config)
     run, checkpoint = start_run(args)
-    state = {"step": 0, "best_step": None, "extra": {"best": math.inf}}
+    state = {"step": 0, "best_step": None, "extra": {}}
     if checkpoint:
         state = load_checkpoint(checkpoint, optimizer)
-    best = state["extra"]["best"]
     best_step = state["best_step"]
-    skipped = 0
+    progress = {"best": math.inf, "failures": 0} | state["extra"]
     trained_on = read_trained_on(args.adapter) | {example.key for example in examples}
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
@@ -425,21 +444,22 @@ def main(args):
                                 if not name.endswith(("_low", "_high")))
                 log_samples(run, step, samples)
                 loss = metrics.get("val_loss", metrics["loss"])
-                if loss < best:
-                    best = loss
+                if loss < progress["best"]:
+                    progress["best"] = loss
                     best_step = step
             log_step(run, line, metrics)
-            skipped = optim.count_failures(skipped, metrics["skipped"], args.lr)
+            progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
+                                                        args.lr)
             if evaluating or stopping or step % args.save_every == 0:
-                save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
-                                      {"best": best}, args.keep, best_step, trained_on)
+                save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, progress,
+                                args.keep, best_step, trained_on)
             if evaluating:
                 view.write_report(run)
             if stopping and step < steps:
                 raise KeyboardInterrupt  # saved; run_main says how to go on
     path = run.dir / "checkpoints" / "best"
     kind = "validation" if validation else "training"
-    say(f"best checkpoint, by {kind} loss {best:.4f}: {path} (step {best_step}); "
+    say(f"best checkpoint, by {kind} loss {progress['best']:.4f}: {path} (step {best_step}); "
         f"next: python grpo.py --model {path}")
 
 
