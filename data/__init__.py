@@ -92,6 +92,20 @@ def split_names(names):
     return [names] if Path(split_levels(names)[0]).is_file() else names.split(",")
 
 
+def with_own_ids(problems):
+    """The problems of several sets, "#2", "#3", ... behind an id that an earlier one has."""
+    counts = {}
+    own = []
+    for problem in problems:
+        name = problem["id"]
+        while name in counts:
+            counts[problem["id"]] += 1
+            name = f"{problem['id']}#{counts[problem['id']]}"
+        counts[name] = 1
+        own.append(problem if name == problem["id"] else problem | {"id": name})
+    return own
+
+
 def load_problems(name_or_path, split="test", limit=None, seed=0):
     """Problems: "id", "problem", "answer", where known "solution", "level" (1 to 5), "subject".
 
@@ -111,7 +125,7 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
     name, first, last = split_levels(names[0])
     if len(names) > 1:
         share = limit and max(1, limit // len(names))
-        return [problem for each in names for problem in load_problems(each, split, share, seed)]
+        return with_own_ids(p for each in names for p in load_problems(each, split, share, seed))
     levels = range(int(first or 1), int(last or first or 5) + 1)
     if name in FAMILIES:
         found = import_module(f"data.{name}").problems(split, limit, seed, levels)

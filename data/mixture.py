@@ -8,7 +8,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from data import load_problems, split_levels, split_names
+from data import load_problems, split_levels, split_names, with_own_ids
 
 
 def split_number(word):
@@ -22,7 +22,9 @@ def load_mixture(words, limit):
     names, proportions = zip(*map(split_number, words))
     if 0 in proportions:
         raise ValueError(f"--data {' '.join(words)}: a proportion is not a positive number")
-    return [load_problems(name, "train", limit) for name in names], proportions
+    sets = [load_problems(name, "train", limit) for name in names]
+    own = iter(with_own_ids(itertools.chain(*sets)))
+    return [list(itertools.islice(own, len(problems))) for problems in sets], proportions
 
 
 def files_of(words):

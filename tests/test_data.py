@@ -35,6 +35,7 @@ from data import (
     traces,
 )
 from data.families import OFFSETS, REPAIRS, conclude
+from data.mixture import load_mixture
 from data.prompts import PRESETS, encode_prompt, render_prompt, respond
 from data.steps import check_text
 from data.tiny import corpus
@@ -938,3 +939,19 @@ def test_data_traces_user_errors_are_one_line():
         with contextlib.redirect_stderr(io.StringIO()) as said, raises(SystemExit, "2"):
             traces.parse_args(flags)
         assert word in said.getvalue()
+
+
+def test_data_sets_with_the_same_ids_are_kept_apart():
+    """Two files that both count from 0: eval.py gave both problems the record of the second, and
+    grpo.py added up how often the two were solved."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{letter}.jsonl") for letter in "abc"]
+        for path in paths:
+            path.write_text("".join(json.dumps(
+                {"id": i, "problem": f"{path.stem}{i}", "answer": i}) + "\n" for i in range(40)))
+        asked = load_problems(",".join(map(str, paths)))
+        assert [p["id"] for p in asked[::40]] == ["0", "0#2", "0#3"]
+        assert len({p["id"] for p in asked}) == len(asked) == 120
+        sets, _ = load_mixture([*map(str, paths), "arithmetic"], 20)
+        assert list(map(len, sets)) == [20] * 4 and [p["problem"][0] for p in sets[2]] == ["c"] * 20
+        assert len({p["id"] for problems in sets for p in problems}) == 80
