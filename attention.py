@@ -39,8 +39,13 @@ def padded_length(n):
 
 
 def power_of_two(n):
-    """The power of two at or above n, at least 32; 0 for 0."""
-    return max(32, 1 << (n - 1).bit_length()) if n else 0
+    """The power of two at or above n; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def length_class(n):
+    """Texts of one class attend in one call: a power of two, at least 32; 0 for no text."""
+    return max(32, power_of_two(n)) if n else 0
 
 
 # ------------------------------------------------------------ the products
@@ -158,14 +163,14 @@ def packed_parts(groups):
     """{(padded length of the prompt or 0, own padded length): Part}, prompts first, on the CPU."""
     texts, begin = {}, 0  # texts: {key: [(begin, length, index of its prompt), ...]}
     for prompt, lengths in groups:
-        front, which = power_of_two(prompt), None
+        front, which = length_class(prompt), None
         if prompt:
             alike = texts.setdefault((0, front), [])
             which = len(alike)
             alike.append((begin, prompt, None))
             begin += prompt
         for n in lengths:
-            texts.setdefault((front, power_of_two(n)), []).append((begin, n, which))
+            texts.setdefault((front, length_class(n)), []).append((begin, n, which))
             begin += n
     parts = {}
     for key in sorted(texts):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import model
-from attention import Layout, Slots, padded_length, prefill_attention, slot_prefill
+from attention import Layout, Slots, padded_length, power_of_two, prefill_attention, slot_prefill
 
 # ------------------------------------------------------------ weights
 
@@ -146,7 +146,7 @@ def cache_slots(rows, prompts, prompt, completion, static):
 
 
 def slots_needed(rows):
-    prompts = len({row.prompt_owner for row in rows})
+    prompts = len({row.prompt for row in rows})
     longest = max(len(row.tokens) for row in rows)
     return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, static=False)
 
@@ -188,7 +188,7 @@ def allocate(store, owners, length):
 
 def prefill(params, config, store, owners, prompts, chunk):
     """Write the keys and values of the owners' prompts, about `chunk` tokens at a time."""
-    todo = [(prompts[owner[0]][:-1], store.rows[owner]) for owner in owners]
+    todo = [(prompts[owner][:-1], store.rows[owner]) for owner in owners]
     todo = sorted((pair for pair in todo if pair[0]), key=lambda pair: -len(pair[0]))
     device = store.layers[0][0].device
     while todo:
@@ -213,7 +213,7 @@ def batch_layout(batch):
     lengths, held = [0] * B, [0] * N
     groups = [[] for _ in range(N)]  # the rows of each prompt
     for row, at in sorted(batch.rows.items(), key=lambda item: item[1]):
-        prompt = batch.prompts.rows[row.prompt_owner]
+        prompt = batch.prompts.rows[row.prompt]
         lengths[at], held[prompt] = len(row.tokens), row.held
         groups[prompt].append(at)
     g = max(map(len, groups))
@@ -237,7 +237,7 @@ def seat(params, config, batch, waiting, prompts, max_batch, chunk):
     """Choose the rows that run and bring their prompts into the cache. Returns their State."""
     running = schedule(batch, waiting, max_batch)
     allocate(batch.own, running, max(len(row.tokens) for row in running))
-    owners = dict.fromkeys(row.prompt_owner for row in running)
+    owners = dict.fromkeys(row.prompt for row in running)
     fresh = allocate(batch.prompts, owners, max(row.held for row in running))
     prefill(params, config, batch.prompts, fresh, prompts, chunk)
     keys = batch.own.layers[0][0]
@@ -274,11 +274,6 @@ class Engine:
         self.rows.clear()
         self.graphs.clear()
         self.cache = self.form = None
-
-
-def power_of_two(n):
-    """The power of two at or above n."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def static_slots(length):

@@ -211,18 +211,12 @@ class Row:
     first: int  # the last token of its prompt, which is the first that it feeds
     held: int  # tokens of its prompt that are in the cache
     thought_begin: int | None  # how many tokens it had when its thinking block opened
-    shares: bool  # the prompt in the cache with its other samples
     thought_closed: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)  # indices of those that were not drawn
     queue: list[int] = field(default_factory=list)  # tokens to put next
     draws: int = 0
-
-    @property
-    def prompt_owner(self):
-        """Who holds its prompt in the cache."""
-        return self.prompt, 0 if self.shares else self.sample
 
     def extend(self, tokens, logprobs):
         if self.queue:
@@ -382,7 +376,7 @@ def check_request(config, prompts, limits, **settings):
                              f"{config.vocab_size}")
 
 
-def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
+def new_rows(config, prompts, limits, seed, seeds, sampling):
     """A waiting Row for every sample of every prompt, long prompts first: neighbours are alike."""
     waiting = deque()
     for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p])):
@@ -394,7 +388,7 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
         for sample, limit in enumerate(limits[p]):
             key = row_key(seed, p if seeds is None else seeds[p], sample)
             limit = min(limit, config.max_context - len(prompts[p]))
-            row = Row(p, sample, key, limit, prompts[p][-1], held, thought_begin, shares)
+            row = Row(p, sample, key, limit, prompts[p][-1], held, thought_begin)
             waiting.append(row)
     return waiting
 
@@ -403,8 +397,8 @@ def new_rows(config, prompts, limits, seed, seeds, shares, sampling):
 def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0,
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
              tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
-             share_prompts=True, cache_gib=math.inf, chunk=None, compiled=False, engine=None,
-             on_token=None, on_step=None, stats=None):
+             cache_gib=math.inf, chunk=None, compiled=False, engine=None, on_token=None,
+             on_step=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says
@@ -416,7 +410,6 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
     repetition: end a row whose last tokens, so many, say one phrase four times or more.
     think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
-    share_prompts: hold a prompt's keys and values once for its samples (not on a GPU).
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
     chunk: tokens of prompts that go through the layers at once.
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
@@ -444,7 +437,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 
     params = sampling_params(params, config)
     like = params["model.norm.weight"]
-    waiting = new_rows(config, prompts, limits, seed, seeds, share_prompts, sampling)
+    waiting = new_rows(config, prompts, limits, seed, seeds, sampling)
     pair = like.element_size() + (like.element_size() if like.is_cuda else 4)  # a key and a value
     width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     budget = cache_gib * 2**30 / (width * pair)  # slots
