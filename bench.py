@@ -27,8 +27,8 @@ import launch
 import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
-from eval import markdown
 from launch import all_sum, at_least, gather_objects, rank_and_world, say
+from stats import markdown
 
 SAMPLE_LOADS = ("fixed", "mixed", "context")
 STEP_LOADS = {  # on which trainers can be compared: flags of grpo.py, and the length of a prompt
@@ -249,7 +249,7 @@ def bench_step(args, counted=3):
     params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
-    policy = grpo.Policy(params, config, tokenizer, None)
+    policy = grpo.Policy(params, config, tokenizer, None, Engine())
     problems = random_problems(tokenizer, args.prompts, *prompt_lengths, args.seed)
     rollout, learning = torch.zeros(2, 2, dtype=torch.float64)
     sampled = 0

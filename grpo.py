@@ -26,15 +26,12 @@ Other losses and advantages are in losses.py, other rewards in data/rewards.py, 
 """
 
 import argparse
-import functools
 import itertools
-import json
 import math
-import re
 import time
 import zlib
 from collections import Counter
-from statistics import fmean
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -54,19 +51,9 @@ from data.mixture import (
     split_number,
 )
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
-from data.rewards import REWARDS, parse_rewards, reward_group
+from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
 from engine import Engine, cache_slots, sampling_params
-from eval import (
-    fit_context,
-    gains,
-    interval,
-    leave_out,
-    markdown,
-    paired_bootstrap,
-    pass_at_k,
-    percent,
-    rate_metrics,
-)
+from eval import fit_context, leave_out
 from generate import completion_text, generate
 from launch import at_least, below_one, gather_objects, rank_and_world, say
 from losses import (
@@ -77,8 +64,25 @@ from losses import (
     mismatch_weights,
     policy_loss,
 )
+from metrics import (
+    DEV_ACCURACY,
+    KL,
+    STEP_LINE,
+    count_right,
+    keep_first_and_best,
+    list_solved,
+    reached,
+    results_row,
+    right_answers,
+    sample_records,
+    save_solved,
+    step_metrics,
+    whether_it_helped,
+    write_results,
+)
 from optim import init_optimizer, optimizer_step
 from run import (
+    Run,
     check_run_dir,
     load_checkpoint,
     log_samples,
@@ -87,9 +91,9 @@ from run import (
     save_checkpoint,
     start_run,
     stop_signals,
-    write_whole,
 )
-from verify import extract_answer, verify_many
+from stats import rate_metrics
+from verify import verify_many
 
 # What a flag left out means for a tiny model, and for any other.
 TINY = {"data": ["arithmetic"], "prompt": "plain", "max_new_tokens": 128, "steps": 80,
@@ -241,19 +245,13 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     return sorted(itertools.chain(*shares), key=lambda group: group.place)
 
 
-def sampler_weights(policy):
-    """The weights in the sampler's form; on a GPU, in the place of those of before."""
+def as_sampler(policy):
+    """The policy with its weights in the sampler's form; on a GPU, in the place of those before."""
     engine = policy.engine
     form = sampling_params(policy.params, policy.config, out=engine and engine.form)
     if engine and form["model.norm.weight"].is_cuda:
         engine.form = form
-    return form
-
-
-def has_spread(group):
-    """Groups whose rewards are all equal have no gradient, nor have those with one or none."""
-    decided = [reward for reward in group.rewards if reward is not None]
-    return len(decided) > 1 and max(decided) - min(decided) > 1e-6
+    return policy._replace(params=form)
 
 
 def roll_out_step(policy, problems, step, args):
@@ -262,7 +260,7 @@ def roll_out_step(policy, problems, step, args):
     Up to --refill times, as many new problems are asked as there were groups without spread
     (dynamic sampling, DAPO, section 3.2).
     """
-    sampler = policy._replace(params=sampler_weights(policy))
+    sampler = as_sampler(policy)
     seed = zlib.crc32(f"{args.seed} {step}".encode())
     groups = []
     missing = args.prompts
@@ -311,7 +309,6 @@ class Sequence(NamedTuple):
     tokens: list[int]
     logprobs: list[float]  # the sampler's
     advantage: float
-    counts: bool  # False: left out of the loss (--mask-truncated)
 
 
 def pack_groups(groups, micro_tokens):
@@ -347,12 +344,11 @@ def training_rows(groups, args):
     for g in groups if args.teacher else filter(has_spread, groups):
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
-            if advantage is None:
-                continue
-            counts = c.finish == "stop" or not args.mask_truncated
-            sequences.append(Sequence(c.tokens, c.logprobs, advantage, counts))
+            masked = args.mask_truncated and c.finish != "stop"
+            if advantage is not None and not masked:
+                sequences.append(Sequence(c.tokens, c.logprobs, advantage))
         learned.append((g.prompt, sequences))
-        lengths += [len(s.tokens) for s in sequences if s.counts]
+        lengths += [len(s.tokens) for s in sequences]
     total = loss_total(args.loss, lengths, args.max_new_tokens)
     return deal_rows(pack_groups(learned, args.micro_tokens)), total
 
@@ -393,8 +389,8 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
                                entropy_grad=entropy_grad)
     lengths = [len(s.tokens) for s in sequences]
     logprobs, entropy = (pad_sequence(x.split(lengths), batch_first=True) for x in flat)  # [B, T]
-    lengths = torch.tensor([len(s.tokens) * s.counts for s in sequences], device=device)  # [B]
-    mask = torch.arange(logprobs.shape[1], device=device) < lengths[:, None]  # [B, T]
+    steps = torch.arange(logprobs.shape[1], device=device)
+    mask = steps < torch.tensor(lengths, device=device)[:, None]  # [B, T]
     return logprobs, entropy, mask
 
 
@@ -473,180 +469,6 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
     sums = optim.halve_on_oom(args, "micro_tokens", attempt, policy.engine)
     args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
     return sums
-
-
-# ------------------------------------------------------------ watching
-
-STEP_LINE = (
-    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | no box {no_box:.2f}"
-    " | truncated {truncated:.2f} | undecided {undecided:.2f} | length {length:.0f} tok"
-    " | no spread {no_spread:.2f} | entropy {entropy:.3f} nat | grad norm {grad_norm:.2f}"
-    " | lr {lr:.1e} | rollout {rollout_s:.1f} s | update {update_s:.1f} s"
-    " | {left_min:.0f} min left")
-DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
-KL = " | kl {kl:.4f} nat"
-SECOND_THOUGHTS = re.compile(
-    r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
-
-
-def step_metrics(groups, learned, args):
-    """What a step's groups and its update were like. learned: from update."""
-    strict = PRESETS[args.prompt].grade == "strict"
-    rows = []  # of a completion each
-    for g in groups:
-        for i, completion in enumerate(g.completions):
-            boxed = extract_answer(g.texts[i], strict) is not None
-            rows.append({
-                "reward": g.rewards[i], "accuracy": g.right[i] is True,
-                "undecided": g.rewards[i] is None, "no_box": not boxed,
-                "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
-                "truncated": completion.finish != "stop",
-                "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
-            rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
-    metrics = {}
-    for name in rows[0]:
-        decided = [row[name] for row in rows if row[name] is not None]
-        metrics[name] = fmean(decided) if decided else 0.0
-    for name, right in (("length_right", True), ("length_wrong", False)):
-        lengths = [row["length"] for row in rows if row["accuracy"] == right]
-        metrics[name] = fmean(lengths) if lengths else 0.0
-    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
-                 "sampler_weight"):
-        metrics[name] = learned[name] / max(1, learned["tokens"])
-    right = [sum(x is True for x in g.right) for g in groups]
-    for k in (2, 4, 8, 16, 32):
-        if k <= args.group:
-            metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
-    return metrics | {
-        "solved_never": fmean(count == 0 for count in right),
-        "solved_always": fmean(count == args.group for count in right),
-        "no_spread": fmean(not has_spread(g) for g in groups),
-        "loss": learned["loss"] / args.updates,
-        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
-
-
-def token_texts(tokenizer, tokens):
-    """The text of each token; a character of several tokens stands at its last."""
-    texts = []
-    begun = []  # tokens of a character that is not whole
-    for token in tokens:
-        begun.append(token)
-        text = tokenizer.decode(begun, skip_special_tokens=False)
-        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
-        texts.append(text if whole else "")
-        begun = [] if whole else begun
-    return texts
-
-
-def sample_records(groups, kind, tokenizer):
-    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
-    records = []
-    for g in groups:
-        completions = []
-        for i, c in enumerate(g.completions):
-            completions.append({
-                "text": g.texts[i], "tokens": c.tokens,
-                "pieces": token_texts(tokenizer, c.tokens),
-                "logprobs": [round(x, 4) for x in c.logprobs],
-                "rewards": {name: values[i] for name, values in g.parts.items()},
-                "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
-                "right": g.right[i], "finish": c.finish})
-        records.append({
-            "kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
-            "prompt": tokenizer.decode(g.prompt, skip_special_tokens=False),
-            "completions": completions})
-    return records
-
-
-def count_right(groups, counts):
-    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
-    for g in groups:
-        count = counts.setdefault(g.problem["id"], [0, 0])
-        count[0] += sum(right is True for right in g.right)
-        count[1] += len(g.right)
-
-
-def list_solved(counts):
-    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
-    return {"never": [name for name, (right, _) in counts.items() if right == 0],
-            "always": [name for name, (right, asked) in counts.items() if right == asked]}
-
-
-def save_solved(run, counts):
-    """Write list_solved as problems.json, and say how many these are."""
-    solved = list_solved(counts)
-    if run.rank == 0:
-        write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
-    say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
-        f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
-
-
-def right_answers(groups):
-    """For each problem 1 where its one answer is right, else 0; undecided is not right."""
-    return [int(g.right[0] is True) for g in groups]
-
-
-def keep_first_and_best(evaluations):
-    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
-    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
-
-
-def evaluate(policy, dev, groups, progress, args, run, step):
-    """rate_metrics of the answers on `dev`, which are noted in progress["dev"].
-
-    A few groups of the step and of `dev` go, whole, to samples.jsonl.
-    """
-    sampler = policy._replace(params=sampler_weights(policy))
-    answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
-    log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
-                      + sample_records(answered[:8], "held_out", policy.tokenizer))
-    right = right_answers(answered)
-    progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
-    return rate_metrics("dev_accuracy", right)
-
-
-def reached(evaluations, accuracy):
-    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
-    return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
-
-
-def whether_it_helped(evaluations):
-    """What training came to, in words, by keep_first_and_best."""
-    first, before = evaluations[0]
-    step, after = evaluations[-1]
-    accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
-    if step == first:
-        return f"training did not help: no later step exceeds the {accuracy}"
-    change, low, high = (100 * value for value in paired_bootstrap(before, after))
-    verdict = "training helped" if low > 0 else "whether training helped cannot be told"
-    return (f"{verdict}: {accuracy}, {fmean(after):.3f} at step {step}, {change:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
-
-
-def measure_test(policy, test, args, run, rows, method, preset=None):
-    """Add the accuracy on the test split to `rows`, and write these as results.md."""
-    if not test:
-        return
-    sampler = policy._replace(params=sampler_weights(policy))
-    groups = roll_out(sampler, list(enumerate(test)), args, preset=preset, greedy=True)
-    right = right_answers(groups)
-    accuracy, low, high = interval(right)
-    row = {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
-           "right": "".join(map(str, right)),
-           "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
-           "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
-    rows[:] = [other for other in rows if other["method"] != method] + [row]
-    head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
-    lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
-              f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
-    text = markdown(head, lines)
-    if method.startswith("after") and "right" in rows[0]:
-        before = list(map(int, rows[0]["right"]))
-        change = percent(*paired_bootstrap(before, right))
-        text += f"\nBefore to {method}: {change} points; {gains(before, right)}.\n"
-    if run.rank == 0:
-        write_whole(run.dir / "results.md", text)
-        print(text, flush=True)
 
 
 # ------------------------------------------------------------ the run
@@ -786,7 +608,7 @@ def filter_by_pass_rate(sets, policy, args, counts):
     problems = list(enumerate(itertools.chain(*sets)))
     if not counts:
         say(f"asking {len(problems)} problems {args.group} times each")
-        sampler = policy._replace(params=sampler_weights(policy))
+        sampler = as_sampler(policy)
         seed = zlib.crc32(f"{args.seed} 0".encode())
         for begin in range(0, len(problems), args.prompts):
             batch = problems[begin:begin + args.prompts]
@@ -803,8 +625,20 @@ def filter_by_pass_rate(sets, policy, args, counts):
     return kept
 
 
+class Data(NamedTuple):
+    """Problems; those that are held out are not trained on."""
+    sets: list[list[dict]]  # to train on
+    proportions: list[float]  # of each set
+    dev: list[dict]
+    test: list[dict]
+
+    @property
+    def num_problems(self):
+        return sum(map(len, self.sets))
+
+
 def load_data(policy, args):
-    """(sets to train on, their proportions, dev, test), whose problems are not trained on."""
+    """The Data that the flags name, with its hash as a flag: --resume must find the same."""
     sets, proportions = load_mixture(args.data, args.train_limit)
     sets = [drop_long_prompts(problems, policy, args) for problems in sets]
     held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
@@ -819,7 +653,8 @@ def load_data(policy, args):
     held_out = keys_of(dev + test)
     sets = [leave_out(problems, keys_of(problems), held_out, word)
             for problems, word in zip(sets, args.data)]
-    return sets, proportions, dev, test
+    args.data_sha256 = data_hash(*sets, dev, test)
+    return Data(sets, proportions, dev, test)
 
 
 def load_base(path, args):
@@ -864,26 +699,107 @@ def make_trainable(base, config, args, device):
     return params, Policy(start, config, None, None), optimizer
 
 
-def restore(checkpoint, optimizer):
-    """(steps made, what the run has to remember), those of a new run where `checkpoint` is None."""
+class Training(NamedTuple):
+    """A run in hand, from its first step to its last."""
+    policy: Policy
+    reference: Policy
+    optimizer: optim.Optimizer
+    data: Data
+    progress: dict  # what a checkpoint has to remember beside the weights
+    run: Run
+    start: Path  # the directory of the model that is trained
+    args: argparse.Namespace
+
+
+def open_training(args):
+    """(the Training that the flags name, the number of steps that it has behind it)."""
+    config = model.load_config(model.resolve_model(args.model, config_only=True))
+    settle_flags(args, config)
+    check_run_dir(args)
+    path = model.resolve_model(args.model)
+    policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
+    data = load_data(policy, args)
+    base = load_base(path, args)  # before this process forks, so that all share what is frozen
+    _, world, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
+    run, checkpoint = start_run(args)
+    params, reference, optimizer = make_trainable(base, config, args, device)
+    policy = policy._replace(params=params, engine=Engine())
+    done = 0
     progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
-    if checkpoint is None:
-        return 0, progress
-    state = load_checkpoint(checkpoint, optimizer)
-    return state["step"], progress | state["extra"]
+    if checkpoint:
+        state = load_checkpoint(checkpoint, optimizer)
+        done = state["step"]
+        progress |= state["extra"]
+    if args.filter_by_pass_rate:
+        sets = filter_by_pass_rate(data.sets, policy, args, progress["pass_rates"])
+        data = data._replace(sets=sets)
+    say(f"{data.num_problems} training problems, {len(data.dev)} held out for choosing and "
+        f"{len(data.test)} for the result, on {world} x {device}")
+    return Training(policy, reference, optimizer, data, progress, run, path, args), done
 
 
-def learn_step(policy, reference, optimizer, problems, step, lr, args):
-    """One step of the algorithm: (its groups, metrics)."""
+def answer(training, problems, preset=None):
+    """A group of one greedy completion for each problem."""
+    return roll_out(as_sampler(training.policy), list(enumerate(problems)), training.args,
+                    preset=preset, greedy=True)
+
+
+def evaluate(training, step, groups=()):
+    """rate_metrics of the answers on dev, which are noted in `progress`.
+
+    A few groups of the step and of dev go, whole, to samples.jsonl.
+    """
+    tokenizer, progress = training.policy.tokenizer, training.progress
+    answered = answer(training, training.data.dev)
+    log_samples(training.run, step, sample_records(groups[:4], "rollout", tokenizer)
+                + sample_records(answered[:8], "held_out", tokenizer))
+    right = right_answers(answered)
+    progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+    return rate_metrics("dev_accuracy", right)
+
+
+def measure(training, method, preset=None):
+    """Add a row on the test split to results.md, unless --test-limit is 0."""
+    if training.data.test:
+        row = results_row(answer(training, training.data.test, preset), method)
+        rows = training.progress["rows"]
+        rows[:] = [other for other in rows if other["method"] != method] + [row]
+        write_results(training.run, rows)
+
+
+def save(training, step):
+    """Write a checkpoint, and let `best` point to the best one."""
+    policy, _, optimizer, data, progress, run, start, args = training
+    trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
+    best_step, _ = progress["dev"][-1]
+    save_checkpoint(run.dir, step, policy.params, policy.config, start, optimizer, progress,
+                    args.keep, best_step, trained_on)
+
+
+def measure_start(training, step):
+    """How good the model is before it is trained. step: 0, but for runs of an earlier version."""
+    metrics = {"step": step} | evaluate(training, step)
+    log_step(training.run, "step {step}" + DEV_ACCURACY, metrics)
+    if step == 0:
+        measure(training, "before")
+        if training.args.prompt != "cot":
+            measure(training, "before, asked to think step by step", preset="cot")
+        save(training, 0)
+
+
+def learn_step(training, problems, step, lr):
+    """One step of the algorithm, noted in `progress`: (its groups, metrics)."""
+    policy, reference, optimizer, _, progress, *_, args = training
     start = time.perf_counter()
-    groups = roll_out_step(policy, problems, step, args)
-    groups = with_advantages(groups, args)
+    groups = with_advantages(roll_out_step(policy, problems, step, args), args)
     rolled = time.perf_counter()
     rows, total = training_rows(groups, args)
     learned = Counter()
     if total.tokens:
         learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
+    progress["taken"] += len(groups)
+    count_right(groups, progress["right"])
     metrics = step_metrics(groups, learned, args)
     peaks = gather_objects(launch.peak_memory_gib(optimizer.params.device))
     num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
@@ -894,68 +810,38 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
 
 
 def main(args):
-    config = model.load_config(model.resolve_model(args.model, config_only=True))
-    settle_flags(args, config)
-    check_run_dir(args)
-    path = model.resolve_model(args.model)
-    policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
-    sets, proportions, dev, test = load_data(policy, args)
-    args.data_sha256 = data_hash(*sets, dev, test)  # a flag, as --resume must find the same
-    base = load_base(path, args)  # before this process forks, so that all share what is frozen
-    _, world, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
-    run, checkpoint = start_run(args)
-    params, reference, optimizer = make_trainable(base, config, args, device)
-    del base
-    policy = policy._replace(params=params, engine=Engine())
-    done, progress = restore(checkpoint, optimizer)
-    if args.filter_by_pass_rate:
-        sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
-    num_problems = sum(map(len, sets))
-    steps, epoch_ends = count_steps(args, num_problems)
-    say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
-        f"for the result, on {world} x {device}")
-    measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
-    trained_on = read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
-    save = functools.partial(
-        save_checkpoint, run.dir, params=params, config=config, like=path,
-        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
-    if not progress["dev"]:  # of a new run, or one of an earlier version
-        metrics = {"step": done} | evaluate(policy, dev, [], progress, args, run, done)
-        log_step(run, "step {step}" + DEV_ACCURACY, metrics)
-    if not checkpoint:
-        measure("before")
-        if args.prompt != "cot":
-            measure("before, asked to think step by step", preset="cot")
-        save(step=0, best_step=0)
+    training, done = open_training(args)
+    data, progress, run = training.data, training.progress, training.run
+    steps, epoch_ends = count_steps(args, data.num_problems)
+    if not progress["dev"]:
+        measure_start(training, done)
     if reached(progress["dev"], args.until):
         steps = done
     view.write_report(run)
-    problems = problem_order(sets, proportions, args.seed, args.curriculum)
+    problems = problem_order(data.sets, data.proportions, args.seed, args.curriculum)
     problems = itertools.islice(problems, progress["taken"], None)
 
     began = time.perf_counter()
     with stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
-            progress["taken"] += len(groups)
-            count_right(groups, progress["right"])
+            groups, metrics = learn_step(training, problems, step, lr)
             evaluating = step == steps or step % args.eval_every == 0 or step in epoch_ends
             if evaluating:
-                metrics |= evaluate(policy, dev, groups, progress, args, run, step)
+                metrics |= evaluate(training, step, groups)
             last = step == steps or reached(progress["dev"], args.until)
             stopping = stop_requested()
             mean_s = (time.perf_counter() - began) / (step - done)
-            metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
+            metrics |= {"steps": steps, "epoch": progress["taken"] / data.num_problems,
                         "left_min": mean_s * (steps - step) / 60}
             line = STEP_LINE + bool(args.beta) * KL + evaluating * DEV_ACCURACY
             log_step(run, line, metrics)
             progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
                                                         args.lr)
             if last or step in epoch_ends:
-                measure("after" if last else f"after epoch {epoch_ends[step]}")
+                measure(training, "after" if last else f"after epoch {epoch_ends[step]}")
             if evaluating or stopping or step % args.save_every == 0:
-                save(step=step, best_step=progress["dev"][-1][0])
+                save(training, step)
             if evaluating:
                 view.write_report(run)
             if last:

@@ -22,9 +22,10 @@ from statistics import fmean
 
 import eval
 from data.prompts import encode_prompt, load_shots
-from eval import maj_at_k, paired, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
+from eval import paired, scores_of, votes_of
 from launch import Parser, above, at_least, between, run_main, say
 from model import is_tiny
+from stats import maj_at_k, paired_bootstrap, pass_at_k, percent, pool_answers
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -68,7 +69,7 @@ def count_votes(votes, weights=None):
 
 def majority_vote(answers, weights=None):
     """The answer with most votes, as first spelled; of equals the first; None when nobody votes."""
-    votes = eval.pool_answers(answers)
+    votes = pool_answers(answers)
     totals = count_votes(votes, weights)
     return answers[votes.index(max(totals, key=totals.get))] if totals else None
 

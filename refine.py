@@ -28,10 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import eval
 from data.prompts import AGAIN, AGAIN_LONG, ALL_RIGHT, CHECK, CHECK_LONG, PRESETS
-from eval import maj_at_k, percent, votes_of
+from eval import votes_of
 from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
+from stats import maj_at_k, markdown, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
@@ -239,7 +240,7 @@ def print_rounds(rows):
                       eval.gain(after, before)])
     head = ["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong",
             "points gained [95 %]"]
-    eval.say_table(eval.markdown(head, lines))
+    eval.say_table(markdown(head, lines))
 
 
 def measure(setup, gate, loop, settings, suffix=""):
@@ -270,6 +271,7 @@ def main(args):
     settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
     loop["seeds"] = [zlib.crc32(p["id"].encode()) for p in setup.problems]
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
+    loop["engine"] = setup.engine
 
     def own_gate(i, k, old, new):
         return args.score == "none" or new.scores[args.score] > old.scores[args.score]

@@ -33,7 +33,7 @@ from data.files import read_rows
 from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag
 from engine import cache_slots
-from eval import evaluate, fit_context, leave_out, rate_metrics
+from eval import evaluate, fit_context, leave_out
 from launch import above, at_least, printable, rank_and_world, say
 from optim import init_optimizer, optimizer_step
 from run import (
@@ -46,6 +46,7 @@ from run import (
     start_run,
     stop_signals,
 )
+from stats import rate_metrics
 from verify import box_span
 
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]  # an example stands alone

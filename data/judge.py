@@ -19,8 +19,8 @@ from data import family_of, load_problems
 from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
-from eval import markdown, paired_bootstrap, percent, wilson
 from launch import Parser
+from stats import markdown, paired_bootstrap, percent, wilson
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 

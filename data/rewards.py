@@ -139,3 +139,9 @@ def reward_group(group, coefficients):
         weighted = (c * value for c, value in zip(coefficients.values(), values))
         rewards.append(None if None in values else sum(weighted, 0.0))
     return group._replace(parts=parts, rewards=rewards)
+
+
+def has_spread(group):
+    """Groups whose rewards are all equal have no gradient, nor have those with one or none."""
+    decided = [reward for reward in group.rewards if reward is not None]
+    return len(decided) > 1 and max(decided) - min(decided) > 1e-6

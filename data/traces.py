@@ -34,10 +34,11 @@ from data import FAMILIES, family_of, load_problems, split_of, teachers
 from data.families import SIZES
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
-from eval import fit_context, markdown
+from eval import fit_context
 from generate import completion_text, generate
 from launch import Parser, above, at_least, between, compute_dtype, find_device, printable
 from run import write_whole
+from stats import markdown
 from verify import extract_answer, verify_many
 
 share = between(0.0, 1.0)

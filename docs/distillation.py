@@ -16,8 +16,9 @@ from pathlib import Path
 from statistics import fmean
 
 from data import load_problems
-from eval import find_row, markdown, percent
+from eval import find_row
 from run import write_whole
+from stats import markdown, percent
 
 HOME = Path("runs/distillation")
 LABELS = {

@@ -102,7 +102,7 @@ def check_sampler(device):
 
 def check_gradients(device, config, on_cpu, prompts, completions):
     """One packed row through the model and the policy loss: a CPU's gradients and a GPU's."""
-    row = [(prompt, [grpo.Sequence(c.tokens, c.logprobs, advantage, True)
+    row = [(prompt, [grpo.Sequence(c.tokens, c.logprobs, advantage)
                      for c, advantage in zip(pair, (1.0, -1.0))])
            for prompt, pair in zip(prompts[:12], zip(completions[::2], completions[1::2]))]
     args = grpo.parse_args(["--device", device.type])

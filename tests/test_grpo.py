@@ -27,6 +27,7 @@ import generate
 import grpo
 import launch
 import losses
+import metrics
 import model
 import optim
 from data import rewards
@@ -187,12 +188,12 @@ def test_grpo_undecided_verdicts_teach_nothing():
     assert [len(s.tokens) for s in learned[0]] == [3, 4, 5] and total == 12
     one = rewards.reward_group(group._replace(right=[None, None, True, None]), accuracy)
     none = rewards.reward_group(group._replace(right=[None] * 4), accuracy)
-    assert not grpo.has_spread(one) and not grpo.has_spread(none)
+    assert not rewards.has_spread(one) and not rewards.has_spread(none)
     assert _trained([one, none]) == ([], 0)
-    metrics = grpo.step_metrics([undecided, none], Counter(), _args())
-    assert metrics["undecided"] == 5 / 8 and metrics["no_spread"] == 0.5
-    assert abs(metrics["reward"] - sum(undecided.rewards[:3]) / 3) < 1e-9
-    assert grpo.step_metrics([none], Counter(), _args())["reward"] == 0
+    found = metrics.step_metrics([undecided, none], Counter(), _args())
+    assert found["undecided"] == 5 / 8 and found["no_spread"] == 0.5
+    assert abs(found["reward"] - sum(undecided.rewards[:3]) / 3) < 1e-9
+    assert metrics.step_metrics([none], Counter(), _args())["reward"] == 0
 
 
 SMALL_RUN = [*GRPO_RUN[1:], "--prompts", 2, "--group", 2, "--max-new-tokens", 4, "--refill", 0,
@@ -252,6 +253,15 @@ def test_grpo_changed_data_is_refused_on_resume():
         assert "step 2/2" in in_process("grpo", *resume)
 
 
+@contextlib.contextmanager
+def _right_answers(*found):
+    """Evaluations find these, one after the other."""
+    right = mock.Mock(side_effect=found)
+    with mock.patch.object(grpo, "right_answers", right), \
+            mock.patch.object(metrics, "right_answers", right):
+        yield
+
+
 def test_grpo_says_whether_training_helped():
     """"best" began at -1, so that a run which fell from 20 % to none had a best of 0 %."""
     start = [0, [1, 0, 0, 0] * 50]
@@ -261,14 +271,13 @@ def test_grpo_says_whether_training_helped():
             ([start, worse], 0, "did not help: no later step exceeds the dev accuracy 0.250"),
             ([start, equal], 0, "did not help"), ([start, better], 50, "training helped: dev"),
             ([start, barely, worse], 50, "cannot be told")):
-        kept = grpo.keep_first_and_best(evaluations)
+        kept = metrics.keep_first_and_best(evaluations)
         assert kept[0] == start and kept[1][0] == best
-        assert said in grpo.whether_it_helped(kept), grpo.whether_it_helped(kept)
-    said = grpo.whether_it_helped([start, better])
+        assert said in metrics.whether_it_helped(kept), metrics.whether_it_helped(kept)
+    said = metrics.whether_it_helped([start, better])
     assert "0.500 at step 50, +25.0 points [+19.0, +31.0]" in said, said
     with tempfile.TemporaryDirectory() as scratch:
-        answers = iter([[1, 1], [0, 1], [0, 0]])
-        with mock.patch.object(grpo, "right_answers", lambda groups: next(answers)):
+        with _right_answers([1, 1], [0, 1], [0, 0]):
             out = in_process("grpo", *SMALL_RUN, "--run-dir", scratch)
         assert "step 0 | dev accuracy 1.000" in out, out
         best = f"{scratch}/checkpoints/best"
@@ -302,7 +311,7 @@ def _rollout_groups(config, sampler, seed=0):
     prompts = [[5, 9, 3, 7, 2, 8, 4], [11, 2], [6] * 12]
     answers = generate.generate(sampler, config, prompts, num_samples=4, max_new_tokens=12,
                                 temperature=0.8, stop_tokens=(1, 3, 7, 9), seed=seed)
-    return [(prompt, [grpo.Sequence(c.tokens, c.logprobs, a, True)
+    return [(prompt, [grpo.Sequence(c.tokens, c.logprobs, a)
                       for c, a in zip(row, (1.0, -0.5, 0.3, -0.8))])
             for prompt, row in zip(prompts, answers)]
 
@@ -458,7 +467,7 @@ def test_grpo_first_update_is_on_policy_and_later_ones_are_not():
 
 
 def test_grpo_pack_groups_keeps_every_completion():
-    groups = [([1] * p, [grpo.Sequence([g] * n, [0.0] * n, 0.0, True) for g, n in enumerate(sizes)])
+    groups = [([1] * p, [grpo.Sequence([g] * n, [0.0] * n, 0.0) for g, n in enumerate(sizes)])
               for p, sizes in ((5, (3, 9, 2)), (2, (30, 1)), (7, (4,)))]
     for budget in (1, 12, 20, 1000):
         rows = grpo.pack_groups(groups, budget)
@@ -819,7 +828,7 @@ def _traced_peak_gib(config, args):
             params |= lora
         else:
             params, optimizer = optim.init_optimizer(params, "meta", torch.bfloat16)
-        completion = grpo.Sequence([1] * 500, [-1.0] * 500, 0.5, True)
+        completion = grpo.Sequence([1] * 500, [-1.0] * 500, 0.5)
         row = [([1] * 96, [completion] * 8)] * 4  # 16,384 tokens
         counter.peak = counter.now
         policy = grpo.Policy(params, config, None, None)
@@ -937,11 +946,11 @@ def test_grpo_token_texts():
     it."""
     tokenizer = bytes_tokenizer()
     tokens = tokenizer.encode("é = √2 😀", add_special_tokens=False).ids
-    pieces = grpo.token_texts(tokenizer, tokens)
+    pieces = metrics.token_texts(tokenizer, tokens)
     assert len(pieces) == len(tokens) and "".join(pieces) == "é = √2 😀", pieces
     broken = tokenizer.encode("😀", add_special_tokens=False).ids[:3]
     plain = tokenizer.encode("ab", add_special_tokens=False).ids
-    pieces = grpo.token_texts(tokenizer, broken + plain)
+    pieces = metrics.token_texts(tokenizer, broken + plain)
     assert len(pieces) == 5 and "".join(pieces).endswith("ab"), pieces
 
 
@@ -991,16 +1000,16 @@ def test_grpo_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
         group = group._replace(right=right, problem=group.problem | {"id": f"p{i}"})
         groups[i] = rewards.reward_group(group, {"accuracy": 1.0})
     learned = collections.Counter(tokens=1)
-    metrics = grpo.step_metrics(groups, learned, _args("--group", 4))
+    found = metrics.step_metrics(groups, learned, _args("--group", 4))
     wanted = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
               "solved_never": 1 / 3, "solved_always": 0, "pass@4": 2 / 3, "pass@2": (1 / 2 + 1) / 3}
     for name, value in wanted.items():
-        assert abs(metrics[name] - value) < 1e-12, (name, metrics[name])
+        assert abs(found[name] - value) < 1e-12, (name, found[name])
     counts = {}
     for _ in range(2):
-        grpo.count_right(groups, counts)
+        metrics.count_right(groups, counts)
     assert counts == {"p0": [2, 8], "p1": [6, 8], "p2": [0, 8]}
-    solved = grpo.list_solved(counts | {"p3": [8, 8]})
+    solved = metrics.list_solved(counts | {"p3": [8, 8]})
     assert solved == {"never": ["p2"], "always": ["p3"]}
 
 
@@ -1008,8 +1017,7 @@ def test_grpo_stops_at_an_accuracy():
     """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
     with tempfile.TemporaryDirectory() as scratch:
         words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
-        answers = [[0, 0], [0], [0], [1, 0], [0]]  # on dev, on the test before and after
-        with mock.patch.object(grpo, "right_answers", side_effect=answers):
+        with _right_answers([0, 0], [0], [0], [1, 0], [0]):  # on dev, the test before and after
             out = in_process("grpo", *words)
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
         asked, never, always = map(int, re.search(
@@ -1018,7 +1026,7 @@ def test_grpo_stops_at_an_accuracy():
         assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
         assert 4 <= asked <= 12
         assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
-        with mock.patch.object(grpo, "right_answers", side_effect=[[0, 0]] * 4):
+        with _right_answers(*[[0, 0]] * 4):
             out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
         assert "step 2/4" in out and "step 4/4" in out, out
 

@@ -10,6 +10,7 @@ from unittest import mock
 import eval as evaluation
 import infer_scale
 from generate import Completion
+from stats import maj_at_k, percent
 from tests.common import bytes_tokenizer, scripted, scripted_setup, sum_problems
 
 
@@ -58,7 +59,7 @@ def test_scale_weighted_vote():
     assert infer_scale.vote_once(votes, right, weights) == 1.0
     assert infer_scale.vote_once([None], right) == 0.0
     assert infer_scale.vote_once([0, 1], right) == 0.5
-    assert infer_scale.vote_once(votes, right, [1] * 6) == evaluation.maj_at_k(votes, right, 6)
+    assert infer_scale.vote_once(votes, right, [1] * 6) == maj_at_k(votes, right, 6)
 
 
 def test_scale_lead_is_the_beta_tail():
@@ -143,4 +144,4 @@ def test_scale_one_vote_among_the_votes():
         for method, k in ((f"majority of {k} at {t:g}", k) for k in (1, 4, 8))]
     assert [line.split(":")[0] for line in out.splitlines() if line.startswith("votes ")] == [
         "votes 1", "votes 4", "votes 8"]
-    assert f"| majority of 4 at 1 | {evaluation.percent(rows[4]['accuracy'])} [" in out, out
+    assert f"| majority of 4 at 1 | {percent(rows[4]['accuracy'])} [" in out, out

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import grpo
+import metrics
 import view
 from tests.common import raises, skip_unless
 
@@ -132,7 +132,7 @@ def test_view_command_and_errors():
 
 
 def test_view_knows_what_grpo_counts_as_second_thoughts():
-    assert f"/{grpo.SECOND_THOUGHTS.pattern}/gi" in view.TEMPLATE.read_text(encoding="utf-8")
+    assert f"/{metrics.SECOND_THOUGHTS.pattern}/gi" in view.TEMPLATE.read_text(encoding="utf-8")
 
 
 # ---- in a browser

@@ -1,0 +1,173 @@
+"""What a run of grpo.py tells of itself: numbers of a step, whole samples, what it came to.
+
+Everything here is a function of groups (grpo.Group) and of what is logged; nothing samples.
+"""
+
+import json
+import re
+from statistics import fmean
+
+from data.prompts import PRESETS
+from data.rewards import has_spread
+from launch import say
+from run import write_whole
+from stats import gains, interval, markdown, paired_bootstrap, pass_at_k, percent
+from verify import extract_answer
+
+# ------------------------------------------------------------ a step
+
+STEP_LINE = (
+    "step {step}/{steps} | reward {reward:.3f} | accuracy {accuracy:.3f} | no box {no_box:.2f}"
+    " | truncated {truncated:.2f} | undecided {undecided:.2f} | length {length:.0f} tok"
+    " | no spread {no_spread:.2f} | entropy {entropy:.3f} nat | grad norm {grad_norm:.2f}"
+    " | lr {lr:.1e} | rollout {rollout_s:.1f} s | update {update_s:.1f} s"
+    " | {left_min:.0f} min left")
+DEV_ACCURACY = " | dev accuracy {dev_accuracy:.3f}"
+KL = " | kl {kl:.4f} nat"
+SECOND_THOUGHTS = re.compile(
+    r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
+
+
+def step_metrics(groups, learned, args):
+    """What a step's groups and its update were like. learned: from update."""
+    strict = PRESETS[args.prompt].grade == "strict"
+    rows = []  # of a completion each
+    for g in groups:
+        for i, completion in enumerate(g.completions):
+            boxed = extract_answer(g.texts[i], strict) is not None
+            rows.append({
+                "reward": g.rewards[i], "accuracy": g.right[i] is True,
+                "undecided": g.rewards[i] is None, "no_box": not boxed,
+                "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
+                "truncated": completion.finish != "stop",
+                "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
+            rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
+    metrics = {}
+    for name in rows[0]:
+        decided = [row[name] for row in rows if row[name] is not None]
+        metrics[name] = fmean(decided) if decided else 0.0
+    for name, right in (("length_right", True), ("length_wrong", False)):
+        lengths = [row["length"] for row in rows if row["accuracy"] == right]
+        metrics[name] = fmean(lengths) if lengths else 0.0
+    for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
+                 "sampler_weight"):
+        metrics[name] = learned[name] / max(1, learned["tokens"])
+    right = [sum(x is True for x in g.right) for g in groups]
+    for k in (2, 4, 8, 16, 32):
+        if k <= args.group:
+            metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
+    return metrics | {
+        "solved_never": fmean(count == 0 for count in right),
+        "solved_always": fmean(count == args.group for count in right),
+        "no_spread": fmean(not has_spread(g) for g in groups),
+        "loss": learned["loss"] / args.updates,
+        "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
+
+
+def token_texts(tokenizer, tokens):
+    """The text of each token; a character of several tokens stands at its last."""
+    texts = []
+    begun = []  # tokens of a character that is not whole
+    for token in tokens:
+        begun.append(token)
+        text = tokenizer.decode(begun, skip_special_tokens=False)
+        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
+        texts.append(text if whole else "")
+        begun = [] if whole else begun
+    return texts
+
+
+def sample_records(groups, kind, tokenizer):
+    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
+    records = []
+    for g in groups:
+        completions = []
+        for i, c in enumerate(g.completions):
+            completions.append({
+                "text": g.texts[i], "tokens": c.tokens,
+                "pieces": token_texts(tokenizer, c.tokens),
+                "logprobs": [round(x, 4) for x in c.logprobs],
+                "rewards": {name: values[i] for name, values in g.parts.items()},
+                "reward": g.rewards[i], "advantage": g.advantages[i] if g.advantages else None,
+                "right": g.right[i], "finish": c.finish})
+        records.append({
+            "kind": kind, "problem": g.problem["problem"], "answer": g.problem["answer"],
+            "prompt": tokenizer.decode(g.prompt, skip_special_tokens=False),
+            "completions": completions})
+    return records
+
+
+def count_right(groups, counts):
+    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
+    for g in groups:
+        count = counts.setdefault(g.problem["id"], [0, 0])
+        count[0] += sum(right is True for right in g.right)
+        count[1] += len(g.right)
+
+
+def list_solved(counts):
+    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
+    return {"never": [name for name, (right, _) in counts.items() if right == 0],
+            "always": [name for name, (right, asked) in counts.items() if right == asked]}
+
+
+def save_solved(run, counts):
+    """Write list_solved as problems.json, and say how many these are."""
+    solved = list_solved(counts)
+    if run.rank == 0:
+        write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+        f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+
+
+def right_answers(groups):
+    """For each problem 1 where its one answer is right, else 0; undecided is not right."""
+    return [int(g.right[0] is True) for g in groups]
+
+
+def keep_first_and_best(evaluations):
+    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def reached(evaluations, accuracy):
+    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
+    return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
+
+
+def whether_it_helped(evaluations):
+    """What training came to, in words, by keep_first_and_best."""
+    first, before = evaluations[0]
+    step, after = evaluations[-1]
+    accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
+    if step == first:
+        return f"training did not help: no later step exceeds the {accuracy}"
+    change, low, high = (100 * value for value in paired_bootstrap(before, after))
+    verdict = "training helped" if low > 0 else "whether training helped cannot be told"
+    return (f"{verdict}: {accuracy}, {fmean(after):.3f} at step {step}, {change:+.1f} points "
+            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
+
+
+def results_row(groups, method):
+    """A row of results.md: the accuracy of one answer to each problem, and what it cost."""
+    right = right_answers(groups)
+    accuracy, low, high = interval(right)
+    return {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
+            "right": "".join(map(str, right)),
+            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
+            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
+
+
+def write_results(run, rows):
+    """Print the rows as a table and write it as results.md: the last of them against the first."""
+    head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
+    lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
+              f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
+    text = markdown(head, lines)
+    if rows[-1]["method"].startswith("after") and "right" in rows[0]:
+        before, after = (list(map(int, row["right"])) for row in (rows[0], rows[-1]))
+        change = percent(*paired_bootstrap(before, after))
+        text += f"\nBefore to {rows[-1]['method']}: {change} points; {gains(before, after)}.\n"
+    if run.rank == 0:
+        write_whole(run.dir / "results.md", text)
+        print(text, flush=True)
