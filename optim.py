@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from model import (
     did_you_mean,
@@ -299,7 +300,8 @@ def leave_at_once(forks, kind, error, trace):
     rank, world = rank_and_world()
     text = "".join(traceback.format_exception(kind, error, trace))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        time.sleep(5)  # the process that failed first ends this one, when its error is shown
+        # the process that failed first ends this one, when its error is shown
+        time.sleep(5 if rank == 0 else 30)
         text = f"it lost another process, whose error is the one to read: {error}\n"
         for number, fork in enumerate(forks, 1):
             gone, status = os.waitpid(fork, os.WNOHANG)
@@ -316,6 +318,41 @@ def say(*words):
     """Print, on process 0 only."""
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
+
+
+@contextmanager
+def progress_bar(total, name=None, quiet=False):
+    """Yields an on_step for `generate`, which moves a bar over so many completions.
+
+    They are those of all processes, guessed from this one's. The bar says how many tokens a second
+    these are, and how long the rest will take; in a log file, once a minute. quiet: only on a
+    terminal, and gone at the end.
+    """
+    rank, world = rank_and_world()
+    terminal = sys.stderr.isatty()
+    interval_s = 0.3 if terminal else 60
+    began = shown = time.monotonic()
+    tokens = 0
+
+    def on_step(ended, num_tokens):
+        nonlocal shown, tokens
+        tokens += world * num_tokens
+        bar.n = min(total, bar.n + world * len(ended))
+        now = time.monotonic()
+        if now - shown > interval_s:
+            bar.set_postfix_str(f"{tokens / (now - began):.0f} tok/s")
+            shown = now
+
+    hidden = rank > 0 or total == 0 or quiet and not terminal
+    with tqdm(total=total, desc=name, unit="answer", disable=hidden, leave=not quiet) as bar:
+        yield on_step
+        bar.n = total
+
+
+def show_phase(items, name):
+    """The items, with a bar while they are gone through: on process 0's terminal, and then gone."""
+    hidden = rank_and_world()[0] > 0 or not sys.stderr.isatty()
+    return tqdm(items, desc=name, leave=False, disable=hidden)
 
 
 def printable(text):

@@ -31,8 +31,8 @@ from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag, render_prompt
+from engine import cache_slots
 from eval import evaluate, fit_context, leave_out, rate_metrics
-from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
 
@@ -329,6 +329,7 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
     if problems:
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
+                           quiet=True,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
         for problem, record in zip(problems, records):
             [answer] = record["samples"]

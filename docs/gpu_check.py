@@ -19,8 +19,15 @@ import model
 import optim
 from data import load_problems
 from data.prompts import encode_prompt
+from engine import Engine
 
 wrong = []
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a decode step")
+    return parser.parse_args(argv)
 
 
 def report(what, value, bound):
@@ -85,7 +92,7 @@ def check_sampler(device):
             want = sum(generate.generate(on_cpu, config, prompts, **ask), [])
             for dtype, bound in ((torch.float32, 0.05), (torch.bfloat16, 0.5)):
                 params = {name: t.to(device, dtype) for name, t in on_cpu.items()}
-                engine = generate.Engine()
+                engine = Engine()
                 got = sum(generate.generate(params, config, prompts, engine=engine, **ask), [])
                 differ = sum(a.tokens != b.tokens for a, b in zip(want, got)) / len(want)
                 report(f"temperature {temperature}, {[*changes]}, {dtype}: rows that differ from a "
@@ -126,7 +133,7 @@ def profile(device, size="1.5b", rows=64):
     config = bench.SIZES[size]
     params = model.init_params(config, 0, device, torch.bfloat16)
     prompts = [[7] * 256] * rows
-    engine = generate.Engine()
+    engine = Engine()
     ask = {"max_new_tokens": 32, "engine": engine, "max_batch": rows}
     generate.generate(params, config, prompts, **ask)
     [(graph, _, _)] = engine.graphs.values()
@@ -137,10 +144,7 @@ def profile(device, size="1.5b", rows=64):
                                      max_name_column_width=70))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args()
+def main(args):
     device = optim.find_device("cuda")
     print(torch.__version__, "| CUDA", torch.version.cuda, "| cuDNN",
           torch.backends.cudnn.version(), "|", torch.cuda.get_device_name(device),
@@ -155,4 +159,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

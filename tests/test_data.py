@@ -780,6 +780,9 @@ def test_data_http_teacher_loses_and_doubles_nothing():
         assert f"{10 * missing} prompt + {7 * missing} completion tokens" in said
         assert {auth for _, _, auth, _ in server.log} == {"Bearer sk-secret"}
         assert "sk-secret" not in card + raw.read_text()
+        head, *lines = raw.read_text().splitlines(True)
+        raw.write_text(head + "".join(reversed(lines)))
+        assert _traces(home, *flags)[0] == records, "whatever the order in which they came"
         assert _traces(home, *flags)[0] == records and len(server.log) == asked + missing
 
 
@@ -877,7 +880,7 @@ def test_data_traces_of_a_local_model():
         path.write_text("".join(raw.splitlines(True)[:-2]))
         with raises(ValueError, "no trace is left"):
             _traces(home, *flags)
-        assert path.read_text() == raw  # the same samples, one by one
+        assert sorted(path.read_text().splitlines()) == sorted(raw.splitlines())  # the same samples
         _write_lines(Path(home) / "long.jsonl", [
             {"problem": "1+" * 600 + "1", "answer": "601"}, {"problem": "1+1", "answer": "2"}])
         with raises(ValueError, "no trace is left", "outcome 1"):

@@ -29,7 +29,7 @@ import losses
 import model
 import optim
 from data import rewards
-from generate import cache_slots
+from engine import Engine, cache_slots
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -392,7 +392,6 @@ def _short_of_memory(function, too_much):
 def test_grpo_halves_what_does_not_fit():
     """The update begins again, with the same gradient; the rollouts, with the same samples; and it
     ends with what to do when half is too much as well."""
-    import generate
 
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
@@ -406,7 +405,7 @@ def test_grpo_halves_what_does_not_fit():
         trained, optimizer = optim.init_optimizer(params, dtype=dtype)
         trained["model.norm.weight"].grad = (  # as one that was not yet summed would
             None if limit > 60 else torch.ones_like(trained["model.norm.weight"]))
-        engine = generate.Engine(cache="kept")
+        engine = Engine(cache="kept")
         policy = grpo.Policy(trained, config, None, None, engine)
 
         def too_much(params, config, row, *_):
@@ -1007,7 +1006,8 @@ def test_grpo_stops_at_an_accuracy():
     """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
     with tempfile.TemporaryDirectory() as scratch:
         words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
-        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0], [1, 0]]):
+        answers = [[0, 0], [0], [0], [1, 0], [0]]  # on dev, on the test before and after
+        with mock.patch.object(grpo, "right_answers", side_effect=answers):
             out = in_process("grpo", *words)
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
         asked, never, always = map(int, re.search(
@@ -1016,7 +1016,7 @@ def test_grpo_stops_at_an_accuracy():
         assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
         assert 4 <= asked <= 12
         assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
-        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0]] * 3):
+        with mock.patch.object(grpo, "right_answers", side_effect=[[0, 0]] * 4):
             out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
         assert "step 2/4" in out and "step 4/4" in out, out
 

@@ -650,3 +650,22 @@ def test_optim_unknown_flags_are_guessed():
             except SystemExit as stopped:
                 assert stopped.code == 2
         assert said.getvalue().endswith(end) and said.getvalue().count("\n") == 1, said.getvalue()
+
+
+def test_optim_progress_moves_on_a_terminal_and_once_a_minute_in_a_log():
+    now = [0.0]
+    for terminal, quiet, moves in ((True, False, 3), (True, True, 3), (False, False, 1),
+                                   (False, True, 0)):
+        said = io.StringIO()
+        said.isatty = lambda: terminal
+        with (contextlib.redirect_stderr(said),
+              mock.patch.object(optim.time, "monotonic", lambda: now[0]),
+              optim.progress_bar(8, "sampling", quiet) as on_step):
+            for seconds in (1, 30, 60):
+                now[0] += seconds
+                on_step([None] * 2, 50)
+        assert said.getvalue().count("tok/s") >= moves, said.getvalue()
+        assert bool(said.getvalue()) == bool(moves), "nothing extra in a log file"
+        if moves == 3:
+            assert "2/8" in said.getvalue() and "6/8" in said.getvalue()
+            assert "50 tok/s" in said.getvalue() and "2 tok/s" in said.getvalue()
