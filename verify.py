@@ -743,11 +743,6 @@ class Parser:
             raise Unreadable(f"found {self.kind} where {' or '.join(kinds)} was expected")
         return self.accept(*kinds)
 
-    def whole(self):
-        value = self.expression()
-        self.take("end of text")
-        return value
-
     def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
         value = self.expression()
@@ -782,11 +777,13 @@ class Parser:
                 kind = "or" if separator.kind == "or" else kind
             if self.kind not in OPERANDS and self.kind not in SIGNS:
                 break
-            item = self.expression(power + 1)
+            items.append(self.expression(power + 1))
+        flat = []
+        for item in items:
             splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
             kind = "or" if splice and item[1] == "or" else kind
-            items += item[2:] if splice else [item]
-        return ("list", kind, *items) if len(items) > 1 else left
+            flat += item[2:] if splice else [item]
+        return ("list", kind, *flat) if len(flat) > 1 else left
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
@@ -1027,8 +1024,9 @@ class Parser:
         ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
         if kinds == "langlerangle" or kinds == "()" and not ends:
             return ("tuple", *items)
-        if kinds == "[]" and all(item[3:] == ("[", "]") for item in items):  # [[1,2],[3,4]]
-            return ("matrix", *(("array", *item[1:3]) for item in items))
+        rows = [("array", *item[1:3]) if item[3:] == ("[", "]") else item for item in items]
+        if kinds == "[]" and all(row[0] == "array" for row in rows):  # [[1,2],[3,4]]
+            return ("matrix", *rows)
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
         return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
@@ -1192,7 +1190,8 @@ def parse(text):
         tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
         while tokens and tokens[0][:2] in LEADING:
             tokens.pop(0)
-        trees = [rebuild(Parser(choice).whole(), normal) for choice in choices(tokens)]
+        parsed = [Parser(choice).closed("end of text") for choice in choices(tokens)]
+        trees = [rebuild(tree, normal) for tree in parsed]
         return union(trees) if len(trees) > 1 else trees[0]
     except (Unreadable, RecursionError):
         return ("raw", text) if tokens is None else raw(tokens)
