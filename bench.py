@@ -249,7 +249,7 @@ def bench_step(args, counted=3):
     params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
-    policy = grpo.Policy(params, config, tokenizer, None, Engine())
+    policy = grpo.Policy(params, config, tokenizer, None)
     problems = random_problems(tokenizer, args.prompts, *prompt_lengths, args.seed)
     rollout, learning = torch.zeros(2, 2, dtype=torch.float64)
     sampled = 0

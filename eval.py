@@ -226,7 +226,6 @@ class Setup(NamedTuple):
     settings: dict  # what identifies a row, beside its method and the options
     records: Path | None = None  # a directory for files of records, or one such file
     grade: str = "strict"  # which one counts
-    engine: Engine | None = None  # the sampler's, which a GPU keeps from one method to the next
 
 
 def weights_hash(model_dir, adapter=None):
@@ -335,7 +334,7 @@ def load_setup(args, replies=1):
     params = model.load_params(path, "cpu", dtype, args.adapter)
     params = sampling_params(params, config, device=device)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
-                  args.records and Path(args.records), args.grade or preset.grade, Engine())
+                  args.records and Path(args.records), args.grade or preset.grade)
     fork(args, setup, replies)
     say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
     return setup
@@ -364,7 +363,7 @@ def collect_records(setup, name="records", **changes):
         if path:
             append_lines(path, [record | {"settings": settings}])
 
-    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, engine=setup.engine,
+    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, engine=Engine(),
                        keep=keep, **options)
     done |= {record["id"]: record | {"settings": settings} for record in records}
     row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}

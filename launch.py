@@ -1,7 +1,7 @@
 """What every script needs as a command: flags, devices, processes, and what it says on the way.
 
-Under torchrun each process has started alone; on a CPU one process forks into many. Both are the
-same from there on: `rank_and_world`, a process group, errors and Ctrl-C that end all of them.
+torchrun starts many processes, or on a CPU the first one forks. From then on they are the same:
+ranked, in one process group, and ended together by an error or a second Ctrl-C.
 """
 
 import argparse
@@ -161,8 +161,7 @@ def find_device(name):
 
 
 def compute_dtype(name, device):
-    """The dtype that --dtype names; "auto": bfloat16 on a GPU that computes in it, else float32.
-    """
+    """The dtype of --dtype NAME; "auto": bfloat16 on a GPU that computes in it, else float32."""
     kind = torch.device(device).type
     if name == "auto" and kind == "cuda":  # a plan may be made where there is none
         old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
@@ -393,15 +392,10 @@ def own_command():
     return f"{launcher} {shlex.join(words)}"
 
 
-def resume_command():
-    """The command that goes on with this run, to be shown when it stops."""
-    return f"{own_command()} --resume"
-
-
 def how_to_go_on(args):
     """What a script says when it is stopped, by the flags that it has."""
     if hasattr(args, "resume"):
-        return f"; go on with: {resume_command()}"
+        return f"; go on with: {own_command()} --resume"
     if getattr(args, "records", None):
         return f"; the same command goes on from what {args.records} holds"
     return "; with --records it could go on from here" if hasattr(args, "records") else ""

@@ -1,12 +1,14 @@
-"""A run's directory: its lock, its flags, its log, checkpoints that resume exactly, and stopping.
+"""A run's directory: checkpoints that resume exactly, the log, the lock, and stopping.
 
-    flags.json       with what the run was started; --resume goes on with it
-    starts.jsonl     when, where, by which command and commit, a line for each start
-    metrics.jsonl    numbers, a line for each step
+    flags.json       what the run was started with, and --resume goes on with
+    starts.jsonl     a line for each start: when, where, by which command and commit
+    metrics.jsonl    a line of numbers for each step
     samples.jsonl    whole completions, now and then
-    checkpoints/     step_000100/, a model directory and the trainer's state; best, a link to one
+    checkpoints/     step_000100/, ..., each a model directory and the trainer's state; best is a
+                     link to one
 
-What is under its name there is whole, whenever the process was killed. Process 0 writes.
+Whenever a process is killed, a checkpoint is whole or bears another name, and --resume cuts the
+logs back to the newest.
 """
 
 import importlib.metadata
@@ -89,11 +91,6 @@ def disk_errors(path):
         raise ValueError(f"{path}: could not be written ({error}); {free:.2f} GiB are free there. "
                          "What was saved before is untouched: make room, then go on with --resume"
                          ) from None
-
-
-def append_records(path, records):
-    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 # ------------------------------------------------------------ checkpoints
@@ -259,13 +256,54 @@ def load_checkpoint(path, optimizer):
     return trainer
 
 
-# ------------------------------------------------------------ the directory
+# ------------------------------------------------------------ the log
 
 
 class Run(NamedTuple):
     dir: Path
     rank: int
     wandb: Any = None  # the run of Weights & Biases, on process 0
+
+
+def append_records(path, records):
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def cut_log(path, step):
+    """Drop the records of later steps from a .jsonl file, and a line that a kill cut short."""
+    if not path.is_file():
+        return
+    partial = path.with_name(path.name + ".partial")
+    with open(path, "rb") as old, open(partial, "wb") as new:
+        for line in old:
+            with suppress(ValueError, TypeError, LookupError):  # not a record: it goes, too
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    new.write(line)
+    os.replace(partial, path)
+
+
+def log_step(run, line, metrics):
+    """Print `line`, a format string over `metrics`, and append `metrics` to metrics.jsonl.
+
+    metrics: {"step": int, name: number, ...}; what is not finite becomes null in the file. Log a
+    step before saving its checkpoint, or a kill in between loses its record. Process 0 only.
+    """
+    if run.rank == 0:
+        print(line.format(**metrics), flush=True)
+        record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append_records(run.dir / "metrics.jsonl", [record])
+        if run.wandb:
+            run.wandb.log(record, step=metrics["step"])
+
+
+def log_samples(run, step, samples):
+    """Append whole completions, a dict each, to samples.jsonl. Process 0 only."""
+    if run.rank == 0:
+        append_records(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
+
+
+# ------------------------------------------------------------ the directory
 
 
 def lock_run(run_dir):
@@ -329,7 +367,6 @@ def save_flags(args, path, checkpoint):
                                  f"{checkpoint} and another --run-dir")
             print(f"{flag} is now {flags[name]}; it was {saved[name]}")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(flags, indent=1) + "\n")
     print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
 
@@ -376,19 +413,6 @@ def start_wandb(args):
     return run
 
 
-def cut_log(path, step):
-    """Drop the records of later steps from a .jsonl file, and a line that a kill cut short."""
-    if not path.is_file():
-        return
-    partial = path.with_name(path.name + ".partial")
-    with open(path, "rb") as old, open(partial, "wb") as new:
-        for line in old:
-            with suppress(ValueError, TypeError, LookupError):  # not a record: it goes, too
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    new.write(line)
-    os.replace(partial, path)
-
-
 def start_run(args):
     """Open the directory of a run: (Run, the checkpoint to go on from or None).
 
@@ -419,29 +443,6 @@ def start_run(args):
         if args.wandb:
             wandb_run = start_wandb(args)
     return Run(run_dir, rank, wandb_run), gather_objects(checkpoint)[0]
-
-
-# ------------------------------------------------------------ the log
-
-
-def log_step(run, line, metrics):
-    """Print `line`, a format string over `metrics`, and append `metrics` to metrics.jsonl.
-
-    metrics: {"step": int, name: number, ...}; what is not finite becomes null in the file. Log a
-    step before saving its checkpoint, or a kill in between loses its record. Process 0 only.
-    """
-    if run.rank == 0:
-        print(line.format(**metrics), flush=True)
-        record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        append_records(run.dir / "metrics.jsonl", [record])
-        if run.wandb:
-            run.wandb.log(record, step=metrics["step"])
-
-
-def log_samples(run, step, samples):
-    """Append whole completions, a dict each, to samples.jsonl. Process 0 only."""
-    if run.rank == 0:
-        append_records(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
 
 
 # ------------------------------------------------------------ stopping

@@ -224,7 +224,7 @@ def test_run_ruined_weights_are_not_saved():
             assert [p.name for p in run.list_checkpoints(run_dir)] == ["step_000001"]
 
 
-def test_run_run_directory():
+def test_run_directory():
     """Never written over unasked; on --resume the run's flags are the defaults and its logs are cut
     back to the checkpoint."""
     with temporary_dir() as home, contextlib.redirect_stdout(None):
