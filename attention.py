@@ -144,7 +144,7 @@ def causal_attention(layer, q, k, v):
 
 
 class Part(NamedTuple):
-    """Texts of a packed row that attend in one call: their lengths, and prompts', are alike."""
+    """Texts of a packed row that attend in one call: of one length_class, as are their prompts."""
     tokens: torch.Tensor  # [n, longest] int64: where in the row each token stands; T for padding
     prompts: torch.Tensor | None  # [n] int64, of completions: which prompt of their part
     seen: torch.Tensor | None  # bool [n, longest, longest prompt + longest]; None: causal
@@ -192,10 +192,10 @@ def packed_parts(groups):
 def packed_attention(groups, device="cpu", dtype=torch.float32):
     """The attend_fn of one row [1, T] of groups: a prompt, then completions that each see it.
 
-    groups: [(prompt length, [completion length, ...]), ...] in the order of the row. A prompt of no
-    tokens makes its completions texts of their own. dtype: of the queries. The linear layers see
-    every token once and no padding. Only here are texts padded, and not by varlen_packed: those
-    whose lengths, and prompts', round up to the same powers of two attend in one call.
+    groups: [(prompt length, [completion length, ...]), ...] in the order of the row; a prompt of
+    length 0 makes its completions independent texts. dtype: of the queries.
+    The linear layers see every token once and no padding. Texts are padded for attention alone, a
+    Part at a time; varlen_packed pads nothing at all.
     """
     if has_varlen(device, dtype):
         return varlen_packed(groups, device)
@@ -283,8 +283,8 @@ class Layout(NamedTuple):
     lengths: torch.Tensor  # [B] int64: slots that each row holds
     prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
-    places: torch.Tensor  # [B] int64: where in members, flattened, a row stands; empty: members is
-    #                       0, 1, ..., B - 1 and nothing need be gathered
+    places: torch.Tensor  # [B] int64: where each row stands in members, flattened; empty if that is
+    #                       0, 1, ..., B - 1, so that nothing has to be gathered
 
 
 def decode_attention(own, prompts, layout):
@@ -339,23 +339,22 @@ def has_varlen(device, dtype):
 
 
 def varlen_attn(*args, **settings):
-    """torch.nn.attention.varlen.varlen_attn: q [Tq, H, head_dim], k and v [Tk, K, head_dim] -> q's.
+    """PyTorch's varlen_attn: q [Tq, H, head_dim], k and v [Tk, K, head_dim] -> like q.
 
-    Then where texts begin in q and in k, the most tokens of one in q and in k; seqused_k: how many
-    of its keys each text sees, where not all.
+    Next come where the texts begin in q and in k (`starts_of`), and the length of the longest in q
+    and in k. seqused_k: how many of its keys each text sees, if not all.
     """
     from torch.nn.attention import varlen  # it loads the compiler, which takes a second
     return varlen.varlen_attn(*args, **settings)
 
 
 def starts_of(lengths, device):
-    """Where texts of these lengths begin, laid end to end, and where the last ends: int32 [N + 1].
-    """
+    """int32 [N + 1]: where each of N texts laid end to end begins, and where the last one ends."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def varlen_packed(groups, device):
-    """packed_attention in one call: queries as they stand, keys gathered as prompt and own text."""
+    """packed_attention in one call: each text's keys are gathered, its prompt's and its own."""
     queries, keys, seen = [], [], []  # lengths of a text's queries and keys; where its keys stand
     begin = 0
     for prompt, completions in groups:

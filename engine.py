@@ -24,13 +24,13 @@ from attention import Layout, Slots, padded_length, power_of_two, prefill_attent
 
 
 def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
-    """The form of the weights that `generate` runs on: a new dict, under the same names.
+    """The form of the weights that `generate` runs on: a new dict, to be made again after an update.
 
-    Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the
-    last bit for (almost) any number of rows; `packed` False leaves that out. Where weights are
-    copied anyway, those of one input are joined, as model.linears knows. Those that stay as they
-    are, are shared with `params`; what is packed already is returned. Call it again after an
-    update; out: the form of before, which a GPU writes into, so that what reads it may stay.
+    Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are the same to the
+    last bit for (almost) any number of rows; packed=False leaves that out. Where weights are copied
+    anyway, layers with the same input are joined (model.linears). Tensors that need no change are
+    shared with `params`, and a form that is packed already is returned as it is.
+    out: an earlier form, which is overwritten in place, so that CUDA graphs may go on reading it.
     """
     if model.head_weight(params).is_mkldnn:
         return params
@@ -249,7 +249,7 @@ def seat(params, config, batch, waiting, prompts, max_batch, chunk):
 
 @dataclass
 class Engine:
-    """What a GPU keeps from one call of `generate` to the next: it all stays where it is.
+    """What a GPU keeps from one call of `generate` to the next; none of it moves in memory.
 
     A row holds its prompt and what it said in the slots of its place, among the first B = 1, 2, 4,
     ... places. A CUDA graph of a step with B rows is captured once, and replayed from then on.
@@ -282,9 +282,10 @@ def static_slots(length):
 
 
 def prepare(engine, params, config, rows, length, budget):
-    """A cache for so many rows of `length` tokens, as many as `budget` slots hold, at least one.
+    """Give the engine a cache for so many rows of `length` tokens, or the most that `budget` allows.
 
-    What is there stays when it is large enough, and so do the graphs while weights and cache do.
+    A cache that is large enough is kept, and the graphs as long as the cache and the weights are.
+    budget: slots; one row is always allowed.
     """
     engine.rows.clear()
     size = static_slots(length)
@@ -366,7 +367,7 @@ def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
 
 
 def capture(step_fn, state, graphs, stream):
-    """A CUDA graph of step_fn(), the state that it reads, and what it gives."""
+    """(a CUDA graph of step_fn(), the state that it reads, what it returns)."""
     before = [tensor.clone() for tensor in state[:-1]]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
@@ -399,7 +400,7 @@ def graph_step(engine, state, settings, step_fn):
 
 
 def steps_left(batch):
-    """Until a row must end, or needs more slots; in the static batch, until none can go on."""
+    """Steps until a row has to end or needs more slots; for an Engine, until the last row ends."""
     room = [row.limit - len(row.tokens) for row in batch.rows]
     if isinstance(batch, Engine):
         return max(room, default=0)

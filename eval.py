@@ -258,7 +258,7 @@ def settings_of(setup, **changes):
 def fork(args, setup, replies):
     """Become --processes, by default as many as memory holds.
 
-    All is counted as float32, for so the weights are read, and caches twice: one is copied to grow.
+    Weights count as float32, as they are read; caches count twice, for growing one copies it.
     """
     config = setup.config
     context = max(map(len, setup.prompts)) + replies * setup.options["max_new_tokens"]
@@ -273,7 +273,7 @@ def fork(args, setup, replies):
 def fit_context(problems, prompts, config, reply_tokens):
     """(problems, prompts) of those whose prompt leaves room for so many tokens in the context.
 
-    The number of the others is said. Raises ValueError when none is left.
+    Says how many are left out. Raises ValueError when all are.
     """
     room = config.max_context - reply_tokens
     kept = [(p, prompt) for p, prompt in zip(problems, prompts) if len(prompt) <= room]
@@ -288,9 +288,9 @@ def fit_context(problems, prompts, config, reply_tokens):
 
 
 def leave_out(problems, keys, held_out, name):
-    """The training problems of `name`, with these keys, but for those that are in `held_out`.
+    """The training problems of the set `name` whose keys are not among `held_out`.
 
-    The number of the others is said. Raises ValueError when there are only others.
+    Says how many are left out. Raises ValueError when all are.
     """
     held_out = set(held_out)
     kept = [problem for problem, key in zip(problems, keys) if key not in held_out]
@@ -304,7 +304,10 @@ def leave_out(problems, keys, held_out, name):
 
 
 def load_setup(args, replies=1):
-    """The Setup that these flags name, in each of --processes; a context holds so many replies."""
+    """The Setup that the flags name, in each of --processes.
+
+    replies: how many completions of --max-new-tokens a context has to hold.
+    """
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
         raise ValueError(f"{args.num_samples} samples at temperature 0 would all be the same; give "
                          "a --temperature, or ask for one sample")

@@ -305,13 +305,13 @@ def decode_step(params, config, state, cache, temperature, top_p, top_k, forced)
 
 
 def wait_for(tensor):
-    """Until a GPU has done what it was asked, so that times are told apart."""
+    """Wait until a GPU has finished, so that times can be told apart."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 
 
 def decode(step_fn, state, rows, steps, sampling):
-    """At most `steps` for all rows: [(tokens [B], logprobs [B]), ...]."""
+    """(tokens [B], logprobs [B]) of each of at most `steps` steps."""
     if sampling.bounds_thinking:
         next_tokens = [-1] * len(state.tokens)
         for row, at in rows.items():
@@ -328,10 +328,10 @@ def decode(step_fn, state, rows, steps, sampling):
 
 
 def harvest(rows, drawn, sampling, results, on_token):
-    """Hand the drawn tokens to their rows, and those that end to `results`.
+    """Append the drawn tokens to their rows, and move the rows that end into `results`.
 
-    drawn: [(tokens [B], logprobs [B]), ...] of one step after another. Returns whether a thought
-    was reopened: the row is then shorter than its cache.
+    drawn: (tokens [B], logprobs [B]) of each step. Returns whether a thought was reopened, which
+    leaves a row shorter than what the cache holds of it.
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     reopened = False
@@ -358,7 +358,7 @@ def harvest(rows, drawn, sampling, results, on_token):
 
 
 def check_request(config, prompts, limits, **settings):
-    """Raises ValueError for a setting out of range, or a prompt that cannot be gone on from."""
+    """Raises ValueError for a setting out of range, or a prompt that cannot be continued."""
     settings["max_new_tokens"] = min((n for row in limits for n in row), default=1)
     for name, value in settings.items():
         low = 0 if name in ("temperature", "top_p", "top_k") else 1
@@ -408,7 +408,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     max_new_tokens: an int, or one for each [prompt][sample]; the context's end is a limit, too.
     seeds: an int for each prompt; default its index.
     stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
-    repetition: end a row whose last tokens, so many, say one phrase four times or more.
+    repetition: end a row whose last so many tokens repeat one phrase at least four times; 0: never.
     think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
     chunk: tokens of prompts that go through the layers at once.
@@ -563,8 +563,8 @@ def reply(params, config, tokenizer, system, engine, messages, args):
     show(answer.tokens, last=True)
     print()
     if len(kept) < len(messages):
-        print(f"(the context of {config.max_context} tokens is full: forgotten are the "
-              f"{len(messages) - len(kept)} oldest turns)")
+        print(f"(the context of {config.max_context} tokens is full: the "
+              f"{len(messages) - len(kept)} oldest turns are forgotten)")
     return [*kept, {"role": "assistant", "content": completion_text(tokenizer, answer, ends)}]
 
 

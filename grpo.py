@@ -125,7 +125,7 @@ def add_flags(parser):
     add("--temperature", type=launch.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
-    add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
+    add("--refill", type=at_least(0), default=2, help="times that groups of equal rewards are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
@@ -144,7 +144,7 @@ def add_flags(parser):
     add("--clip-low", type=below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
         "whose bounds are of the probability's change)")
-    add("--clip-hard", type=launch.above(1.0), help="and here if the advantage is negative, too")
+    add("--clip-hard", type=launch.above(1.0), help="and, where the advantage is negative, here")
     add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
         "unless given, weighs the KL divergence from it")
     add("--beta", type=at_least(0.0), help="of the KL divergence from the start (default 0)")
@@ -155,7 +155,7 @@ def add_flags(parser):
         "and the trainer disagree: token truncates what a token counts, sequence leaves out the "
         "whole completion")
     add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default 2; of sequence 3)")
-    add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
+    add("--mask-truncated", action="store_true", help="completions that were cut off are left out")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
     add("--epochs", type=launch.above(0.0), help="instead of --steps: passes over the problems")
@@ -209,7 +209,7 @@ def encode_problem(policy, problem, args, preset=None):
 
 
 def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
-    """A Group for each (place, problem): dealt out to the processes, and known to all of them.
+    """A Group for each (place, problem); each process samples its share, and all get every group.
 
     A completion's noise derives from (seed, place, sample) alone. preset: instead of --prompt.
     greedy: one completion each, without noise.
@@ -255,9 +255,9 @@ def as_sampler(policy):
 
 
 def roll_out_step(policy, problems, step, args):
-    """The groups of a step, one for each problem taken from the iterator `problems`.
+    """The groups of a step, one for each problem that it takes from the iterator `problems`.
 
-    Up to --refill times, as many new problems are asked as there were groups without spread
+    Up to --refill times, new problems are asked in place of those whose groups have no spread
     (dynamic sampling, DAPO, section 3.2).
     """
     sampler = as_sampler(policy)
@@ -281,8 +281,8 @@ def with_nan(rows):
 def with_advantages(groups, args):
     """The groups with their advantages.
 
-    Those without spread get zeros, and have no part in the deviation of the batch. What is
-    undecided gets None, and has none in the baseline of its group.
+    A group without spread gets zeros, and does not count towards the deviation of the batch. An
+    undecided completion gets None, and does not count towards the baseline of its group.
     """
     rewards = with_nan([g.rewards for g in groups])  # [N, G]
     spread = torch.tensor([has_spread(g) for g in groups])  # [N]
@@ -354,7 +354,7 @@ def training_rows(groups, args):
 
 
 def deal_rows(rows):
-    """This process's share of packed rows: each goes, longest first, to who has least to do."""
+    """This process's share of packed rows: the longest first, each to the least loaded process."""
     rank, world = rank_and_world()
     shares = [[] for _ in range(world)]
     loads = [0] * world

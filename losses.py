@@ -55,8 +55,8 @@ def combined_advantages(parts, coefficients, scale):
 def ppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
     """PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291.
 
-    As every objective, it returns of each token what is to grow, and whether it has no gradient as
-    its ratio is too low, or too high: [B, T] each. A: [B, 1], the advantages.
+    A: [B, 1], the advantages. Like every objective it returns three [B, T]: what each token adds to
+    the sum that is maximised, and whether it has no gradient, its ratio being too low or too high.
     """
     bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -71,7 +71,8 @@ def cispo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
 
 
 def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
-    """arXiv:2602.04879, by total variation: the bounds are of the probability, not of its ratio."""
+    """arXiv:2602.04879: bounds on how far the probability moves (total variation), not on its ratio.
+    """
     moved = logprobs.detach().exp() - old_logprobs.exp()
     low = (moved < -clip_low) & (A <= 0)
     high = (moved > clip_high) & (A > 0)
@@ -79,7 +80,7 @@ def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
 
 
 def sapo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
-    """arXiv:2511.20347: a gate that closes softly, and sooner on what is to become unlikelier."""
+    """arXiv:2511.20347: a soft gate instead of the clip, sharper where the advantage is negative."""
     sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
     open_everywhere = torch.zeros_like(ratio)
     gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
@@ -107,8 +108,8 @@ def kl_divergence(gap, ratio, kl):
 
 
 class Total(NamedTuple):
-    """What sums over the completions of an optimizer step are divided by."""
-    loss: int
+    """The normalisers of an optimizer step, over all its completions."""
+    loss: int  # what the sum of the loss is divided by
     tokens: int
 
 
@@ -166,13 +167,14 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
 
 
 def mismatch_weights(log_ratio, cap, level="token"):
-    """How much each token counts as the sampler and the trainer disagree on its probability.
+    """Importance weights, for a sampler whose probabilities differ from the trainer's.
 
-    log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token. "token":
-    the ratio, at most `cap` (truncated importance sampling), [B, T]. "sequence": the ratio of the
-    whole completion, or 0 where that is not from 1 / cap to cap (a sequence mask), [B, 1].
-    They belong on the policy's objective, whose mean over the trainer's samples is what the sampler
-    only estimates. A penalty should hold the policy in every sample, those left out included.
+    log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token.
+    level "token": the ratio of each token, at most `cap` (truncated importance sampling), [B, T].
+    "sequence": the ratio of the whole completion, or 0 outside 1 / cap to cap (a sequence mask),
+    [B, 1].
+    They are for the policy's objective, an expectation under the trainer that the sampler's draws
+    only estimate. A KL penalty goes without: it should hold in every sample, masked ones included.
     """
     if level == "token":
         return log_ratio.exp().clamp(max=cap)

@@ -142,6 +142,6 @@ def reward_group(group, coefficients):
 
 
 def has_spread(group):
-    """Groups whose rewards are all equal have no gradient, nor have those with one or none."""
+    """Whether a group has a gradient: two of its rewards are decided and differ."""
     decided = [reward for reward in group.rewards if reward is not None]
     return len(decided) > 1 and max(decided) - min(decided) > 1e-6

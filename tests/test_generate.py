@@ -476,7 +476,7 @@ def test_generate_chat_forgets_what_does_not_fit_and_survives_what_fails():
     assert all(word in asked[3] for word in ("one", "yes", "two")), "the conversation goes on"
     assert "fail" not in asked[3] and "stop" not in asked[3]
     assert "two" in asked[4] and "xx" not in asked[5] and "yy" in asked[5], "the oldest go first"
-    assert said.count("forgotten") == 1 and "are the 6 oldest turns" in said, said
+    assert said.count("forgotten") == 1 and "the 6 oldest turns are forgotten" in said, said
     assert r"\x1b[2Jyes" in said and "\033" not in said, "no code reaches the terminal"
 
 
