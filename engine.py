@@ -24,11 +24,11 @@ from attention import Layout, Slots, padded_length, power_of_two, prefill_attent
 
 
 def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
-    """The form of the weights that `generate` runs on: a new dict, to be made again after an update.
+    """The form of the weights that `generate` runs on, a new dict; make it anew after an update.
 
-    Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are the same to the
-    last bit for (almost) any number of rows; packed=False leaves that out. Where weights are copied
-    anyway, layers with the same input are joined (model.linears). Tensors that need no change are
+    Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are the same to
+    the last bit for (almost) any number of rows; packed=False leaves that out. Where weights are
+    copied anyway, layers of one input are joined (model.linears). Tensors that need no change are
     shared with `params`, and a form that is packed already is returned as it is.
     out: an earlier form, which is overwritten in place, so that CUDA graphs may go on reading it.
     """
@@ -282,10 +282,10 @@ def static_slots(length):
 
 
 def prepare(engine, params, config, rows, length, budget):
-    """Give the engine a cache for so many rows of `length` tokens, or the most that `budget` allows.
+    """Give the engine a cache for so many rows of `length` tokens, or what `budget` slots allow.
 
     A cache that is large enough is kept, and the graphs as long as the cache and the weights are.
-    budget: slots; one row is always allowed.
+    One row is always allowed.
     """
     engine.rows.clear()
     size = static_slots(length)
