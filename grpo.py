@@ -125,7 +125,7 @@ def add_flags(parser):
     add("--temperature", type=launch.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
-    add("--refill", type=at_least(0), default=2, help="times that groups of equal rewards are replaced")
+    add("--refill", type=at_least(0), default=2, help="times to replace groups of equal rewards")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")

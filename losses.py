@@ -71,8 +71,7 @@ def cispo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
 
 
 def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
-    """arXiv:2602.04879: bounds on how far the probability moves (total variation), not on its ratio.
-    """
+    """arXiv:2602.04879: bounds the move of the probability (total variation), not its ratio."""
     moved = logprobs.detach().exp() - old_logprobs.exp()
     low = (moved < -clip_low) & (A <= 0)
     high = (moved > clip_high) & (A > 0)
@@ -80,7 +79,7 @@ def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
 
 
 def sapo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
-    """arXiv:2511.20347: a soft gate instead of the clip, sharper where the advantage is negative."""
+    """arXiv:2511.20347: a soft gate in place of the clip, sharper for negative advantages."""
     sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
     open_everywhere = torch.zeros_like(ratio)
     gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
