@@ -11,6 +11,7 @@ rows that run, bring their prompts into the cache (`seat`, `seat_in_slots`), dec
 Preempting and admitting rows: Orca, OSDI 2022. Shared prompts: Hydragen, arXiv:2402.05099.
 """
 
+import math
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
@@ -297,7 +298,9 @@ def prepare(engine, params, config, rows, length, budget):
     small = not engine.cache or engine.cache.size < size or engine.places < rows
     if small or engine.layers[0][0].dtype != like.dtype:
         if engine.cache:
-            size, rows = max(size, engine.cache.size), max(rows, engine.places)
+            larger = max(size, engine.cache.size), max(rows, engine.places)
+            if math.prod(larger) <= budget:  # it serves this call, and those like the last one
+                size, rows = larger
             engine.cache = None  # before the next one is allotted
         shape = (rows * size, config.num_key_value_heads, config.head_dim)
         layers = [[like.new_zeros(shape) for _ in range(2)]

@@ -362,6 +362,20 @@ def test_generate_static_engine_keeps_its_graphs_while_the_weights_stay():
                                                 max_new_tokens=9))
 
 
+def test_generate_static_engine_stays_within_its_budget():
+    """After a call of many rows, one of long rows had a cache of as many, as long: twice the bound.
+    """
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    engine, stats, slots = generate_module.Engine(), {}, 1024
+    with _static([]):
+        for prompts in ([[5]] * 8, [[5] * 200] * 4, [[5]] * 8):
+            answers = generate(form, config, prompts, max_new_tokens=9, engine=engine, stats=stats,
+                               cache_gib=slots * _SLOT_GIB)
+            assert stats["cache_gib"] <= slots * _SLOT_GIB, stats
+            assert all(len(answer.tokens) == 9 for [answer] in answers)
+
+
 def test_generate_step_of_the_static_engine_compiles_to_one_graph():
     """Traced without a compiler: fullgraph raises where Python would have to step in."""
     params, config = _sampler(num_hidden_layers=3)
