@@ -707,7 +707,7 @@ class Training(NamedTuple):
     data: Data
     progress: dict  # what a checkpoint has to remember beside the weights
     run: Run
-    start: Path  # the directory of the model that is trained
+    model_dir: Path  # of the model that it began with
     args: argparse.Namespace
 
 
@@ -723,6 +723,7 @@ def open_training(args):
     _, world, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
     run, checkpoint = start_run(args)
     params, reference, optimizer = make_trainable(base, config, args, device)
+    del base
     policy = policy._replace(params=params, engine=Engine())
     done = 0
     progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
@@ -769,11 +770,11 @@ def measure(training, method, preset=None):
 
 def save(training, step):
     """Write a checkpoint, and let `best` point to the best one."""
-    policy, _, optimizer, data, progress, run, start, args = training
+    policy, _, optimizer, data, progress, run, model_dir, args = training
     trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
     best_step, _ = progress["dev"][-1]
-    save_checkpoint(run.dir, step, policy.params, policy.config, start, optimizer, progress,
-                    args.keep, best_step, trained_on)
+    save_checkpoint(run.dir, step, policy.params, policy.config, model_dir, optimizer,
+                    progress, args.keep, best_step, trained_on)
 
 
 def measure_start(training, step):
