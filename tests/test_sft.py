@@ -290,6 +290,22 @@ def test_sft_and_grpo_stop_after_skipped_steps():
             assert steps[-3:] == [1, 2, 3]
 
 
+def test_sft_skipped_steps_are_counted_across_a_resume():
+    """A run that was resumed often enough would have skipped steps for ever."""
+    skipped = {"grad_norm": math.nan, "skipped": 1}
+    with tempfile.TemporaryDirectory() as scratch:
+        data = _write(Path(scratch) / "examples.jsonl", _sums(20))
+        words = ["sft", "--data", data, "--batch", 2, "--validation", 0, "--save-every", 1,
+                 "--eval-every", 99, "--processes", 1, "--run-dir", f"{scratch}/run"]
+        with mock.patch.object(sft, "optimizer_step", side_effect=[skipped] * 2 + [EOFError]):
+            with raises(EOFError):
+                in_process(*words)
+        with mock.patch.object(sft, "optimizer_step", return_value=dict(skipped)):
+            assert "not finite in 3" in error_of(*words, "--resume")
+        steps = [json.loads(line)["step"] for line in open(f"{scratch}/run/metrics.jsonl")]
+        assert steps == [1, 2, 3]
+
+
 def test_sft_goes_on_from_an_adapter():
     """It starts where the merged checkpoint would, and not where the base does."""
     with tempfile.TemporaryDirectory() as scratch:
