@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -29,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import model
 import optim
@@ -43,7 +43,6 @@ from verify import canonical, equivalent, extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
 SAMPLING_TEMPERATURE = 0.7  # one for all methods that sample, so that they compare; chosen on dev
-ROUND_S = 60  # seconds of work between two writes to a file of records
 # What a flag left out means, for a tiny model and for any other.
 TINY = {"data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "max_batch": 256}
 OTHERS = {"data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "max_batch": 64}
@@ -196,43 +195,69 @@ def maj_at_k(votes, right, k):
 # ---------------------------------------------------------------------- problems in, records out
 
 
-def make_sample(completion, text, strict, lenient):
-    """What a record keeps of a completion. strict, lenient: is it right? None: undecided."""
-    return {"text": text, "answer": extract_answer(text, strict=True),
-            "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
-            "tokens": len(completion.tokens), "finish": completion.finish,
-            "logprob": round(sum(completion.logprobs), 4)}
+SAMPLE_FIELDS = {"text", "answer", "lenient_answer", "strict", "lenient", "tokens", "finish",
+                 "logprob"}
+
+
+def make_samples(completions, texts, reference):
+    """What a record keeps of the completions of a problem; strict, lenient None: undecided."""
+    pairs = [(text, reference) for text in texts]
+    verdicts = zip(verify_many(pairs, strict=True), verify_many(pairs, strict=False))
+    return [{"text": text, "answer": extract_answer(text, strict=True),
+             "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
+             "tokens": len(c.tokens), "finish": c.finish, "logprob": round(sum(c.logprobs), 4)}
+            for c, text, (strict, lenient) in zip(completions, texts, verdicts)]
 
 
 def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="plain", system=None,
-             shots=(), think_tag="think", num_samples=1, temperature=0.0, max_batch=64, **sampling):
+             shots=(), think_tag="think", num_samples=1, temperature=0.0, max_batch=64, keep=None,
+             quiet=False, **sampling):
     """Ask every problem and grade what comes: a record (dict) for each, in their order.
 
     Every process calls this with the same problems, asks its share of them and gets all records; a
     record depends neither on the other problems nor on the batch nor on the number of processes.
     prompt, system, shots, think_tag: as for render_prompt. sampling: more keywords of generate().
+    keep(record): called, by the process that asked, as soon as a problem has all its answers.
+    quiet: the progress is shown on a terminal only.
     """
-    started = time.perf_counter()
     rank, world = rank_and_world()
     mine = problems[rank::world]
     form = {"system": system, "shots": shots, "think_tag": think_tag}
     ends = model.end_tokens(tokenizer, config)
     stop = PRESETS[prompt].stop
-    answers = generate(
-        params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
-        num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
-        stop_tokens=ends, stop_strings=stop, tokenizer=tokenizer, max_batch=max_batch,
-        think_tag=think_tag, seeds=[zlib.crc32(p["id"].encode()) for p in mine], **sampling)
-    completions = [c for row in answers for c in row]
-    texts = [completion_text(tokenizer, c, ends, stop) for c in completions]
-    pairs = [(text, mine[i // num_samples]["answer"]) for i, text in enumerate(texts)]
-    samples = list(map(make_sample, completions, texts, verify_many(pairs, strict=True),
-                       verify_many(pairs, strict=False)))
-    seconds = round((time.perf_counter() - started) / max(1, len(problems)), 4)
-    records = [{"id": p["id"], "level": p.get("level"), "subject": p.get("subject"),
-                "prompt": render_prompt(prompt, p, **form), "reference": p["answer"],
-                "samples": samples[i * num_samples:(i + 1) * num_samples], "seconds": seconds}
-               for i, p in enumerate(mine)]
+    answers = [[None] * num_samples for _ in mine]
+    records = [None] * len(mine)
+    last = time.perf_counter()
+
+    def finish(i):
+        nonlocal last
+        problem = mine[i]
+        texts = [completion_text(tokenizer, c, ends, stop) for c in answers[i]]
+        samples = make_samples(answers[i], texts, problem["answer"])
+        now = time.perf_counter()
+        records[i] = {"id": problem["id"], "level": problem.get("level"),
+                      "subject": problem.get("subject"),
+                      "prompt": render_prompt(prompt, problem, **form),
+                      "reference": problem["answer"], "samples": samples,
+                      "seconds": round((now - last) / world, 4)}  # of a run: their sum
+        last = now
+        if keep:
+            keep(records[i])
+
+    with optim.progress_bar(len(problems) * num_samples, quiet=quiet) as show:
+        def on_step(ended, num_tokens):
+            for i, sample, completion in ended:
+                answers[i][sample] = completion
+                if None not in answers[i]:
+                    finish(i)
+            show(ended, num_tokens)
+
+        generate(
+            params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
+            num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
+            stop_tokens=ends, stop_strings=stop, tokenizer=tokenizer, max_batch=max_batch,
+            think_tag=think_tag, seeds=[zlib.crc32(p["id"].encode()) for p in mine],
+            on_step=on_step, **sampling)
     shares = gather_objects(records)
     return [shares[i % world][i // world] for i in range(len(problems))]
 
@@ -248,7 +273,9 @@ def read_records(path, settings=None):
             record = json.loads(line)
             records[record["id"]] = record
             changes = list_changes(record["settings"], settings or {})
-        except (ValueError, LookupError, TypeError):
+            if any(not SAMPLE_FIELDS <= sample.keys() for sample in record["samples"]):
+                raise KeyError
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{path}, line {number}: not a record of eval.py") from None
         if changes:
             raise ValueError(f"{path} holds a run with other settings ({changes} now); give "
@@ -263,12 +290,10 @@ def list_changes(old, new):
 
 
 def append_lines(path, objects):
-    """Append the objects to a .jsonl file, made at need; all of them or none. On process 0 only.
+    """Append the objects to a .jsonl file, made at need; all of them or none.
 
     Raises ValueError when it cannot be written.
     """
-    if rank_and_world()[0] > 0:
-        return
     text = "".join(json.dumps(o) + "\n" for o in objects)
     size = None
     try:
@@ -351,7 +376,8 @@ def fit_context(problems, prompts, config, reply_tokens):
     kept = [(p, prompt) for p, prompt in zip(problems, prompts) if len(prompt) <= room]
     if problems and not kept:
         raise ValueError(f"no prompt leaves room for {reply_tokens} new tokens in the context of "
-                         f"{config.max_context}; try a smaller --max-new-tokens")
+                         f"{config.max_context}; try a smaller --max-new-tokens, or fewer solved "
+                         "examples")
     if left_out := len(problems) - len(kept):
         say(f"{left_out} of {len(problems)} problems are left out: their prompts leave no room for "
             f"{reply_tokens} new tokens in the context of {config.max_context}")
@@ -418,32 +444,25 @@ def collect_records(setup, name="records", **changes):
     """
     options = setup.options | changes
     settings = settings_of(setup, **changes)
-    rank, world = rank_and_world()
     path = setup.records
     if path and path.suffix != ".jsonl":
         path = path / f"{name}.jsonl"
     done = {}
-    if path and path.is_file() and rank == 0:
+    if path and path.is_file() and rank_and_world()[0] == 0:
         done = read_records(path, settings)
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
     if path:
         append_lines(path, [])
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
-    size = world * max(1, 2 * options["max_batch"] // options["num_samples"])
-    engine = Engine()
-    with tqdm(total=len(todo), unit="problem", disable=rank > 0) as bar:
-        while todo:
-            records = evaluate(setup.params, setup.config, setup.tokenizer, todo[:size],
-                               engine=engine, **options)
-            records = [record | {"settings": settings} for record in records]
-            if path:
-                append_lines(path, records)
-            done |= {record["id"]: record for record in records}
-            bar.update(len(records))
-            todo = todo[size:]
-            if sum(record["seconds"] for record in records) < ROUND_S:
-                size *= 2  # long rounds keep the batch full, short ones lose less when killed
+
+    def keep(record):
+        if path:
+            append_lines(path, [record | {"settings": settings}])
+
+    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, engine=Engine(),
+                       keep=keep, **options)
+    done |= {record["id"]: record | {"settings": settings} for record in records}
     row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}
     return [done[p["id"]] for p in setup.problems], row_settings
 
@@ -512,10 +531,10 @@ def summarize(records, *, grade, **settings):
     return row | {"rates": {name: interval(found) for name, found in scores.items()}}
 
 
-def say_trained_on(setup, rows):
+def say_trained_on(args, setup, rows):
     """How many of the problems the model is known to have been trained on, and what is left of
     each row's accuracy without them."""
-    known = optim.read_trained_on(model.resolve_model(setup.settings["model"]))
+    known = optim.read_trained_on(model.resolve_model(args.model), args.adapter)
     keys = keys_of(setup.problems)
     others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
     if len(others) == len(setup.problems):
@@ -528,7 +547,12 @@ def say_trained_on(setup, rows):
 
 
 def append_row(path, row):
-    """Add a row to the results, with the command, the code and the library that made it."""
+    """Add a row to the results, with the command, the code and the library that made it.
+
+    On process 0 only.
+    """
+    if rank_and_world()[0] > 0:
+        return
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT,
                          capture_output=True, text=True)  # empty without git
     append_lines(path, [row | {
@@ -548,6 +572,18 @@ def markdown(header, rows):
     """A table as Markdown. rows: lists of strings, or of what has one."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def say_table(text):
+    """Print a table of `markdown`; on a terminal too narrow, its rows one below the other."""
+    lines = text.splitlines()
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
+    if max(map(len, lines)) <= width:
+        return say(text)
+    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    longest = max(map(len, head))
+    for row in rows:
+        say("".join(f"{name:{longest}}  {cell}\n" for name, cell in zip(head, row)))
 
 
 def paired(a, b):
@@ -597,7 +633,7 @@ def compare(path_a, path_b, grade=None):
         rows.append(summarize([records[i] for i in shared],
                               grade=grade or PRESETS[of_run["prompt"]].grade,
                               method=f"{path} ({len(shared)} of {len(records)})"))
-    say(table(rows))
+    say_table(table(rows))
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
     a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
@@ -667,8 +703,8 @@ def report(args):
               if name not in OF_REPORT and value != usual[name]]
     rows = []
     for label, name, prompt, script, method in REPORT:
-        if not model.is_tiny(config):
-            prompt = {"plain": "direct", "cot": "boxed"}[prompt]
+        if not model.is_tiny(config):  # grpo.py asks it for steps, as the sampled rows do
+            prompt = "direct" if label == "base" else "boxed"
         greedy = method == "greedy"
         temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
         limit = args.limit if greedy else args.sampled_limit or args.limit
@@ -686,7 +722,8 @@ def report(args):
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
     (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
-    print(f"\n{text}\nwritten to {out}/results.md")
+    say_table(text)
+    print(f"written to {out}/results.md")
     draw_cost(rows, out / "report.png")
 
 
@@ -698,8 +735,8 @@ def main(args):
     setup = load_setup(args)
     records, settings = collect_records(setup, num_samples=args.num_samples)
     row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
-    say(table([row]))
-    say_trained_on(setup, [row])
+    say_table(table([row]))
+    say_trained_on(args, setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():

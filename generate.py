@@ -790,7 +790,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
              tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
              share_prompts=True, cache_gib=math.inf, chunk=None, compiled=False, engine=None,
-             on_token=None, stats=None):
+             on_token=None, on_step=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says
@@ -808,6 +808,8 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
     engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
+    on_step(ended, num_tokens): called every few steps with the [(prompt, sample, Completion), ...]
+    that have ended since, and the number of tokens drawn.
     stats: a dict that is given steps, cache_gib (peak), prefill_s, capture_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
@@ -865,7 +867,12 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             steps = min(stride, steps_left(batch))
             drawn = decode(step, state, batch.rows, steps, sampling)
             stats["steps"] += len(drawn)
+            before = {row: len(row.tokens) for row in batch.rows}
             reopened = harvest(batch.rows, drawn, sampling, results, on_token)
+            if on_step:
+                ended = [row for row in before if row not in batch.rows]
+                on_step([(row.prompt, row.sample, results[row.prompt][row.sample])
+                         for row in ended], sum(len(row.tokens) - n for row, n in before.items()))
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
             B = len(state.tokens)
             ended = B - len(batch.rows) >= max(1, B // (16 if waiting else 2 if static else 4))
@@ -933,7 +940,8 @@ def reply(params, config, tokenizer, system, engine, messages, args):
     room = config.max_context - min(args.max_new_tokens, config.max_context // 2)
     kept, prompt = fit_turns(tokenizer, messages, system, room)
     if args.raw:
-        prompt = tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids
+        text = messages[-1]["content"].encode("utf-8", "replace").decode()
+        prompt = tokenizer.encode(text, add_special_tokens=False).ids
     ends = model.end_tokens(tokenizer, config)
     show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
                          args.think_tag, args.hide_thinking, sys.stdout.isatty())

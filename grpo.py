@@ -197,24 +197,26 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     greedy: one completion each, without noise.
     """
     rank, world = rank_and_world()
-    problems = problems[rank::world]
     G = 1 if greedy else args.group
+    total = len(problems) * G
+    problems = problems[rank::world]
     prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
     asked = PRESETS[preset or args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
 
     def sample():
-        return generate(
-            policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
-            seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
-            temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
-            stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
-            compiled=args.compile)
+        with optim.progress_bar(total, "answering" if greedy else "sampling", True) as on_step:
+            return generate(
+                policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
+                seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
+                temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+                stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
+                compiled=args.compile, on_step=on_step)
 
     rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
     texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(pairs, strict=asked.grade == "strict")
+    verdicts = verify_many(optim.show_phase(pairs, "grading"), strict=asked.grade == "strict")
     coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
@@ -423,8 +425,9 @@ def update(policy, reference, optimizer, rows, total, lr, args):
             old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
     own = Counter()  # of tensors, so that the device is not waited for
     skipped = 0
+    inputs = list(zip(rows, old, ref))
     for _ in range(args.updates):
-        for row, old_logprobs, ref_logprobs in zip(rows, old, ref):
+        for row, old_logprobs, ref_logprobs in optim.show_phase(inputs, "updating"):
             loss, stats = row_loss(params, config, row, old_logprobs, ref_logprobs, total, args)
             loss.backward()
             own.update(stats)
@@ -569,18 +572,23 @@ def right_answers(groups):
     return [int(g.right[0] is True) for g in groups]
 
 
-def evaluate(policy, dev, groups, args, run, step):
-    """right_answers on `dev`. A few groups of the step and of `dev` go, whole, to samples.jsonl."""
+def keep_first_and_best(evaluations):
+    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+
+
+def evaluate(policy, dev, groups, progress, args, run, step):
+    """rate_metrics of the answers on `dev`, which are noted in progress["dev"].
+
+    A few groups of the step and of `dev` go, whole, to samples.jsonl.
+    """
     sampler = policy._replace(params=sampler_weights(policy))
     answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
     optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
-    return right_answers(answered)
-
-
-def keep_first_and_best(evaluations):
-    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
-    return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
+    right = right_answers(answered)
+    progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+    return rate_metrics("dev_accuracy", right)
 
 
 def reached(evaluations, accuracy):
@@ -625,14 +633,6 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
     if run.rank == 0:
         optim.write_whole(run.dir / "results.md", text)
         print(text, flush=True)
-
-
-def measure_start(policy, dev, args, run, step):
-    """right_answers on `dev` before any training, logged as a step's."""
-    right = evaluate(policy, dev, [], args, run, step)
-    metrics = {"step": step} | rate_metrics("dev_accuracy", right)
-    optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
-    return right
 
 
 # ------------------------------------------------------------ the run
@@ -850,6 +850,15 @@ def make_trainable(base, config, args, device):
     return params, Policy(start, config, None, None), optimizer
 
 
+def restore(checkpoint, optimizer):
+    """(steps made, what the run has to remember), those of a new run where `checkpoint` is None."""
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
+    if checkpoint is None:
+        return 0, progress
+    state = optim.load_checkpoint(checkpoint, optimizer)
+    return state["step"], progress | state["extra"]
+
+
 def learn_step(policy, reference, optimizer, problems, step, lr, args):
     """One step of the algorithm: (its groups, metrics)."""
     start = time.perf_counter()
@@ -884,12 +893,7 @@ def main(args):
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params, engine=Engine())
-    done = 0
-    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
-    if checkpoint:
-        state = optim.load_checkpoint(checkpoint, optimizer)
-        done = state["step"]
-        progress |= state["extra"]
+    done, progress = restore(checkpoint, optimizer)
     if args.filter_by_pass_rate:
         sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
     num_problems = sum(map(len, sets))
@@ -897,11 +901,13 @@ def main(args):
     optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
               f"for the result, on {world} x {device}")
     measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
+    trained_on = optim.read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
     save = functools.partial(
         optim.save_checkpoint, run.dir, params=params, config=config, like=path,
-        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=keys_of(sum(sets, [])))
+        optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
     if not progress["dev"]:  # of a new run, or one of an earlier version
-        progress["dev"] = [[done, measure_start(policy, dev, args, run, done)]]
+        metrics = {"step": done} | evaluate(policy, dev, [], progress, args, run, done)
+        optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
     if not checkpoint:
         measure("before")
         if args.prompt != "cot":
@@ -920,14 +926,11 @@ def main(args):
             groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
             progress["taken"] += len(groups)
             count_right(groups, progress["right"])
-            last = step == steps
-            stopping = stop_requested()
-            evaluating = last or step % args.eval_every == 0 or step in epoch_ends
+            evaluating = step == steps or step % args.eval_every == 0 or step in epoch_ends
             if evaluating:
-                right = evaluate(policy, dev, groups, args, run, step)
-                metrics |= rate_metrics("dev_accuracy", right)
-                progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
-                last = last or reached(progress["dev"], args.until)
+                metrics |= evaluate(policy, dev, groups, progress, args, run, step)
+            last = step == steps or reached(progress["dev"], args.until)
+            stopping = stop_requested()
             mean_s = (time.perf_counter() - began) / (step - done)
             metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
                         "left_min": mean_s * (steps - step) / 60}

@@ -137,7 +137,7 @@ def compare_prompts(setup, exemplars, shots_from=None, seed=0):
                                                  shots=most[:k], temperature=0.0)
         method = f"{prompt} after {k} solved" if k else prompt
         rows.append(eval.summarize(records, method=method, **settings))
-    say(eval.table(rows))
+    eval.say_table(eval.table(rows))
     return rows
 
 
@@ -170,7 +170,7 @@ def self_consistency(records, settings, ks, confidence):
     stopped = [adaptive(*v, confidence, seed=i) for i, v in enumerate(zip(votes, right))]
     scores, drawn = zip(*stopped)
     add(f"adaptive majority, {confidence:g} sure", scores, drawn)
-    say(eval.table(rows))
+    eval.say_table(eval.table(rows))
     levels = eval.rates_by_level(records, scores, drawn)
     by_level = [f"{level}: {mean:.1f}" for level, (*_, mean) in levels.items()]
     say(f"samples of the adaptive vote: {fmean(drawn):.1f} of {pool}; "
@@ -196,7 +196,7 @@ def sweep_temperature(pools, ks):
             scores = [maj_at_k(*pair, k) for pair in pairs]
             rows.append(eval.cost_row(records, scores, [k] * len(records),
                                       method=f"majority of {k} at {temperature:g}", **settings))
-    say(eval.table(rows))
+    eval.say_table(eval.table(rows))
     for i, k in enumerate(ks):
         mine = rows[i::len(ks)]
         best = max(mine, key=itemgetter("accuracy"))
@@ -216,7 +216,7 @@ def sweep_budget(setup, budgets=None):
                                                  think_budget=budget)
         method = f"thought of {f'at most {budget} tokens' if budget else 'any length'}"
         rows.append(eval.summarize(records, method=method, **settings))
-    say(eval.table(rows))
+    eval.say_table(eval.table(rows))
     for level in rows[0]["levels"]:
         members = [p["id"] for p in setup.problems if str(p.get("level")) == level]
         free = {"scores": {i: rows[0]["scores"][i] for i in members}}
@@ -246,7 +246,7 @@ def main(args):
             rows = sweep_temperature({t: pool(t) for t in args.temperatures}, ks)
         else:
             rows = sweep_budget(setup, args.budgets)
-        eval.say_trained_on(setup, rows)
+        eval.say_trained_on(args, setup, rows)
         for row in rows:
             eval.append_row(args.results, row)
 

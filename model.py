@@ -463,10 +463,11 @@ def check_numbers(record):
     """Raises ValueError for a field of a Config or a Yarn of another type, or not positive."""
     for name, kind in record.__annotations__.items():
         value = getattr(record, name)
-        fits = type(value) in (int, kind)
-        if kind in (int, float) and not (fits and 0 < value < (2**31 if kind is int else math.inf)):
-            whole = " integer" if kind is int else " number"
-            raise ValueError(f"{name} is {value!r}, expected a positive{whole}")
+        most = 2**31 if kind is int else 1e15
+        fits = type(value) in (int, kind) and 0 < value < most
+        if kind in (int, float) and not fits:
+            whole = "integer" if kind is int else "number"
+            raise ValueError(f"{name} is {value!r:.40}, expected a positive {whole} below {most:g}")
         if kind is bool and type(value) is not bool:
             raise ValueError(f"{name} is {value!r}, expected true or false")
 
@@ -754,21 +755,27 @@ def load_adapter(adapter_dir, config, device="cpu"):
     if odd:
         raise ValueError(f"{adapter_dir}: {', '.join(odd)}, expected plain LoRA; merge it with "
                          "PEFT, and pass the result as --model")
-    scale = raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+    alpha = raw.get("lora_alpha")
+    if type(alpha) not in (int, float) or not 0 < alpha < 1e15:
+        raise ValueError(f"{adapter_dir}: lora_alpha is {alpha!r:.40}, expected a positive number")
+    scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
     shapes = lora_shapes(config, rank)
     path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; PEFT's save_pretrained writes it")
     lora, wrong = {}, []
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        for key in file.keys():
-            name = key.removeprefix(PEFT_PREFIX)
-            shape = tuple(file.get_slice(key).get_shape())
-            if shapes.get(name) != shape:
-                wrong.append(f"{name} is {list(shape)}, expected {shapes.get(name, 'no such')}")
-                continue
-            tensor = file.get_tensor(key).float()
-            lora[name] = tensor * scale if ".lora_B." in name else tensor
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for key in file.keys():
+                name = key.removeprefix(PEFT_PREFIX)
+                shape = tuple(file.get_slice(key).get_shape())
+                if shapes.get(name) != shape:
+                    wrong.append(f"{name} is {list(shape)}, expected {shapes.get(name, 'no such')}")
+                    continue
+                tensor = file.get_tensor(key).float()
+                lora[name] = tensor * scale if ".lora_B." in name else tensor
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
     halves = Counter(name.split(".lora_")[0] for name in lora)
     wrong += [f"{name} has one half of two" for name, n in halves.items() if n < 2]
     if wrong or not lora:
@@ -789,7 +796,9 @@ def load_tokenizer(model_dir):
         raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library's panics are no Exceptions
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
     tokenizer.no_truncation()  # a file may have been saved with them, and prompts be cut in silence
     tokenizer.no_padding()

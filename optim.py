@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from model import (
     did_you_mean,
@@ -165,7 +166,6 @@ def run_main(main, parse_args):
         stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     script = Path(sys.argv[0]).name
     how = ""
-    quit_on_second_signal()
     try:
         args = parse_args()
         how = how_to_go_on(args)
@@ -189,7 +189,7 @@ def how_to_go_on(args):
         return f"; go on with: {resume_command()}"
     if getattr(args, "records", None):
         return f"; the same command goes on from what {args.records} holds"
-    return ""
+    return "; with --records it could go on from here" if hasattr(args, "records") else ""
 
 
 # ------------------------------------------------------------ processes
@@ -263,6 +263,7 @@ def init_distributed(device="auto", processes=1, timeout_min=120):
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                                 timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
+        quit_on_second_signal()
         sys.excepthook = functools.partial(leave_at_once, forks)
     return rank, world, device
 
@@ -291,8 +292,6 @@ def fork_into(count):
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "TOKENIZERS_PARALLELISM": "false"}  # the tokenizer's threads are not forked
     torch.set_num_threads(1)
-    if rank > 0:
-        quit_on_second_signal()  # threads do not survive a fork
     return forks if rank == 0 else []
 
 
@@ -301,7 +300,8 @@ def leave_at_once(forks, kind, error, trace):
     rank, world = rank_and_world()
     text = "".join(traceback.format_exception(kind, error, trace))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        time.sleep(5)  # the process that failed first ends this one, when its error is shown
+        # the process that failed first ends this one, when its error is shown
+        time.sleep(5 if rank == 0 else 30)
         text = f"it lost another process, whose error is the one to read: {error}\n"
         for number, fork in enumerate(forks, 1):
             gone, status = os.waitpid(fork, os.WNOHANG)
@@ -318,6 +318,41 @@ def say(*words):
     """Print, on process 0 only."""
     if rank_and_world()[0] == 0:
         print(*words, flush=True)
+
+
+@contextmanager
+def progress_bar(total, name=None, quiet=False):
+    """Yields an on_step for `generate`, which moves a bar over so many completions.
+
+    They are those of all processes, guessed from this one's. The bar says how many tokens a second
+    these are, and how long the rest will take; in a log file, once a minute. quiet: only on a
+    terminal, and gone at the end.
+    """
+    rank, world = rank_and_world()
+    terminal = sys.stderr.isatty()
+    interval_s = 0.3 if terminal else 60
+    began = shown = time.monotonic()
+    tokens = 0
+
+    def on_step(ended, num_tokens):
+        nonlocal shown, tokens
+        tokens += world * num_tokens
+        bar.n = min(total, bar.n + world * len(ended))
+        now = time.monotonic()
+        if now - shown > interval_s:
+            bar.set_postfix_str(f"{tokens / (now - began):.0f} tok/s")
+            shown = now
+
+    hidden = rank > 0 or total == 0 or quiet and not terminal
+    with tqdm(total=total, desc=name, unit="answer", disable=hidden, leave=not quiet) as bar:
+        yield on_step
+        bar.n = total
+
+
+def show_phase(items, name):
+    """The items, with a bar while they are gone through: on process 0's terminal, and then gone."""
+    hidden = rank_and_world()[0] > 0 or not sys.stderr.isatty()
+    return tqdm(items, desc=name, leave=False, disable=hidden)
 
 
 def printable(text):
@@ -687,10 +722,12 @@ def shard_name(rank, world):
     return f"trainer-{rank + 1:05d}-of-{world:05d}.safetensors"
 
 
-def read_trained_on(model_dir):
-    """The keys (data.problem_key) of the problems that a model is known to have been trained on."""
-    path = Path(model_dir, "trained_on.txt")
-    return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+def read_trained_on(*directories):
+    """The keys (data.mixture.problem_key) of the problems that the models or adapters in these
+    directories are known to have been trained on. None stands for no directory."""
+    paths = [Path(directory, "trained_on.txt") for directory in directories if directory]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+    return set(" ".join(texts).split())
 
 
 def check_output(params, config):
@@ -733,8 +770,9 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                 shutil.rmtree(left)
             save_model(partial, params, config, like)
             write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
-            keys = read_trained_on(like).union(trained_on)
-            write_whole(partial / "trained_on.txt", "".join(f"{key}\n" for key in sorted(keys)))
+            keys = "\n".join(sorted(read_trained_on(like).union(trained_on)))
+            for weights_dir in (partial, *partial.glob("adapter")):
+                write_whole(weights_dir / "trained_on.txt", keys)
         gather_objects(None)  # the directory is there
         save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
         shutil.copymode(partial / "config.json", shard)
@@ -909,6 +947,8 @@ def lock_run(run_dir):
         os.close(handle)
         raise ValueError(f"{run_dir} is in use by {holder}; wait until it ends, or choose another "
                          "--run-dir") from None
+    except OSError as error:
+        print(f"{run_dir} cannot be locked ({error}): let no other process use it")
     os.ftruncate(handle, 0)
     os.lseek(handle, 0, os.SEEK_SET)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -1019,20 +1059,19 @@ def log_samples(run, step, samples):
 
 
 def quit_on_second_signal():
-    """From here on a second Ctrl-C or SIGTERM ends this process at once, whatever it waits for.
+    """From here on a second Ctrl-C or SIGTERM ends this process at once, even in a collective.
 
-    Python's own handlers wait until the main thread is back from a collective, which is never when
-    another process is frozen. What the system's handler writes to a socket, a thread reads at once.
+    Python's own handlers wait until the main thread is back from it, which is never when another
+    process is frozen. What the system's handler writes to a socket, a thread reads at once.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.detach())
 
     def wait():
-        stops = {signal.SIGINT, signal.SIGTERM}
         received = []
         while len(received) < 2:
-            received += stops.intersection(ours.recv(1))
+            received += {signal.SIGINT, signal.SIGTERM}.intersection(ours.recv(1))
         os._exit(128 + received[-1])
 
     threading.Thread(target=wait, daemon=True).start()
@@ -1042,12 +1081,14 @@ def quit_on_second_signal():
 def stop_signals():
     """Inside, Ctrl-C and SIGTERM only ask to stop: yields a function that says whether to.
 
-    All processes get the same answer. torchrun kills 30 s after the first signal;
-    `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
+    All processes get the same answer. A second signal quits at once. torchrun kills 30 s after
+    the first; `torchrun --shutdown-timeout 600` leaves a longer step the time to end.
     """
     received = []
 
     def handle(number, frame):
+        if received:
+            os._exit(128 + number)
         received.append(number)
         if rank_and_world()[0] == 0:
             with suppress(OSError):  # the terminal may be gone, which is why we are asked to stop

@@ -31,7 +31,15 @@ from data.prompts import AGAIN, AGAIN_LONG, ALL_RIGHT, CHECK, CHECK_LONG, PRESET
 from eval import maj_at_k, percent, votes_of
 from generate import completion_text, generate
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from optim import Parser, at_least, gather_objects, rank_and_world, run_main, say
+from optim import (
+    Parser,
+    at_least,
+    gather_objects,
+    progress_bar,
+    rank_and_world,
+    run_main,
+    say,
+)
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
@@ -141,12 +149,16 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
     """
     ends = end_tokens(tokenizer, config)
     seeds = seeds or range(len(prompts))
+    rank, world = rank_and_world()
 
     def ask(contexts, turn):
         """{problem: (tokens, text)} of a reply to each of {problem: context}."""
-        replies = generate(params, config, list(contexts.values()), stop_tokens=ends,
-                           seeds=[seeds[i] + (turn << 32) for i in contexts], max_batch=max_batch,
-                           think_tag=think_tag, tokenizer=tokenizer, **sampling)
+        name = "answering" if turn == 0 else "checking" if turn % 2 else "revising"
+        with progress_bar(len(contexts) * world, name) as on_step:
+            replies = generate(params, config, list(contexts.values()), stop_tokens=ends,
+                               seeds=[seeds[i] + (turn << 32) for i in contexts],
+                               max_batch=max_batch, think_tag=think_tag, tokenizer=tokenizer,
+                               on_step=on_step, **sampling)
         return {i: (reply.tokens, completion_text(tokenizer, reply, ends))
                 for i, [reply] in zip(contexts, replies)}
 
@@ -158,7 +170,6 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
                            score_response(tokenizer, tokens, logprobs, text, think_tag))
                 for (i, (tokens, text)), logprobs in zip(replies.items(), scored)}
 
-    rank, world = rank_and_world()
     drafts = attempts(ask({i: prompts[i] for i in range(rank, len(prompts), world)}, 0))
     history = {i: [Round(draft, len(draft.tokens))] for i, draft in drafts.items()}
     for number in range(1, rounds + 1):
@@ -234,8 +245,9 @@ def print_rounds(rows):
         moves = Counter(zip(*eval.paired(before, after)))
         lines.append([k, moves[1, 1], moves[1, 0], moves[0, 1], moves[0, 0],
                       eval.gain(after, before)])
-    say(eval.markdown(["round", "right to right", "right to wrong", "wrong to right",
-                       "wrong to wrong", "points gained [95 %]"], lines))
+    head = ["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong",
+            "points gained [95 %]"]
+    eval.say_table(eval.markdown(head, lines))
 
 
 def measure(setup, gate, loop, settings, suffix=""):
@@ -286,8 +298,8 @@ def main(args):
         rows += bound[1:]  # all gates share the draft
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
-    say(eval.table(rows))
-    eval.say_trained_on(setup, rows)
+    eval.say_table(eval.table(rows))
+    eval.say_trained_on(args, setup, rows)
     print_rounds(own)
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]

@@ -329,6 +329,7 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
     if problems:
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
+                           quiet=True,
                            think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
         for problem, record in zip(problems, records):
             [answer] = record["samples"]
@@ -363,6 +364,7 @@ def train_step(params, config, optimizer, examples, step, steps, args):
 
 
 def main(args):
+    optim.check_run_dir(args)
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
@@ -387,7 +389,7 @@ def main(args):
     best = state["extra"]["best"]
     best_step = state["best_step"]
     skipped = 0
-    trained_on = {example.key for example in examples}
+    trained_on = optim.read_trained_on(args.adapter) | {example.key for example in examples}
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:

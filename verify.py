@@ -4,12 +4,12 @@ r"""Grades text: is the answer in a model's output the same as the reference ans
     python verify.py --file results.jsonl --explain             # a file; with `expected`, a table
 
 Text from a model is hostile, and nothing here evaluates it. An answer is cut out of the output,
-split into tokens and parsed into a small tree of tuples; two trees are then compared by kind:
-words as words, sets of reals by where they hold, everything else by value. Values are exact where
-they can be: fractions, or for rational functions elements of a large prime field at a random
-point. Other values are sampled at complex and real points, first in doubles and then with as many
-digits as the sizes met on the way call for. Length, depth, digits and steps are bounded by
-counters, not by clocks, so a verdict depends neither on the machine nor on what else runs there.
+split into tokens, parsed into a small tree of tuples and brought to a normal form; two trees are
+then compared by kind: words as words, sets of reals by where they hold, everything else by value.
+Rational values and functions are compared exactly, as fractions, the functions at a random point.
+Other values are sampled at real points, with as many digits as the sizes met on the way call for.
+Length, depth, digits and steps are bounded by counters, not by clocks, so a verdict depends
+neither on the machine nor on what else runs there.
 
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma are one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three are ordered. `x = 5`
@@ -19,11 +19,12 @@ words must agree. A decimal equals an exact value from 8 significant digits on.
 """
 
 import argparse
-import cmath
 import json
 import math
+import operator
 import random
 import re
+import string
 import sys
 import threading
 import time
@@ -31,9 +32,8 @@ import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 MAX_TEXT = 200_000  # characters of an output that are searched for a box, from its end
@@ -166,16 +166,15 @@ def is_prose(text):
     return not set(ENGLISH.findall(WRAPPER.sub("", text))) <= NOT_ENGLISH
 
 
-def formula_at(text, at, find=MATH.search):
-    """(the next formula, where it ends), or None. "5$ to Jack and 7$" has no formula."""
-    while match := find(text, at):
+def formulas(text):
+    """(content, begin, end) of each formula. "5$ to Jack and 7$" has none."""
+    at = 0
+    while match := MATH.search(text, at):
         content = match[match.lastindex]
-        if match[0][0] != "$" or " " not in content.strip() or not is_prose(content):
-            return content, match.end()
-        if find == MATH.match:
-            return None
-        at = match.start() + 1
-    return None
+        prose = match[0][0] == "$" and " " in content.strip() and is_prose(content)
+        if not prose:
+            yield content, *match.span()
+        at = match.start() + 1 if prose else match.end()
 
 
 def is_formula(text):
@@ -185,27 +184,23 @@ def is_formula(text):
     return read(text)[0] not in ("raw", "words")
 
 
-def number_in_prose(text, first):
-    """The first or last run of mathematics that has a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
-    found = None
+def numbers(text):
+    """The runs of mathematics in a text that have a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
+    found = []
     text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
     for sentence in re.split(r"(?:(?<![.,;:?])[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
         for run in MATH_RUN.finditer(sentence):
             value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
-            if not re.search(r"\d", value) or first and found:
-                continue
-            value = value.strip("()") if value.count("(") != value.count(")") else value
-            found = value + r"\%" * bool(PERCENT.match(sentence, run.end()))
+            if re.search(r"\d", value):
+                value = value.strip("()") if value.count("(") != value.count(")") else value
+                found.append(value + r"\%" * bool(PERCENT.match(sentence, run.end())))
     return found
 
 
 def last_value(text):
     """The last formula or the last number outside one, whichever comes later, or None."""
-    formula = None
-    at = 0
-    while found := formula_at(text, at):
-        formula, at = found
-    return number_in_prose(text[at:], first=False) or formula
+    *_, (formula, _, end) = [(None, 0, 0), *formulas(text)]
+    return (numbers(text[end:]) or [formula])[-1]
 
 
 def after_phrase(rest):
@@ -213,24 +208,25 @@ def after_phrase(rest):
     rest = rest.lstrip(" \t\n*_:=")
     found = []
     at = 0
-    while formula := formula_at(rest, at, MATH.match):
-        found.append(formula[0])
-        end = formula[1]
+    for content, begin, end in formulas(rest):
+        if begin > at:
+            break
+        found.append(content)
         at = BETWEEN_FORMULAS.match(rest, end).end()
     if found:
-        return ", ".join(found) + (r"\%" if PERCENT.match(rest, end) else "")
+        return ", ".join(found) + r"\%" * bool(PERCENT.match(rest, at))
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
     if REMARK.match(sentence):
         return None
-    if re.match(r"not\b", sentence):
+    if sentence.startswith("not "):
         return last_value(rest[len(sentence) :]) or sentence
     if verdict := VERDICT.match(sentence):
         return verdict[0]
-    number = number_in_prose(sentence, first=True)
-    if number and sentence.startswith(number):
-        return sentence if HEDGE.match(sentence[len(number) :]) else number
+    for number in numbers(sentence)[:1]:
+        if sentence.startswith(number):
+            return sentence if HEDGE.match(sentence[len(number) :]) else number
     return last_value(sentence) or sentence or None
 
 
@@ -272,7 +268,6 @@ def extract_answer(text, strict=False):
     bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
     return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
 
-
 # ---- tokens
 
 
@@ -288,137 +283,57 @@ class Token(NamedTuple):
 
 
 END = Token("end of text")
-SYMBOL_NAMES = dict(zip(
-    "≤≥⩽⩾≦≧≠≈≅∞∪∩∈∉∅±∓∖°º˚√∛⌊⌋⌈⌉⟨⟩∠△…∧∨⇒≡∣αβγδεζηθλμνξπρστφχψωΔΓΘΛΣΦΨΩϕϵ∑∏∫→",
-    "le ge le ge le ge ne approx approx infty cup cap in notin emptyset pm mp setminus degree "
-    "degree degree sqrt cbrt lfloor rfloor lceil rceil langle rangle angle triangle ldots land "
-    "lor Rightarrow equiv mid alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi pi "
-    "rho sigma tau phi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega phi epsilon "
-    "sum prod int to".split(),
-))  # fmt: skip
-UNICODE = str.maketrans({
-    **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("×·∙⋅∗", "*"), **dict.fromkeys("÷∕⁄", "/"),
-    **dict.fromkeys("|│", "|"), "‖": r"\|", **dict.fromkeys("′’‘“”", "'"),
-    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""), **dict.fromkeys("\u00a0\u202f\u2009", " "),
-    **{char: rf"\{name} " for char, name in SYMBOL_NAMES.items()},
-    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
-    **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
-       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
-})  # fmt: skip
-RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
-LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
-PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
 
-TEXT, ROMAN = "\x02", "\x03"  # stand before a word of \text{} and of \mathrm{}
-STYLED = re.compile(
-    r"\\(?:(text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
-    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
-)
-CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
-REWRITES = [(re.compile(pattern, re.S), by) for pattern, by in [
-    (r"\s*\.\.\.+", r"\\ldots "), (r"\x08(?=oxed)", r"\\b"), (r"\x0c(?=rac)", r"\\f"),
-    (r"\\\\(?=(?:[dt]?frac|sqrt|pi|text|left|right|cdot|times|infty|cup|begin|end|pm)\b)", r"\\"),
-    (rf"(?:\{{\s*\}})?\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
-    (rf"\{{\s*(?:\^\s*{CIRCLE}|\\degree)\s*\}}", r"\\degree "),
-    (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
-    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
-    (r"\{?\s*\\(?:rm|bf|it|sf|tt)(?![a-zA-Z])\s*\{?([^{}]*)\}", r"\\mathrm{\1}"),
-    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"\{\s*\\?\$\s*\}|\\(?:text|mbox)\s*\{\s*\\?\$\s*\}|\\(?:math|text)dollar(?![a-z])", r"\\$"),
-    (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", " "), (r"\{\s*([-+:.])\s*\}", r"\1"),
-    (r"(?<=[\w)}\]])[\s,;]*\\q?quad[\s,;]*(?=[\w(\\{-])(?!\\(?:text|math|mbox|q?quad|pmod))", ", "),
-    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\in(?![a-z])", r"\\notin "), (r"\bper cent\b", "percent"),
-    (r"([\])])\s*(?:U|u|union|\\text\s*\{\s*(?:U|union)\s*\})\s*(?=[\[(])", r"\1\\cup "),
-    (r"(\\mathbb\s*\{?R\}?|\\R)\s*[\^_]\s*(?:\{\s*(?:>\s*0|\+)\s*\}|\+)", r"(0,\\infty)"),
-    (r"[,;]?\s*(?:\(\s*)?[a-z]\s*\\in\s*\\(?:mathbb\s*\{?\s*)?[NZ]\}?\s*\)?$", ""),  # (k \in Z)
-    (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
-    (rf"\\(?:{STYLES})\s*\{{([0-9A-Fa-f]+)\}}(?=\w*\s*_)|\(([0-9A-F]+)\)(?=\s*_)", r"\1\2"),
-    (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\b\.?", r"\\text{ \1m}"),
-    (r"^(?:[\s=:*]|\\approx|\\square)+", ""),
-    (r"(?:[\s.,;:~]|\\\\|\\[,;:! ]|\\$|\\q?quad|\*\*)+$", ""),
-]]  # fmt: skip
 
-GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
-NUMBER = r"(?:{}(?:\.\d+)?|\d+\{{,\}}\d+|\d+\.?\d*|\.\d*)".format
-OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
-INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
-EXPONENT = re.compile(r"[eE]([+-]?\d{1,4})(?![\d.])")
-PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
-DOTS = re.compile(r"\s*\\[lc]?dots(?![a-z])")
-LAYOUT = (
-    "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
-    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
-    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark|num|tt"
-    "|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|quad|qquad|angle|measuredangle"
-    "|sphericalangle|triangle|overrightarrow"
-)
-LEXEME = re.compile(
-    rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
-    r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
-    r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
-    r"|(?P<digits>(?=[A-F]*\d)[0-9A-Fa-f]+(?=\s*_\s*\{?\s*(?:1[1-9]|[23]\d)))"  # base above ten
-    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
-    r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
-    r"|(?P<letters>[a-zA-Z]+|[\x02\x03][a-zA-Z]+(?:['.\-][a-zA-Z]+)*)"
-    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
-    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
-)  # fmt: skip
+def spellings(table):
+    """{spelling: the first spelling of its group}; two blanks stand between groups."""
+    groups = [group.split() for group in re.split(r"\s{2,}", table.strip())]
+    return {name: group[0] for group in groups for name in group}
 
-BIG = ("sum", "prod", "int", "iint", "oint", "lim")
-KINDS = {  # of symbols and commands, each with its spellings
-    **{char: char for char in "+-*/^_!%()[]{}|,;:&"}, "'": "prime", "**": "^", "\\%": "%",
-    "\\{": "set{", "\\}": "set}", "\\|": "|", "\\&": "and", "\\\\": "newline", "+-": "pm",
-    "+/-": "pm", "\\$": "currency",
-    **{name: name for name in (
-        "pm mp cup cap mid langle rangle lfloor rfloor lceil rceil frac sqrt cbrt binom pmod"
-    ).split()},
-    **{name: kind for kind, names in {
-        "*": "cdot times ast", "/": "div", "cup": "bigcup", "minus": "setminus backslash",
-        ":": "colon", "|": "lvert rvert vert lVert rVert Vert", "set{": "lbrace", "set}": "rbrace",
-        "[": "lbrack",
-        "]": "rbrack", "newline": "cr", "%": "percent", "frac": "dfrac tfrac cfrac sfrac nicefrac",
-        "binom": "dbinom tbinom", "inf": "infty", "empty": "emptyset varnothing", "sqrt": "surd",
-        "deg": "degree textdegree", "and": "land wedge", "or": "lor vee", "bar": "overline bar",
-        "so": "Rightarrow implies", "big": " ".join(BIG),
-        "op": "odot otimes oplus ominus circ bullet star bmod",
-    }.items() for name in names.split()},
-}  # fmt: skip
-RELATIONS = {name: relation for relation, names in {
-    "=": "= == equiv", "<": "< lt", ">": "> gt", "<=": "<= le leq leqslant leqq", "in": "in",
-    ">=": ">= => ge geq geqslant geqq", "!=": "!= ne neq", "~": "approx simeq cong doteq",
-    "notin": "notin", "to": "to rightarrow",
-}.items() for name in names.split()}  # fmt: skip
-FUNCTIONS = {
-    **{name: name for name in (
-        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth asinh acosh atanh exp abs "
-        "floor factorial gcd lcm cis min max"
-    ).split()},
-    **{"arc" + name: "a" + name for name in "sin cos tan cot sec csc".split()}, "arsinh": "asinh",
-    "arcosh": "acosh", "artanh": "atanh", "ln": "log", "log": "Log", "lg": "log10", "Abs": "abs",
-    "ceil": "ceiling", "conj": "conjugate", "Re": "re", "Im": "im", "tg": "tan", "ctg": "cot",
-    "arctg": "atan",
-}  # fmt: skip
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-    "rho sigma tau upsilon phi varphi chi psi omega Delta Gamma Theta Lambda Sigma Phi Psi Omega "
-    "ell hbar".split()
-)
-KNOWN = {  # commands, by the kind and value of their token
-    **{name: (kind, name) for name, kind in KINDS.items()},
+
+OPERATORS = spellings(r"""
+    +  -  * cdot times ast × · ∙ ⋅ ∗  / div ÷ ∕ ⁄  ^ **  _  !  % \% percent  pm +- +/- ±  mp ∓
+    (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩  lfloor ⌊
+    rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │ ‖  mid ∣  ,  ;  : colon  &
+    newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
+    minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨
+    frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  sqrt surd √  cbrt ∛
+    pmod
+""")
+RELATIONS = spellings("""
+    = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
+    >= => ge geq geqslant geqq ≥ ⩾ ≧  ~ approx simeq cong doteq ≈ ≅  in ∈  notin ∉  to rightarrow →
+""")
+FUNCTIONS = spellings("""
+    sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
+    asec arcsec  acsc arccsc  sinh  cosh  asinh arsinh  acosh arcosh  atanh artanh
+    exp  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial
+""")
+GREEK = spellings("""
+    alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
+    mu μ  nu ν  xi ξ  rho ρ  sigma σ  tau τ  upsilon  phi φ  chi χ  psi ψ  omega ω  Delta Δ
+    Gamma Γ  Theta Θ  Lambda Λ  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω  varepsilon  vartheta  varphi  ell
+    hbar
+""")
+BIG = spellings("sum ∑  prod ∏  int ∫  iint  oint  lim")
+WORD_NAMES = {  # runs of letters that are mathematics without a backslash
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("rel", relation) for name, relation in RELATIONS.items()}, "pi": ("const", "pi"),
-    "imath": ("const", "i"), **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "partial": ("sym", "d"), **{name: ("set", name) for name in "RZNQ"},
-}  # fmt: skip
-NAMES = {  # runs of letters that are mathematics without a backslash
-    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("sym", name) for name in GREEK}, "pi": ("const", "pi"), "in": ("rel", "in"),
-    **dict.fromkeys(("inf", "infinity", "oo"), ("inf", None)), "union": ("cup", None),
+    **{name: ("sym", name) for name in GREEK.values()},
     **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
-    "binomial": ("binom", None),
+    **dict.fromkeys(("inf", "infinity", "oo"), ("value", ("inf",))),
+    "pi": ("value", ("const", "pi")), "in": ("rel", "in"),
+}  # fmt: skip
+NAMES = WORD_NAMES | {  # commands and characters
+    **{name: (kind, None) for name, kind in OPERATORS.items()},
+    **{name: ("rel", relation) for name, relation in RELATIONS.items()},
+    **{name: ("sym", letter) for name, letter in GREEK.items()},
+    **{name: ("big", kind) for name, kind in BIG.items()},
+    **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
+    **{name: ("value", ("words", name)) for name in "ZNQ"}, "R": ("value", ("reals",)),
+    **{name: ("value", ("inf",)) for name in ("infty", "∞")},
+    **{name: ("value", ("empty",)) for name in ("emptyset", "varnothing", "∅")},
+    **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
+    "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -427,18 +342,18 @@ NUMERALS = {word: value for value, word in enumerate(
     ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
 )}  # fmt: skip
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
-UNITS = {name: line.split()[0] for line in (  # every spelling by the first of its line
-    "cm centimeter centimetre centimeters centimetres|mm millimeter millimetre millimeters|km "
-    "kilometer kilometre kilometers kilometres|m meter metre meters metres|nm|ft foot feet|in "
-    "inch inches|mi mile miles|yd yard yards|kg kilogram kilograms|g gram grams gm|mg "
-    "milligram|lb lbs pound pounds|oz ounce ounces|L l liter litre liters litres|ml mL milliliter "
-    "milliliters|h hr hrs hour hours|min mins minute minutes|s sec secs second seconds|ms|day "
-    "days|week weeks|month months|yr year years|hz Hz|degree degrees deg|F fahrenheit|C celsius|K "
-    "kelvin|J joule joules|kJ kj|N newton newtons|W watt watts|kW kw|V volt volts|A amp amps|Pa "
-    "pa|mol|gal gallon gallons|rad radian radians|pt pts point points|dollar dollars usd|cent "
-    "cents|eur euro euros|gbp|inr|rpm |^2 square sq squared|^3 cubic cu cubed|/ per"
-).split("|") for name in line.split()}  # fmt: skip
-UNITS |= {"mph": "mi / h", "kph": "km / h", "kmh": "km / h"}
+UNITS = spellings("""
+    cm centimeter centimetre centimeters centimetres  mm millimeter millimetre millimeters
+    km kilometer kilometre kilometers kilometres  m meter metre meters metres  nm  ft foot feet
+    in inch inches  mi mile miles  yd yard yards  kg kilogram kilograms  g gram grams gm
+    mg milligram  lb lbs pound pounds  oz ounce ounces  L l liter litre liters litres
+    ml mL milliliter milliliters  h hr hrs hour hours  min mins minute minutes
+    s sec secs second seconds  ms  day days  week weeks  month months  yr year years  hz Hz
+    degree degrees deg  F fahrenheit  C celsius  K kelvin  J joule joules  kJ kj
+    N newton newtons  W watt watts  kW kw  V volt volts  A amp amps  Pa pa  mol
+    gal gallon gallons  rad radian radians  pt pts point points  dollar dollars usd  cent cents
+    eur euro euros  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
+""")
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
@@ -456,116 +371,256 @@ WORDS = set(
     "yes no not odd even true false none all the red dne if for any is are of to we us usd".split()
 )
 
+UNICODE = str.maketrans({
+    **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
+    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""),
+    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
+    **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
+       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
+})  # fmt: skip
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
+LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
+PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
+CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
+REWRITES = [(re.compile(pattern), by) for pattern, by in [
+    (r"\.\.\.+", r"\\ldots "),
+    (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
+    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
+    (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
+    (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
+    (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
+    (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
+    (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
+    (r"\{\s*\\(?:rm|bf|it)(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
+    (r"\\mathbb\{?R\}?\s*\^\s*(?:\{\s*\+\s*\}|\+)", r"(0,\\infty)"),
+    (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
+    (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
+]]  # fmt: skip
 
-MIXED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
+GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
+NUMBER = r"(?:{}(?:\.\d+)?|\d+\.?\d*|\.\d*)".format
+OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
+INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
+EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?![\d.])")
+PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
+MIXED = re.compile(  # 2 1/3 or 1\frac45
+    r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
+    r"|(?<=\s)(\d+)\s?/\s?(\d+))"
+)
+LAYOUT = (
+    "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
+    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
+    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark"
+    "|num|tt|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|angle|measuredangle"
+    "|sphericalangle|triangle|overrightarrow"
+)
+LEXEME = re.compile(
+    rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
+    r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
+    r"|(?P<quad>\\q?quad(?![a-z]))"
+    r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
+    r"(?:\{(?P<base>(?:[^{}]|\{[^{}]*\})*)\}|(?P<short>\d)))"
+    r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
+    r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
+    r"|(?P<clock>(?:[01]?\d|2[0-4])(?::[0-5]\d){1,2})(?![\d.:])"
+    r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
+    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
+    r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-ZÀ-ž]+)"
+    r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
+)  # fmt: skip
+CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
+PROSE = re.compile(r"[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")  # what is a word in \text{}
+JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
+CLOSING = {  # what closes each bracket
+    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}",), "|": ("|)",),
+    "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
+}  # fmt: skip
+CLOSERS = {closer for closers in CLOSING.values() for closer in closers}
+OPERANDS = {*CLOSING, *"number sym value word fn frac sqrt cbrt binom big".split()}
+ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an operand
 
 
-def read_number(text, at, inside):
-    """The number at `at`: (value, unit in the last place or 0 for an exact one, where it ends)."""
+def normalised(text):
+    """An answer without the spellings that would be harder to parse than to rewrite."""
+    for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
+        text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
+    if not text.isascii():  # mathematical italics become letters
+        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    if text.isdecimal():  # as most answers are
+        return text
+    for pattern, by in REWRITES:
+        text = pattern.sub(by, text)
+    return text.strip().rstrip(" .,;:~*\\\n\t")
+
+
+def number(value, unit=0):
+    """The tree of a number. unit: the value of a decimal's last place, 0 if the number is exact."""
+    return ("num", Fraction(value), Fraction(unit))
+
+
+def read_number(text, at, inside, mixed):
+    """The number at `at` as a tree, and where it ends."""
+    if mixed and (match := MIXED.match(text, at)):
+        whole, above, below = map(int, filter(None, match.groups()))
+        if 0 < above < below:
+            return number(whole + Fraction(above, below)), match.end()
     match = (INSIDE if inside else OUTSIDE).match(text, at)
     end = match.end()
-    literal = re.sub(r"\{,\}(?!\\!|\d{3}(?!\d))", ".", match[0])  # 3{,}14 but 3{,}140
-    whole, point, decimals = re.sub(r"[^\d.]", "", literal).partition(".")
+    whole, point, decimals = re.sub(r"[^\d.]", "", match[0]).partition(".")
     unit = Fraction(1, 10 ** len(decimals))
     value = int(whole + decimals or "0") * unit
-    period = point and PERIOD.match(text, end)
-    dots = decimals and DOTS.match(text, end)
-    if dots:
-        period = re.search(r"(\d+?)\1\1+$", decimals)  # 0.333... is 1/3
-    if period:
+    if point and (period := PERIOD.match(text, end)):
         digits = period[period.lastindex]
         value += unit * Fraction(int(digits), 10 ** len(digits) - 1)
-        return value, Fraction(0), (dots or period).end()
-    unit = unit if decimals else Fraction(0)
+        return number(value), period.end()
+    scale = 1
     if exponent := EXPONENT.match(text, end):
         scale = Fraction(10) ** int(exponent[1])
-        return value * scale, unit * scale, exponent.end()
-    return value, unit, end
+        end = exponent.end()
+    return number(value * scale, unit * scale if decimals else 0), end
 
 
-def read_letters(run, mark, space, before, alone):
+def read_based(match):
+    """The tree of a number with its base, 52_8."""
+    base = re.sub(r"\\[a-z]+|base|\W", "", match["short"] or match["base"].lower())
+    base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
+    try:
+        return ("based", str(int(match["digits"], base if base > 1 else 37)), base)
+    except ValueError:
+        raise Unreadable("a number with a subscript that is no base") from None
+
+
+def read_clock(text):
+    """The tree of 7:30: a time if it cannot be a ratio in lowest terms."""
+    parts = list(map(int, text.split(":")))
+    ratio = math.gcd(*parts) < 2 and ":0" not in text
+    return ("ratio" if ratio else "time", *map(number, parts), *([] if ratio else [""]))
+
+
+READERS = {
+    "based": read_based, "clock": lambda match: read_clock(match[0]),
+    "literal": lambda match: number(int(match[0], 0)),
+    "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
+}  # fmt: skip
+
+
+def read_letters(run, mark, space, before):
     """Tokens of a run of letters: functions, products of variables, words.
 
-    mark: TEXT or ROMAN if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
+    mark: "prose" or "roman" if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
     """
-    low = run.lower()
+    low = run.lower().replace(".", "")
     counted = before.kind in ("number", "word", "deg")
-    kind = None
-    value = low
-    parts = run
-    if low in ("and", "or"):
-        kind = low
-    elif low in ("percent", "pct"):
-        kind = "%"
-    elif low == "to" and before.kind == "number":
-        kind = ":"
-    elif len(run) == 1:
-        unit = mark == ROMAN and run not in "dei" and (counted or before.kind == "}")
+    if low in CONNECTIVES and (low != "to" or before.kind == "number"):
+        return [Token(CONNECTIVES[low], None, run)]
+    if len(run) == 1:
+        unit = mark == "roman" and run not in "dei" and (counted or before.kind == "}")
         unit = unit or before.kind == "deg" and run in "CF"
-        word = unit or mark == TEXT and run != "i" or run == "a" and before.kind == "word"
-        kind = "word" if word else "const" if run in "ie" else "sym"
-        value = run if run in UNITS or not word else low
-    elif counted and (low in UNITS or low in ("th", "st", "nd", "rd")):
-        kind = "word"
-    elif run in NAMES and (mark != TEXT or alone and low not in ("min", "max", "log", "in")):
-        kind, value = NAMES[run]
-    elif low in ("pi", "infinity") and mark != TEXT:
-        kind, value = NAMES[low]
-    elif mark or low in WORDS or low in NUMERALS or run in ("II", "III", "IV", "VI"):
-        kind = "word"
-    elif mixed := MIXED.fullmatch(run):
-        parts = filter(None, mixed.groups())
-    elif low in UNITS and len(run) > 2 or len(run) > 2 and run.istitle():
-        kind = "word"
-    elif low not in ALPHABET or run.isupper():  # abcd and xyz are products
-        syllable = (alone or space and counted) and len(run) > 2 and re.search("[aeiou]", low)
-        kind = "word" if len(run) > 3 or syllable else None
-    if kind:
-        return [Token(kind, value, run, space)]
-    return [token for part in parts for token in read_letters(part, "", False, END, False)]
+        if unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word":
+            return [Token("word", run if run in UNITS else low, run)]
+        return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
+    if run in WORD_NAMES and mark != "prose" and not (counted and low in UNITS):
+        return [Token(*WORD_NAMES[run], run)]
+    known = low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")
+    if mark or counted and known or low in WORDS or run in ("II", "III"):
+        return [Token("word", low, run)]
+    parts = run
+    if joined := JOINED.fullmatch(run):
+        parts = filter(None, joined.groups())
+    elif low not in string.ascii_lowercase:  # abcd and xyz are products
+        syllable = len(run) == 3 and re.search("[aeiou]", low)  # a cat, but 2aex is a product
+        if len(run) > 3 or syllable and (space or before.kind != "number"):
+            return [Token("word", low, run)]
+    return [token for part in parts for token in read_letters(part, "", False, END)]
 
 
-def tokenize(text):
-    """The tokens of a normalised text."""
-    found = []
-    at = 0
-    space = False
-    brackets = 0
-    while at < len(text):
-        match = LEXEME.match(text, at)
-        kind = match.lastgroup
-        lexeme = match[kind]
-        start = at
-        at = match.end()
-        before = found[-1] if found else END
-        if before.kind in ("*", "/") and len(found) > 1 and found[-2].kind == "word":
-            before = found[-2]
-        if kind == "space":
-            space = True
-            continue
-        if kind == "literal":
-            tokens = [Token("number", (Fraction(int(lexeme, 0)), Fraction(0)), lexeme)]
-        elif kind == "number":
-            value, unit, at = read_number(text, start, brackets > 0)
-            tokens = [Token("number", (value, unit), text[start:at])]
-        elif kind == "letters":
-            run = lexeme.lstrip(TEXT + ROMAN)
-            mark = lexeme[: len(lexeme) - len(run)]
-            tokens = read_letters(run, mark, space, before, lexeme == text)
-            if mark == ROMAN and text[at : at + 1] == "(" and before.kind != "number":
-                tokens = [Token("sym", run, run)]  # \operatorname{rank}(A)
-        elif kind in ("command", "symbol"):
-            known = KNOWN.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
+class Tokenizer:
+    """The tokens of a normalised text: `found`, with the brackets that are open: `stack`."""
+
+    def __init__(self, text):
+        self.found = []
+        self.stack = []
+        self.scan(text, "")
+
+    def scan(self, text, mark):
+        """Adds the tokens of a text, or of a part of one: the content of \\text{}, \\mathrm{}."""
+        at = 0
+        space = mark == "prose"
+        while at < len(text):
+            match = LEXEME.match(text, at)
+            kind = match.lastgroup
+            lexeme = match[kind]
+            before = self.found[-1] if self.found else END
+            start = at
+            at = match.end()
+            if kind == "space":
+                tokens = []
+            elif kind == "quad":
+                tokens = [Token("quad")] * (before.kind in ENDS)
+            elif kind == "styled":
+                tokens = []
+                style = "prose" if match["prose"] else "roman"
+                content = match["group"] or match["letter"] or ""
+                if style == "prose":
+                    content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content)
+                    content = content.replace("&", " and ")
+                self.scan(content, style)
+                call = style == "roman" and text[at : at + 1] == "(" and before.kind != "number"
+                if call and self.found and self.found[-1].kind == "word":
+                    self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
+            elif kind in READERS:
+                tokens = [Token("number", READERS[kind](match), lexeme)]
+            elif kind == "number":
+                mixed = before.kind not in ("^", "_", "sqrt", "frac")
+                inside = {"(", "[", "set{"} & set(self.stack)
+                value, at = read_number(text, start, inside, mixed)
+                tokens = [Token("number", value, text[start:at])]
+            elif kind == "letters":
+                style = mark
+                if mark:
+                    lexeme = PROSE.match(text, start)[0]
+                    at = start + len(lexeme)
+                unit = self.found[-2:-1] and self.found[-2].value in UNITS
+                if before.kind in ("*", "/") and unit:  # km/h
+                    before = self.found[-2]
+                    style = mark or "roman"
+                tokens = read_letters(lexeme, style, space, before)
+            else:
+                tokens = self.symbol(kind, lexeme, before)
+            if tokens and self.found and self.found[-1].kind == "quad":
+                operand = tokens[0].kind in OPERANDS and tokens[0].kind != "word"
+                self.found[-1:] = [Token(",")] * operand
+            self.found += [token._replace(space=space) for token in tokens[:1]] + tokens[1:]
+            space = kind in ("space", "quad") or kind == "styled" and style == "prose"
+
+    def symbol(self, kind, lexeme, before):
+        """The tokens of a command or character, whose meaning may depend on what is open."""
+        top = self.stack[-1] if self.stack else None
+        value = None
+        if kind == "begin":
+            kind = "begin" if lexeme.endswith("matrix") or lexeme == "array" else "{"
+            if lexeme.startswith(("v", "V")):
+                raise Unreadable("a determinant")
+        elif kind == "end":
+            kind = "end" if top == "begin" else "}"
+        else:
+            known = NAMES.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
             if not known and kind == "symbol":
                 raise Unreadable(f"unknown character {lexeme!r}")
             kind, value = known or ("sym", lexeme)
-            brackets += (kind in ("(", "[", "set{")) - (kind in (")", "]", "set}"))
-            tokens = [Token(kind, value, lexeme)]
-        else:  # digits, begin, end, set
-            tokens = [Token("number" if kind == "digits" else kind, lexeme, lexeme)]
-        found += [tokens[0]._replace(space=space), *tokens[1:]]
-        space = False
-    return found
+        if kind == "|" and before.kind in ENDS and top in ("|", "set{"):
+            kind = "|)" if top == "|" else "mid"
+        if kind == ":" and top == "set{":
+            kind = "mid"
+        if kind in CLOSING:
+            self.stack.append(kind)
+        elif kind in CLOSERS and self.stack:
+            self.stack.pop()
+        return [] if kind == "&" and top != "begin" else [Token(kind, value, lexeme)]
 
 
 # ---- parser
@@ -574,29 +629,21 @@ def tokenize(text):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
 #               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
 #               ("pm"|"mp", a, b) ("quantity", a, units, nouns) ("based", value, base)
-#               ("mod", a, m) ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
+#               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
-#               ("matrix", row, ...), a row being a tuple
+#               (a matrix is an array of arrays, a column is a tuple)
 #   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
 #               ("reals",) ("empty",)
 #   statements  ("rel", operators, sides)
-#   words       ("words", words) ("option", letter, value); ("raw", string) cannot be parsed
+#   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9
-POWER = {  # how tightly what stands between two operands binds them
-    "newline": 1, ";": 1, "or": 2, ",": 3, "and": 3, "so": 3, "rel": 4, ":": 5, "cup": 6, "cap": 6,
-    "minus": 6, "+": 7, "-": 7, "pm": 7, "mp": 7, "*": 8, "/": 8, "op": 8, "word": 8, "currency": 8,
-}  # fmt: skip
+LEVELS = "newline ;|or|, and|rel|: over pmod|cup cap minus|+ - pm mp|* / op".split("|")
+POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
+CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-", "pm", "mp")
-CLOSING = {  # what closes each bracket
-    "(": ")]", "[": "])", "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",),
-}  # fmt: skip
-OPERANDS = {
-    *CLOSING, *"number sym const fn { set{ frac sqrt cbrt binom begin inf set empty bar big".split()
-}  # fmt: skip
-TRIGONOMETRIC = set("sin cos tan cot sec csc cis".split())
+LEADING = [("rel", "="), ("rel", "~"), (":", None), ("*", None)]  # of no meaning before an answer
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result "
     "solution solutions we get have choice option approximately about roughly exactly that it be "
@@ -609,14 +656,12 @@ TEXT_VALUES = {
     **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
     **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
+    **{word: number(value) for word, value in NUMERALS.items()},
 }  # fmt: skip
-
-
-def number(value):
-    return ("num", Fraction(value), Fraction(0))
-
-
+TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
 ONE, MINUS_ONE = number(1), number(-1)
+INFINITY, MINUS_INFINITY = ("inf",), ("mul", MINUS_ONE, ("inf",))
+DEGREE = ("mul", ("const", "pi"), number(Fraction(1, 180)))
 
 
 def children(node):
@@ -637,16 +682,19 @@ def has(node, *tags):
     return bool(node) and (node[0] in tags or any(has(child, *tags) for child in children(node)))
 
 
-@lru_cache(maxsize=1024)
 def symbols(node):
     """The names of a tree's variables."""
     names = frozenset(node[1:2] if node and node[0] in ("sym", "call") else ())
     return names.union(*map(symbols, children(node)))
 
 
-def chain(tag, a, b):
-    """a + b or a * b, without nesting."""
-    return (tag, *(a[1:] if a[0] == tag else (a,)), *(b[1:] if b[0] == tag else (b,)))
+def size(node):
+    return 1 + sum(map(size, children(node)))
+
+
+def chain(tag, *parts):
+    """A sum or product, without nesting."""
+    return (tag, *(term for part in parts for term in (part[1:] if part[0] == tag else (part,))))
 
 
 def negate(a):
@@ -661,79 +709,21 @@ def divide(a, b):
     return chain("mul", a, ("pow", b, MINUS_ONE))
 
 
-def is_integer(node):
-    return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
-
-
-def infinite(node):
-    """1 for infinity, -1 for minus infinity, 0 for anything else."""
-    return int(node == ("inf",)) - (node == negate(("inf",)))
-
-
 def items_of(node):
     return list(node[2:]) if node[0] == "list" else [node]
 
 
-def numeral(words):
-    """The tree of "minus twenty-five thousand", or None."""
-    total = 0
-    tail = 0
-    for name in re.sub("^(?:minus|negative) ", "", words).split():
-        if name == "hundred":
-            tail *= 100
-        elif name in SCALES:
-            total += tail * SCALES[name]
-            tail = 0
-        elif name in NUMERALS and tail % 100 == 0:
-            tail += NUMERALS[name]
-        else:
-            return None
-    return number(-total - tail if words.startswith(("minus", "negative")) else total + tail)
-
-
-def quantity(value, words):
-    """A value with its unit or counted noun; Unreadable if the words are no such thing."""
-    names = words.split()
-    if names and names[0].replace(".", "") in ("am", "pm"):
-        return (*(value[:-1] if value[0] == "time" else ("time", value)), names[0][0])
-    if value[0] == "quantity":
-        names += [*value[2].split(), *value[3].split()]
-        value = value[1]
-    for name in SCALES.keys() & set(names):
-        value = chain("mul", value, number(SCALES[name]))
-    units = " ".join(UNITS[name] for name in names if name in UNITS).split()
-    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
-    if STATEMENT & set(names) or nouns and symbols(value):
-        raise Unreadable("words that are no unit")
-    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
-    if not units and not nouns:
-        return value
-    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
-
-
-def unit_text(node):
-    """The words of a unit written as a term, such as \\frac{\\text{km}}{\\text{h}}, or None."""
-    if node[0] == "words":
-        return node[1]
-    parts = [unit_text(child) for child in node[1:3]] if node[0] in ("mul", "pow") else [None]
-    if node[0] == "pow" and parts[0]:
-        return f"{exponent_text(node[2])} {parts[0]}"
-    return None if None in parts else " ".join(parts)
-
-
-def exponent_text(power):
-    """How a unit's exponent is written among its words: m^2 is `m ^2`, h^{-1} is `/ h`."""
-    return f"^{show(power)}".replace("^-1", "/").replace("^-", "/ ^")
+def is_integer(node):
+    return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
 
 
 class Parser:
     """Precedence climbing over a list of tokens: each method returns the tree of what it takes."""
 
     def __init__(self, tokens):
-        self.tokens = [*tokens, END, END, END]
+        self.tokens = [*tokens, END, END]
         self.at = 0
         self.depth = 0
-        self.context = "open"  # "|" opens an absolute value; in "abs" and "set" it closes or parts
 
     @property
     def kind(self):
@@ -746,23 +736,13 @@ class Parser:
         return self.tokens[self.at - 1]
 
     def take(self, *kinds):
-        token = self.accept(*kinds)
-        if token is None:
-            found = self.tokens[self.at].text or self.kind
-            raise Unreadable(f"found {found!r} where {' or '.join(kinds)} was expected")
-        return token
+        if self.kind not in kinds:
+            raise Unreadable(f"found {self.kind} where {' or '.join(kinds)} was expected")
+        return self.accept(*kinds)
 
-    def deepen(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
-
-    def closed(self, *closers, level=1, context="open"):
+    def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
-        outer = self.context
-        self.context = context
-        value = self.expression(level)
-        self.context = outer
+        value = self.expression()
         self.take(*closers)
         return value
 
@@ -777,113 +757,65 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
-        while self.context == "aligned" and self.accept("&"):
-            pass
-        if self.starts_operand():
-            return POWER[","] if self.starts_equation() else TERM
-        return 0 if self.kind == ":" and self.context == "set" else POWER.get(self.kind, 0)
-
-    def starts_operand(self):
-        return self.kind in OPERANDS or self.kind == "|" and self.context in ("open", "aligned")
-
-    def starts_equation(self):
-        """Whether another equation begins here, as in x = 1 y = 2."""
-        token, after, *rest = self.tokens[self.at : self.at + 4]
-        after = rest[1] if after.kind == "_" and len(rest) > 1 else after
+        if self.kind not in OPERANDS:
+            return POWER.get(self.kind, 0)
+        token, after = self.tokens[self.at : self.at + 2]
         equation = token.kind == "sym" and token.space and after[:2] == ("rel", "=")
-        return equation and any(before.kind == "rel" for before in self.tokens[: self.at])
+        if equation and any(before.kind == "rel" for before in self.tokens[: self.at]):
+            return POWER[","]  # x = 1 y = 2
+        return TERM
 
     def clauses(self, left, power):
         """A list. A list in it is spliced in unless it has statements: p=5, q=2; p=7, q=2."""
-        if self.accept("so"):  # of a chain of implications the last counts
-            right = self.expression(CLAUSE)
-            return right if left[0] == right[0] == "rel" else ("call", "implies", left, right)
         kind = ","
         items = [left]
-        while self.power() == power and self.kind != "so":
+        while self.power() == power:
             while separator := self.accept(*SEPARATORS):
                 kind = "or" if separator.kind == "or" else kind
-            if not self.starts_operand() and self.kind not in ("word", "currency", *SIGNS):
+            if self.kind not in OPERANDS and self.kind not in SIGNS:
                 break
-            items.append(self.expression(power + 1))
-        flat = []
-        for item in items:
+            item = self.expression(power + 1)
             splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
             kind = "or" if splice and item[1] == "or" else kind
-            flat += item[2:] if splice else [item]
-        return ("list", kind, *flat) if len(flat) > 1 else left
+            items += item[2:] if splice else [item]
+        return ("list", kind, *items) if len(items) > 1 else left
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
-        if kind in ("word", "currency"):
-            return quantity(left, self.unit())
-        if self.starts_operand():
+        if kind in OPERANDS:
             return self.juxtaposed(left)
         token = self.take(kind)
-        if kind == "/" and self.kind == "word":
-            return quantity(left, "/ " + self.unit())
-        if kind == ":":
-            return self.ratio(left)
-        while kind == "rel" and self.accept("&"):
-            pass
+        labelled = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
+        if kind == ":" and labelled and self.kind not in ("sym", "set{"):  # A: 5
+            return ("rel", ("=",), (left, self.expression(CLAUSE)))
         right = self.expression(power + 1)
         if kind == "rel":
-            right = ("mod", right, self.argument()) if self.accept("pmod") else right
             operators, sides = left[1:] if left[0] == "rel" else ((), (left,))
             return ("rel", (*operators, token.value), (*sides, right))
+        if kind == ":":
+            return ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), right)
         while kind == "/" and self.kind == "sym" and not self.tokens[self.at].space:  # t/RC
             right = chain("mul", right, self.expression(FACTOR))
         if kind in ("+", "*"):
             return chain("add" if kind == "+" else "mul", left, right)
         if kind == "-":
             return ("minus", left, right) if left[0] == "reals" else minus(left, right)
-        if kind == "/":
+        if kind in ("/", "over"):
             return divide(left, right)
-        return ("call", token.value, left, right) if kind == "op" else (kind, left, right)
+        if kind in ("op", "pmod"):
+            return ("call", token.value or kind, left, right)
+        return (kind, left, right)
 
     def juxtaposed(self, left):
-        if left[0] == "quantity" and self.kind == "number":  # 3 hours 20 minutes
-            return ("list", ",", left, self.expression(TERM))
-        noun = left[0] == "quantity" and left[3]
-        if noun or left[0] in ("num", "sym") and self.kind == "number":
-            raise Unreadable("two things side by side")
-        right = self.expression(FACTOR)
-        words = unit_text(right)
-        return quantity(left, words) if words else chain("mul", left, right)
-
-    def ratio(self, left):
-        """A ratio, a label as in A: 5, or a time: 7:30 if it cannot be a ratio in lowest terms."""
-        label = left[0] == "sym" and left[1][0].isupper() and self.kind not in ("sym", "set{")
-        if label or left[0] == "words":
-            return ("rel", ("=",), (left, self.expression(CLAUSE)))
-        begin = self.at
-        parts = [left, self.expression(SIDE + 1)]
-        while self.accept(":"):
-            parts.append(self.expression(SIDE + 1))
-        if parts[-1][0] == "time":  # 7:30 p.m.
-            return ("time", *parts[:-1], *parts[-1][1:])
-        texts = [token.text for token in self.tokens[begin : self.at : 2]]
-        if all(map(is_integer, parts)) and all(re.fullmatch("[0-5][0-9]", text) for text in texts):
-            clock = [int(part[1]) for part in parts]
-            if clock[0] < 25 and (math.gcd(*clock) > 1 or any(text[0] == "0" for text in texts)):
-                return ("time", *parts, "")
-        return ("ratio", *parts)
-
-    def unit(self):
-        """The words of a unit such as `cm^2`, `m / s` or `miles per hour`."""
-        words = []
-        while True:
-            if self.accept("currency"):
-                words.append("dollar")
-            elif self.kind == "word" or words[-1:] == ["/"] and self.kind == "sym":
-                words.append(self.take(self.kind).value)
-            elif self.kind in ("/", "*") and self.tokens[self.at + 1].kind in ("word", "sym"):
-                words += ["/"] if self.take("/", "*").kind == "/" else []
-            elif words and self.accept("^"):
-                words.append(exponent_text(self.script()))
-            else:
-                return " ".join(words)
+        """A product without a sign, a value with its unit, or 3 hours 20 minutes."""
+        if self.kind == "number":
+            words = left[0] == "mul" and words_of_unit(left[-1])
+            if words and set(words) - IGNORED:
+                return ("list", ",", left, self.expression(TERM))
+            if words or left[0] in ("num", "sym"):
+                raise Unreadable("two things side by side")
+        return chain("mul", left, self.postfix(self.atom()))
 
     # operands
 
@@ -898,77 +830,52 @@ class Parser:
         if sign:
             value = self.expression(TERM)
             return negate(value) if negative else value
-        if self.kind == "word":
+        if self.kind == "word" and self.tokens[self.at - 1].kind not in ("/", "*"):
             return self.words()
-        if self.accept("currency"):
-            negative = self.accept("-")
-            value = self.postfix(self.atom())
-            return quantity(negate(value) if negative else value, "dollar " + self.unit())
-        value = self.postfix(self.atom())
-        if is_integer(value) and self.tokens[self.at - 1].kind == "number":
-            return self.mixed(value)
-        return value
-
-    def mixed(self, value):
-        """A mixed number such as 1\\frac45 or 2 1/3, or the value itself."""
-        begin = self.at
-        share = None
-        first, second, third = self.tokens[begin : begin + 3]
-        if first.kind == "frac" or first.kind == "{" and second.kind == "frac":
-            part = self.atom()
-            bottom = part[2][1] if len(part) == 3 and part[2][0] == "pow" else part
-            share = exact(part) if is_integer(part[1]) and is_integer(bottom) else None
-        elif first.kind == third.kind == "number" and first.space and second.kind == "/":
-            self.at += 3
-            share = first.value[0] / (third.value[0] or 1)
-        if share is not None and 0 < share < 1:
-            return self.postfix(number(value[1] + share))
-        self.at = begin
-        return value
+        return self.postfix(self.atom())
 
     def words(self):
         """Words before an operand, which must be a phrase like "the answer is", or a text."""
         words = []
-        while self.kind == "word":
-            words.append(self.take("word").value)
-        if words[:2] in (["all", "real"], ["all", "reals"]) and words[-1] in ("except", "but"):
-            return ("minus", ("reals",), ("set", *items_of(self.expression())))
-        if self.starts_operand() or self.kind in ("currency", *SIGNS):
+        while token := self.accept("word"):
+            words.append(token.value)
+        if self.kind in OPERANDS or self.kind in SIGNS:
             ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
             if not ending or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
         text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
-        return TEXT_VALUES.get(text) or numeral(text) or ("words", text)
+        return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
         for _ in range(10):
-            token = self.accept("!", "%", "deg", "^")
-            if not token:
-                return value
-            if token.kind in ("!", "%"):
-                value = ("factorial" if token.kind == "!" else "pct", value)
-            elif token.kind == "deg":
-                value = ("quantity", value, "degree", "")
-            else:
-                power = self.script(single=value[0] == "sym")
+            if self.accept("!"):
+                value = ("factorial", value)
+            elif self.accept("%"):
+                value = ("pct", value)
+            elif self.accept("deg"):
+                value = chain("mul", value, ("words", "degree"))
+            elif self.accept("^"):
+                power = self.script()
                 if value[0] == "sym" and self.accept("_"):  # v^2_0
                     value = ("sym", f"{value[1]}_{self.subscript()}")
                 value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
+            else:
+                return value
         raise Unreadable("too many postfix operators")
 
-    def script(self, single=False):
-        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2). single: not 2_0 in v^2_0."""
-        if single and self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
+    def script(self):
+        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
+        if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
             token = self.take("number", "sym")
-            return ("num", *token.value) if token.kind == "number" else ("sym", token.value)
+            return token.value if token.kind == "number" else ("sym", token.value)
         sign = self.accept("-", "+")
+        self.depth += 1
         value = self.atom()
         if self.accept("^"):
-            self.deepen()
             value = ("pow", value, self.script())
-            self.depth -= 1
+        self.depth -= 1
         return negate(value) if sign and sign.kind == "-" else value
 
     def argument(self):
@@ -976,12 +883,12 @@ class Parser:
         token = self.tokens[self.at]
         if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
             rest = token.text[1:]
-            self.tokens[self.at] = Token("number", (Fraction(rest), Fraction(0)), rest)
+            self.tokens[self.at] = Token("number", number(rest), rest)
             return number(token.text[0])
         return self.atom()
 
     def subscript(self):
-        """The text of a subscript, as part of a name or as a base."""
+        """The text of a subscript, as part of a name."""
         begin = self.at
         self.at += 1
         if self.tokens[begin].kind == "{":
@@ -992,21 +899,19 @@ class Parser:
 
     def atom(self):
         """One value, without what may be raised or put behind it."""
-        token = self.tokens[self.at]
+        token = self.take(*OPERANDS)
         kind = token.kind
-        self.at += 1
-        self.deepen()
-        if kind in CLOSING:
-            value = self.bracket(kind)
-        elif kind in ("number", "sym", "fn", "big", "begin"):
-            names = {"sym": "name", "fn": "function", "begin": "environment"}
-            value = getattr(self, names.get(kind, kind))(token)
-        elif kind == "{":
-            value = self.closed("}")
-        elif kind in ("const", "inf", "empty"):
-            value = ("const", token.value) if kind == "const" else (kind,)
-        elif kind in ("word", "set"):
-            value = ("reals",) if (kind, token.value) == ("set", "R") else ("words", token.value)
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        if kind in ("number", "value"):
+            value = token.value
+        elif kind == "word":
+            value = ("words", token.value)
+        elif kind in ("{", "|", "lfloor", "lceil"):
+            value = self.closed(*CLOSING[kind])
+            tag = {"|": "abs", "lfloor": "floor", "lceil": "ceiling"}.get(kind)
+            value = (tag, value) if tag else value
         elif kind == "frac":
             value = divide(self.argument(), self.argument())
         elif kind == "binom":
@@ -1016,46 +921,26 @@ class Parser:
             degree = number(2 if kind == "sqrt" else 3)
             degree = self.closed("]") if self.accept("[") else degree
             value = ("root", degree, self.atom())
-        elif kind == "bar":
-            value = self.argument()
-            line = value[0] == "mul" and all(name.isupper() for name in symbols(value))
-            value = value if line else ("conjugate", value)
-        elif kind == "set{":
-            value = self.braces()
-        elif kind == "|":
-            value = ("abs", self.closed("|", level=CLAUSE, context="abs"))
         else:
-            raise Unreadable(f"found {token.text or kind!r} where a value was expected")
+            parse = {
+                "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
+                "set{": self.braces,
+            }  # fmt: skip
+            value = parse.get(kind, self.bracket)(token)
         self.depth -= 1
         return value
-
-    def number(self, token):
-        if self.tokens[self.at][:2] == ("word", "base"):  # 1011 base 2
-            self.take("word")
-        elif not self.accept("_"):
-            return ("num", *token.value)
-        base = self.subscript().lower().removeprefix("base").strip("() ")
-        base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
-        try:
-            return ("based", str(int(token.text, base if base > 1 else 37)), base)
-        except ValueError:
-            raise Unreadable("a number with a subscript that is no base") from None
 
     def name(self, token):
         """A variable, or the call of a function: f(x), P(3), P(n) = ..."""
         first = self.at == 1 or self.tokens[self.at - 2].kind in SEPARATORS
         name = token.value
-        if name in ("Delta", "nabla") and self.kind == "sym":
+        if name == "Delta" and self.kind == "sym":
             name += " " + self.take("sym").value  # \Delta x is one name
         while self.accept("prime"):
             name += "'"
         if self.accept("_"):
             name += "_" + self.subscript()
         long = len(name) > 2 and name.isalpha() and name not in GREEK
-        function = long or name.rstrip("'") in ("f", "g", "h")
-        if function and [token.text for token in self.tokens[self.at : self.at + 6]] == [*"^{-1}("]:
-            self.at += 5
-            name += "^-1"
         begin = self.at
         arguments = []
         while long and self.accept("{"):  # a command that is not known
@@ -1063,12 +948,11 @@ class Parser:
         if arguments or not self.accept("("):
             return ("call", name, *arguments) if arguments else ("sym", name)
         arguments = items_of(self.closed(")"))
-        if name == "C" and len(arguments) == 2:
-            return ("binomial", *arguments)
+        function = long or name.rstrip("'") in ("f", "g", "h")
         variables = all(part[0] == "sym" and part[1] != name for part in arguments)
-        named = first and self.kind == "rel" and variables
         literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
-        if function or named or literal and (len(arguments) == 1 or name.isupper()):
+        literal = literal and (len(arguments) == 1 or name.isupper())
+        if function or literal or variables and first and self.kind == "rel":
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -1087,29 +971,27 @@ class Parser:
         else:
             values = [self.bare_argument()]
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
-            values = [rebuild(value, radians) for value in values]
-        if power == MINUS_ONE and name in TRIGONOMETRIC | {"sinh", "cosh", "tanh"}:
-            return ("a" + name, *values)
+            values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
+            if power == MINUS_ONE:
+                return ("a" + name, *values)
         value = ("log" if base else name, *values, *base)
         return ("pow", value, power) if power else value
 
     def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
-        sign = self.accept("-", "+")
         value = self.operand()
-        while self.starts_operand() and self.kind not in ("fn", "(", "["):
-            value = chain("mul", value, self.operand())
+        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word"):
+            value = chain("mul", value, self.postfix(self.atom()))
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
-        return negate(value) if sign and sign.kind == "-" else value
+        return value
 
     def big(self, token):
         """A sum, product, integral or limit: written out if it is finite, else a call."""
-        name = token.value
         below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
-                above = self.script(single=True)
+                above = self.script()
             else:
                 below = self.argument()
         body = self.expression(TERM)
@@ -1118,42 +1000,39 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        finite = name in ("sum", "prod") and written_out(name, body, variable, below, above)
-        if finite:
-            return finite
+        if token.value in ("sum", "prod") and (count := count_terms(below, above, body)):
+            tag = "add" if token.value == "sum" else "mul"
+            low = below[1]
+            terms = [replaced(body, variable, number(low + k)) for k in range(count)]
+            value = exact((tag, *terms))
+            if value is not None or count * size(body) <= MAX_TERMS:
+                return (tag, *terms) if value is None else number(value)
         bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
-        return ("call", name, below, above, replaced(body, variable, bound))
+        return ("call", token.value, below, above, replaced(body, variable, bound))
 
     # brackets
 
-    def bracket(self, opening):
-        content = self.closed(*CLOSING[opening])
-        kinds = opening + self.tokens[self.at - 1].kind
+    def bracket(self, token):
+        content = self.closed(*CLOSING[token.kind])
+        kinds = token.kind + self.tokens[self.at - 1].kind
         items = items_of(content)
-        if opening in ("lfloor", "lceil"):
-            return ("floor" if opening == "lfloor" else "ceiling", content)
         if len(items) == 1 or content[1] == "or":
             if kinds not in ("()", "[]"):
                 raise Unreadable("one item in unlike brackets")
             return content
-        ends = len(items) == 2 and (infinite(items[0]) < 0 or infinite(items[1]) > 0)
-        if opening == "langle" or kinds == "()" and not ends:
+        ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
+        if kinds == "langlerangle" or kinds == "()" and not ends:
             return ("tuple", *items)
-        rows = [item[1:3] if item[3:] == ("[", "]") else item[1:] for item in items]
-        nested = all(item[0] == "array" or item[3:] == ("[", "]") for item in items)
-        if nested and kinds == "[]" and len(set(map(len, rows))) == 1:
-            return ("matrix", *rows)
+        if kinds == "[]" and all(item[3:] == ("[", "]") for item in items):  # [[1,2],[3,4]]
+            return ("matrix", *(("array", *item[1:3]) for item in items))
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
         return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
 
-    def braces(self):
+    def braces(self, _):
         if self.accept("set}"):
             return ("empty",)
-        if self.tokens[self.at][:2] == ("begin", "array"):  # \left\{\begin{array} ... \right.
-            self.at += 1
-            return self.closed("end", context="aligned")
-        content = self.closed("set}", "|", "mid", ":", context="set")
+        content = self.closed("set}", "mid")
         if self.tokens[self.at - 1].kind == "set}":
             return ("set", *items_of(content))
         condition = self.closed("set}")  # {x | x < 3} or {x in R | x < 3}
@@ -1162,101 +1041,163 @@ class Parser:
         domain = content[0] == "rel" and content[2][1] != ("reals",)
         return ("list", ",", content, condition) if domain else condition
 
-    def environment(self, token):
-        name = token.value
-        if not name.endswith("matrix") and name != "array":  # aligned, cases
-            return self.closed("end", context="aligned")
-        if name.startswith(("v", "V")):
-            raise Unreadable("a determinant")
-        outer = self.context
-        self.context = "open"
+    def matrix(self, _):
         rows = [[]]
         while not self.accept("end"):
-            rows[-1].append(self.expression(CLAUSE))
-            if self.kind == "newline":
+            if self.accept("newline"):
                 rows.append([])
-            while self.accept("newline", "&"):
-                pass
-        self.context = outer
-        rows = [tuple(row) for row in rows if row]
-        if len(set(map(len, rows))) != 1:
-            raise Unreadable("rows of different length")
-        return ("matrix", *rows)
+            elif not self.accept("&"):
+                rows[-1].append(self.expression(CLAUSE))
+        return ("matrix", *(("array", *row) for row in rows if row))
 
 
-def radians(node):
-    if node[0] == "quantity" and node[2:] == ("degree", ""):
-        return chain("mul", node[1], divide(("const", "pi"), number(180)))
+def count_terms(low, high, body):
+    """The number of terms of a sum or product that is to be written out, else 0."""
+    count = int(high[1] - low[1]) + 1 if is_integer(low) and is_integer(high) else 0
+    return count if 0 < count <= MAX_TERMS and count * size(body) <= 10 * MAX_TERMS else 0
+
+
+# ---- the normal form
+
+
+def words_of_unit(node):
+    """The words of a factor: those of m, of m^2, of 1/s; None if it is a value."""
+    if node[0] == "words":
+        return node[1].split()
+    parts = [words_of_unit(child) for child in node[1:]] if node[0] in ("mul", "pow") else [None]
+    if node[0] == "pow" and parts[0]:
+        return [*f"^{show(node[2])}".replace("^-1", "/").replace("^-", "/ ^").split(), *parts[0]]
+    return None if None in parts else [word for part in parts for word in part]
+
+
+def quantity(values, names):
+    """A product and the words in it; Unreadable if these are no unit and no counted noun."""
+    for name in SCALES.keys() & set(names):
+        values = [*values, number(SCALES[name])]
+    value = ("mul", *values) if len(values) > 1 else values[0]
+    if names and names[0] in ("am", "pm"):
+        parts = value[1:] if value[0] == "ratio" else [value]
+        return (*(value[:-1] if value[0] == "time" else ("time", *parts)), names[0][0])
+    units = [UNITS[name] for name in names if name in UNITS]
+    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
+    if STATEMENT & set(names) or nouns and symbols(value):
+        raise Unreadable("words that are no unit")
+    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
+    if not units and not nouns:
+        return value
+    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
+
+
+def rows_of(node):
+    """The rows of a matrix or vector, else None."""
+    if node[0] not in ("tuple", "array"):
+        return None
+    nested = all(row[0] == "array" for row in node[1:])
+    return [list(row[1:]) if nested else [row] for row in node[1:]]
+
+
+def matrix(rows):
+    """A matrix as a tree: a column is a tuple, any other an array of arrays."""
+    if len(set(map(len, rows))) != 1:
+        raise Unreadable("rows of different length")
+    if len(rows[0]) == 1 and len(rows) > 1:
+        return ("tuple", *(row[0] for row in rows))
+    return ("array", *(("array", *row) for row in rows))
+
+
+def dot(a, b):
+    total = chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
+    if size(total) > MAX_TERMS:
+        raise Unreadable("too many matrices")
+    return total
+
+
+def with_matrices(node):
+    """A sum or product with matrices as one matrix."""
+    parts = [rows_of(child) for child in node[1:]]
+    if node[0] == "add":
+        if None in parts or len({(len(rows), len(rows[0])) for rows in parts}) > 1:
+            raise Unreadable("a sum of things of other sizes")
+        return matrix([[chain("add", *cell) for cell in zip(*rows)] for rows in zip(*parts)])
+    total = None
+    for rows in filter(None, parts):
+        if total and (len(total[0]) != len(rows) or len(total) * len(rows[0]) > MAX_TERMS):
+            raise Unreadable("a product of matrices of other sizes")
+        product = [[dot(row, column) for column in zip(*rows)] for row in total or ()]
+        total = product or rows
+    scalars = [child for child, rows in zip(node[1:], parts) if not rows]
+    return matrix([[chain("mul", *scalars, cell) for cell in row] for row in total])
+
+
+def normal(node):
+    """One spelling of what has several: words behind a value, times, matrices."""
+    if node[0] == "mul":
+        words = [words_of_unit(factor) for factor in node[1:]]
+        values = [factor for factor, names in zip(node[1:], words) if names is None]
+        if values and len(values) < len(words):
+            return quantity(values, [name for names in words if names for name in names])
+    if node[0] in ("add", "mul") and any(rows_of(child) for child in node[1:]):
+        return with_matrices(node)
+    if node[0] == "matrix":
+        return matrix([row[1:] for row in node[1:]])
+    if node[0] in ("floor", "ceiling") and symbols(node):  # steps cannot be sampled
+        return ("call", *node)
     return node
 
 
-@lru_cache(maxsize=1024)
-def size(node):
-    return 1 + sum(map(size, children(node)))
+def count_signs(node):
+    return (node[:1] == ("pm",)) + sum(map(count_signs, children(node)))
 
 
-def written_out(name, body, variable, below, above):
-    """The value of a sum or product between numeric bounds, or its terms if there are few."""
-    low, high = exact(below), exact(above)
-    if None in (variable, low, high) or low.denominator * high.denominator != 1:
-        return None
-    count = int(high - low) + 1
-    if not 0 < count <= MAX_TERMS or count * size(body) > 10 * MAX_TERMS:
-        return None
-    terms = [replaced(body, variable, number(low + k)) for k in range(count)]
-    values = list(map(exact, terms))
-    if None not in values:
-        return number(sum(values) if name == "sum" else math.prod(values))
-    few = count * size(body) <= MAX_TERMS
-    return ("add" if name == "sum" else "mul", *terms) if few else None
+def signed(sign, node):
+    """The meaning of a plus-minus sign; \\mp is its opposite."""
+    if node[0] not in ("pm", "mp"):
+        return node
+    plus = (node[0] == "pm") == (sign > 0)
+    return chain("add", *node[1:]) if plus else minus(*node[1:])
 
 
-def normalised(text):
-    """An answer in plain ASCII LaTeX, with as few spellings of one thing as rewriting can leave."""
-    for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
-        text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
-    text = text.translate(UNICODE)
-    if not text.isascii():  # mathematical italics become letters
-        text = unicodedata.normalize("NFKC", text).translate(UNICODE)
-    if text.isdecimal():  # as most answers are
-        return text
-    for pattern, by in REWRITES:
-        text = pattern.sub(by, text)
-    for _ in range(3):  # \text{} in \text{}
-        text = STYLED.sub(marked, text)
-    return text.strip()
+def alternatives(node):
+    """A tree with one plus-minus sign as the list of what it stands for."""
+    if node[0] in ("list", "set"):
+        items = []
+        for item in children(node):
+            found = alternatives(item)
+            items += [item] if found == item else items_of(found)
+        return ("set", *dict.fromkeys(items)) if node[0] == "set" else (*node[:2], *items)
+    if count_signs(node) != 1:
+        return node
+    return ("list", ",", *(rebuild(node, partial(signed, sign)) for sign in (1, -1)))
 
 
-def marked(match):
-    """The words of \\text{} or \\mathrm{}, each with its mark."""
-    content = match[2] or match[3] or ""
-    if match[1]:
-        content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
-    word = r"(?<![\\\x02\x03a-zA-Z])[a-zA-Z]+(?:['.\-][a-zA-Z]+)*"
-    content = re.sub(word, (TEXT if match[1] else ROMAN) + r"\g<0>", content)
-    return f" {content} " if match[1] else " " + content
-
-
-def raw(text):
-    """What two unreadable texts are compared by: blanks count only between letters or digits,
-    and case only in formulas."""
-    plain = re.sub(f"(?:[{TEXT}{ROMAN}~\\s]|\\\\[,;:! ])+", " ", text)
-    plain = re.sub(r"\{(\w)\}", r"\1", plain)
-    plain = re.sub(r"(?<![\w\\])\s|\s(?![\w\\])|[.,]+$", "", plain).strip()
-    words = r"(?<![\\a-zA-Z])(?:[A-Z]?[a-z]+|[A-Z]{3,})(?![a-zA-Z])"
-    return ("raw", re.sub(words, lambda word: word[0].lower(), plain))
+def raw(tokens):
+    """What two unreadable texts are compared by: their tokens, without braces around one."""
+    found = []
+    for token in tokens:
+        name = token.kind in ("word", "sym")
+        found.append(token.value if name else (token.kind, token.value))
+        if token.kind == "}" and found[-3:-2] == [("{", None)]:
+            found[-3:] = found[-2:-1]
+    text = found and all(isinstance(value, str) for value in found)
+    return ("words", " ".join(found)) if text else ("raw", *found)
 
 
 @lru_cache(maxsize=1024)
 def parse(text):
     text = normalised(text)
+    tokens = None
     try:
-        parser = Parser(tokenize(text))
+        tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
+        while tokens and tokens[0][:2] in LEADING:
+            tokens.pop(0)
+        kinds = {token.kind for token in tokens}
+        parser = Parser(tokens)
         tree = parser.expression()
         parser.take("end of text")
-        return tree
+        tree = rebuild(tree, normal)
+        return alternatives(tree) if "pm" in kinds else tree
     except (Unreadable, RecursionError):
-        return raw(text)
+        return ("raw", text) if tokens is None else raw(tokens)
 
 
 def read(text):
@@ -1271,46 +1212,19 @@ class TooHard(ArithmeticError):
     """Deciding would take more digits or steps than are allowed."""
 
 
-P = 2**255 - 19  # the size of a prime field that has a root of -1
-ROOT = pow(2, (P - 1) // 4, P)
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
 
 
-def spend(a, b, bits=0):
-    """Counts the evaluation of two trees; as if none were cached, since verdicts must not vary."""
-    LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (1 + bits // 20)
-    if LOCAL.steps < 0:
-        raise TooHard("out of steps")
+def bit_length(value):
+    return max(map(int.bit_length, value.as_integer_ratio()))
 
 
-def exact_power(base, exponent, real_root=False):
-    """base ** exponent if that is rational, else None. real_root: an odd root of a negative."""
-    degree = exponent.denominator
-    sign = 1
-    if degree > 1:
-        if base < 0 and real_root and degree % 2:
-            base = -base
-            sign = -1
-        parts = [integer_root(part, degree) for part in base.as_integer_ratio()]
-        if None in parts:
-            return None
-        base = Fraction(*parts)
-    bits = max(map(int.bit_length, base.as_integer_ratio())) - 1
-    if bits * abs(exponent.numerator) > MAX_BITS:
+def exact_power(base, exponent):
+    if exponent.denominator > 1:
+        return None
+    if (bit_length(base) - 1) * abs(exponent.numerator) > MAX_BITS:
         raise OverflowError("too many digits")
-    return sign * base**exponent.numerator
-
-
-def integer_root(value, degree):
-    """The natural number whose power `value` is, or None."""
-    if degree > value.bit_length():
-        return value if value in (0, 1) else None
-    low = 0
-    high = 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
-    return low if low**degree == value else None
+    return base**exponent.numerator
 
 
 def of_naturals(function, most, *values):
@@ -1318,23 +1232,18 @@ def of_naturals(function, most, *values):
     return Fraction(function(*map(int, values))) if natural else None
 
 
-def real_part(x):
-    if abs(x.imag) > 1e-9 * (1 + abs(x.real)):
-        raise ValueError("not real")
-    return x.real
-
-
-def rounded(m, x, round_):
-    """Floor or ceiling; a value next to an integer is that integer."""
-    value = real_part(x)
-    nearest = m.floor(value + 0.5)
-    return m.complex(nearest if abs(value - nearest) < m.tiny else round_(value))
+def tame(m, x):
+    if not m.isfinite(x):
+        raise ValueError("infinite")
+    if m.mag(x) > 15:
+        raise OverflowError("a function of so large a number could fill the memory")
+    return x
 
 
 def power(m, base, exponent):
     base = base + 0  # -4-0j, which is on the wrong side of the branch cut, becomes -4+0j
     if base != 0:
-        m.tame(exponent * m.log(base))
+        tame(m, exponent * m.log(base))
     return base**exponent
 
 
@@ -1344,149 +1253,81 @@ def root(m, degree, value):
     return power(m, value, 1 / degree)
 
 
-def binomial(m, n, k):
-    n, k, rest = (m.tame(x) + 1 for x in (n, k, n - k))
-    return m.gamma(n) / (m.gamma(k) * m.gamma(rest))
-
-
 def logarithm(m, x, base=None):
-    return m.log(x) / m.log(base) if base is not None else m.log(x)
+    return m.log(x) if base is None else m.log(x) / m.log(base)
 
 
 # Each operator and function: (exact, numeric). exact: Fractions to a Fraction, or None if that is
-# irrational; numeric: an arithmetic and its complex numbers to such a number.
+# irrational; numeric: mpmath and its complex numbers to such a number.
 OPS = {
+    **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, x))) for name in (
+        "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp"
+    ).split()},
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
-    "pow": (exact_power, power), "root": (lambda n, a: exact_power(a, 1 / n, True), root),
+    "pow": (exact_power, power), "root": (None, root), "log": (None, logarithm),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
-    **{name: (None, lambda m, x, name=name: getattr(m, name)(m.tame(x))) for name in (
-        "sin cos tan asin acos atan sinh cosh asinh acosh atanh exp"
-    ).split()},
-    "tanh": (None, lambda m, x: m.tanh(m.tame(1000 * x) / 1000)),  # no rounding to 1
-    "coth": (None, lambda m, x: 1 / m.tanh(m.tame(1000 * x) / 1000)),
-    "cot": (None, lambda m, x: 1 / m.tan(m.tame(x))), "acot": (None, lambda m, x: m.atan(1 / x)),
-    "sec": (None, lambda m, x: 1 / m.cos(m.tame(x))), "asec": (None, lambda m, x: m.acos(1 / x)),
-    "csc": (None, lambda m, x: 1 / m.sin(m.tame(x))), "acsc": (None, lambda m, x: m.asin(1 / x)),
-    "cis": (None, lambda m, x: m.exp(1j * m.tame(x))), "log": (None, logarithm),
-    "abs": (abs, lambda m, x: m.complex(abs(x))), "conjugate": (None, lambda m, x: x.conjugate()),
-    "re": (None, lambda m, x: m.complex(x.real)), "im": (None, lambda m, x: m.complex(x.imag)),
-    "floor": (lambda a: Fraction(math.floor(a)), lambda m, x: rounded(m, x, m.floor)),
-    "ceiling": (lambda a: Fraction(math.ceil(a)), lambda m, x: rounded(m, x, m.ceil)),
-    "min": (lambda *v: min(v), lambda m, *v: m.complex(min(map(real_part, v)))),
-    "max": (lambda *v: max(v), lambda m, *v: m.complex(max(map(real_part, v)))),
-    "factorial": (partial(of_naturals, math.factorial, 3_000), lambda m, x: m.gamma(m.tame(x) + 1)),
-    "binomial": (partial(of_naturals, math.comb, 20_000), binomial),
-    "gcd": (partial(of_naturals, math.gcd, 10**999), None),
-    "lcm": (partial(of_naturals, math.lcm, 10**999), None),
+    "abs": (abs, lambda m, x: abs(x)),
+    "floor": (lambda a: Fraction(math.floor(a)), None),
+    "ceiling": (lambda a: Fraction(math.ceil(a)), None),
+    "factorial": (
+        partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(tame(m, x))
+    ),
+    "binomial": (
+        partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(tame(m, n), tame(m, k))
+    ),
 }  # fmt: skip
 
 
-@lru_cache(maxsize=512)
-def exact(node):
-    """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS."""
+@lru_cache(maxsize=4096)
+def chance(name):
+    return Fraction(random.Random(name).getrandbits(64), 2**61 - 1)
+
+
+def exact(node, at_random=False):
+    """A rational constant as a Fraction; None for anything else, or beyond MAX_BITS.
+
+    at_random: also a rational function, its variables at random; two such functions with one value
+    are equal, but for one chance in 2^50.
+    """
     if node[0] == "num":
         return node[1]
-    function = OPS.get(node[0], (None,))[0]
-    values = []
-    for child in children(node) if function else ():
-        values.append(exact(child))
-        if values[-1] is None:
-            return None
-    try:
-        value = function(*values) if function else None
-    except (ArithmeticError, ValueError, TypeError):
+    rational = node[0] in ("add", "mul", "pow", "pct", "quantity", "sym")
+    if node[0] not in OPS and not at_random or not rational and symbols(node):
         return None
-    long = value is not None and max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS
-    return None if long else value
+    values = [exact(child, at_random) for child in children(node)]
+    if None in values or sum(map(bit_length, values)) > 2 * MAX_BITS:
+        return None
+    if node[0] == "sym":
+        return chance(node[1])
+    try:
+        value = OPS[node[0]][0](*values)
+    except (ArithmeticError, ValueError, TypeError, KeyError):
+        return None
+    return None if value is None or bit_length(value) > MAX_BITS else value
 
 
-@lru_cache(maxsize=4096)
-def chance(*seed):
-    return random.Random(repr(seed)).randrange(P)
-
-
-@lru_cache(maxsize=512)
-def residue(node):
-    """The value of a rational function over Q(i) in the field, its variables, pi and e at random.
-
-    Two such functions are equal if and only if their residues are, but for one chance in 2^250.
-    None for anything else, or where the function is undefined.
-    """
-    tag = node[0]
-    if tag in ("sym", "const"):
-        return ROOT if node == ("const", "i") else chance(*node)
-    if tag == "pow":
-        base, exponent = residue(node[1]), exact(node[2])
-        if base is None or exponent is None or exponent.denominator > 1:
-            return None
-        if base == 0:
-            return None if exponent < 0 else int(exponent == 0)
-        return pow(base, exponent.numerator % (P - 1), P)
-    if tag in ("add", "mul", "call"):
-        values = [residue(child) for child in children(node)]
-        if None in values or tag == "call":
-            return None if None in values else chance(node[1], *values)
-        total = values[0]
-        for value in values[1:]:
-            total = (total + value if tag == "add" else total * value) % P
-        return total
-    value = exact(node)
-    return None if value is None else value.numerator * pow(value.denominator, -1, P) % P
-
-
-# A sample point is (index, real, scale): variables are complex or real, with absolute values near
-# 1, near 4, or somewhat beyond the largest number in the trees.
+# A sample point is (index, real, scale): variables are real, with absolute values near 1, near 4,
+# or somewhat beyond the largest number in the trees; if `real`, so is every value on the way.
 
 
 @lru_cache(maxsize=4096)
 def coordinate(name, point):
     """Where a variable stands: given by its name, so that it is the same in both trees."""
-    index, real, scale = point
+    index, _, scale = point
     rng = random.Random(f"{name} {index}")
     radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
-    if real:
-        return complex(radius if index % 2 == 0 else rng.choice((radius, -radius)))
-    return cmath.rect(radius, rng.uniform(-3.1, 3.1))
-
-
-def tame_double(x):
-    if abs(x) > 1e5:
-        raise OverflowError("a function of so large a number")
-    return x
-
-
-def tame_long(x):
-    if not LOCAL.m.isfinite(x):
-        raise ValueError("infinite")
-    if LOCAL.m.mag(x) > 15:
-        raise OverflowError("a function of so large a number could fill the memory")
-    return x
-
-
-DOUBLES = SimpleNamespace(
-    **{name: getattr(cmath, name) for name in (
-        "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp log pi e isfinite"
-    ).split()}, floor=math.floor, ceil=math.ceil, complex=complex, rational=complex, tiny=1e-9,
-    tame=tame_double, mag=lambda x: math.frexp(max(abs(x.real), abs(x.imag)))[1],
-    gamma=lambda x: complex(math.gamma(real_part(x))),
-)  # fmt: skip
+    return radius if index % 2 == 0 else rng.choice((radius, -radius))
 
 
 def arithmetic(bits):
-    """DOUBLES, or mpmath at a precision; one for each thread, as some functions change it."""
-    if not bits:
-        return DOUBLES
+    """mpmath at a precision; one for each thread, as some functions change it."""
     if not hasattr(LOCAL, "m"):
         import mpmath
 
         LOCAL.m = mpmath.MPContext()
-        LOCAL.m.complex = LOCAL.m.mpc
-        LOCAL.m.rational = lambda value: LOCAL.m.mpc(value.numerator) / value.denominator
-        LOCAL.m.tame = tame_long
     LOCAL.m.prec = bits
-    LOCAL.m.tiny = LOCAL.m.ldexp(1, -bits // 2)
     return LOCAL.m
 
 
@@ -1497,99 +1338,75 @@ def evaluate(node, point, m, sizes):
     """
     tag = node[0]
     if tag == "sym":
-        return m.complex(coordinate(node[1], point))
+        return m.mpc(coordinate(node[1], point))
     if tag == "const":
-        return m.complex({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
+        return m.mpc({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
     if tag == "num":
-        result = m.rational(node[1])
+        result = m.mpc(node[1].numerator) / node[1].denominator
     else:
-        inner = [child for child in children(node) if child != ("empty",)]
-        values = [evaluate(child, point, m, sizes) for child in inner]
-        if tag == "call":
-            result = m.complex(unknown(node[1], values, point, m))
-        elif tag not in OPS or OPS[tag][1] is None:
+        values = [evaluate(child, point, m, sizes) for child in children(node)]
+        if tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
-        elif tag in ("floor", "ceiling") and symbols(node):
-            sign = 1 if tag == "floor" else -1
-            result = values[0] + sign * wave(m, sign * values[0])
-        else:
-            result = OPS[tag][1](m, *values)
-        if tag == "pow" and point[1] and values[0].real < 0 == values[0].imag:
-            share = exact(node[2])
-            if share is not None and share.denominator % 2 and share.denominator > 1:
-                result = power(m, -values[0], values[1]) * (-1) ** share.numerator  # x^(2/3)
-    if point[1]:
-        real_part(result)  # among reals ln x is undefined at -1, so that 2 ln x is ln x^2
+        result = m.mpc(OPS[tag][1](m, *values))
+    if point[1] and abs(result.imag) > 1e-9 * (1 + abs(result.real)):
+        raise ValueError("not real")  # ln x is undefined at -1, so that 2 ln x is ln x^2
     if not m.isfinite(result):
         raise ValueError("infinite")
     if result != 0:
-        sizes.append(abs(m.mag(result)))
+        sizes.append(m.mag(result))
     return result
 
 
-def wave(m, x):
-    """What stands for floor(x) - x where x varies: some function of period 1 without steps."""
-    turn = m.tame(2 * m.pi * x)
-    return m.sin(turn + 1) / 3 + m.cos(2 * turn) / 5 - 0.5
-
-
-def unknown(name, values, point, m):
-    """An unknown function: an analytic one given by its name, another at every sample point."""
-    point = (point[0], True, 1)
-    total = m.complex(coordinate(f"{name}()", point))
-    for place, value in enumerate(values):
-        factor = coordinate(f"{name}({place})", point).real / 4
-        total = m.cos(m.tame(factor * value)) + total * (1 + factor)
-    return total
-
-
 @lru_cache(maxsize=2048)
-def sample(node, point, bits=0):
-    """(value, largest binary exponent on the way); (None, 0) if undefined, (None, 1) if huge."""
+def sample(node, point, bits=200):
+    """(value, largest binary exponent on the way, smallest one); the value is None if there is
+    none, and then the exponents are 0 if it is undefined, 1 if it is huge."""
     sizes = [0]
     try:
-        return evaluate(node, point, arithmetic(bits), sizes), max(sizes)
+        return evaluate(node, point, arithmetic(bits), sizes), max(sizes), min(sizes)
     except OverflowError:
-        return None, 1
+        return None, 1, 1
     except (ArithmeticError, ValueError, TypeError):
-        return None, 0
+        return None, 0, 0
 
 
 def constant(node):
     """The value of a constant as a complex, or None."""
-    return None if symbols(node) else sample(node, (0, False, 1))[0]
+    value = exact(node)
+    if value is None and not symbols(node):
+        value = sample(node, (0, False, 1))[0]
+    return complex(value) if value is not None and abs(value) < 1e300 else None
 
 
 def agree(a, b, point):
     """Whether two trees have one value at a point; None if either is undefined there.
 
-    Raises TooHard if both are too large to tell.
+    Raises TooHard if both are too large to tell, or if the steps of this thread are used up; these
+    are counted as if nothing were cached, since verdicts must not vary.
     """
-    spend(a, b)
-    (x, digits), (y, others) = sample(a, point), sample(b, point)
-    if x is not None and y is not None:
-        digits = max(digits, others)
-        gap = abs(x - y)
-        if gap > 1e-10 * 2.0 ** min(digits, 900) and gap > 1e-7 * max(abs(x), abs(y)):
-            return False
-        if point[0] >= 2 and digits < 30 and x and y:  # two points to many digits are enough
-            return True
     bits = 200
-    for _ in range(2):
-        spend(a, b, bits)
-        (x, digits), (y, others) = sample(a, point, bits), sample(b, point, bits)
-        if x is None and y is None and digits and others:
+    while True:
+        LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (bits // 20)
+        if LOCAL.steps < 0:
+            raise TooHard("out of steps")
+        x, high, low = sample(a, point, bits)
+        y, top, bottom = sample(b, point, bits)
+        if x is None and y is None and high and top:
             raise TooHard("both are too large")
         if x is None or y is None:
-            return False if (digits or others) and not symbols(a) | symbols(b) else None
-        digits = max(digits, others)
+            return False if (high or top) and not symbols(a) | symbols(b) else None
+        high = max(high, top)
+        if x != y and arithmetic(bits).mag(x - y) >= 2 * high + 60 - bits:
+            return False
+        digits = max(high, -low, -bottom)
         if digits < 20 or bits > 200:
-            break
-        bits = 200 + 4 * digits
+            if 2 * high + 100 > bits:
+                raise TooHard("the value grows with the precision")  # near a pole
+            return True
+        bits += 4 * digits + 20
         slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
         if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
-    return x == y or arithmetic(bits).mag(x - y) < 2 * digits + 60 - bits
 
 
 def largest_number(node):
@@ -1600,28 +1417,24 @@ def largest_number(node):
 
 
 def same_function(a, b):
-    """Whether two trees agree at complex points, or else, among reals, where both are defined."""
+    """Whether two trees agree at real points: where both are real, or else wherever they are."""
     if not symbols(a) | symbols(b):
         return agree(a, b, (0, False, 1)) is True
     digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
-    complex_only = has(a, "conjugate", "re", "im") or has(b, "conjugate", "re", "im")
-    for real in (False,) if complex_only else (False, True):
-        hits = 0
-        hard = None
-        for index in range(24 if real else 15):
+    hard = None
+    for real in (True, False):
+        verdicts = []
+        for index in range(24):
             try:
-                verdict = agree(a, b, (index, real, 10**digits))
+                verdicts.append(agree(a, b, (index, real, 10**digits)))
             except TooHard as error:
                 hard = error
-                verdict = None
-            if verdict is False:
+            if False in verdicts:
                 break
-            hits += verdict is True
-        else:
-            if hits >= 4:
-                return True
-            if hard and not hits:
-                raise hard
+        if False not in verdicts and verdicts.count(True) >= 4:
+            return True
+    if hard and not verdicts:
+        raise hard
     return False
 
 
@@ -1638,12 +1451,18 @@ def near(decimal, node):
         precise = sample(node, (0, False, 1), 400)[0]
         if precise is None or abs(precise.imag) > 1e-40:
             return False
-        m = arithmetic(400)
-        other = Fraction(int(m.floor(m.ldexp(precise.real, 300))), 2**300)
+        other = Fraction(int(arithmetic(400).nint(precise.real * 2**300)), 2**300)
     if other is None or other.denominator == 1:
         return False
     cut_off = other * value > 0 and 0 < abs(other) - abs(value) < unit
     return cut_off or abs(other - value) <= unit / 2
+
+
+def as_symbol(node):
+    """An unknown function of some arguments is a variable of its own."""
+    if node[0] != "call":
+        return node
+    return ("sym", repr([node[1], *(exact(part, True) or part for part in node[2:])]))
 
 
 def same_value(a, b):
@@ -1653,20 +1472,17 @@ def same_value(a, b):
         return same_value(share[1], other) or same_value(divide(share[1], number(100)), other)
     if "based" in (a[0], b[0]):
         return a == b
-    if a[0] == b[0] == "mod":
-        quotient = exact(divide(minus(a[1], b[1]), a[2]))
-        return exact(a[2]) == exact(b[2]) and quotient is not None and quotient.denominator == 1
-    a, b = (node[1] if node[0] == "mod" else node for node in (a, b))
     x, y = exact(a), exact(b)
     if x is not None and x == y:
         return True
     if is_long(a) or is_long(b):
         return is_long(a) and near(a, b) or is_long(b) and near(b, a)
-    if infinite(a) or infinite(b):
-        return infinite(a) == infinite(b)
+    if {a, b} & {INFINITY, MINUS_INFINITY}:
+        return a == b
     if x is None or y is None:
-        x, y = residue(a), residue(b)
-    return x == y if x is not None and y is not None else same_function(a, b)
+        a, b = rebuild(a, as_symbol), rebuild(b, as_symbol)
+        x, y = exact(a, True), exact(b, True)
+    return same_function(a, b) if x is None or y is None else x == y
 
 
 # ---- sets
@@ -1675,128 +1491,107 @@ def same_value(a, b):
 # Endpoints have odd places, in their order, and gaps have even ones.
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+HOLDS = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq,
+    "!=": operator.ne,
+}  # fmt: skip
 
 
 def is_set(node):
     if node[0] == "rel":
-        return any(operator not in ("=", "~") for operator in node[1])
+        return any(relation not in ("=", "~") for relation in node[1])
     if node[0] == "list":
         sets = [is_set(item) for item in node[2:]]
         return any(sets) and all(found or item[0] == "rel" for found, item in zip(sets, node[2:]))
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
-def ray(operator, end, place, top):
-    """The places x with `x operator end`."""
-    at = place(end)
-    below = set(range(at))
-    here = {at} & set(range(top))
-    above = set(range(top)) - below - here
-    parts = {"<": below, ">": above, "=": here, "!": below | above}
-    return parts[operator[0]] | (here if operator in ("<=", ">=") else set())
-
-
-def solutions(operator, left, right, variable, place, top):
-    """The places that solve x < a or |x| < a."""
-    if variable not in symbols(left):
-        left, right, operator = right, left, FLIPPED[operator]
-    if left == ("sym", variable) and not symbols(right):
-        return ray(operator, right, place, top)
-    if left[0] == "abs" and not symbols(right):
-        above = solutions(operator, left[1], right, variable, place, top)
-        below = solutions(FLIPPED[operator], left[1], negate(right), variable, place, top)
-        return above | below if operator[0] in ">!=" else above & below
-    raise ValueError("not solved")
-
-
-def places(node, names, place, top):
-    """Where a set holds. Adds the name of its variable to `names`; ValueError if it is no set.
-
-    place(endpoint): its place. There are `top` places; with 0, endpoints are only looked at.
-    """
-    tag = node[0]
-    if tag in ("reals", "empty"):
-        return set(range(top if tag == "reals" else 0))
-    if tag == "interval" or tag == "tuple" and len(node) == 3:
-        low, high, opening, closing = node[1:] if tag == "interval" else (*node[1:], "(", ")")
-        if infinite(low) and (infinite(low), opening) != (-1, "("):
-            raise ValueError("no interval")
-        if infinite(high) and (infinite(high), closing) != (1, ")"):
-            raise ValueError("no interval")
-        found = ray(">=" if opening == "[" else ">", low, place, top)
-        found &= ray("<=" if closing == "]" else "<", high, place, top)
-        if top and not found:
-            raise ValueError("an empty interval")
-        return found
-    if tag == "set" or tag == "list" and not is_set(node):
-        return {place(member) for member in members(node)}
-    if tag in ("cup", "cap", "minus", "list"):
-        parts = [places(part, names, place, top) for part in children(node)]
-        if tag == "minus":
-            return parts[0] - parts[1]
-        either = tag == "cup" or tag == "list" and node[1] == "or"
-        if tag == "list" and not either and all(item[0] != "rel" for item in node[2:]):
-            if top and sum(map(len, parts)) > len(set().union(*parts)):
-                raise ValueError("a list of sets, not a union")
-            either = True
-        return set().union(*parts) if either else parts[0].intersection(*parts)
-    if tag == "rel":
-        operators, sides = node[1:]
-        functions = [side for side in sides if side[0] == "call" and side[2][0] == "sym"]
-        sides = [("sym", side[1]) if side in functions else side for side in sides]
-        if operators in (("in",), ("notin",)) and sides[0][0] == "sym":
-            names.add(sides[0][1])
-            inner = places(sides[1], set(), place, top)
-            return inner if operators == ("in",) else set(range(top)) - inner
-        found = frozenset().union(*map(symbols, sides))
-        if len(found) == 1 and set(operators) <= set(FLIPPED):
-            names |= found
-            links = zip(operators, sides, sides[1:])
-            solved = [solutions(*link, *found, place, top) for link in links]
-            return solved[0].intersection(*solved)
-    if constant(node) is None:
-        raise ValueError(f"{tag} is no set of reals")
-    return {place(node)}
+def endpoints(node):
+    """The real constants in a tree, and their negatives."""
+    value = constant(node)
+    if value is None:
+        return [end for child in children(node) for end in endpoints(child)]
+    return [node, negate(node)] if abs(value.imag) < 1e-12 else []
 
 
 def order(ends):
-    """{endpoint: its place}; ValueError if one is no real number."""
-    values = {end: constant(end) for end in ends}
-    if any(value is None or abs(value.imag) > 1e-12 for value in values.values()):
-        raise ValueError("an endpoint that is no real number")
-    found = {}
+    """{endpoint: its place}."""
+    values = {end: constant(end).real for end in ends}
+    place = {MINUS_INFINITY: -1}
     last = None
-    for end, value in sorted(values.items(), key=lambda pair: pair[1].real):
-        close = last and abs(value - values[last]) < 1e-6 * (1 + abs(value))
-        new = 2 * len(set(found.values())) + 1
-        found[end] = found[last] if close and same_value(end, last) else new
+    at = -1
+    for end in sorted(values, key=values.get):
+        close = last and abs(values[end] - values[last]) < 1e-6 * (1 + abs(values[end]))
+        at += 0 if close and same_value(end, last) else 2
+        place[end] = at
         last = end
-    return found
+    return place | {INFINITY: at + 2}
+
+
+def ray(relation, end, place):
+    """The places x with `x relation end`."""
+    if end not in place:
+        raise ValueError("no real number")
+    return {x for x in range(place[INFINITY]) if HOLDS[relation](x, place[end])}
+
+
+def solutions(relation, left, right, place):
+    """The places x with x < a, a < x or |x| < a."""
+    if symbols(right):
+        left, right, relation = right, left, FLIPPED[relation]
+    if left[0] == "abs":
+        above = solutions(relation, left[1], right, place)
+        below = solutions(FLIPPED[relation], left[1], negate(right), place)
+        return above | below if relation[0] in ">!=" else above & below
+    if left[0] != "sym":
+        raise ValueError("not solved")
+    return ray(relation, right, place)
+
+
+def region(node, place):
+    """The places in a set; ValueError if it is no set of reals."""
+    tag = node[0]
+    line = set(range(place[INFINITY]))
+    if tag in ("reals", "empty"):
+        return line if tag == "reals" else set()
+    if tag == "interval" or tag == "tuple" and len(node) == 3:
+        low, high, opening, closing = (*node[1:], "(", ")")[:4]
+        found = ray(">=" if opening == "[" else ">", low, place)
+        found &= ray("<=" if closing == "]" else "<", high, place)
+        closed = low == MINUS_INFINITY and opening == "[" or high == INFINITY and closing == "]"
+        if closed or not found:
+            raise ValueError("no interval")
+        return found
+    if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
+        inner = region(node[2][1], place)
+        return inner if node[1] == ("in",) else line - inner
+    if tag == "rel" and set(node[1]) <= FLIPPED.keys():
+        parts = [solutions(*link, place) for link in zip(node[1], node[2], node[2][1:])]
+        return parts[0].intersection(*parts)
+    if tag in ("cup", "cap", "minus") or tag == "list" and is_set(node):
+        parts = [region(part, place) for part in children(node)]
+        if tag == "minus":
+            return parts[0] - parts[1]
+        listed = node[:2] == ("list", ",") and all(item[0] != "rel" for item in node[2:])
+        if listed and sum(map(len, parts)) > len(set().union(*parts)):
+            raise ValueError("a list of sets, not a union")
+        either = listed or tag == "cup" or node[:2] == ("list", "or")
+        return set().union(*parts) if either else parts[0].intersection(*parts)
+    members = children(node) if tag in ("set", "list") else [node]
+    parts = [ray("=", member, place) for member in members]
+    if not all(parts):
+        raise ValueError("infinity is no member")
+    return set().union(*parts)
 
 
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    names = set(), set()
-    ends = []
-
-    def note(end):
-        if not infinite(end):
-            ends.append(end)
-        return 0
-
-    def place(end):
-        return (-1, found.get(end), top)[infinite(end) + 1]
-
+    names = symbols(a), symbols(b)
     try:
-        places(a, names[0], note, 0)
-        places(b, names[1], note, 0)
-        found = order(ends)
-        top = max(found.values(), default=-1) + 2
-        if max(map(len, names)) > 1:
-            raise ValueError("conditions on more than one variable")
-        if names[0] != names[1] and all(names):
-            return False
-        return places(a, names[0], place, top) == places(b, names[1], place, top)
+        place = order(endpoints(a) + endpoints(b))
+        if max(map(len, names)) < 2:
+            same_names = names[0] == names[1] or not all(names)
+            return same_names and region(a, place) == region(b, place)
     except ValueError:
         pass
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
@@ -1810,22 +1605,24 @@ def same_set(a, b):
 
 
 def same_relation(a, b):
-    """Two (operator, left, right): equations up to a factor, inequalities up to a positive one."""
-    (operator, *sides), (other, *others) = a, b
-    if other == FLIPPED.get(operator) != operator:
-        other, others = operator, others[::-1]
-    if operator != other:
+    """Two (relation, left, right): equations up to a factor, inequalities up to a positive one."""
+    (relation, *sides), (other, *others) = a, b
+    if other == FLIPPED.get(relation) != relation:
+        other, others = relation, others[::-1]
+    if relation != other:
         return False
-    if operator in ("in", "notin") or "mod" in (sides[1][0], others[1][0]):
+    if relation in ("in", "notin"):
         return all(map(same, sides, others))
-    f, g = minus(*sides), minus(*others)
+    f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
     zero = number(0)
     if not symbols(f) or symbols(f) != symbols(g) or same_value(f, zero) or same_value(g, zero):
         return False
     if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
-    factors = [sample(divide(f, g), (index, False, 1))[0] for index in range(6)]
-    return operator in ("=", "!=") or next((factor.real > 0 for factor in factors if factor), False)
+    if relation in ("=", "!="):
+        return True
+    factors = (sample(divide(f, g), (index, False, 1))[0] for index in range(6))
+    return next((factor.real > 0 for factor in factors if factor), False)
 
 
 def primed(node):
@@ -1836,46 +1633,34 @@ def primed(node):
 # ---- comparison
 
 
-class Statement(NamedTuple):
-    """x = 2/6 = 1/3 ~ 0.33 taken apart. What is no such statement is its own value."""
-
-    name: tuple | None
-    value: tuple
-    between: tuple = ()  # sides with variables between the name and the value
-    rough: tuple = ()  # after "approximately", where they are near the value
-
-
 def is_name(node):
     """What may stand before an equals sign as the name of the answer: x, f(x), |AB|, dy/dx."""
     if node[0] == "mul":
         upper = all(part[0] == "sym" and part[1][0].isupper() for part in node[1:])
-        big = any(part[0] == "call" and part[1] in BIG for part in node[1:])
-        return upper or big or node[1] == ("sym", "d")
+        return upper or node[1] == ("sym", "d")
     if node[0] in ("sym", "call", "words"):
         return True
     return bool(symbols(node)) and not has(node, "num", "add", "rel", "list")
 
 
 def statement(node):
+    """(name, value) of x = 2/6 = 1/3 ~ 0.33; (None, node) of what is no such statement."""
     if node[0] == "call" and len(node) > 3 and node[1].isupper():  # the point P(1,2)
-        return Statement(("sym", node[1]), ("tuple", *node[2:]))
+        return ("sym", node[1]), ("tuple", *node[2:])
     if node[0] != "rel" or not set(node[1]) <= {"=", "~", "in"}:
-        return Statement(None, node)
-    operators, sides = node[1:]
-    if operators == ("=",) and is_name(sides[1]) and not is_name(sides[0]):
+        return None, node
+    relations, sides = node[1:]
+    if relations == ("=",) and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]  # 5 = x
     name = sides[0] if is_name(sides[0]) and sides[0] not in sides[1:] else None
-    cut = operators.index("~") + 1 if "~" in operators else len(sides)
+    cut = relations.index("~") + 1 if "~" in relations else len(sides)
     precise = sides[bool(name) : cut] or sides[-1:]
-    values = {exact(side) for side in precise if not symbols(side)}
     if not name:
+        values = {exact(side) for side in precise if not symbols(side)}
         equation = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
-        if equation or "in" in operators or len(values) > 1 and None not in values:
-            return Statement(None, node)  # an equation; 2 + 2 = 5
-    x = constant(precise[-1])
-    rough = {side: constant(side) for side in sides[cut:]} if x is not None else {}
-    near_by = [s for s, y in rough.items() if y is not None and abs(x - y) <= 0.01 * abs(x) + 0.005]
-    return Statement(name, precise[-1], tuple(filter(symbols, precise[:-1])), tuple(near_by))
+        if equation or "in" in relations or len(values) > 1 and None not in values:
+            return None, node  # an equation; 2 + 2 = 5
+    return name, precise[-1]
 
 
 def compatible(a, b):
@@ -1883,121 +1668,45 @@ def compatible(a, b):
     if a[0] == b[0] == "sym":
         (one, _, sub), (other, _, below) = a[1].partition("_"), b[1].partition("_")
         return one.lower() == other.lower() and (sub == below or not sub or not below)
-    if a[0] == b[0] == "tuple":
-        return len(a) == len(b) and all(map(compatible, a[1:], b[1:]))
     if a[0] == b[0] or a[0] in OPS and b[0] in OPS:
-        return a == b or a[0] != "words" and same_value(a, b)
+        return a == b
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
-
-
-def tally(node, tag):
-    return (node[:1] == (tag,)) + sum(tally(child, tag) for child in children(node))
-
-
-def signs_chosen(node):
-    """The trees that plus-minus signs stand for. \\mp is the opposite of the last \\pm."""
-    count = tally(node, "pm") or tally(node, "mp")
-    if not 0 < count <= 4:
-        return [node]
-    return [chosen(node, iter(signs), [1]) for signs in product((1, -1), repeat=count)]
-
-
-def chosen(node, signs, last):
-    if node[:1] not in (("pm",), ("mp",)):
-        part = (chosen(part, signs, last) if isinstance(part, tuple) else part for part in node)
-        return tuple(part)
-    left = chosen(node[1], signs, last)
-    last[0] = next(signs, last[0]) if node[0] == "pm" else -last[0]
-    right = chosen(node[2], signs, last)
-    return chain("add", left, right) if last[0] > 0 else minus(left, right)
-
-
-def members(node):
-    """The members of a list or set, plus-minus signs written out; None for anything else."""
-    if node[0] not in ("list", "set") and signs_chosen(node) == [node]:
-        return None
-    found = []
-    for member in children(node) if node[0] in ("list", "set") else [node]:
-        values = signs_chosen(statement(member).value)
-        found += values if len(values) > 1 else [member]
-    return list(dict.fromkeys(found)) if node[0] == "set" else found
 
 
 def same_items(a, b, compare=None):
     """Two unordered collections, item by item."""
     if len(a) != len(b):
         return False
-    common = Counter(a) & Counter(b)
-    a, b = (list((Counter(items) - common).elements()) for items in (a, b))
     if len(a) > 40:
-        raise TooHard("too many items")
+        return Counter(a) == Counter(b)
+    rest = list(b)
     for item in a:
-        match = next((other for other in b if (compare or same)(item, other)), None)
+        match = next((other for other in rest if (compare or same)(item, other)), None)
         if match is None:
             return False
-        b.remove(match)
+        rest.remove(match)
     return True
 
 
-def cells(node):
-    """{(row, column): tree} of a matrix, or of a sum or product with matrices; else None."""
-    if node[0] == "matrix":
-        return {(i, j): cell for i, row in enumerate(node[1:]) for j, cell in enumerate(row)}
-    if node[0] in ("tuple", "array"):
-        return {(i, 0): cell for i, cell in enumerate(node[1:])}
-    if node[0] == "pow" and node[2] == ("sym", "T"):
-        inner = cells(node[1])
-        return inner and {(j, i): cell for (i, j), cell in inner.items()}
-    parts = [(part, cells(part)) for part in node[1:]] if node[0] in ("add", "mul") else []
-    total = None
-    for part, inner in parts:
-        if node[0] == "add":
-            total = total or inner
-            if not inner or inner.keys() != total.keys():
-                return None
-            if total is not inner:
-                total = {at: chain("add", total[at], inner[at]) for at in total}
-        elif inner and total:
-            total = matrix_product(total, inner)
-        else:
-            total = inner or total
-    for part, inner in parts:
-        if total and not inner:
-            total = {at: chain("mul", part, cell) for at, cell in total.items()}
-    return total
-
-
-def matrix_product(a, b):
-    found = {}
-    for (i, k), x in a.items():
-        for (row, j), y in b.items():
-            if row == k:
-                found[i, j] = chain("add", found.get((i, j), number(0)), chain("mul", x, y))
-    fits = max(k for _, k in a) == max(row for row, _ in b)
-    return found if fits else None
-
-
-def same_time(a, b):
-    """Two times of the day; one may look like a ratio, or not say which half of the day."""
-    clocks = [[exact(part) for part in children(node)] for node in (a, b)]
-    clocks = [[*clock, 0, 0][:3] for clock in clocks]
-    if any(node[0] == "ratio" and number(0) in node for node in (a, b)):
-        return False
-    halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
-    return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2
-
-
 def same_ratio(a, b):
-    """Ratios by proportion, with their zeros in the same places; 3:4 is 3/4."""
-    if a[0] != b[0]:
-        ratio, other = (a, b) if a[0] == "ratio" else (b, a)
-        value = exact(other) if len(ratio) == 3 else None
-        return value is not None and value.denominator > 1 and value == exact(divide(*ratio[1:]))
-    zeros = [[exact(part) == 0 for part in node[1:]] for node in (a, b)]
+    """Times exactly, to what both give; ratios by proportion, with their zeros in one place."""
+    (tag, *one), (other, *two) = a, b
+    if "time" in (tag, other):
+        if {tag, other} - {"time", "ratio"}:
+            return False
+        halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
+        clocks = [[*map(exact, children(node)), 0, 0][:3] for node in (a, b)]
+        zero = any(node[0] == "ratio" and number(0) in node for node in (a, b))
+        return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2 and not zero
+    if tag != other:  # 3:4 is 3/4
+        share, value = (one, b) if tag == "ratio" else (two, a)
+        value = exact(value) if len(share) == 2 else None
+        return value is not None and value.denominator > 1 and value == exact(divide(*share))
+    zeros = [[exact(part) == 0 for part in parts] for parts in (one, two)]
     if zeros[0] != zeros[1] or all(zeros[0]):
         return False
-    at = zeros[0].index(False) + 1
-    products = [(chain("mul", x, b[at]), chain("mul", y, a[at])) for x, y in zip(a[1:], b[1:])]
+    at = zeros[0].index(False)
+    products = [(chain("mul", x, two[at]), chain("mul", y, one[at])) for x, y in zip(one, two)]
     return all(same_value(*pair) for pair in products)
 
 
@@ -2015,19 +1724,13 @@ def converted(one, other):
     if one[0] == "option":
         letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
         return letter == one[1] or other[0] != "option" and same(one[2], other)
-    if one[:2] == ("list", "or") and other[0] != "list" and not is_set(one):  # 1/2 or 50 %
-        return all(same(item, other) for item in one[2:]) or None
-    if one[0] == "words" and other[0] in ("sym", "const", "mul"):
-        parts = other[1:] if other[0] == "mul" else [other]
-        letters = [part[1] if part[0] in ("sym", "const") else "" for part in parts]
-        return "".join(letters).lower() == one[1].lower() and set(map(len, letters)) == {1}
+    if one[0] == "words" and other[0] in ("sym", "const"):
+        return one[1].lower() == other[1].lower()
     if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
         items = list(map(statement, children(other)))
-        named = {show(item.name): item.value for item in items if item.name}
+        named = {show(name): value for name, value in items if name}
         if len(named) == len(items) == len(one) - 1:
             return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
-    if one[0] == "set" and len(one) == 2 and not is_set(other) and members(other) is None:
-        return False
     if one[0] == "array" and other[0] == "list":
         return same_items(one[1:], other[2:])
     return None
@@ -2036,25 +1739,22 @@ def converted(one, other):
 def same(a, b):
     """Whether two trees are the same answer."""
     if a == b:
-        return a != ("raw", "")
-    one, other = statement(a), statement(b)
-    x, y = (one.value, *one.rough), (other.value, *other.rough)
-    if one.name and other.name:
-        if compatible(one.name, other.name):
-            if len(one.between) == len(other.between):
-                if not all(map(same, one.between, other.between)):
-                    return False
-            if any(same_plain(u, v) for u in x for v in y):
+        return a != ("raw",)
+    equations = a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}
+    if equations and len(a[2]) == len(b[2]) > 2:  # x = 2y = 4
+        return all(map(same, a[2], b[2]))
+    (name, x), (other, y) = statement(a), statement(b)
+    if name and other:
+        if compatible(name, other):
+            if same_plain(x, y):
                 return True
-            if not symbols(one.name) & (symbols(one.value) | symbols(other.value)):
+            if not symbols(name) & (symbols(x) | symbols(y)):
                 return False
         if a[0] != "rel" or b[0] != "rel":
             return False
-    if a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}:
+    if equations:
         return len(a[2]) == len(b[2]) == 2 and same_relation((a[1][0], *a[2]), (b[1][0], *b[2]))
-    if one.name and other.name:
-        return same_plain(a, b)
-    return any(same_plain(u, v) for u in x for v in y)
+    return same_plain(a, b) if name and other else same_plain(x, y)
 
 
 def same_plain(a, b):
@@ -2069,53 +1769,33 @@ def same_plain(a, b):
         return False
     if "quantity" in tags:
         return same_quantity(a, b)
-    if "time" in tags:
-        return tags <= {"time", "ratio"} and same_time(a, b)
-    if "ratio" in tags:
+    if tags & {"time", "ratio"}:
         return same_ratio(a, b)
     if is_set(a) or is_set(b):
         return same_set(a, b)
-    items = members(a), members(b)
-    if items != (None, None):
-        return same_items(items[0] or [a], items[1] or [b])
+    if tags & {"list", "set"}:
+        return tags <= {"list", "set"} and same_items(children(a), children(b))
     if tags <= {"tuple", "array"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    if has(a, "matrix", "tuple") or has(b, "matrix", "tuple"):
-        one, other = cells(a), cells(b)
-        shape = bool(one and other) and one.keys() == other.keys()
-        return shape and all(same(one[at], other[at]) for at in one)
-    return "rel" not in tags and same_value(a, b)
+    return not tags & {"rel", "tuple", "array"} and same_value(a, b)
 
 
 # ---- verdicts
 
 
-def words_of(text):
-    """An answer's words in lower case if it is nothing but words or one letter; else ""."""
-    plain = WRAPPER.sub(r"\1", text[:MAX_ANSWER]).replace("$", "").replace("\\ ", " ")
-    plain = re.sub(r"\\left|\\right|(?i:(?:the )?(?:correct )?answer(?: is|:) )", "", plain)
-    plain = re.sub(r"^'(.*)'$", r"\1", plain.strip(" .*\"`\n\t"))
-    plain = re.sub(r"^\((.*)\)$|^(\w)\)$|^(?:option|choice) \((\w)\)$", r"\1\2\3", plain)
-    plain = " ".join(plain.split())
-    if not re.fullmatch(r"[^\W\d_]+(?:(?:, | |-(?=\w\w)|')[^\W\d_]+)*", plain):
-        return ""
-    plain = re.sub(r"(?i)^(?:the|an?|option|choice) (?=\w)", "", plain)
-    option = len(plain) == 1 and plain.lower() in "abcdefghij"
-    return plain.lower() if option or max(map(len, plain.split())) > 1 else plain
-
-
+LETTER = re.compile(  # an option and nothing else: (b), C), option (C), the answer is B
+    r"[\s.*\"`$(]*(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is|:)? \(?)?([a-j])"
+    r"[\s.*\"`$)]*", re.I,
+)
 UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
     rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
 )
 
 
-def base_ten(node):
-    return ("log", node[1], number(10)) if node[0] == "Log" else node
-
-
-def base_e(node):
-    return ("log", node[1]) if node[0] == "Log" else node
+def option_letter(text):
+    match = LETTER.fullmatch(WRAPPER.sub(r"\1", text))
+    return match[1].lower() if match else ""
 
 
 def readings(text, is_answer):
@@ -2128,21 +1808,21 @@ def readings(text, is_answer):
         texts.append(re.sub(r",(?=[1-9])", ", ", text))
     if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
+    if "log" in text:  # to base e or ten?
+        texts.append(re.sub(r"\\?log(?!\s*_|[a-z])", r"\\lg ", text))
     trees = list(map(read, texts))
     for tree in trees[:]:
         if tree[0] == "set" and len(tree) == 2 and tree[1] != ("empty",):
             trees.append(tree[1])
-        if has(tree, "Log"):
-            trees += [rebuild(tree, base_ten), rebuild(tree, base_e)]
-        if "I" in symbols(tree) and statement(tree).name != ("sym", "I"):
+        if "I" in symbols(tree) and statement(tree)[0] != ("sym", "I"):
             trees.append(replaced(tree, ("sym", "I"), ("const", "i")))
     return trees
 
 
 @lru_cache(maxsize=4096)
 def compare(answer, reference):
-    words = words_of(answer)
-    if words and words == words_of(reference):
+    letter = option_letter(answer)
+    if letter and letter == option_letter(reference):
         return True
     return any(same(a, b) for a in readings(answer, True) for b in readings(reference, False))
 
@@ -2191,16 +1871,11 @@ def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
 
 def canonical(answer):
     """A hashable key. Answers with one key are equivalent; not all equivalent ones share a key."""
-    if words := words_of(answer.strip()):
-        return "words", words
+    if letter := option_letter(answer):
+        return "option", letter
     node = read(answer.strip())
     value = exact(node) if node[0] in ("num", "mul") else None
     return ("tree", node) if value is None else ("number", value)
-
-
-def accuracy_reward(text, reference):
-    """1.0 if the last box after the thinking block holds the reference answer, else 0.0."""
-    return float(verify(text, reference, strict=True))
 
 
 def format_reward(text, think_tag="think"):
@@ -2232,43 +1907,42 @@ def format_reward(text, think_tag="think"):
 
 def show(node):
     """A tree on one line; a long number is rounded."""
-    if isinstance(node, Fraction):
-        long = max(map(int.bit_length, node.as_integer_ratio())) >= 400
-        return "(a long number)" if long else str(node)
     if isinstance(node, tuple):
-        return show(node[1]) if node and node[0] == "num" else f"({' '.join(map(show, node))})"
-    return str(node)
+        return show(node[1]) if node[:1] == ("num",) else f"({' '.join(map(show, node))})"
+    long = isinstance(node, Fraction) and bit_length(node) >= 400
+    return "(a long number)" if long else str(node)
 
 
 def grade_file(path, strict, explain, timeout_s):
     """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    rows = list(map(json.loads, filter(str.strip, Path(path).read_text("utf-8").splitlines())))
     seconds = 0.0
-    counts = Counter()
     table = {}
-    for line, row in enumerate(map(json.loads, filter(str.strip, lines)), 1):
-        reference = next((row[key] for key in ("reference", "gold", "answer") if key in row), None)
-        text = next((row[key] for key in ("pred", "completion", "answer") if key in row), None)
-        if text is None or reference is None or len(row) < 2:
+    for line, row in enumerate(rows, 1):
+        references = [row[key] for key in ("reference", "gold", "answer") if key in row]
+        texts = [row[key] for key in ("pred", "completion", "answer") if key in row]
+        if not references or not texts or len(row) < 2:
             expected = "expected pred|completion|answer, gold|reference"
             raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
         begin = time.process_time()
-        answer = extract_answer(text, strict)
-        verdict = judge(answer, str(reference), timeout_s)
+        answer = extract_answer(texts[0], strict)
+        verdict = judge(answer, str(references[0]), timeout_s)
         seconds += time.process_time() - begin
-        counts[verdict] += 1
-        mistake = bool(verdict) - row.get("expected", bool(verdict))  # 1: accepted, -1: refused
-        table.setdefault(row.get("category", "-"), Counter())[mistake] += 1
-        if explain or mistake:
-            wrong = "WRONG " * abs(mistake)
-            print(f"{wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
-    total = counts.total()
-    rate = f"{total / (seconds + 1e-9):.0f} per second"
-    print(f"{total} answers | {counts[True]} right | {counts[None]} undecided | {rate}")
-    for name, found in sorted(table.items()):
-        share = 100 * found[0] / found.total()
-        errors = f"{found[1]} false + | {found[-1]} false -"
-        print(f"{name:24} {found.total():6} | {share:.2f} % agree | {errors}")
+        counts = table.setdefault(row.get("category", "-"), Counter())
+        counts.update([verdict, "total"])
+        wrong = bool(verdict) != row.get("expected", bool(verdict))
+        if wrong:
+            counts.update(["accepted" if verdict else "refused"])
+        if explain or wrong:
+            mark = "WRONG " * wrong
+            print(f"{mark}{row.get('id', '')} {verdict}: {answer!r} for {references[0]!r}")
+    total = sum(table.values(), Counter())
+    rate = f"{len(rows) / (seconds + 1e-9):.0f} per second"
+    print(f"{len(rows)} answers | {total[True]} right | {total[None]} undecided | {rate}")
+    for name, counts in sorted(table.items()):
+        agree = 100 - 100 * (counts["accepted"] + counts["refused"]) / counts["total"]
+        errors = f"{counts['accepted']} false + | {counts['refused']} false -"
+        print(f"{name:24} {counts['total']:6} | {agree:.2f} % agree | {errors}")
 
 
 def main(args):

@@ -125,7 +125,7 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
         known = (*FAMILIES, *PUBLISHED)
         raise ValueError(f"no problem set {name!r}; there are {', '.join(known)}, or a .jsonl file"
                          f"{did_you_mean(name, known)}")
-    reason = "the file is too small to be divided"
+    reason = "there are too few to divide; hold out others (grpo.py: --eval-data)"
     if first:
         found = [problem for problem in found if problem.get("level") in levels]
         reason = f"none has a level of {first} to {last or first}"

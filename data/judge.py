@@ -122,6 +122,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"judge.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -52,9 +52,11 @@ def read_raw(path, settings):
                 text = json.dumps(row, ensure_ascii=False)
                 row = json.loads(text.encode("utf-8", "replace"))
             if number > 1:
+                if not isinstance(row["text"], str) or not isinstance(row["finish"], str):
+                    raise TypeError
                 traces.setdefault((row["problem_id"], row["sample"]), row)
                 continue
-            found = row["settings"]
+            found = dict(row["settings"])
         except (ValueError, KeyError, TypeError):
             where = f"{path}, line {number}"
             raise ValueError(f"{where}: not a raw trace; give another --out") from None

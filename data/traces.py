@@ -107,6 +107,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if bool(args.teacher_url) != bool(args.teacher_model):
         p.error("--teacher-url and --teacher-model belong together")
+    if args.teacher_url and not re.match("https?://.", args.teacher_url):
+        p.error(f"--teacher-url {args.teacher_url}: expected http://... or https://...")
     return args
 
 
@@ -114,7 +116,7 @@ def parse_args(argv=None):
 
 
 def ask_model(jobs, settings, keep, *, samples, device, max_batch):
-    """Asks a model directory, as many problems at once as a batch holds."""
+    """Asks a model directory; each answer is kept as it ends."""
     path = model.resolve_model(settings["model"])
     config = model.load_config(path)
     tokenizer = model.load_tokenizer(path)
@@ -129,23 +131,22 @@ def ask_model(jobs, settings, keep, *, samples, device, max_batch):
         prompts.append(model.encode_chat(tokenizer, [question], system=system))
     problems, prompts = fit_context(problems, prompts, config, reply_tokens=1)
     wanted = {(problem["id"], sample) for problem, sample in jobs}
-    step = max(1, max_batch // samples)
-    for begin in range(0, len(problems), step):
-        asked = problems[begin:begin + step]
-        groups = generate(
-            params, config, prompts[begin:begin + step], num_samples=samples, stop_tokens=ends,
-            max_batch=max_batch, max_new_tokens=settings["max_new_tokens"],
-            temperature=settings["temperature"], seed=settings["seed"],
-            seeds=[zlib.crc32(problem["id"].encode()) for problem in asked],
-        )
-        for problem, prompt, group in zip(asked, prompts[begin:], groups):
-            for sample, completion in enumerate(group):
-                if (problem["id"], sample) in wanted:
-                    keep(problem, sample, {
-                        "text": completion_text(tokenizer, completion, ends),
-                        "finish": completion.finish, "prompt_tokens": len(prompt),
-                        "completion_tokens": len(completion.tokens),
-                    })
+
+    def keep_ended(ended, num_tokens):
+        for i, sample, completion in ended:
+            if (problems[i]["id"], sample) in wanted:
+                keep(problems[i], sample, {
+                    "text": completion_text(tokenizer, completion, ends),
+                    "finish": completion.finish, "prompt_tokens": len(prompts[i]),
+                    "completion_tokens": len(completion.tokens),
+                })
+
+    generate(
+        params, config, prompts, num_samples=samples, stop_tokens=ends, max_batch=max_batch,
+        max_new_tokens=settings["max_new_tokens"], temperature=settings["temperature"],
+        seed=settings["seed"], seeds=[zlib.crc32(problem["id"].encode()) for problem in problems],
+        on_step=keep_ended,
+    )
 
 
 def teacher_settings(args):
@@ -475,6 +476,8 @@ def main(args):
     if complaints:
         unanswered += f", most often: {complaints.most_common(1)[0][0]}"
     traces = [trace for trace in traces if trace["problem_id"] in problems]
+    places = {name: place for place, name in enumerate(problems)}  # not as they happened to come
+    traces.sort(key=lambda trace: (places[trace["problem_id"]], trace["sample"]))
     records = [make_record(trace, problems[trace["problem_id"]], settings, args)
                for trace in traces]
 
@@ -525,7 +528,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         sys.exit(main(parse_args()))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"traces.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -23,6 +23,12 @@ from data.prompts import encode_prompt
 wrong = []
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a decode step")
+    return parser.parse_args(argv)
+
+
 def report(what, value, bound):
     """One line: a figure that must not exceed `bound`."""
     ok = value <= bound
@@ -137,10 +143,7 @@ def profile(device, size="1.5b", rows=64):
                                      max_name_column_width=70))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", action="store_true")
-    args = parser.parse_args()
+def main(args):
     device = optim.find_device("cuda")
     print(torch.__version__, "| CUDA", torch.version.cuda, "| cuDNN",
           torch.backends.cudnn.version(), "|", torch.cuda.get_device_name(device),
@@ -155,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

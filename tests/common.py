@@ -204,7 +204,8 @@ def scripted(reply_fn, calls=None):
         tokens = tokens[:limit]
         return Completion(tokens, [-0.25] * len(tokens), finish)
 
-    def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100, **_):
+    def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100,
+                 on_step=None, **_):
         if calls is not None:
             calls.append(len(prompts))
         rows = []
@@ -213,6 +214,9 @@ def scripted(reply_fn, calls=None):
             seed = seeds[i] if seeds else i
             rows.append([complete(reply_fn(text, seed, sample), max_new_tokens)
                          for sample in range(num_samples)])
+            if on_step:
+                ended = [(i, sample, c) for sample, c in enumerate(rows[-1])]
+                on_step(ended, sum(len(c.tokens) for c in rows[-1]))
         return rows
 
     return generate
@@ -227,6 +231,6 @@ def scripted_setup(problems, **options):
     defaults = {"prompt": "cot", "system": None, "shots": [], "think_tag": "think",
                 "num_samples": 1, "temperature": 0.7, "top_p": 1.0, "top_k": 0, "seed": 0,
                 "max_new_tokens": 100, "max_batch": 64}
-    settings = {"model": "scripted", "data": "sums", "split": "test"}
+    settings = {"model": "tiny", "data": "sums", "split": "test"}
     prompts = [encode_prompt(tokenizer, "cot", p) for p in problems]
     return Setup(params, config, tokenizer, problems, prompts, defaults | options, settings)

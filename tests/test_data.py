@@ -780,6 +780,9 @@ def test_data_http_teacher_loses_and_doubles_nothing():
         assert f"{10 * missing} prompt + {7 * missing} completion tokens" in said
         assert {auth for _, _, auth, _ in server.log} == {"Bearer sk-secret"}
         assert "sk-secret" not in card + raw.read_text()
+        head, *lines = raw.read_text().splitlines(True)
+        raw.write_text(head + "".join(reversed(lines)))
+        assert _traces(home, *flags)[0] == records, "whatever the order in which they came"
         assert _traces(home, *flags)[0] == records and len(server.log) == asked + missing
 
 
@@ -793,6 +796,20 @@ def test_data_http_teacher_of_strange_replies():
         path = Path(home) / "traces.raw.jsonl"
         path.write_text(path.read_text().replace("? The", "\\ud83d The"))  # as older code left it
         assert _traces(home, *flags)[0] == records and len(server.log) == 4
+
+
+def test_data_raw_traces_that_are_none_are_named():
+    with tempfile.TemporaryDirectory() as home:
+        path = Path(home) / "raw.jsonl"
+        whole = {"problem_id": "a", "sample": 0, "text": "x", "finish": "stop"}
+        for rows in ([[]], [{"settings": 3}], [{"settings": {}}, whole | {"text": None}],
+                     [{"settings": {}}, {"problem_id": "a", "sample": 0}],
+                     [{"settings": {}}, whole | {"sample": []}]):
+            _write_lines(path, rows)
+            with raises(ValueError, f"raw.jsonl, line {len(rows)}: not a raw trace"):
+                teachers.read_raw(path, {})
+        _write_lines(path, [{"settings": {}}, whole])
+        assert teachers.read_raw(path, {})[0] == {("a", 0): whole}
 
 
 def test_data_http_teacher_says_why_it_fails_and_ends_in_time():
@@ -863,7 +880,7 @@ def test_data_traces_of_a_local_model():
         path.write_text("".join(raw.splitlines(True)[:-2]))
         with raises(ValueError, "no trace is left"):
             _traces(home, *flags)
-        assert path.read_text() == raw  # the same samples, one by one
+        assert sorted(path.read_text().splitlines()) == sorted(raw.splitlines())  # the same samples
         _write_lines(Path(home) / "long.jsonl", [
             {"problem": "1+" * 600 + "1", "answer": "601"}, {"problem": "1+1", "answer": "2"}])
         with raises(ValueError, "no trace is left", "outcome 1"):

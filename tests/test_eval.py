@@ -237,31 +237,32 @@ def test_eval_votes_pool_equivalent_answers():
 
 
 def test_eval_interrupted_run_ends_with_the_same_records():
-    """Killed in its third round, with half a line written, the run goes on: nothing is asked twice
-    and the order is kept."""
-    setup = scripted_setup(sum_problems(11), max_batch=1)
-    calls = []
+    """Killed at its seventh answer, with half a line written, the run goes on: nothing is asked
+    twice. Records were written by the hundred: with a real model, a kill lost twenty minutes."""
+    setup = scripted_setup(sum_problems(11))
+    asked = []
 
     def reply(text, seed, sample):
+        asked.append(text)
         return f"\\boxed{{{seed % 3}}}"
 
     def killed(text, seed, sample):
-        if len(calls) == 3:
+        if len(asked) == 6:
             raise KeyboardInterrupt
         return reply(text, seed, sample)
 
     whole = _collect(setup, reply)
+    asked.clear()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.jsonl"
         setup = setup._replace(records=path)
         with contextlib.suppress(KeyboardInterrupt):
-            _collect(setup, killed, calls)
+            _collect(setup, killed)
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") == 6
         path.write_text(text + text[:70], encoding="utf-8")  # it died while it wrote a line
-        calls.pop()
-        resumed = _collect(setup, reply, calls)
-        assert _without_seconds(resumed) == _without_seconds(whole) and sum(calls) == 11, calls
+        resumed = _collect(setup, reply)
+        assert _without_seconds(resumed) == _without_seconds(whole) and len(asked) == 11
         kept = evaluation.read_records(path).values()
         assert _without_seconds(kept) == _without_seconds(whole)
         other = setup._replace(options=setup.options | {"temperature": 1.0})
@@ -297,13 +298,13 @@ def test_eval_records_do_not_depend_on_the_number_of_processes():
         lines = Path(folder, "one.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         Path(folder, "broken.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
         run(*words, "--processes", 3, "--records", f"{folder}/broken.jsonl")
-        one, three, broken = (evaluation.read_records(f"{folder}/{name}.jsonl").values()
+        one, three, broken = (evaluation.read_records(f"{folder}/{name}.jsonl")
                               for name in ("one", "three", "broken"))
-        for record in (*one, *three, *broken):
+        for record in (*one.values(), *three.values(), *broken.values()):
             record.pop("seconds")
             for sample in record["samples"]:
                 sample["logprob"] = round(sample["logprob"], 1)  # equal to rounding
-        assert len(one) == 7 and list(one) == list(three) == list(broken)
+        assert len(one) == 7 and one == three == broken
         rows = [json.loads(line) for line in open(f"{folder}/rows.jsonl", encoding="utf-8")]
         assert [row["processes"] for row in rows] == [1, 3, 3]
 
@@ -476,3 +477,27 @@ def test_eval_on_a_full_or_forbidden_disk():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert path.read_text() == '{"a": 1}\n', "no half of a line"
+
+
+def test_eval_long_tables_fit_a_terminal():
+    rows = [["greedy", "1.0 [0, 2]"], ["b", 3]]
+    text = evaluation.markdown(["method", "accuracy, % [95 %]"], rows)
+    for columns, expected in ((80, text + "\n"), (30, (
+            "method              greedy\naccuracy, % [95 %]  1.0 [0, 2]\n\n"
+            "method              b\naccuracy, % [95 %]  3\n\n"))):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            said.isatty = lambda: True
+            with mock.patch.dict("os.environ", COLUMNS=str(columns)):
+                evaluation.say_table(text)
+        assert said.getvalue() == expected, said.getvalue()
+
+
+def test_eval_records_that_are_none_are_named():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
+                     '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
+                     '{"id": 1, "settings": {}, "samples": 3}'):
+            path.write_text(line + "\n", encoding="latin-1")
+            with raises(ValueError, "records.jsonl, line 1: not a record of eval.py"):
+                evaluation.read_records(path, {"seed": 0})

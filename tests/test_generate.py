@@ -397,6 +397,20 @@ def test_generate_step_of_the_static_engine_compiles_to_one_graph():
             assert _tokens(generate(form, config, _PROMPTS[:2], **ask)) == _tokens(plain)
 
 
+def test_generate_reports_what_ends_as_it_ends():
+    """A whole chunk of answers came at once, and nothing moved for twenty minutes before."""
+    params, config = _sampler()
+    calls = []
+    answers = generate(params, config, _PROMPTS, num_samples=2, max_new_tokens=30, max_batch=3,
+                       stop_tokens=range(5), on_step=lambda *call: calls.append(call))
+    ended = [each for call in calls for each in call[0]]
+    assert sorted(each[:2] for each in ended) == [(p, s) for p in range(4) for s in range(2)]
+    assert all(completion is answers[p][s] for p, s, completion in ended)
+    total = sum(len(c.tokens) for row in answers for c in row)
+    assert sum(num_tokens for _, num_tokens in calls) == total
+    assert any(num_tokens and not ended for ended, num_tokens in calls), "it moves in between, too"
+
+
 def test_generate_refuses_bad_input():
     params, config = _sampler()
     good = {"prompts": [[1, 2]], "max_new_tokens": 4}

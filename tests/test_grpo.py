@@ -131,7 +131,7 @@ def _group(texts, answers=None, lengths=None, limit=100):
     problem = {"problem": "How many?", "answer": "4"}
     lengths = lengths or [len(t) for t in texts]
     completions = [generate.Completion(list(range(n)), [0.0] * n, "stop") for n in lengths]
-    right = [verify.accuracy_reward(text, "4") == 1 for text in texts]
+    right = [verify.verify(text, "4", strict=True) for text in texts]
     return grpo.Group(problem, [], texts, completions, right, limit, "think")
 
 
@@ -901,6 +901,8 @@ def test_grpo_goes_on_from_an_adapter():
         assert learned["kl"] == 0
         error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
         assert "--lora-rank is 0" in error and "rank 4" in error, error
+        known = optim.read_trained_on(adapter)
+        assert known and known <= optim.read_trained_on(f"{scratch}/b/checkpoints/step_000001")
         texts = []
         for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
             records = Path(scratch, f"{i}.jsonl")
@@ -1005,7 +1007,8 @@ def test_grpo_stops_at_an_accuracy():
     """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
     with tempfile.TemporaryDirectory() as scratch:
         words = [*GRPO_RUN[1:], "--run-dir", scratch, "--eval-every", 1, "--until", 0.5]
-        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0], [1, 0]]):
+        answers = [[0, 0], [0], [0], [1, 0], [0]]  # on dev, on the test before and after
+        with mock.patch.object(grpo, "right_answers", side_effect=answers):
             out = in_process("grpo", *words)
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
         asked, never, always = map(int, re.search(
@@ -1014,7 +1017,7 @@ def test_grpo_stops_at_an_accuracy():
         assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
         assert 4 <= asked <= 12
         assert "step 2/4" not in in_process("grpo", "--run-dir", scratch, "--resume")
-        with mock.patch.object(grpo, "evaluate", side_effect=[[0, 0]] * 3):
+        with mock.patch.object(grpo, "right_answers", side_effect=[[0, 0]] * 4):
             out = in_process("grpo", "--run-dir", scratch, "--resume", "--until", 1.0)
         assert "step 2/4" in out and "step 4/4" in out, out
 

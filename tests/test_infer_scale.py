@@ -84,17 +84,15 @@ def test_scale_budget_by_level():
     """A model that is right once it may think 10 tokens per level."""
     tokenizer = bytes_tokenizer()
 
-    def generate(params, config, prompts, *, think_budget=0, temperature, **_):
+    def generate(params, config, prompts, *, think_budget=0, temperature, on_step, **_):
         assert temperature == 0
-        rows = []
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
             n = _asked(tokenizer.decode(prompt, skip_special_tokens=False))
             needed = 10 * (n % 2 + 1)
             thought = "." * min(needed, think_budget or needed)
             answer = n + 1 if len(thought) == needed else 99
             tokens = tokenizer.encode(f"{thought}\\boxed{{{answer}}}").ids
-            rows.append([Completion(tokens, [-0.1] * len(tokens), "stop")])
-        return rows
+            on_step([(i, 0, Completion(tokens, [-0.1] * len(tokens), "stop"))], len(tokens))
 
     problems = [p | {"level": i % 2 + 1} for i, p in enumerate(sum_problems(40))]
     rows, out = _printed(

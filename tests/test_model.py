@@ -446,11 +446,15 @@ def test_model_adapters_of_peft():
         extra = tensors | {stem + ".lora_magnitude_vector": torch.ones(64)}
         for wrong, changes, said in ((half, {}, "half"), (extra, {}, "lora_magnitude_vector"),
                                      ({}, {}, "empty"), (tensors, {"r": 3}, "[4, 64]"),
-                                     (tensors, {"r": None}, "None")):
+                                     (tensors, {"r": None}, "None"),
+                                     (tensors, {"lora_alpha": "8"}, "lora_alpha is '8'")):
             write(wrong, **changes)
             with raises(ValueError, said):
                 model.load_adapter(home, config)
         write(tensors)
+        (home / "adapter_model.safetensors").write_bytes(b"no tensors")
+        with raises(ValueError, "adapter_model.safetensors: cannot be read"):
+            model.load_adapter(home, config)
         (home / "adapter_model.safetensors").unlink()
         with raises(FileNotFoundError, "adapter_model.safetensors"):
             model.load_adapter(home, config)
@@ -621,6 +625,7 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"rms_norm_eps": "1e-6"}, "rms_norm_eps", "'1e-6'", "positive number"),
             ({"rms_norm_eps": math.nan}, "rms_norm_eps", "nan"),
             ({"rope_theta": math.inf}, "rope_theta", "inf"),
+            ({"rms_norm_eps": 10**20}, "rms_norm_eps", "1" + 20 * "0", "below 1e+15"),
             ({"tie_word_embeddings": "no"}, "tie_word_embeddings", "'no'"),
             ({"hidden_size": 900}, "hidden_size 900", "14 heads"),
             ({"hidden_size": 14 * 63}, "even head_dim", "63"),
@@ -804,6 +809,11 @@ def test_model_odd_files_of_a_directory_are_named():
         tokenizer.enable_padding(length=9)
         tokenizer.save(str(home / "tokenizer.json"))
         assert len(model.load_tokenizer(home).encode("1+2+3+4").ids) == 7
+        raw = json.loads((home / "tokenizer.json").read_text())
+        raw["model"]["continuing_subword_prefix"] = "<|im_end|>"  # the library panics
+        (home / "tokenizer.json").write_text(json.dumps(raw))
+        with raises(ValueError, "tokenizer.json", "not a tokenizer"):
+            model.load_tokenizer(home)
         os.mkfifo(home / "model.safetensors")
         assert weights_hash(home)
 

@@ -1,0 +1,92 @@
+"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, in twelve small steps.
+
+    python -m docs.exercises none          # as it is, to compare with
+    python -m docs.exercises baseline      # broken; then the metrics of a few steps
+    python -m docs.exercises baseline --seed 1      # with any flags of grpo.py
+
+Each breakage is a function that replaces a part of grpo.py before its `main` begins.
+"""
+
+import json
+from pathlib import Path
+
+import grpo
+import optim
+
+FLAGS = ["--steps", "12", "--prompts", "16", "--warmup", "3", "--eval-every", "12",
+         "--eval-limit", "100", "--test-limit", "0"]
+SHOWN = ("reward", "accuracy", "length", "truncated", "entropy", "ratio", "clipped_high",
+         "mismatch", "grad_norm", "dev_accuracy")
+
+
+def drop_baseline():
+    """An advantage is the reward itself: whatever earns something becomes likelier."""
+    grpo.group_advantages = lambda rewards, scale: rewards
+
+
+def forget_mask():
+    """Padding counts as tokens, and each row is divided by its own number of them."""
+    policy_loss = grpo.policy_loss
+
+    def unmasked(logprobs, old_logprobs, ref_logprobs, advantages, mask, **how):
+        how["total"] = None
+        ones = mask.new_ones(mask.shape)
+        return policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, ones, **how)
+
+    grpo.policy_loss = unmasked
+
+
+def score_at_one():
+    """The loss takes log-probabilities at temperature 1, whatever the completions were drawn at."""
+    row_logprobs = grpo.row_logprobs
+
+    def at_one(params, config, row, temperature, *rest):
+        return row_logprobs(params, config, row, 1.0, *rest)
+
+    grpo.row_logprobs = at_one
+
+
+def lines(group):
+    """A reward for care: up to 1 with the lines that were written, of twenty."""
+    return [min(1.0, text.count("\n") / 20) for text in group.texts]
+
+
+EXERCISES = {  # name: (what it breaks, or None; flags)
+    "none": (None, []),
+    "reuse": (None, ["--updates", "4"]),
+    "clip": (None, ["--updates", "4", "--clip-low", "0.999", "--clip-high", "1e9"]),
+    "baseline": (drop_baseline, []),
+    "mask": (forget_mask, []),
+    "cool": (None, ["--temperature", "0.5"]),
+    "temperature": (score_at_one, ["--temperature", "0.5"]),
+    "hacked": (None, ["--reward", "docs/exercises.py:lines=1"]),
+}
+
+
+def parse_args(argv=None):
+    """(the exercise's name, the flags of grpo.py)."""
+    parser = optim.Parser(__doc__)
+    parser.add_argument("name", choices=EXERCISES)
+    chosen, others = parser.parse_known_args(argv)
+    run_dir = f"runs/exercises/{chosen.name}"
+    flags = [*FLAGS, "--run-dir", run_dir, "--overwrite", *EXERCISES[chosen.name][1], *others]
+    return chosen.name, grpo.parse_args(flags)
+
+
+def main(parsed):
+    name, args = parsed
+    breakage, _ = EXERCISES[name]
+    if breakage:
+        breakage()
+    grpo.main(args)
+    lines = Path(args.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    shown = [record for record in steps if record["step"] in (1, 4, 8, args.steps)]
+    optim.say(f"\n{name:14}", *(f"step {record['step']:<6}" for record in shown))
+    for metric in SHOWN:
+        values = [record.get(metric) for record in shown]
+        optim.say(f"{metric:14}", *(" " * 11 if v is None else f"{v:<11.4g}" for v in values))
+
+
+if __name__ == "__main__":
+    optim.run_main(main, parse_args)
