@@ -23,7 +23,6 @@ HOME = Path("runs/distillation")
 LABELS = {
     "grpo": "GRPO (the teacher)",
     "distilled": "distilled from it on its own samples, without rewards",
-    "both": "the same beside the verifier's reward",
     "sft_teacher": "supervised on the teacher's verified samples",
     "sft_own": "supervised on its own verified samples",
     "sft_control": "supervised on as many of its own at random"}
@@ -64,9 +63,7 @@ def learn(steps):
     usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
     last = f"checkpoints/step_{steps:06d}"
     teacher = HOME / "grpo" / last
-    distil = ["--teacher", teacher]
-    for name, flags in (("grpo", []), ("distilled", distil),
-                        ("both", [*distil, "--reward", "accuracy=1", "format=0.1"])):
+    for name, flags in (("grpo", []), ("distilled", ["--teacher", teacher])):
         run(HOME / name / last, "grpo.py", "--steps", steps, *usual, *flags, "--refill", 0,
             "--test-limit", 0, "--run-dir", HOME / name)
     right = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
