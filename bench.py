@@ -26,6 +26,7 @@ import grpo
 import model
 import optim
 from data.prompts import encode_prompt
+from engine import Engine, sampling_params
 from eval import markdown
 from optim import all_sum, at_least, gather_objects, rank_and_world, say
 
@@ -149,7 +150,7 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
     rng = random.Random(0)
     prompts = [[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths]
     runs = []
-    engine = generate.Engine()
+    engine = Engine()
     captured = 0.0
     for _ in range(args.repeat + 1):
         gather_objects(None)
@@ -177,7 +178,7 @@ def bench_sample(args):
         path = model.resolve_model(args.model)
         config = model.load_config(path)
         params = model.load_params(path, "cpu", dtype)
-    params = generate.sampling_params(params, config, device=device)
+    params = sampling_params(params, config, device=device)
     _, world, _ = optim.init_distributed(args.device, args.processes)
     like = params["model.norm.weight"]
     ceiling = machine_ceiling(like, args.repeat)

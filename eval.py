@@ -37,7 +37,8 @@ from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_flag, prompt_hash, render_prompt
-from generate import Engine, add_sampling_flags, completion_text, generate, sampling_params
+from engine import Engine, sampling_params
+from generate import add_sampling_flags, completion_text, generate
 from optim import at_least, gather_objects, rank_and_world, run_main, say
 from verify import canonical, equivalent, extract_answer, verify_many
 

@@ -16,27 +16,28 @@ step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 
 import functools
 import hashlib
-import itertools
 import math
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
 import model
-from attention import (
-    Layout,
-    Slots,
-    decode_attention,
-    has_varlen,
-    padded_length,
-    prefill_attention,
-    slot_decode,
-    slot_prefill,
+from attention import Slots, decode_attention, has_varlen, slot_decode
+from engine import (
+    Batch,
+    Engine,
+    graph_step,
+    new_store,
+    prepare,
+    sampling_params,
+    seat,
+    seat_in_slots,
+    steps_left,
 )
 from optim import (
     Parser,
@@ -171,55 +172,6 @@ def truncated_draw(probs, noise, top_p, top_k):
     return ids.gather(1, places.clamp_(max=ids.shape[1] - 1))
 
 
-# ------------------------------------------------------------ weights
-
-
-def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
-    """The form of the weights that `generate` runs on: a new dict, under the same names.
-
-    Adapters are merged. On a CPU matrices are packed for oneDNN, whose products are the same to the
-    last bit for (almost) any number of rows; `packed` False leaves that out. Where weights are
-    copied anyway, those of one input are joined, as model.linears knows. Those that stay as they
-    are, are shared with `params`; what is packed already is returned. Call it again after an
-    update; out: the form of before, which a GPU writes into, so that what reads it may stay.
-    """
-    if model.head_weight(params).is_mkldnn:
-        return params
-    like = params["model.norm.weight"]
-    device = torch.device(device or like.device)
-    if packed is None:
-        packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    sources = {name: [name] for name in params if ".lora_" not in name}
-    if packed:
-        sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
-    if packed or device != like.device or len(sources) < len(params):
-        sources = joined_sources(sources, config)
-    form = {}
-    for name, parts in sources.items():  # one after the other: never a second copy of all weights
-        parts = [model.merged_weight(params, part).detach() for part in parts]
-        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-        weight = weight.to(device, dtype or like.dtype)
-        if packed and weight.dim() == 2 and name != "model.embed_tokens.weight":
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
-        elif out and out[name].data_ptr() != weight.data_ptr():
-            weight = out[name].copy_(weight)
-        form[name] = weight
-    return form
-
-
-def joined_sources(sources, config):
-    """{name: [itself]} with the JOINED layers under one name: {joined name: their names}."""
-    for layer in range(config.num_hidden_layers):
-        for part, names in model.JOINED.items():
-            pre = f"model.layers.{layer}.{part}"
-            for kind in (".weight", ".bias"):
-                found = [pre + name + kind for name in names]
-                if found[0] in sources:  # the MLP has no biases
-                    sources = {k: v for k, v in sources.items() if k not in found}
-                    sources[pre + "+".join(names) + kind] = found
-    return sources
-
-
 # ------------------------------------------------------------ stopping, and thinking budgets
 
 
@@ -332,308 +284,13 @@ def finish_reason(row, sampling):
     return "length" if len(row.tokens) >= row.limit else None
 
 
-# ------------------------------------------------------------ the plain batch: stores that grow
-
-
-@dataclass
-class Store:
-    """Keys and values of owners, one row each: of the running rows, or of their prompts."""
-    layers: list  # [keys, values] of each layer, [K, rows, slots, head_dim] each
-    rows: dict  # owner: its row
-
-
-def new_store(config, like):
-    """An empty Store like the tensor `like`.
-
-    With the heads outside, rows of a prompt that stand side by side are one product with its keys.
-    A CPU has no bfloat16 product with float32 results: it keeps keys in float32 instead of turning
-    them at every step.
-    """
-    key_dtype = like.dtype if like.is_cuda else torch.float32
-    keys = like.new_zeros(config.num_key_value_heads, 0, 0, config.head_dim, dtype=key_dtype)
-    layers = [[keys, keys.to(like.dtype)] for _ in range(config.num_hidden_layers)]
-    return Store(layers, {})
-
-
-@dataclass
-class Batch:
-    """The rows that decode together: what they have said, and their prompts."""
-    own: Store
-    prompts: Store
-    budget: float  # slots that they may take
-
-    @property
-    def rows(self):
-        return self.own.rows
-
-    @property
-    def layers(self):
-        return self.own.layers + self.prompts.layers
-
-
-def padded_slots(length, block=32):
-    """Slots for rows of this length, with room to go on."""
-    return -(-(length + 1 + length // 16) // block) * block
-
-
-def cache_slots(rows, prompts, prompt, completion, static):
-    """Slots that so many rows and prompts take, the longest of `completion` and `prompt` tokens."""
-    if static:
-        return power_of_two(rows) * static_slots(prompt + completion)
-    return rows * padded_slots(completion) + prompts * padded_slots(prompt)
-
-
-def slots_needed(rows):
-    prompts = len({row.prompt_owner for row in rows})
-    longest = max(len(row.tokens) for row in rows)
-    return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, static=False)
-
-
-def schedule(batch, waiting, max_batch):
-    """The rows to run: preempts some while the budget is exceeded, admits waiting ones."""
-    running = list(batch.rows)
-    while len(running) > 1 and slots_needed(running) > batch.budget:
-        youngest = min(running, key=lambda row: len(row.tokens))
-        running.remove(youngest)
-        waiting.appendleft(youngest.restarted())
-    while waiting and len(running) < max_batch:
-        if running and slots_needed([*running, waiting[0]]) > batch.budget:
-            break
-        running.append(waiting.popleft())
-    return running
-
-
-def allocate(store, owners, length):
-    """Give every owner a row of the store for `length` tokens, others none. Returns the new ones.
-
-    The store is made anew, layer by layer, where it is too small, or a quarter too large.
-    """
-    store.rows = {owner: row for owner, row in store.rows.items() if owner in owners}
-    rows, slots = len(owners), padded_slots(length)
-    _, old_rows, old_slots, _ = store.layers[0][0].shape
-    if not (0.75 * old_rows < rows <= old_rows and 0.75 * old_slots < slots <= old_slots):
-        kept, both = list(store.rows.values()), min(slots, old_slots)
-        for layer in store.layers:
-            for i, old in enumerate(layer):
-                layer[i] = old.new_zeros(old.shape[0], rows, slots, old.shape[3])
-                layer[i][:, :len(kept), :both] = old[:, kept, :both]
-        store.rows = {owner: row for row, owner in enumerate(store.rows)}
-    fresh = [owner for owner in owners if owner not in store.rows]
-    free = sorted(set(range(store.layers[0][0].shape[1])) - set(store.rows.values()))
-    store.rows.update(zip(fresh, free))
-    return fresh
-
-
-def prefill(params, config, store, owners, prompts, chunk):
-    """Write the keys and values of the owners' prompts, about `chunk` tokens at a time."""
-    todo = [(prompts[owner[0]][:-1], store.rows[owner]) for owner in owners]
-    todo = sorted((pair for pair in todo if pair[0]), key=lambda pair: -len(pair[0]))
-    device = store.layers[0][0].device
-    while todo:
-        longest = len(todo[0][0])
-        width = min(padded_length(longest), chunk)
-        padded = -(-longest // width) * width
-        now, todo = todo[:chunk // width], todo[chunk // width:]
-        tokens = [prompt + [0] * (padded - len(prompt)) for prompt, _ in now]
-        tokens = torch.tensor(tokens, device=device)
-        rows = torch.tensor([row for _, row in now], device=device)
-        for begin in range(0, longest, width):
-            part = tokens[:, begin:begin + width]
-            positions = torch.arange(begin, begin + width, device=device).expand(part.shape)
-            attend_fn = prefill_attention(store.layers, rows, begin)
-            model.hidden_states(params, config, part, positions, attend_fn)
-
-
-def batch_layout(batch):
-    """The Layout of a batch; rows of the stores without an owner hold zeros."""
-    K, B, slots, _ = batch.own.layers[0][0].shape
-    N, P = batch.prompts.layers[0][0].shape[1:3]
-    lengths, held = [0] * B, [0] * N
-    groups = [[] for _ in range(N)]  # the rows of each prompt
-    for row, at in sorted(batch.rows.items(), key=lambda item: item[1]):
-        prompt = batch.prompts.rows[row.prompt_owner]
-        lengths[at], held[prompt] = len(row.tokens), row.held
-        groups[prompt].append(at)
-    g = max(map(len, groups))
-    places = [0] * B
-    for prompt, group in enumerate(groups):
-        for i, at in enumerate(group):
-            places[at] = prompt * g + i
-    members = [group + [0] * (g - len(group)) for group in groups]
-    if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
-        places = []
-    lengths = torch.tensor(lengths)
-    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
-    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-    next_slots = (torch.arange(K * B).view(K, B) * slots + lengths).flatten()
-    columns = (next_slots, lengths, prompt_bias, members, places)
-    device = batch.own.layers[0][0].device
-    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
-
-
-def seat(params, config, batch, waiting, prompts, max_batch, chunk):
-    """Choose the rows that run and bring their prompts into the cache. Returns their State."""
-    running = schedule(batch, waiting, max_batch)
-    allocate(batch.own, running, max(len(row.tokens) for row in running))
-    owners = dict.fromkeys(row.prompt_owner for row in running)
-    fresh = allocate(batch.prompts, owners, max(row.held for row in running))
-    prefill(params, config, batch.prompts, fresh, prompts, chunk)
-    keys = batch.own.layers[0][0]
-    return batch_state(batch.rows, keys.shape[1], keys.device)._replace(layout=batch_layout(batch))
-
-
-# ------------------------------------------------------------ the static batch: slots that stay
-
-
-@dataclass
-class Engine:
-    """What a GPU keeps from one call of `generate` to the next: it all stays where it is.
-
-    A row holds its prompt and what it said in the slots of its place, among the first B = 1, 2, 4,
-    ... places. A CUDA graph of a step with B rows is captured once, and replayed from then on.
-    """
-    cache: Slots | None = None
-    rows: dict = field(default_factory=dict)  # the running rows, and their places
-    graphs: dict = field(default_factory=dict)  # {(B, settings): (graph, its State, what it draws)}
-    weights: tuple = ()  # addresses of the tensors that the graphs read
-    stream: Any = None  # on which they are captured
-    form: dict | None = None  # the weights, by who updates them in place
-
-    @property
-    def layers(self):
-        return self.cache.layers
-
-    @property
-    def places(self):
-        return len(self.layers[0][0]) // self.cache.size
-
-    def release(self):
-        """Give all memory back; the next call allots and captures anew."""
-        self.rows.clear()
-        self.graphs.clear()
-        self.cache = self.form = None
-
-
-def power_of_two(n):
-    """The power of two at or above n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def static_slots(length):
-    """Slots of a place for rows of this length: few sizes, so that a cache fits the next call."""
-    return -(-length // 128) * 128
-
-
-def prepare(engine, params, config, rows, length, budget):
-    """A cache for so many rows of `length` tokens, as many as `budget` slots hold, at least one.
-
-    What is there stays when it is large enough, and so do the graphs while weights and cache do.
-    """
-    engine.rows.clear()
-    size = static_slots(length)
-    rows = power_of_two(rows)
-    while rows > 1 and rows * size > budget:
-        rows //= 2
-    weights = tuple(tensor.data_ptr() for tensor in params.values())
-    like = params["model.norm.weight"]
-    small = not engine.cache or engine.cache.size < size or engine.places < rows
-    if small or engine.layers[0][0].dtype != like.dtype:
-        if engine.cache:
-            size, rows = max(size, engine.cache.size), max(rows, engine.places)
-            engine.cache = None  # before the next one is allotted
-        shape = (rows * size, config.num_key_value_heads, config.head_dim)
-        layers = [[like.new_zeros(shape) for _ in range(2)]
-                  for _ in range(config.num_hidden_layers)]
-        engine.cache = Slots(layers, size)
-    if small or weights != engine.weights:
-        engine.graphs.clear()
-    engine.weights = weights
-
-
-def take_places(engine, waiting, most):
-    """Admit waiting rows, at most `most` in all: (B, the new rows).
-
-    A row that stands beyond the first B places moves into a free one.
-    """
-    admitted = [waiting.popleft() for _ in range(min(most - len(engine.rows), len(waiting)))]
-    B = power_of_two(len(engine.rows) + len(admitted))
-    free = sorted(set(range(B)) - set(engine.rows.values()), reverse=True)
-    moves = {}
-    for row, place in engine.rows.items():
-        if place >= B:
-            moves[place] = engine.rows[row] = free.pop()
-    if moves:
-        device = engine.layers[0][0].device
-        old, new = (torch.tensor([*places], device=device) for places in (moves, moves.values()))
-        for cached in itertools.chain(*engine.layers):
-            cached = cached.unflatten(0, (-1, engine.cache.size))
-            cached.index_copy_(0, new, cached.index_select(0, old))
-    engine.rows.update((row, free.pop()) for row in admitted)
-    return B, admitted
-
-
-def prefill_slots(params, config, engine, rows, prompts, chunk):
-    """Write the keys and values of the prompts of `rows`, about `chunk` tokens at a time."""
-    places = {}  # of the samples of each prompt
-    for row in rows:
-        if row.held:
-            places.setdefault(row.prompt, []).append(engine.rows[row])
-    device = engine.layers[0][0].device
-    todo = list(places)
-    while todo:
-        now = [todo.pop()]
-        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
-            now.append(todo.pop())
-        lengths = [len(prompts[p]) - 1 for p in now]
-        tokens, positions, sources, slots = [], [], [], []
-        for p, n in zip(now, lengths):
-            for place in places[p]:
-                sources += range(len(tokens), len(tokens) + n)
-                slots += range(place * engine.cache.size, place * engine.cache.size + n)
-            tokens += prompts[p][:-1]
-            positions += range(n)
-        tokens, positions, sources, slots = (
-            torch.tensor(column, device=device) for column in (tokens, positions, sources, slots))
-        attend_fn = slot_prefill(engine.cache, lengths, sources, slots)
-        model.hidden_states(params, config, tokens[None], positions[None], attend_fn)
-
-
-def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
-    """As `seat`, for the static batch."""
-    B, admitted = take_places(engine, waiting, min(max_batch, engine.places))
-    prefill_slots(params, config, engine, admitted, prompts, chunk)
-    return batch_state(engine.rows, B, engine.layers[0][0].device)
-
-
 # ------------------------------------------------------------ decode
 
 
-class State(NamedTuple):
-    """What a decode step reads and moves on, as tensors, so that no step waits for the host."""
-    tokens: torch.Tensor  # [B] the last token of each row, the next to be fed
-    positions: torch.Tensor  # [B] where in its text it stands
-    keys: torch.Tensor  # [B] of the noise
-    draws: torch.Tensor  # [B] how many it has used
-    forced: torch.Tensor  # [B] the token to put next, or -1
-    layout: Layout | None = None  # of the plain batch
-
-
-def batch_state(rows, B, device):
-    """The State of rows in B places; a place without a row holds zeros."""
-    columns = [[0] * B for _ in range(5)]
-    for row, at in rows.items():
-        last = row.tokens[-1] if row.tokens else row.first
-        forced = row.queue[0] if row.queue else -1
-        values = (last, row.held + len(row.tokens), row.key, row.draws, forced)
-        for column, value in zip(columns, values):
-            column[at] = value
-    return State(*torch.tensor(columns).to(device))
-
-
-def decode_step(params, config, state, cache, sampling):
+def decode_step(params, config, state, cache, temperature, top_p, top_k, forced):
     """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache.
 
-    cache: Slots, or the layers of the two stores.
+    cache: Slots, or the layers of the two stores. forced: whether `state` may force a token.
     """
     if isinstance(cache, Slots):
         attend_fn = slot_decode(cache, state.positions)
@@ -642,9 +299,8 @@ def decode_step(params, config, state, cache, sampling):
     tokens, positions = state.tokens[:, None], state.positions[:, None]  # [B, 1]
     hidden = model.hidden_states(params, config, tokens, positions, attend_fn)
     logits = model.lm_head(hidden[:, 0], model.head_weight(params))  # [B, V]
-    forced = state.forced if sampling.bounds_thinking else None
-    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), sampling.temperature,
-                                     sampling.top_p, sampling.top_k, forced)
+    tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), temperature, top_p,
+                                     top_k, state.forced if forced else None)
     state.tokens.copy_(tokens)
     counters = [state.positions, state.draws]
     if state.layout:
@@ -654,52 +310,10 @@ def decode_step(params, config, state, cache, sampling):
     return tokens, logprobs
 
 
-def capture(step_fn, state, graphs, stream):
-    """A CUDA graph of step_fn(), the state that it reads, and what it gives."""
-    before = [tensor.clone() for tensor in state[:-1]]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
-        step_fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    for tensor, old in zip(state, before):
-        tensor.copy_(old)
-    pool = next(iter(graphs.values()))[0].pool() if graphs else None  # one for all
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        out = step_fn()
-    return graph, state, out
-
-
-def graph_step(engine, state, settings, step_fn):
-    """(the state of this step's graph, a function that replays it): captured if it is not there."""
-    key = len(state.tokens), settings
-    if key not in engine.graphs:
-        engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
-        engine.graphs[key] = capture(step_fn, state, engine.graphs, engine.stream)
-    graph, held, out = engine.graphs[key]
-    for tensor, value in zip(held[:-1], state):
-        tensor.copy_(value)
-
-    def replay():
-        graph.replay()
-        return [tensor.clone() for tensor in out]
-
-    return held, replay
-
-
 def wait_for(tensor):
     """Until a GPU has done what it was asked, so that times are told apart."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def steps_left(batch):
-    """Until a row must end, or needs more slots; in the static batch, until none can go on."""
-    room = [row.limit - len(row.tokens) for row in batch.rows]
-    if isinstance(batch, Engine):
-        return max(room, default=0)
-    slots = batch.own.layers[0][0].shape[2]
-    return min([slots - len(row.tokens) for row in batch.rows] + room, default=0)
 
 
 def decode(step_fn, state, rows, steps, sampling):
@@ -831,8 +445,9 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     params = sampling_params(params, config)
     like = params["model.norm.weight"]
     waiting = new_rows(config, prompts, limits, seed, seeds, share_prompts, sampling)
-    pair = config.num_key_value_heads * config.head_dim * 2 * like.element_size()  # bytes of a slot
-    budget = cache_gib * 2**30 / (config.num_hidden_layers * pair)
+    pair = like.element_size() + (like.element_size() if like.is_cuda else 4)  # a key and a value
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    budget = cache_gib * 2**30 / (width * pair)  # slots
     step_fn = decode_step
     static = has_varlen(like.device, like.dtype)
     if static:
@@ -852,7 +467,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         state = (seat_in_slots if static else seat)(params, config, batch, waiting, prompts,
                                                     max_batch, chunk)
         cache = batch.cache if static else (batch.own.layers, batch.prompts.layers)
-        step = functools.partial(step_fn, params, config, state, cache, sampling)
+        step = functools.partial(step_fn, params, config, state, cache, *settings)
         wait_for(like)
         capturing = time.perf_counter()
         if static:

@@ -54,6 +54,7 @@ from data.mixture import (
 )
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, parse_rewards, reward_group
+from engine import Engine, cache_slots, sampling_params
 from eval import (
     fit_context,
     gains,
@@ -65,7 +66,7 @@ from eval import (
     percent,
     rate_metrics,
 )
-from generate import Engine, cache_slots, completion_text, generate, sampling_params
+from generate import completion_text, generate
 from losses import (
     LOSSES,
     combined_advantages,

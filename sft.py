@@ -31,8 +31,8 @@ from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag, render_prompt
+from engine import cache_slots
 from eval import evaluate, fit_context, leave_out, rate_metrics
-from generate import cache_slots
 from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
 from verify import box_span
 

@@ -32,7 +32,7 @@ import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -446,12 +446,13 @@ ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an opera
 
 def normalised(text):
     """An answer without the spellings that would be harder to parse than to rewrite."""
-    for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
-        text = re.sub(f"[{chars}]+", lambda run: mark + "{" + run[0].translate(PLAIN) + "}", text)
-    if not text.isascii():  # mathematical italics become letters
-        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
-    if text.isdecimal():  # as most answers are
+    if text.isdecimal() and text.isascii():  # as most answers are
         return text
+    if not text.isascii():  # mathematical italics become letters
+        for chars, mark in ((RAISED, "^"), (LOWERED, "_")):
+            run = re.compile(f"[{chars}]+")
+            text = run.sub(lambda found: mark + "{" + found[0].translate(PLAIN) + "}", text)
+        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
     return text.strip().rstrip(" .,;:~*\\\n\t")
@@ -594,7 +595,9 @@ class Tokenizer:
             if tokens and self.found and self.found[-1].kind == "quad":
                 operand = tokens[0].kind in OPERANDS and tokens[0].kind != "word"
                 self.found[-1:] = [Token(",")] * operand
-            self.found += [token._replace(space=space) for token in tokens[:1]] + tokens[1:]
+            if tokens and space:
+                tokens[0] = tokens[0]._replace(space=True)
+            self.found += tokens
             space = kind in ("space", "quad") or kind == "styled" and style == "prose"
 
     def symbol(self, kind, lexeme, before):
@@ -628,7 +631,7 @@ class Tokenizer:
 # A tree is a nested tuple (tag, ...):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
 #               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
-#               ("pm"|"mp", a, b) ("quantity", a, units, nouns) ("based", value, base)
+#               ("quantity", a, units, nouns) ("based", value, base)
 #               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
 #               (a matrix is an array of arrays, a column is a tuple)
@@ -638,11 +641,11 @@ class Tokenizer:
 #   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
 # An unknown function, and a sum, product, integral or limit that is not written out, is a "call".
 
-LEVELS = "newline ;|or|, and|rel|: over pmod|cup cap minus|+ - pm mp|* / op".split("|")
+LEVELS = "newline ;|or|, and|rel|: over pmod|cup cap minus|+ -|* / op".split("|")
 POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
-SIGNS = ("+", "-", "pm", "mp")
+SIGNS = ("+", "-")
 LEADING = [("rel", "="), ("rel", "~"), (":", None), ("*", None)]  # of no meaning before an answer
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result "
@@ -774,11 +777,13 @@ class Parser:
                 kind = "or" if separator.kind == "or" else kind
             if self.kind not in OPERANDS and self.kind not in SIGNS:
                 break
-            item = self.expression(power + 1)
+            items.append(self.expression(power + 1))
+        flat = []
+        for item in items:
             splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
             kind = "or" if splice and item[1] == "or" else kind
-            items += item[2:] if splice else [item]
-        return ("list", kind, *items) if len(items) > 1 else left
+            flat += item[2:] if splice else [item]
+        return ("list", kind, *flat) if len(flat) > 1 else left
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
@@ -820,16 +825,12 @@ class Parser:
     # operands
 
     def operand(self):
-        sign = None
-        negative = False
+        signs = []
         while token := self.accept(*SIGNS):
-            sign = token.kind
-            negative ^= sign == "-"
-        if sign in ("pm", "mp"):
-            return (sign, number(0), self.expression(TERM))
-        if sign:
+            signs.append(token.kind)
+        if signs:
             value = self.expression(TERM)
-            return negate(value) if negative else value
+            return negate(value) if signs.count("-") % 2 else value
         if self.kind == "word" and self.tokens[self.at - 1].kind not in ("/", "*"):
             return self.words()
         return self.postfix(self.atom())
@@ -1023,8 +1024,9 @@ class Parser:
         ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
         if kinds == "langlerangle" or kinds == "()" and not ends:
             return ("tuple", *items)
-        if kinds == "[]" and all(item[3:] == ("[", "]") for item in items):  # [[1,2],[3,4]]
-            return ("matrix", *(("array", *item[1:3]) for item in items))
+        rows = [("array", *item[1:3]) if item[3:] == ("[", "]") else item for item in items]
+        if kinds == "[]" and all(row[0] == "array" for row in rows):  # [[1,2],[3,4]]
+            return ("matrix", *rows)
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
         return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
@@ -1034,7 +1036,7 @@ class Parser:
             return ("empty",)
         content = self.closed("set}", "mid")
         if self.tokens[self.at - 1].kind == "set}":
-            return ("set", *items_of(content))
+            return ("set", *dict.fromkeys(items_of(content)))
         condition = self.closed("set}")  # {x | x < 3} or {x in R | x < 3}
         if not symbols(content) <= symbols(condition):
             raise Unreadable("a condition on something else")
@@ -1145,29 +1147,27 @@ def normal(node):
     return node
 
 
-def count_signs(node):
-    return (node[:1] == ("pm",)) + sum(map(count_signs, children(node)))
+def choices(tokens):
+    """What plus-minus signs stand for, as lists of tokens; \\mp is opposite to the last \\pm."""
+    count = sum(token.kind == "pm" for token in tokens)
+    for signs in product("+-", repeat=count if count <= 4 else 0):
+        rest = iter(signs)
+        sign = "+"
+        chosen = []
+        for token in tokens:
+            if token.kind == "pm":
+                sign = next(rest, "too many")
+            kinds = {"pm": sign, "mp": "-" if sign == "+" else "+"}
+            chosen.append(token._replace(kind=kinds.get(token.kind, token.kind)))
+        yield chosen
 
 
-def signed(sign, node):
-    """The meaning of a plus-minus sign; \\mp is its opposite."""
-    if node[0] not in ("pm", "mp"):
-        return node
-    plus = (node[0] == "pm") == (sign > 0)
-    return chain("add", *node[1:]) if plus else minus(*node[1:])
-
-
-def alternatives(node):
-    """A tree with one plus-minus sign as the list of what it stands for."""
-    if node[0] in ("list", "set"):
-        items = []
-        for item in children(node):
-            found = alternatives(item)
-            items += [item] if found == item else items_of(found)
-        return ("set", *dict.fromkeys(items)) if node[0] == "set" else (*node[:2], *items)
-    if count_signs(node) != 1:
-        return node
-    return ("list", ",", *(rebuild(node, partial(signed, sign)) for sign in (1, -1)))
+def union(trees):
+    """One list or set with the items of all trees."""
+    first = trees[0]
+    head = {"list": first[:2], "set": first[:1]}.get(first[0], ("list", ","))
+    items = [items_of(tree) if tree[0] != "set" else tree[1:] for tree in trees]
+    return (*head, *dict.fromkeys(item for part in items for item in part))
 
 
 def raw(tokens):
@@ -1190,12 +1190,9 @@ def parse(text):
         tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
         while tokens and tokens[0][:2] in LEADING:
             tokens.pop(0)
-        kinds = {token.kind for token in tokens}
-        parser = Parser(tokens)
-        tree = parser.expression()
-        parser.take("end of text")
-        tree = rebuild(tree, normal)
-        return alternatives(tree) if "pm" in kinds else tree
+        parsed = [Parser(choice).closed("end of text") for choice in choices(tokens)]
+        trees = [rebuild(tree, normal) for tree in parsed]
+        return union(trees) if len(trees) > 1 else trees[0]
     except (Unreadable, RecursionError):
         return ("raw", text) if tokens is None else raw(tokens)
 

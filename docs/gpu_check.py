@@ -19,6 +19,7 @@ import model
 import optim
 from data import load_problems
 from data.prompts import encode_prompt
+from engine import Engine
 
 wrong = []
 
@@ -91,7 +92,7 @@ def check_sampler(device):
             want = sum(generate.generate(on_cpu, config, prompts, **ask), [])
             for dtype, bound in ((torch.float32, 0.05), (torch.bfloat16, 0.5)):
                 params = {name: t.to(device, dtype) for name, t in on_cpu.items()}
-                engine = generate.Engine()
+                engine = Engine()
                 got = sum(generate.generate(params, config, prompts, engine=engine, **ask), [])
                 differ = sum(a.tokens != b.tokens for a, b in zip(want, got)) / len(want)
                 report(f"temperature {temperature}, {[*changes]}, {dtype}: rows that differ from a "
@@ -132,7 +133,7 @@ def profile(device, size="1.5b", rows=64):
     config = bench.SIZES[size]
     params = model.init_params(config, 0, device, torch.bfloat16)
     prompts = [[7] * 256] * rows
-    engine = generate.Engine()
+    engine = Engine()
     ask = {"max_new_tokens": 32, "engine": engine, "max_batch": rows}
     generate.generate(params, config, prompts, **ask)
     [(graph, _, _)] = engine.graphs.values()

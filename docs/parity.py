@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import model
-from generate import generate, sampling_params
+from engine import sampling_params
+from generate import generate
 
 NEW = 128  # tokens to write
 

@@ -10,9 +10,10 @@ import shlex
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import grpo
-from docs import explain
+from docs import exercises, explain
 from tests.common import ROOT, in_process, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -197,3 +198,23 @@ def test_walkthrough_notebook_runs():
     printed = ["".join(o.text for o in cell.outputs) for cell in notebook.cells
                if cell.get("outputs")]
     assert [NUMBER.sub("0", text) for text in printed] == [NUMBER.sub("0", t) for t in wanted]
+
+
+def test_exercises_break_what_they_say():
+    """Each replaces a function that grpo.py still calls, and the metrics show it."""
+    metrics = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("none", "baseline", "mask", "temperature"):
+            words = [name, "--run-dir", f"{folder}/{name}", "--steps", "1", "--prompts", "3",
+                     "--group", "4", "--eval-limit", "1", "--train-limit", "30",
+                     "--processes", "1", "--micro-tokens", "99"]
+            kept = {part: getattr(grpo, part)
+                    for part in ("group_advantages", "policy_loss", "row_logprobs")}
+            with mock.patch.multiple(grpo, **kept), contextlib.redirect_stdout(io.StringIO()):
+                exercises.main(exercises.parse_args(words))
+            lines = Path(folder, name, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            metrics[name] = json.loads(lines[-1])
+    none = metrics["none"]
+    assert metrics["baseline"]["grad_norm"] != none["grad_norm"]
+    assert metrics["mask"]["entropy"] < 0.9 * none["entropy"]
+    assert none["mismatch"] < 1e-5 and metrics["temperature"]["mismatch"] > 0.01

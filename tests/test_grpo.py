@@ -29,7 +29,7 @@ import losses
 import model
 import optim
 from data import rewards
-from generate import cache_slots
+from engine import Engine, cache_slots
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -392,7 +392,6 @@ def _short_of_memory(function, too_much):
 def test_grpo_halves_what_does_not_fit():
     """The update begins again, with the same gradient; the rollouts, with the same samples; and it
     ends with what to do when half is too much as well."""
-    import generate
 
     params, config = double_model()
     groups = _rollout_groups(config, {k: v.float() for k, v in params.items()})
@@ -406,7 +405,7 @@ def test_grpo_halves_what_does_not_fit():
         trained, optimizer = optim.init_optimizer(params, dtype=dtype)
         trained["model.norm.weight"].grad = (  # as one that was not yet summed would
             None if limit > 60 else torch.ones_like(trained["model.norm.weight"]))
-        engine = generate.Engine(cache="kept")
+        engine = Engine(cache="kept")
         policy = grpo.Policy(trained, config, None, None, engine)
 
         def too_much(params, config, row, *_):

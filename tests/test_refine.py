@@ -15,7 +15,8 @@ from tokenizers import AddedToken
 import eval as evaluation
 import refine
 from data.prompts import encode_prompt
-from generate import generate, sampling_params
+from engine import sampling_params
+from generate import generate
 from tests.common import bytes_tokenizer, run, scripted, scripted_setup, small_model, sum_problems
 
 

@@ -54,7 +54,8 @@ z = 8 - 1i :: 8-i || x**2 :: x² || \frac{1}{y}+y :: \frac{y^2+1}{y}
 \sin 3x :: sin(3*x) || (x,y) = (1,2) :: (1,2)
 x=1, y=2 :: (1,2) || \bigl(-3 ,\, 2\bigr) :: (-3,2) || \langle 1,2\rangle :: (1,2)
 (1,2,3) :: \bp1\\2\\3\ep || 3, 5, 7 :: \{7,3,5\} || 3 \text{ and } 4 :: 4,3
-x=24, x=-3 :: -3, 24 || 0; 1; 2 :: 2,1,0 || (1,2),(3,4) :: (3,4) \text{ and } (1,2)
+x=24, x=-3 :: -3, 24 || 0; 1; 2 :: 2,1,0 || 1,2;3,4 :: 1,2,3,4
+(1,2),(3,4) :: (3,4) \text{ and } (1,2)
 100,101,102 :: 100, 101, 102 || 1\pm\sqrt5 :: 1-\sqrt5, 1+\sqrt5 || x = \pm 3 :: 3 \text{ or } -3
 \{1\pm\sqrt5,-2\} :: -2, 1\pm\sqrt{5} || -4 ± 2i :: -4+2i,-4-2i
 (2,12)\cup(12,102) :: (12,102) \cup (2, 12) || [1,2]\cup[2,3] :: [1,3] || -2\le x<3 :: [-2,3)
@@ -65,7 +66,8 @@ x \le -2 \text{ or } x \ge 5 :: (-\infty,-2]\cup[5,\infty)
 k \ge -36 \text{ and } k \le 104 :: -36 \le k \le 104 || a \geqslant 1.5 :: a \ge \frac32
 x+y>2 :: 2 < x+y
 \begin{bmatrix}1 & 2\\ 3 & 4\\ \end{bmatrix} :: \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
-[[1,2],[3,4]] :: A = \bp1&2\\3&4\ep || \frac13\bp1\\2\ep :: \bp1/3\\2/3\ep || x=5 :: 5 || 5=x :: 5
+[[1,2],[3,4]] :: A = \bp1&2\\3&4\ep || [[1,2,3],[4,5,6]] :: \bp1&2&3\\4&5&6\ep
+\frac13\bp1\\2\ep :: \bp1/3\\2/3\ep || x=5 :: 5 || 5=x :: 5
 k=1+1=2 :: 2 || x=1/3\approx0.33 :: 1/3 || f(x)=2x+3 :: y = 2x+3 || y=2x+3 :: 2x-y+3=0
 x^2/16+y^2/12=1/4 :: \frac{x^2}{4}+\frac{y^2}3=1 || f^{-1}(x) = \frac{x-1}{2} :: \frac{x-1}2
 \frac{dy}{dx} = 2x :: 2x || |AB| = 1 :: 1 || S_{MBCN}:S=7:32 :: 7:32 || \sum_{k=1}^3 k = 6 :: 6
@@ -87,7 +89,7 @@ P(3,-1) :: (3,-1) || \{x=3, y=-1\} :: (3,-1) || x = 3 \quad y = -1 :: (3,-1)
 [1,2]\cup\{3\} :: 1 \le x \le 2 \text{ or } x=3 || \{1,2\} \cap \{2,3\} :: \{2\}
 \text{There is no solution} :: \emptyset || \text{the set of all integers} :: \mathbf{Z}
 \binom{n}{k} :: \frac{n!}{k!(n-k)!} || 3 \text{ to } 4 :: 3{:}4
-7 p.m. :: 7\text{ PM} || │x│ :: |x| || \textbf{(B) }12 :: (B) 12
+7 p.m. :: 7\text{ PM} || \triangle ABC :: ABC || │x│ :: |x| || \textbf{(B) }12 :: (B) 12
 \text{Answer: B} :: B) || \Large 42 :: 42\ || 42 \checkmark :: 42
 n \equiv 1 (\bmod 3) :: n \equiv 1 \pmod 3 || x = k\pi \; (k \in \mathbb{Z}) :: k\pi
 1, 2, \ldots, n :: 1,2,...,n || 10^{\text{th}} :: 10th || \text{II and III} :: III, II
@@ -816,7 +818,7 @@ def test_verify_constants():
 
 
 _CONSTANTS = {  # what each of them truly equals among the references
-    "0": "0 || 0 = C || P(1)=0 || p(5) = 0",
+    "0": r"0 || 0 = C || P(1)=0 || p(5) = 0 || e^{i\pi}+1",
     "1": (
         r"1 || 100\% || \sum_{k=1}^{n} b_k = 1 || f(x)=1 || k=1 || n \equiv 1 \pmod 3 || "
         "u(3) = 1 || |AB|=1"
@@ -832,11 +834,11 @@ _CONSTANTS = {  # what each of them truly equals among the references
     "yes": "Yes || yes",
     "()": "",
     "x=x": "",
-    "0=0": "0",
+    "0=0": r"0 || e^{i\pi}+1",
     "1=1": r"1 || 100\%",
     "?": "",
     "n": "n",
-    "0x": "0 || 0 = C || P(1)=0 || p(5) = 0",
+    "0x": r"0 || 0 = C || P(1)=0 || p(5) = 0 || e^{i\pi}+1",
     "f(0)": "f(0)",
     r"\infty": r"\infty",
     "x,y": "",
