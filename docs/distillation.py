@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import optim
 from data import load_problems
 from eval import find_row, markdown, percent
+from run import write_whole
 
 HOME = Path("runs/distillation")
 LABELS = {
@@ -50,7 +50,7 @@ def draw(name, source, count):
 
 def supervise(name, samples, steps, usual):
     data = HOME / f"{name}.train.jsonl"
-    optim.write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
     run(HOME / name / "checkpoints" / f"step_{steps:06d}", "sft.py", "--data", data, "--batch", 256,
         "--epochs", (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data",
