@@ -40,7 +40,7 @@ STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
     "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until",
-    "timeout_min", "compile")
+    "timeout_min", "compile", "micro_tokens", "max_batch", "free_sampler", "checkpointing")
 
 # ------------------------------------------------------------ files
 

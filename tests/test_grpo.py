@@ -1013,6 +1013,17 @@ def test_grpo_old_runs_resume_with_their_flags():
         assert "step 3/3" in out and "--steps is now 3; it was 2" in out, out
 
 
+def test_grpo_resumes_with_less_memory():
+    """The remedy of its own error, --resume with a smaller --micro-tokens, was refused."""
+    with tempfile.TemporaryDirectory() as scratch:
+        in_process("grpo", *SMALL_RUN, "--steps", 1, "--run-dir", scratch)
+        out = in_process("grpo", "--resume", "--run-dir", scratch, "--steps", 2, "--micro-tokens",
+                         64, "--max-batch", 2, "--free-sampler", "--checkpointing")
+        assert "--micro-tokens is now 64" in out and "step 2/2" in out, out
+        *_, learned = map(json.loads, open(f"{scratch}/metrics.jsonl"))
+        assert learned["step"] == 2
+
+
 def _refused(*words):
     """What grpo.py says of a flag that it refuses."""
     with contextlib.redirect_stderr(io.StringIO()) as said:
