@@ -158,8 +158,8 @@ def add_flags(parser):
     add("--mask-truncated", action="store_true", help="completions that were cut off are left out")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
-    add("--epochs", type=launch.above(0.0), help="instead of --steps: passes over the problems, not "
-        "counting those of --refill")
+    add("--epochs", type=launch.above(0.0), help="instead of --steps: passes over the "
+        "problems, not counting those of --refill")
     add("--until", type=launch.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
