@@ -241,13 +241,13 @@ def weights_hash(model_dir, adapter=None):
 
 
 def chosen_flags(args, config):
-    """The flags by name, with what stands for those left out under this model."""
+    """The flags by name, with this model's defaults for those that were left out."""
     defaults = TINY | {"prompt": args.tiny_prompt} if model.is_tiny(config) else OTHERS
     return defaults | {name: value for name, value in vars(args).items() if value is not None}
 
 
 def settings_of(setup, **changes):
-    """Everything that decides what a record says, as rows and records carry it."""
+    """Everything that a record depends on, as rows and records carry it."""
     options = setup.options | changes
     hashed = prompt_hash(options["prompt"], system=options["system"], shots=options["shots"],
                          think_tag=options["think_tag"])
@@ -401,7 +401,8 @@ def rates_by_level(records, scores, tokens):
 def score_row(records, scores, tokens, seconds, **settings):
     """A row of results: accuracy with its interval, by level, and what it cost.
 
-    records: of the problems, or they themselves. scores, tokens: of each. seconds: of all.
+    records: anything with "id" and "level", such as the problems. scores, tokens: one for each.
+    seconds: for all together.
     """
     accuracy, low, high = interval(scores)
     return settings | {
@@ -412,14 +413,14 @@ def score_row(records, scores, tokens, seconds, **settings):
 
 
 def cost_row(records, scores, drawn, **settings):
-    """score_row of a method that draws so many samples (a number each) of the problems' pools."""
+    """score_row of a method that uses some samples of each pool. drawn: how many, for each."""
     tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
     seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
     return score_row(records, scores, tokens, seconds, samples=fmean(drawn), **settings)
 
 
 def summarize(records, *, grade, **settings):
-    """The row of a run, one sample a problem; "rates" has every other rate that is counted."""
+    """The row of a run, at the cost of one sample a problem; "rates" holds all other rates."""
     row = cost_row(records, scores_of(records, grade), [1] * len(records), grade=grade, **settings)
     pools = [r["samples"] for r in records]
     n = len(pools[0])
@@ -438,8 +439,7 @@ def summarize(records, *, grade, **settings):
 
 
 def say_trained_on(args, setup, rows):
-    """How many of the problems the model is known to have been trained on, and what is left of
-    each row's accuracy without them."""
+    """Warns of problems that the model was trained on, with each row's accuracy without them."""
     known = read_trained_on(model.resolve_model(args.model), args.adapter)
     keys = keys_of(setup.problems)
     others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
@@ -485,7 +485,7 @@ def paired(a, b):
 
 
 def gain(row, baseline):
-    """How many points a row has over another, problem by problem, as text."""
+    """The points that a row has gained over a baseline, with their interval, as text."""
     change, low, high = paired_bootstrap(*paired(baseline, row))
     return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 

@@ -16,9 +16,9 @@ Where this departs from the GRPO paper, and what undoes it:
    clipped later from above (DAPO, arXiv:2503.14476): --loss grpo --clip-high 0.2.
 2. There is no KL divergence in the loss, and so no reference model: --beta 0.04 --kl k3.
 3. Groups of equal rewards teach nothing, and new problems replace them (DAPO): --refill 0.
-4. Each token counts by how much likelier the trainer finds it than the sampler did, at most
-   --sampler-cap times (truncated importance sampling): 1 but for rounding. --sampler-level sequence
-   leaves out a completion instead.
+4. A token is weighted by the trainer's probability over the sampler's, at most --sampler-cap
+   (truncated importance sampling); that is 1 but for rounding. --sampler-level sequence leaves out
+   whole completions instead.
 5. The deviation that divides the advantages is over n - 1, plus 1e-4, as in TRL.
 On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, that KL divergence is
 from another model, and there are no rewards unless --reward names them.
@@ -122,7 +122,8 @@ def add_flags(parser):
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
-    add("--temperature", type=launch.above(0.0), default=1.0, help="also of every log-probability")
+    add("--temperature", type=launch.above(0.0), default=1.0,
+        help="of sampling, and of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times to replace groups of equal rewards")
@@ -147,7 +148,7 @@ def add_flags(parser):
     add("--clip-hard", type=launch.above(1.0), help="and, where the advantage is negative, here")
     add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
         "unless given, weighs the KL divergence from it")
-    add("--beta", type=at_least(0.0), help="of the KL divergence from the start (default 0)")
+    add("--beta", type=at_least(0.0), help="weight of the KL divergence from the start (default 0)")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
@@ -197,6 +198,7 @@ class Group(NamedTuple):
 
 
 class Policy(NamedTuple):
+    """A model, and what is needed to ask it."""
     params: dict[str, torch.Tensor]
     config: model.Config
     tokenizer: Any  # tokenizers.Tokenizer
@@ -368,17 +370,17 @@ def deal_rows(rows):
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
-    """Of the completions of a packed row, each prompt computed once.
+    """(logprobs, entropy, mask), [B, T] each, of the B completions of a packed row.
 
-    Returns (logprobs, entropy, mask), each [B, T].
+    row: [(prompt tokens, [Sequence, ...]), ...]; each prompt is computed once.
     """
     device = params["model.embed_tokens.weight"].device
     groups = [(len(prompt), [len(s.tokens) for s in piece]) for prompt, piece in row]
     sequences = [s for _, piece in row for s in piece]  # B of them
-    tokens, reads, targets = [], [], []  # a token is read off the one before it,
+    tokens, reads, targets = [], [], []  # the head reads, and so predicts a target
     for prompt, piece in row:
         tokens += prompt
-        last = len(tokens) - 1  # a completion's first off the prompt's last
+        last = len(tokens) - 1  # which predicts the first token of each completion
         for s in piece:
             begin, end = len(tokens), len(tokens) + len(s.tokens)
             tokens += s.tokens
@@ -396,7 +398,10 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
 
 
 def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
-    """policy_loss of one packed row: (loss, stats); old_logprobs None: those of this pass."""
+    """policy_loss of one packed row: (loss, stats).
+
+    old_logprobs, ref_logprobs: [B, T], or None: those of this very pass, and no KL divergence.
+    """
     logprobs, entropy, mask = row_logprobs(params, config, row, args.temperature,
                                            args.checkpointing, args.entropy_bonus != 0)  # [B, T]
     if old_logprobs is None:  # on policy: no rounding can be clipped
@@ -423,8 +428,8 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
 def update(policy, reference, optimizer, rows, total, lr, args):
     """--updates optimizer steps on this process's rows. reference: a Policy, for --beta.
 
-    Returns sums of policy_loss's statistics over the tokens of all processes, with "grad_norm" of
-    the last step and the number of steps "skipped".
+    Returns row_loss's stats, summed over the rows of all processes and all steps, the "grad_norm"
+    of the last step, and how many steps were "skipped".
     """
     params, config, *_ = policy
     settings = (args.temperature, args.checkpointing)
@@ -515,7 +520,7 @@ def fit_memory(config, args, world, device, there):
 
 
 def fill_defaults(args, config):
-    """Give flags that were left out what they mean for this model. Writes into `args`.
+    """Fill in the flags that were left out and depend on the model. Writes into `args`.
 
     Raises ValueError for flags that contradict each other.
     """
@@ -667,7 +672,7 @@ def load_base(path, args):
 
 
 def count_steps(args, num_problems):
-    """(steps of the run, {last step of an epoch: epoch}), the end of the run not among these."""
+    """(steps of the run, {last step of an epoch: which one}, but for the last epoch)."""
     epoch = num_problems / args.prompts  # in steps
     epochs = args.epochs or 0
     ends = {math.ceil(n * epoch): n for n in range(1, math.ceil(epochs))}
@@ -675,9 +680,10 @@ def count_steps(args, num_problems):
 
 
 def make_trainable(base, config, args, device):
-    """(params, reference, optimizer). The reference is a Policy: --teacher, or else the start.
+    """(params, reference, optimizer). The reference is a Policy: --teacher, or the weights before.
 
-    That of an adapter is the base, for free. Without --beta there may be none.
+    For an adapter these are the base, which is held anyway; for all weights they are a copy, which
+    only --beta makes.
     """
     dtype = launch.compute_dtype(args.dtype, device)
     start = None

@@ -138,7 +138,7 @@ def markdown(header, rows):
 
 
 def gains(a, b):
-    """What became of the same problems from a to b (0 or 1 for each), as a sentence."""
+    """How many of the same problems were gained and lost from a to b (0 or 1 each), in words."""
     gained = sum(map(gt, b, a))
     lost = sum(map(gt, a, b))
     return (f"{gained} of {len(a)} problems gained, {lost} lost; "
