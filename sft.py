@@ -151,12 +151,24 @@ def encode_reply(text, tokenizer, think_tag):
     return tokens, parts
 
 
-def encode_example(row, tokenizer, end_token, *, prompt="plain", system=None, think_tag="think"):
+def end_token_of(row, tokenizer, prompt):
+    """The id that ends a reply: ChatML's, but <|endoftext|> after a prompt without a chat."""
+    no_chat = PRESETS[prompt].text is not None and "messages" not in row
+    name = "<|endoftext|>" if no_chat else "<|im_end|>"
+    token = tokenizer.token_to_id(name)
+    if token is None:
+        raise ValueError(f"the tokenizer of --model has no token that ends a reply, {name}; "
+                         "expected that of Qwen-2.5")
+    return token
+
+
+def encode_example(row, tokenizer, *, prompt="plain", system=None, think_tag="think"):
     """An Example, each piece tokenised by itself, as when the model is asked.
 
     What a reply says beside its answer, words behind the box included, counts as thought. No text
     can make a control token, such as <|im_end|>.
     """
+    end_token = end_token_of(row, tokenizer, prompt)
     tokens = []
     parts = []
     for read, reply in split_turns(row, tokenizer, prompt, system, think_tag):
@@ -187,14 +199,14 @@ def is_example(row):
     return whole and any(turn["role"] == "assistant" for turn in turns)
 
 
-def read_examples(path, tokenizer, end_token, max_tokens, **how):
+def read_examples(path, tokenizer, max_tokens, **how):
     """The examples of a file that have at most max_tokens; ValueError names a line that is none."""
     examples = []
     for number, row in read_rows(path):
         if not is_example(row):
             raise ValueError(f"{path}, line {number}: {row!r:.80}, expected problem and response, "
                              "or messages with a role and content each, one the assistant's")
-        examples.append(encode_example(row, tokenizer, end_token, **how))
+        examples.append(encode_example(row, tokenizer, **how))
     fitting = [example for example in examples if len(example.tokens) <= max_tokens]
     say(f"{len(fitting)} examples of at most {max_tokens} tokens; "
         f"{len(examples) - len(fitting)} are longer and left out")
@@ -297,14 +309,9 @@ def hold_out(examples, count, seed):
 
 def load_examples(args, config, tokenizer, system, problems):
     """(examples to learn, examples held out): neither has one of `problems` to be evaluated on."""
-    text = PRESETS[args.prompt].text is not None
-    end_token = tokenizer.token_to_id("<|endoftext|>" if text else "<|im_end|>")
-    if end_token is None:
-        raise ValueError(f"--model {args.model}: its tokenizer has no token that ends a reply "
-                         "(<|im_end|>); expected that of Qwen-2.5")
     max_tokens = min(args.max_tokens, config.max_context)
-    examples = read_examples(args.data, tokenizer, end_token, max_tokens, prompt=args.prompt,
-                             system=system, think_tag=args.think_tag)
+    examples = read_examples(args.data, tokenizer, max_tokens, prompt=args.prompt, system=system,
+                             think_tag=args.think_tag)
     keys = [example.key for example in examples]
     examples = leave_out(examples, keys, keys_of(problems), args.data)
     count = args.validation
