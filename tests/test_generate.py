@@ -368,6 +368,16 @@ def test_generate_static_engine_keeps_its_graphs_while_the_weights_stay():
                                                 max_new_tokens=9))
 
 
+def test_generate_static_engine_seats_rows_only_where_there_is_room():
+    """With 3 rows at once in 4 places, all were seated anew at every look."""
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    seat = mock.Mock(wraps=generate_module.seat_in_slots)
+    with _static([]), mock.patch.object(generate_module, "seat_in_slots", seat):
+        generate(form, config, _PROMPTS[:1], num_samples=4, max_new_tokens=64, max_batch=3)
+    assert seat.call_count == 2
+
+
 def test_generate_step_of_the_static_engine_compiles_to_one_graph():
     """Traced without a compiler: fullgraph raises where Python would have to step in."""
     params, config = _sampler(num_hidden_layers=3)
