@@ -455,6 +455,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         longest = max(row.held + 1 + row.limit for row in waiting)
         prepare(batch, params, config, min(max_batch, len(waiting)), longest, budget)
         if compiled:
+            torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
             step_fn = torch.compile(decode_step, dynamic=False)
     else:
         batch = Batch(new_store(config, like), new_store(config, like), budget)

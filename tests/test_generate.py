@@ -405,6 +405,11 @@ def test_generate_step_of_the_static_engine_compiles_to_one_graph():
         with mock.patch.object(generate_module, "decode_step", compiled), \
                 mock.patch.object(attention, "varlen_attn", varlen_attn):
             assert _tokens(generate(form, config, _PROMPTS[:2], **ask)) == _tokens(plain)
+        # eight powers of two of rows, greedy and not; beyond the limit nothing is compiled
+        with mock.patch.object(torch, "compile", lambda step_fn, **settings: step_fn), \
+                torch._dynamo.config.patch(recompile_limit=8):
+            generate(form, config, _PROMPTS[:2], compiled=True, **ask)
+            assert torch._dynamo.config.recompile_limit > 16
 
 
 def test_generate_reports_what_ends_as_it_ends():
