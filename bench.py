@@ -23,12 +23,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import generate
 import grpo
+import launch
 import model
-import optim
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
 from eval import markdown
-from optim import all_sum, at_least, gather_objects, rank_and_world, say
+from launch import all_sum, at_least, gather_objects, rank_and_world, say
 
 SAMPLE_LOADS = ("fixed", "mixed", "context")
 STEP_LOADS = {  # on which trainers can be compared: flags of grpo.py, and the length of a prompt
@@ -52,7 +52,7 @@ def gpus_and_gib(text):
 
 
 def parse_args(argv=None):
-    parser = optim.Parser(__doc__)
+    parser = launch.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
     sample = add_command(commands, "sample", bench_sample)
     sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")
@@ -64,7 +64,7 @@ def parse_args(argv=None):
                         help="length of prompt and completion in the fixed load")
     sample.add_argument("--repeat", type=at_least(1), default=5, help="runs; the median counts")
     sample.add_argument("--compile", action="store_true", help="torch.compile the decode step")
-    optim.add_device_flags(sample)
+    launch.add_device_flags(sample)
     sample.set_defaults(processes=1)
     step = add_command(commands, "step", bench_step)
     step.add_argument("--load", choices=STEP_LOADS, default="fixed")
@@ -169,8 +169,8 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
 
 def bench_sample(args):
     """Time the sampling engine on random tokens, beside what the machine could do at most."""
-    device = optim.find_device(args.device)
-    dtype = optim.compute_dtype(args.dtype, device)
+    device = launch.find_device(args.device)
+    dtype = launch.compute_dtype(args.dtype, device)
     if args.size:
         config = SIZES[args.size]
         params = model.init_params(config, 0, device, dtype)
@@ -179,7 +179,7 @@ def bench_sample(args):
         config = model.load_config(path)
         params = model.load_params(path, "cpu", dtype)
     params = sampling_params(params, config, device=device)
-    _, world, _ = optim.init_distributed(args.device, args.processes)
+    _, world, _ = launch.init_distributed(args.device, args.processes)
     like = params["model.norm.weight"]
     ceiling = machine_ceiling(like, args.repeat)
     say(f"{args.size or args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | "
@@ -198,7 +198,7 @@ def bench_sample(args):
         if stats["captures"]:
             line += f" | {stats['captures']} captures, {stats['capture_s']:.1f} s"
         say(f"{line} | cache {stats['cache_gib'] * 1024:.1f} MiB, peak "
-            f"{optim.peak_memory_gib(device):.2f} GiB")
+            f"{launch.peak_memory_gib(device):.2f} GiB")
 
 
 # ------------------------------------------------------------ step
@@ -243,8 +243,8 @@ def bench_step(args, counted=3):
         args.micro_tokens = args.micro_tokens or grpo.TINY["micro_tokens"]
         args.checkpointing = bool(args.checkpointing)
     grpo.settle_flags(args, config)
-    _, world, device = optim.init_distributed(args.device, args.processes)
-    dtype = optim.compute_dtype(args.dtype, device)
+    _, world, device = launch.init_distributed(args.device, args.processes)
+    dtype = launch.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
     params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
@@ -272,7 +272,7 @@ def bench_step(args, counted=3):
         seconds = rollout[i] + learning[i]
         say(f"{unit} per step {seconds:.2f} | rollout {rollout[i]:.2f} | update {learning[i]:.2f} "
             f"| {sampled / seconds:.0f} tokens/{unit}")
-    say(f"peak memory {optim.peak_memory_gib(device):.2f} GiB, planned {plan.peak:.2f}")
+    say(f"peak memory {launch.peak_memory_gib(device):.2f} GiB, planned {plan.peak:.2f}")
 
 
 # ------------------------------------------------------------ plan
@@ -300,13 +300,13 @@ def bench_plan(args):
     if config is None:
         config = model.load_config(model.resolve_model(args.model, config_only=True))
     grpo.fill_defaults(args, config)
-    device = "cuda" if args.gpus else optim.find_device(args.device).type
+    device = "cuda" if args.gpus else launch.find_device(args.device).type
     world = args.processes or 1
     rank = args.lora_rank or grpo.LORA_RANK
     kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
              f"`--lora-rank {rank}`": (rank, False)}
     rows = []
-    for world, there in args.gpus or [(world, optim.memory_there(device, world))]:
+    for world, there in args.gpus or [(world, launch.memory_there(device, world))]:
         cells = [fitting(config, args, world, device, there, *kind) for kind in kinds.values()]
         rows.append([f"{world} x {there:.3g} GiB", *cells])
     print(markdown([args.size or args.model, *kinds], rows))
@@ -317,4 +317,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    optim.run_main(main, parse_args)
+    launch.run_main(main, parse_args)

@@ -31,15 +31,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import launch
 import model
-import optim
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of
 from data.prompts import PRESETS, encode_prompt, load_shots, prompt_flag, prompt_hash, render_prompt
 from engine import Engine, sampling_params
 from generate import add_sampling_flags, completion_text, generate
-from optim import at_least, gather_objects, rank_and_world, run_main, say
+from launch import at_least, gather_objects, rank_and_world, run_main, say
+from run import read_trained_on
 from verify import canonical, equivalent, extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
@@ -68,13 +69,13 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     add("--seed", type=int, default=0, help="of the sampling")
     add("--results", default="results.jsonl", help="every measured row is appended to this file")
     add("--records", help="directory or .jsonl file that keeps the record of each problem")
-    optim.add_device_flags(parser)
+    launch.add_device_flags(parser)
     parser.set_defaults(max_batch=None, tiny_prompt=tiny_prompt)
     parser.epilog = f"defaults if tiny: {TINY | {'prompt': tiny_prompt}}\notherwise: {OTHERS}"
 
 
 def parse_args(argv=None):
-    p = optim.Parser(__doc__)
+    p = launch.Parser(__doc__)
     add_eval_flags(p)
     add = p.add_argument
     add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")
@@ -245,7 +246,7 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
         if keep:
             keep(records[i])
 
-    with optim.progress_bar(len(problems) * num_samples, quiet=quiet) as show:
+    with launch.progress_bar(len(problems) * num_samples, quiet=quiet) as show:
         def on_step(ended, num_tokens):
             for i, sample, completion in ended:
                 answers[i][sample] = completion
@@ -366,8 +367,8 @@ def fork(args, setup, replies):
     row = context * slot + config.vocab_size
     gib_each = 0.25 + setup.options["max_batch"] * row / 2**27
     gib_shared = sum(tensor.shape.numel() for tensor in setup.params.values()) / 2**27
-    default = optim.default_processes(args.device, gib_each, gib_shared)
-    optim.init_distributed(args.device, args.processes or default)
+    default = launch.default_processes(args.device, gib_each, gib_shared)
+    launch.init_distributed(args.device, args.processes or default)
 
 
 def fit_context(problems, prompts, config, reply_tokens):
@@ -409,8 +410,8 @@ def load_setup(args, replies=1):
         raise ValueError(f"{args.num_samples} samples at temperature 0 would all be the same; give "
                          "a --temperature, or ask for one sample")
     append_lines(args.results, [])  # what could not be kept need not be measured
-    device = optim.find_device(args.device)
-    dtype = optim.compute_dtype(args.dtype, device)
+    device = launch.find_device(args.device)
+    dtype = launch.compute_dtype(args.dtype, device)
     path = model.resolve_model(args.model)
     config = model.load_config(path)
     tokenizer = model.load_tokenizer(path)
@@ -538,7 +539,7 @@ def summarize(records, *, grade, **settings):
 def say_trained_on(args, setup, rows):
     """How many of the problems the model is known to have been trained on, and what is left of
     each row's accuracy without them."""
-    known = optim.read_trained_on(model.resolve_model(args.model), args.adapter)
+    known = read_trained_on(model.resolve_model(args.model), args.adapter)
     keys = keys_of(setup.problems)
     others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
     if len(others) == len(setup.problems):

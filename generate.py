@@ -39,7 +39,7 @@ from engine import (
     seat_in_slots,
     steps_left,
 )
-from optim import (
+from launch import (
     Parser,
     add_device_flags,
     at_least,

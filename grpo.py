@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import launch
 import model
 import optim
 import view
@@ -67,6 +68,7 @@ from eval import (
     rate_metrics,
 )
 from generate import completion_text, generate
+from launch import at_least, below_one, gather_objects, rank_and_world, say
 from losses import (
     LOSSES,
     combined_advantages,
@@ -75,7 +77,18 @@ from losses import (
     mismatch_weights,
     policy_loss,
 )
-from optim import at_least, gather_objects, init_optimizer, optimizer_step, rank_and_world
+from optim import init_optimizer, optimizer_step
+from run import (
+    check_run_dir,
+    load_checkpoint,
+    log_samples,
+    log_step,
+    read_trained_on,
+    save_checkpoint,
+    start_run,
+    stop_signals,
+    write_whole,
+)
 from verify import extract_answer, verify_many
 
 # What a flag left out means for a tiny model, and for any other.
@@ -105,12 +118,12 @@ def add_flags(parser):
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
-    add("--temperature", type=optim.above(0.0), default=1.0, help="also of every log-probability")
+    add("--temperature", type=launch.above(0.0), default=1.0, help="also of every log-probability")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times that dull groups are replaced")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
-    add("--filter-by-pass-rate", type=optim.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
+    add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
     add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}; "
         "mine.py:short is def short(group) in your mine.py "
@@ -124,10 +137,10 @@ def add_flags(parser):
         "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
     add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
         "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
-    add("--clip-low", type=optim.below_one, default=0.2, help="the ratio is clipped below 1 - this")
+    add("--clip-low", type=below_one, default=0.2, help="the ratio is clipped below 1 - this")
     add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
         "whose bounds are of the probability's change)")
-    add("--clip-hard", type=optim.above(1.0), help="and here if the advantage is negative, too")
+    add("--clip-hard", type=launch.above(1.0), help="and here if the advantage is negative, too")
     add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
         "unless given, weighs the KL divergence from it")
     add("--beta", type=at_least(0.0), help="of the KL divergence from the start (default 0)")
@@ -141,8 +154,8 @@ def add_flags(parser):
     add("--mask-truncated", action="store_true", help="what was cut off is left out of the loss")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
-    add("--epochs", type=optim.above(0.0), help="instead of --steps: passes over the problems")
-    add("--until", type=optim.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
+    add("--epochs", type=launch.above(0.0), help="instead of --steps: passes over the problems")
+    add("--until", type=launch.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
@@ -151,13 +164,13 @@ def add_flags(parser):
         "and graphs before each update: less memory, more time")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass: less memory, a third more time")
-    optim.add_train_flags(parser, lr=None, run_dir="runs/grpo")
+    launch.add_train_flags(parser, lr=None, run_dir="runs/grpo")
 
 
 def parse_args(argv=None):
-    parser = optim.Parser(__doc__)
+    parser = launch.Parser(__doc__)
     add_flags(parser)
-    return optim.parse_train_args(parser, argv)
+    return launch.parse_train_args(parser, argv)
 
 
 # ------------------------------------------------------------ rollouts
@@ -206,7 +219,7 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     ends = model.end_tokens(policy.tokenizer, policy.config)
 
     def sample():
-        with optim.progress_bar(total, "answering" if greedy else "sampling", True) as on_step:
+        with launch.progress_bar(total, "answering" if greedy else "sampling", True) as on_step:
             return generate(
                 policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
                 seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
@@ -217,7 +230,7 @@ def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
     rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
     texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
     pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(optim.show_phase(pairs, "grading"), strict=asked.grade == "strict")
+    verdicts = verify_many(launch.show_phase(pairs, "grading"), strict=asked.grade == "strict")
     coefficients = parse_rewards(args.reward)
     groups = []
     for i, (place, problem) in enumerate(problems):
@@ -428,7 +441,7 @@ def update(policy, reference, optimizer, rows, total, lr, args):
     skipped = 0
     inputs = list(zip(rows, old, ref))
     for _ in range(args.updates):
-        for row, old_logprobs, ref_logprobs in optim.show_phase(inputs, "updating"):
+        for row, old_logprobs, ref_logprobs in launch.show_phase(inputs, "updating"):
             loss, stats = row_loss(params, config, row, old_logprobs, ref_logprobs, total, args)
             loss.backward()
             own.update(stats)
@@ -563,9 +576,9 @@ def save_solved(run, counts):
     """Write list_solved as problems.json, and say how many these are."""
     solved = list_solved(counts)
     if run.rank == 0:
-        optim.write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
-    optim.say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
-              f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+        write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
+    say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
+        f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
 
 
 def right_answers(groups):
@@ -585,7 +598,7 @@ def evaluate(policy, dev, groups, progress, args, run, step):
     """
     sampler = policy._replace(params=sampler_weights(policy))
     answered = roll_out(sampler, list(enumerate(dev)), args, greedy=True)
-    optim.log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
+    log_samples(run, step, sample_records(groups[:4], "rollout", policy.tokenizer)
                       + sample_records(answered[:8], "held_out", policy.tokenizer))
     right = right_answers(answered)
     progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
@@ -632,7 +645,7 @@ def measure_test(policy, test, args, run, rows, method, preset=None):
         change = percent(*paired_bootstrap(before, right))
         text += f"\nBefore to {method}: {change} points; {gains(before, right)}.\n"
     if run.rank == 0:
-        optim.write_whole(run.dir / "results.md", text)
+        write_whole(run.dir / "results.md", text)
         print(text, flush=True)
 
 
@@ -647,7 +660,7 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
     prompts = math.ceil(rows / args.group)
-    dtype = optim.compute_dtype(args.dtype, device)
+    dtype = launch.compute_dtype(args.dtype, device)
     slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cuda")
     reference = config if args.beta and not args.lora_rank else None
     if args.teacher:
@@ -728,9 +741,9 @@ def settle_flags(args, config):
     Writes into `args`. Raises ValueError for flags that contradict each other, and when neither
     all weights nor an adapter can be trained in the memory.
     """
-    device = optim.find_device(args.device).type
+    device = launch.find_device(args.device).type
     world = max(rank_and_world()[1], args.processes or 1)
-    there = optim.memory_there(device, world)
+    there = launch.memory_there(device, world)
     lr = args.lr
     fill_defaults(args, config)
     if args.teacher:
@@ -752,9 +765,9 @@ def settle_flags(args, config):
                    f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
                    + args.free_sampler * " --free-sampler")
         args.lr = lr or LORA_LR
-    optim.say(f"training {trained}: {optim.plan_line(plan, there)}")
+    say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
-        args.processes = optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
+        args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 def drop_long_prompts(problems, policy, args):
@@ -772,7 +785,7 @@ def filter_by_pass_rate(sets, policy, args, counts):
     low, high = args.filter_by_pass_rate
     problems = list(enumerate(itertools.chain(*sets)))
     if not counts:
-        optim.say(f"asking {len(problems)} problems {args.group} times each")
+        say(f"asking {len(problems)} problems {args.group} times each")
         sampler = policy._replace(params=sampler_weights(policy))
         seed = zlib.crc32(f"{args.seed} 0".encode())
         for begin in range(0, len(problems), args.prompts):
@@ -786,7 +799,7 @@ def filter_by_pass_rate(sets, policy, args, counts):
             f"{len(solved['always'])} always")
     if not all(kept):
         raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
-    optim.say(said)
+    say(said)
     return kept
 
 
@@ -797,12 +810,12 @@ def load_data(policy, args):
     held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
     dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
     for path in files_of(args.data) & files_of([args.eval_data]):
-        optim.say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
-                  "for dev and test alike")
+        say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
+            "for dev and test alike")
     shared = set(keys_of(dev)).intersection(keys_of(test))
     if shared:
-        optim.say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
-                  "checkpoint is chosen by them")
+        say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
+            "checkpoint is chosen by them")
     held_out = keys_of(dev + test)
     sets = [leave_out(problems, keys_of(problems), held_out, word)
             for problems, word in zip(sets, args.data)]
@@ -813,8 +826,8 @@ def load_base(path, args):
     """The weights to start from. Frozen ones are loaded as they are computed with."""
     if not args.lora_rank:
         return model.load_params(path)
-    device = optim.find_device(args.device)
-    return model.load_params(path, device, optim.compute_dtype(args.dtype, device))
+    device = launch.find_device(args.device)
+    return model.load_params(path, device, launch.compute_dtype(args.dtype, device))
 
 
 def count_steps(args, num_problems):
@@ -830,7 +843,7 @@ def make_trainable(base, config, args, device):
 
     That of an adapter is the base, for free. Without --beta there may be none.
     """
-    dtype = optim.compute_dtype(args.dtype, device)
+    dtype = launch.compute_dtype(args.dtype, device)
     start = None
     if args.lora_rank:
         lora = model.init_lora(config, args.lora_rank, args.seed)
@@ -856,7 +869,7 @@ def restore(checkpoint, optimizer):
     progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     if checkpoint is None:
         return 0, progress
-    state = optim.load_checkpoint(checkpoint, optimizer)
+    state = load_checkpoint(checkpoint, optimizer)
     return state["step"], progress | state["extra"]
 
 
@@ -872,7 +885,7 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
         learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
     updated = time.perf_counter()
     metrics = step_metrics(groups, learned, args)
-    peaks = gather_objects(optim.peak_memory_gib(optimizer.params.device))
+    peaks = gather_objects(launch.peak_memory_gib(optimizer.params.device))
     num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
     return groups, metrics | {
         "step": step, "time": time.time(), "lr": lr,
@@ -883,14 +896,14 @@ def learn_step(policy, reference, optimizer, problems, step, lr, args):
 def main(args):
     config = model.load_config(model.resolve_model(args.model, config_only=True))
     settle_flags(args, config)
-    optim.check_run_dir(args)
+    check_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
     sets, proportions, dev, test = load_data(policy, args)
     args.data_sha256 = data_hash(*sets, dev, test)  # a flag, as --resume must find the same
     base = load_base(path, args)  # before this process forks, so that all share what is frozen
-    _, world, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
-    run, checkpoint = optim.start_run(args)
+    _, world, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
+    run, checkpoint = start_run(args)
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params, engine=Engine())
@@ -899,16 +912,16 @@ def main(args):
         sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
     num_problems = sum(map(len, sets))
     steps, epoch_ends = count_steps(args, num_problems)
-    optim.say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
-              f"for the result, on {world} x {device}")
+    say(f"{num_problems} training problems, {len(dev)} held out for choosing and {len(test)} "
+        f"for the result, on {world} x {device}")
     measure = functools.partial(measure_test, policy, test, args, run, progress["rows"])
-    trained_on = optim.read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
+    trained_on = read_trained_on(args.adapter).union(keys_of(sum(sets, [])))
     save = functools.partial(
-        optim.save_checkpoint, run.dir, params=params, config=config, like=path,
+        save_checkpoint, run.dir, params=params, config=config, like=path,
         optimizer=optimizer, extra=progress, keep=args.keep, trained_on=trained_on)
     if not progress["dev"]:  # of a new run, or one of an earlier version
         metrics = {"step": done} | evaluate(policy, dev, [], progress, args, run, done)
-        optim.log_step(run, "step {step}" + DEV_ACCURACY, metrics)
+        log_step(run, "step {step}" + DEV_ACCURACY, metrics)
     if not checkpoint:
         measure("before")
         if args.prompt != "cot":
@@ -921,7 +934,7 @@ def main(args):
     problems = itertools.islice(problems, progress["taken"], None)
 
     began = time.perf_counter()
-    with optim.stop_signals() as stop_requested:
+    with stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
             groups, metrics = learn_step(policy, reference, optimizer, problems, step, lr, args)
@@ -936,7 +949,7 @@ def main(args):
             metrics |= {"steps": steps, "epoch": progress["taken"] / num_problems,
                         "left_min": mean_s * (steps - step) / 60}
             line = STEP_LINE + bool(args.beta) * KL + evaluating * DEV_ACCURACY
-            optim.log_step(run, line, metrics)
+            log_step(run, line, metrics)
             progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
                                                         args.lr)
             if last or step in epoch_ends:
@@ -951,8 +964,8 @@ def main(args):
                 raise KeyboardInterrupt  # saved; run_main says how to go on
     save_solved(run, progress["right"])
     best = run.dir / "checkpoints" / "best"
-    optim.say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
+    say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
 
 
 if __name__ == "__main__":
-    optim.run_main(main, parse_args)
+    launch.run_main(main, parse_args)

@@ -23,8 +23,8 @@ from statistics import fmean
 import eval
 from data.prompts import encode_prompt, load_shots
 from eval import maj_at_k, paired, paired_bootstrap, pass_at_k, percent, scores_of, votes_of
+from launch import Parser, above, at_least, between, run_main, say
 from model import is_tiny
-from optim import Parser, above, at_least, between, run_main, say
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)

@@ -30,16 +30,8 @@ import eval
 from data.prompts import AGAIN, AGAIN_LONG, ALL_RIGHT, CHECK, CHECK_LONG, PRESETS
 from eval import maj_at_k, percent, votes_of
 from generate import completion_text, generate
+from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from optim import (
-    Parser,
-    at_least,
-    gather_objects,
-    progress_bar,
-    rank_and_world,
-    run_main,
-    say,
-)
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+import launch
 import model
 import optim
 import view
@@ -33,7 +34,18 @@ from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag, render_prompt
 from engine import cache_slots
 from eval import evaluate, fit_context, leave_out, rate_metrics
-from optim import above, at_least, init_optimizer, optimizer_step, rank_and_world, say
+from launch import above, at_least, rank_and_world, say
+from optim import init_optimizer, optimizer_step
+from run import (
+    check_run_dir,
+    load_checkpoint,
+    log_samples,
+    log_step,
+    read_trained_on,
+    save_checkpoint,
+    start_run,
+    stop_signals,
+)
 from verify import box_span
 
 PROMPTS = [name for name, preset in PRESETS.items() if not preset.shots]  # an example stands alone
@@ -45,7 +57,7 @@ STEP_LINE = ("step {step}/{steps} | loss {loss:.4f} nat (thought {loss_thought:.
 
 
 def parse_args(argv=None):
-    p = optim.Parser(__doc__)
+    p = launch.Parser(__doc__)
     add = p.add_argument
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b, a hub id, or a directory")
     add("--from-scratch", action="store_true", help="random weights in the shape of --model")
@@ -67,9 +79,9 @@ def parse_args(argv=None):
     add("--eval-limit", type=at_least(1), default=200, help="problems of it")
     add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
     add("--max-new-tokens", type=at_least(1), default=512, help="of an answer in evaluation")
-    optim.add_train_flags(p, lr=None, run_dir="runs/sft", lr_help="peak learning rate (default: "
+    launch.add_train_flags(p, lr=None, run_dir="runs/sft", lr_help="peak learning rate (default: "
                           "all weights 1e-5, an adapter 2e-4; of a tiny model 2e-3 and 5e-3)")
-    return optim.parse_train_args(p, argv)
+    return launch.parse_train_args(p, argv)
 
 
 def default_lr(config, lora_rank):
@@ -227,7 +239,7 @@ def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpoint
         if backward:
             ((weights * losses).sum() / total).backward()
         sums += losses.detach()
-    sums = torch.tensor(optim.all_sum(sums.tolist()))
+    sums = torch.tensor(launch.all_sum(sums.tolist()))
     means = sums / counts  # nan where a part has no token
     return ((weights * sums).sum() / total).item(), dict(zip(PARTS, means.tolist()))
 
@@ -290,26 +302,26 @@ def settle_flags(args, config):
     if args.checkpointing is None:
         args.checkpointing = not model.is_tiny(config)
     args.lr = args.lr or default_lr(config, args.lora_rank)
-    device = optim.find_device(args.device)
-    world = max(optim.rank_and_world()[1], args.processes or 1)
+    device = launch.find_device(args.device)
+    world = max(rank_and_world()[1], args.processes or 1)
     slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, device.type == "cuda")
     plan = optim.plan_memory(
-        config, optim.compute_dtype(args.dtype, device), device, world, longest=args.max_tokens,
+        config, launch.compute_dtype(args.dtype, device), device, world, longest=args.max_tokens,
         row_tokens=args.micro_tokens, rows=64, cache_slots=slots, lora_rank=args.lora_rank,
         checkpointing=args.checkpointing, offload=args.offload, keep_sampler=False)
-    say(optim.plan_line(plan, optim.memory_there(device, world)))
+    say(optim.plan_line(plan, launch.memory_there(device, world)))
     if args.processes is None:
-        args.processes = optim.default_processes(args.device, plan.peak - plan.shared, plan.shared)
+        args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 def load_trainable(args, model_dir, config):
     """(params, optimizer). Forks into --processes, which share an adapter's base."""
-    dtype = optim.compute_dtype(args.dtype, optim.find_device(args.device))
+    dtype = launch.compute_dtype(args.dtype, launch.find_device(args.device))
     if args.from_scratch:
         base = model.init_params(config, args.seed)
     else:
         base = model.load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
-    _, _, device = optim.init_distributed(args.device, args.processes, args.timeout_min)
+    _, _, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
     if not args.lora_rank:
         return init_optimizer(base, device, dtype, args.offload)
     lora = model.init_lora(config, args.lora_rank, args.seed)
@@ -359,12 +371,12 @@ def train_step(params, config, optimizer, examples, step, steps, args):
     device = params["model.embed_tokens.weight"].device
     metrics = {"step": step, "steps": steps, "time": time.time(), "loss": loss, "lr": lr,
                "tokens_per_s": tokens_per_s,
-               "peak_memory_gib": optim.peak_memory_gib(device)}
+               "peak_memory_gib": launch.peak_memory_gib(device)}
     return metrics | {f"loss_{part}": value for part, value in parts.items()} | stats
 
 
 def main(args):
-    optim.check_run_dir(args)
+    check_run_dir(args)
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
@@ -382,24 +394,24 @@ def main(args):
     steps = math.ceil(args.epochs * len(examples) / args.batch)
 
     params, optimizer = load_trainable(args, model_dir, config)
-    run, checkpoint = optim.start_run(args)
+    run, checkpoint = start_run(args)
     state = {"step": 0, "best_step": None, "extra": {"best": math.inf}}
     if checkpoint:
-        state = optim.load_checkpoint(checkpoint, optimizer)
+        state = load_checkpoint(checkpoint, optimizer)
     best = state["extra"]["best"]
     best_step = state["best_step"]
     skipped = 0
-    trained_on = optim.read_trained_on(args.adapter) | {example.key for example in examples}
+    trained_on = read_trained_on(args.adapter) | {example.key for example in examples}
     num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
     say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
     for example in examples[:2]:
         say(show_example(example, tokenizer))
     if not checkpoint:
         _, samples = run_evaluation(params, config, tokenizer, [], problems[:8], system, args)
-        optim.log_samples(run, 0, samples)
+        log_samples(run, 0, samples)
     view.write_report(run)
 
-    with optim.stop_signals() as stop_requested:
+    with stop_signals() as stop_requested:
         for step in range(state["step"] + 1, steps + 1):
             metrics = train_step(params, config, optimizer, examples, step, steps, args)
             line = STEP_LINE
@@ -411,15 +423,15 @@ def main(args):
                 metrics |= found
                 line += "".join(f" | {name} {{{name}:.4f}}" for name in found
                                 if not name.endswith(("_low", "_high")))
-                optim.log_samples(run, step, samples)
+                log_samples(run, step, samples)
                 loss = metrics.get("val_loss", metrics["loss"])
                 if loss < best:
                     best = loss
                     best_step = step
-            optim.log_step(run, line, metrics)
+            log_step(run, line, metrics)
             skipped = optim.count_failures(skipped, metrics["skipped"], args.lr)
             if evaluating or stopping or step % args.save_every == 0:
-                optim.save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
+                save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer,
                                       {"best": best}, args.keep, best_step, trained_on)
             if evaluating:
                 view.write_report(run)
@@ -432,4 +444,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    optim.run_main(main, parse_args)
+    launch.run_main(main, parse_args)

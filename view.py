@@ -165,7 +165,7 @@ def write_page(run_dirs, path):
 
 
 def write_report(run):
-    """report.html of a run that is going on (an optim.Run), on process 0.
+    """report.html of a run that is going on (a run.Run), on process 0.
 
     A page that cannot be written is said and ends no training.
     """

@@ -20,7 +20,7 @@ from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
 from eval import markdown, paired_bootstrap, percent, wilson
-from optim import Parser
+from launch import Parser
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 

@@ -25,7 +25,7 @@ from urllib.error import HTTPError
 
 from data import family_of
 from data.prompts import respond
-from optim import printable
+from launch import printable
 
 INSTRUCTION = (
     "\n\nThink step by step. Write every calculation as an equation, one on a line. "

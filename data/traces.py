@@ -36,16 +36,8 @@ from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
 from eval import fit_context, markdown
 from generate import completion_text, generate
-from optim import (
-    Parser,
-    above,
-    at_least,
-    between,
-    compute_dtype,
-    find_device,
-    printable,
-    write_whole,
-)
+from launch import Parser, above, at_least, between, compute_dtype, find_device, printable
+from run import write_whole
 from verify import extract_answer, verify_many
 
 share = between(0.0, 1.0)

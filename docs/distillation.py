@@ -1,6 +1,6 @@
 """What a student learns from a teacher, and what from its own samples, at the same budget.
 
-    python -m docs.distillation 16    # steps, of the tiny model
+    python -m docs.distillation 32    # steps, of the tiny model
 
 The teacher is what GRPO makes of the tiny model; the students are the tiny model again. Each way of
 learning takes as many updates, of 256 completions each: of those that the student samples at that
@@ -15,15 +15,14 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import optim
 from data import load_problems
 from eval import find_row, markdown, percent
+from run import write_whole
 
 HOME = Path("runs/distillation")
 LABELS = {
     "grpo": "GRPO (the teacher)",
     "distilled": "distilled from it on its own samples, without rewards",
-    "both": "the same beside the verifier's reward",
     "sft_teacher": "supervised on the teacher's verified samples",
     "sft_own": "supervised on its own verified samples",
     "sft_control": "supervised on as many of its own at random"}
@@ -51,7 +50,7 @@ def draw(name, source, count):
 
 def supervise(name, samples, steps, usual):
     data = HOME / f"{name}.train.jsonl"
-    optim.write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
     run(HOME / name / "checkpoints" / f"step_{steps:06d}", "sft.py", "--data", data, "--batch", 256,
         "--epochs", (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data",
@@ -64,11 +63,9 @@ def learn(steps):
     usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
     last = f"checkpoints/step_{steps:06d}"
     teacher = HOME / "grpo" / last
-    distil = ["--teacher", teacher]
-    for name, flags in (("grpo", []), ("distilled", distil),
-                        ("both", [*distil, "--reward", "accuracy=1", "format=0.1"])):
-        run(HOME / name / last, "grpo.py", "--steps", steps, *usual, *flags, "--test-limit", 0,
-            "--run-dir", HOME / name)
+    for name, flags in (("grpo", []), ("distilled", ["--teacher", teacher])):
+        run(HOME / name / last, "grpo.py", "--steps", steps, *usual, *flags, "--refill", 0,
+            "--test-limit", 0, "--run-dir", HOME / name)
     right = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
     supervise("sft_teacher", right, steps, usual)
     own = draw("of_student", "tiny", 32 * steps)

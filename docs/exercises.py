@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import grpo
-import optim
+import launch
 
 FLAGS = ["--steps", "12", "--prompts", "16", "--warmup", "3", "--eval-every", "12",
          "--eval-limit", "100", "--test-limit", "0"]
@@ -65,7 +65,7 @@ EXERCISES = {  # name: (what it breaks, or None; flags)
 
 def parse_args(argv=None):
     """(the exercise's name, the flags of grpo.py)."""
-    parser = optim.Parser(__doc__)
+    parser = launch.Parser(__doc__)
     parser.add_argument("name", choices=EXERCISES)
     chosen, others = parser.parse_known_args(argv)
     run_dir = f"runs/exercises/{chosen.name}"
@@ -82,11 +82,11 @@ def main(parsed):
     lines = Path(args.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     shown = [record for record in steps if record["step"] in (1, 4, 8, args.steps)]
-    optim.say(f"\n{name:14}", *(f"step {record['step']:<6}" for record in shown))
+    launch.say(f"\n{name:14}", *(f"step {record['step']:<6}" for record in shown))
     for metric in SHOWN:
         values = [record.get(metric) for record in shown]
-        optim.say(f"{metric:14}", *(" " * 11 if v is None else f"{v:<11.4g}" for v in values))
+        launch.say(f"{metric:14}", *(" " * 11 if v is None else f"{v:<11.4g}" for v in values))
 
 
 if __name__ == "__main__":
-    optim.run_main(main, parse_args)
+    launch.run_main(main, parse_args)

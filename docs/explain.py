@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from optim import Parser
+from launch import Parser
 
 PAGE = Path(__file__).with_name("walkthrough.md")
 NOTEBOOK = PAGE.with_suffix(".ipynb")

@@ -15,8 +15,8 @@ import attention
 import bench
 import generate
 import grpo
+import launch
 import model
-import optim
 from data import load_problems
 from data.prompts import encode_prompt
 from engine import Engine
@@ -145,7 +145,7 @@ def profile(device, size="1.5b", rows=64):
 
 
 def main(args):
-    device = optim.find_device("cuda")
+    device = launch.find_device("cuda")
     print(torch.__version__, "| CUDA", torch.version.cuda, "| cuDNN",
           torch.backends.cudnn.version(), "|", torch.cuda.get_device_name(device),
           torch.cuda.get_device_capability(device), flush=True)

@@ -1,12 +1,15 @@
 """What several test files share: assertions, our scripts run as a user runs them, tiny models."""
 
 import contextlib
+import hashlib
 import importlib
 import io
 import math
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -15,7 +18,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import attention
+import launch
 import model
+import optim
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -178,6 +183,112 @@ def small_model(seed=0):
     """A random model over bytes: (params, config, tokenizer)."""
     config = model.Config(259, 32, 48, 2, 4, 2, max_position_embeddings=2048, eos_token_id=(258,))
     return model.init_params(config, seed), config, bytes_tokenizer()
+
+
+# ---- training in small
+
+TRAIN_CONFIG = model.Config(61, 32, 64, 2, 4, 2)
+TRAIN_SCRIPT = '''  # a training run in small: data and weights follow from (seed, step)
+import run, time, torch
+from launch import *
+from model import Config, init_params, token_logprobs
+from optim import *
+from run import *
+run.FREE_FLAGS += ("fail_at",)
+
+def parse_args():
+    parser = Parser("A run.")
+    add_train_flags(parser, lr=1e-3, run_dir="run")
+    parser.add_argument("--fail-at", type=int, default=0)
+    return parse_train_args(parser)
+
+def main(args):
+    torch.set_num_threads(1)
+    rank, world, device = init_distributed("cpu", args.processes or 1)
+    run, checkpoint = start_run(args)
+    config = Config(61, 32, 64, 2, 4, 2)
+    params, optimizer = init_optimizer(init_params(config, seed=0), device)
+    done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
+    with stop_signals() as stop_requested:
+        for step in range(done + 1, 13):
+            rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)
+            losses = [-token_logprobs(params, config, row).sum() / 48 for row in rows[rank::world]]
+            for loss in losses:
+                loss.backward()
+            time.sleep(0.02)
+            if step == args.fail_at and rank == world - 1:
+                raise RuntimeError("the planted failure")
+            lr = learning_rate(step, 12, args.lr, args.warmup)
+            stats = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
+            loss = all_sum([sum(loss.item() for loss in losses)])[0]
+            metrics = {"step": step, "loss": loss} | stats
+            log_step(run, "step {step}/12 | loss {loss:.4f} nat", metrics)
+            stopping = stop_requested()
+            if stopping or step % args.save_every == 0 or step == 12:
+                save_checkpoint(run.dir, step, params, config, run.dir, optimizer,
+                                {"seen": 6 * step}, args.keep, best_step=1)
+            if stopping:
+                raise KeyboardInterrupt
+
+run_main(main, parse_args)
+'''
+
+
+@contextlib.contextmanager
+def temporary_dir():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def start_training(home, run, *flags, processes=1):
+    """Popen of TRAIN_SCRIPT in `home`, in one process or under torchrun."""
+    (home / "script.py").write_text(TRAIN_SCRIPT)
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([sys.executable, *launcher, "script.py", "--run-dir", run, *flags],
+                            cwd=home, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, (process.returncode, out, err)
+    return out, err
+
+
+def wait_for_steps(path, steps, process):
+    """Until the run has logged that many steps."""
+    while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < steps):
+        time.sleep(0.005)
+
+
+def file_hashes(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def trained_state(steps, dtype=torch.float32, trainable=None):
+    """(params, optimizer) of a tiny model after some updates from random gradients."""
+    params, optimizer = optim.init_optimizer(trainable or model.init_params(TRAIN_CONFIG, 0),
+                                             dtype=dtype)
+    train_on(optimizer, range(steps))
+    return params, optimizer
+
+
+def train_on(optimizer, steps):
+    """Updates from random gradients that follow from the step."""
+    for step in steps:
+        optimizer.grads.normal_(generator=torch.Generator().manual_seed(step))
+        optim.optimizer_step(optimizer, 1e-3)
+
+
+def train_args(*flags):
+    """What a training script makes of these flags."""
+    parser = launch.Parser("A run.")
+    launch.add_train_flags(parser, lr=1e-3, run_dir="runs/none")
+    parser.add_argument("--steps", type=int, default=10)
+    return launch.parse_train_args(parser, flags)
 
 
 # ---- scripted models

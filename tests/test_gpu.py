@@ -4,8 +4,8 @@ import torch
 
 import attention
 import grpo
+import launch
 import model
-import optim
 from data import load_problems
 from engine import Engine, sampling_params
 from eval import evaluate
@@ -126,7 +126,7 @@ def check_steps_of_grpo():
 def check_bfloat16():
     """Where a card has it. An adapter is merged in float32 and rounded once, logits never are."""
     with fake_gpu(capability=(7, 5)):
-        assert optim.compute_dtype("auto", "cuda:0") == torch.float32
+        assert launch.compute_dtype("auto", "cuda:0") == torch.float32
         assert not attention.has_varlen("cuda:0", torch.float16)
     config = model.load_config(TINY)
     base = {name: t.bfloat16() for name, t in model.load_params(TINY).items()}
@@ -135,9 +135,9 @@ def check_bfloat16():
     exact = (base[f"{name}.weight"].double()
              + lora[f"{name}.lora_B.weight"].double() @ lora[f"{name}.lora_A.weight"].double())
     with fake_gpu():
-        device = optim.find_device("auto")
+        device = launch.find_device("auto")
         assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would plan for every shape
-        assert optim.compute_dtype("auto", device) == torch.bfloat16
+        assert launch.compute_dtype("auto", device) == torch.bfloat16
         params = to_gpu(base | lora)
         merged = sampling_params(params, config)[f"{name}.weight"].cpu()
         [answers] = generate(params, config, [[5, 6, 7]], num_samples=4, max_new_tokens=12)

@@ -25,11 +25,13 @@ from torch.utils._pytree import tree_iter
 
 import generate
 import grpo
+import launch
 import losses
 import model
 import optim
 from data import rewards
 from engine import Engine, cache_slots
+from run import list_checkpoints, read_trained_on, step_of
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -216,7 +218,7 @@ def test_grpo_bad_rewards_stop_the_run():
     with tempfile.TemporaryDirectory() as run, mock.patch.dict(grpo.REWARDS, format=spoilt):
         error = error_of("grpo", *SMALL_RUN, "--reward", "format=1", "--run-dir", run)
         assert "--reward format returned nan" in error, error
-        assert optim.step_of(optim.list_checkpoints(run)[-1]) == 1
+        assert step_of(list_checkpoints(run)[-1]) == 1
         steps = [json.loads(line)["step"] for line in open(f"{run}/metrics.jsonl")]
         assert steps == [0, 1]
 
@@ -235,7 +237,7 @@ def test_grpo_weights_that_are_not_finite_are_named():
         for script, words in (("grpo", [*GRPO_RUN[1:], "--run-dir", f"{scratch}/run"]),
                               ("eval", ["--results", f"{scratch}/results.jsonl", "--limit", 4])):
             assert "not finite" in error_of(script, *words, "--model", bad, "--processes", 1)
-        assert not optim.list_checkpoints(f"{scratch}/run")
+        assert not list_checkpoints(f"{scratch}/run")
 
 
 def test_grpo_changed_data_is_refused_on_resume():
@@ -851,9 +853,9 @@ def _settled(config, gib, *words):
     """(args of a run on one GPU of so much memory, the line that says what is trained)."""
     args = grpo.parse_args([str(word) for word in words])
     with contextlib.ExitStack() as stack:
-        gpu = mock.patch.object(optim, "find_device", lambda name: torch.device("cuda", 0))
+        gpu = mock.patch.object(launch, "find_device", lambda name: torch.device("cuda", 0))
         stack.enter_context(gpu)
-        stack.enter_context(mock.patch.object(optim, "memory_there", lambda *_: gib))
+        stack.enter_context(mock.patch.object(launch, "memory_there", lambda *_: gib))
         said = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         grpo.settle_flags(args, config)
     return args, said.getvalue()
@@ -900,8 +902,8 @@ def test_grpo_goes_on_from_an_adapter():
         assert learned["kl"] == 0
         error = error_of("grpo", *words, "--adapter", adapter, "--lora-rank", 0)
         assert "--lora-rank is 0" in error and "rank 4" in error, error
-        known = optim.read_trained_on(adapter)
-        assert known and known <= optim.read_trained_on(f"{scratch}/b/checkpoints/step_000001")
+        known = read_trained_on(adapter)
+        assert known and known <= read_trained_on(f"{scratch}/b/checkpoints/step_000001")
         texts = []
         for i, flags in enumerate((["--adapter", adapter], ["--model", merged], [])):
             records = Path(scratch, f"{i}.jsonl")

@@ -13,11 +13,12 @@ from unittest import mock
 import torch
 
 import grpo
+import launch
 import model
-import optim
 import sft
 from data import load_problems
 from data.mixture import keys_of
+from run import read_trained_on
 from tests.common import (
     GRPO_RUN,
     ROOT,
@@ -200,8 +201,8 @@ def test_sft_plans_for_one_gpu():
     plan counted its weights and its cache there, 7 GiB."""
     config = model.Config(151936, 1536, 8960, 28, 12, 2)  # qwen2.5-1.5b
     args = sft.parse_args(["--data", "traces.jsonl", "--lora-rank", "32"])
-    with mock.patch.object(optim, "find_device", lambda name: torch.device("cuda", 0)), \
-            mock.patch.object(optim, "memory_there", lambda *_: 24.0), \
+    with mock.patch.object(launch, "find_device", lambda name: torch.device("cuda", 0)), \
+            mock.patch.object(launch, "memory_there", lambda *_: 24.0), \
             mock.patch.object(sft, "say") as say:
         sft.settle_flags(args, config)
     assert args.checkpointing
@@ -224,12 +225,12 @@ def test_sft_and_eval_tell_what_was_trained_on():
         dev = load_problems(asked, "dev")
         assert f"{len(dev)} of 40 training problems of {data} are also held out" in told, told
         first = f"{scratch}/one/checkpoints/best"
-        keys = optim.read_trained_on(first)
+        keys = read_trained_on(first)
         assert len(keys) == 40 - len(dev) - 2 and not keys & set(keys_of(dev))
         more = _write(Path(scratch) / "more.jsonl", _sums(9))
         in_process("sft", "--model", first, "--data", more, *words, "--run-dir", f"{scratch}/two")
         second = f"{scratch}/two/checkpoints/best"
-        assert keys < optim.read_trained_on(second)
+        assert keys < read_trained_on(second)
         results = ["--results", f"{scratch}/results.jsonl", "--max-new-tokens", 4, "--processes", 1]
         told = in_process("eval", "--model", second, "--data", asked, *results)
         assert f"was trained on {len(keys)} of these 40 problems" in told, told

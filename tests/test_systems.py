@@ -26,7 +26,7 @@ pathlib.Path.symlink_to = symlink_to
 sys.platform = "win32"
 sys.modules["msvcrt"] = types.SimpleNamespace(locking=lambda *_: None, LK_NBLCK=2)
 sys.path.insert(0, os.getcwd())
-from optim import run_main
+from launch import run_main
 
 for name in ("bench", "data.judge", "data.tiny.corpus", "data.traces", "infer_scale", "refine",
              "sft", "verify"):

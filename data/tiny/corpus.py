@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from data import arithmetic
 from data.prompts import AGAIN, ALL_RIGHT, CHECK, STEP_BY_STEP, respond
-from optim import Parser, at_least, between
+from launch import Parser, at_least, between
 
 AUTHORS = {"blunt": 0.60, "careful": 0.18, "careless": 0.22}
 QWEN_SPLIT = (
