@@ -249,7 +249,7 @@ def bench_step(args, counted=3):
     params, reference, optimizer = grpo.make_trainable(base, config, args, device)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
-    policy = grpo.Policy(params, config, tokenizer, None)
+    policy = grpo.Policy(params, config, tokenizer, None, Engine())
     problems = random_problems(tokenizer, args.prompts, *prompt_lengths, args.seed)
     rollout, learning = torch.zeros(2, 2, dtype=torch.float64)
     sampled = 0
@@ -268,7 +268,7 @@ def bench_step(args, counted=3):
         f"tokens a step | {world} x {torch.get_num_threads()} threads, the figures of one | "
         f"{dtype} | --micro-tokens {args.micro_tokens}"
         + (" --checkpointing" if args.checkpointing else ""))
-    for i, unit in enumerate(("s", "cpu_s")):
+    for i, unit in enumerate(["s"] if device.type == "cuda" else ["s", "cpu_s"]):
         seconds = rollout[i] + learning[i]
         say(f"{unit} per step {seconds:.2f} | rollout {rollout[i]:.2f} | update {learning[i]:.2f} "
             f"| {sampled / seconds:.0f} tokens/{unit}")

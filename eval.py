@@ -226,6 +226,8 @@ class Setup(NamedTuple):
     settings: dict  # what identifies a row, beside its method and the options
     records: Path | None = None  # a directory for files of records, or one such file
     grade: str = "strict"  # which one counts
+    engine: Engine | None = None  # the sampler's, which a GPU keeps
+    compiled: bool = False  # its step
 
 
 def weights_hash(model_dir, adapter=None):
@@ -337,7 +339,8 @@ def load_setup(args, replies=1):
     params = model.load_params(path, "cpu", dtype, args.adapter)
     params = sampling_params(params, config, device=device)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
-                  args.records and Path(args.records), args.grade or preset.grade)
+                  args.records and Path(args.records), args.grade or preset.grade, Engine(),
+                  args.compile)
     fork(args, setup, replies)
     say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
     return setup
@@ -366,8 +369,8 @@ def collect_records(setup, name="records", **changes):
         if path:
             append_lines(path, [record | {"settings": settings}])
 
-    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, engine=Engine(),
-                       keep=keep, **options)
+    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, engine=setup.engine,
+                       compiled=setup.compiled, keep=keep, **options)
     done |= {record["id"]: record | {"settings": settings} for record in records}
     row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}
     return [done[p["id"]] for p in setup.problems], row_settings
@@ -583,7 +586,8 @@ def report(args):
     config = model.load_config(model.resolve_model(args.model))
     data = chosen_flags(args, config)["data"]
     usual = vars(parse_args([]))
-    shared = [f"--{name.replace('_', '-')}={value}" for name, value in vars(args).items()
+    shared = [f"--{name.replace('_', '-')}={value}".removesuffix("=True")
+              for name, value in vars(args).items()
               if name not in OF_REPORT and value != usual[name]]
     rows = []
     for label, name, prompt, script, method in REPORT:

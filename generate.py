@@ -61,6 +61,7 @@ def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
     add("--max-new-tokens", type=at_least(1), default=max_new_tokens, help="the longest completion")
     add("--max-batch", type=at_least(1), default=64, help="rows that decode at once")
     add("--think-tag", default="think", help="name of the thinking block: <think> ... </think>")
+    add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
 
 
 def parse_args(argv=None):
@@ -77,7 +78,6 @@ def parse_args(argv=None):
     add("--repetition", type=at_least(0), default=0,
         help="stop when so many last tokens repeat one phrase; 0: never")
     add("--hide-thinking", action="store_true", help="show only what stands outside the thought")
-    add("--compile", action="store_true", help="torch.compile the layers (a minute, once)")
     add("--threads", type=at_least(1), help="default: what PyTorch chooses")
     add("--seed", type=int, default=0)
     add_sampling_flags(p, temperature=0.7, top_p=0.8)
@@ -448,6 +448,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         longest = max(row.held + 1 + row.limit for row in waiting)
         prepare(batch, params, config, min(max_batch, len(waiting)), longest, budget)
         if compiled:
+            torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
             step_fn = torch.compile(decode_step, dynamic=False)
     else:
         batch = Batch(new_store(config, like), new_store(config, like), budget)
@@ -483,7 +484,9 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
                          for row in ended], sum(len(row.tokens) - n for row, n in before.items()))
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
             B = len(state.tokens)
-            ended = B - len(batch.rows) >= max(1, B // (16 if waiting else 2 if static else 4))
+            places = min(B, max_batch) if waiting else B
+            free = places - len(batch.rows)
+            ended = free >= max(1, B // (16 if waiting else 2 if static else 4))
             changed = reopened or ended or not steps_left(batch)
         stats["decode_s"] += time.perf_counter() - decoding
     return results

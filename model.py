@@ -181,12 +181,15 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     x = F.embedding(tokens, params["model.embed_tokens.weight"])  # [B, T, D]
     cos, sin = rope_table(config, positions, x.dtype)
+
+    def run_layer(layer, x):
+        return block(params, config, layer, x, cos, sin, attend_fn)
+
     for layer in range(config.num_hidden_layers):
-        inputs = (params, config, layer, x, cos, sin, attend_fn)
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, *inputs, use_reentrant=False)
+        if checkpointing and torch.is_grad_enabled():  # it walks all that it is given
+            x = checkpoint(run_layer, layer, x, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = block(*inputs)
+            x = run_layer(layer, x)
     return rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
 
 

@@ -271,6 +271,7 @@ def main(args):
     settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
     loop["seeds"] = [zlib.crc32(p["id"].encode()) for p in setup.problems]
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
+    loop |= {"engine": setup.engine, "compiled": setup.compiled}
 
     def own_gate(i, k, old, new):
         return args.score == "none" or new.scores[args.score] > old.scores[args.score]

@@ -26,6 +26,15 @@ def test_bench_step_peak_is_as_planned():
     assert "4096 sampled tokens" in out and "--micro-tokens 2048" in out, out
 
 
+def test_bench_step_keeps_an_engine():
+    """Without one a GPU captured its graphs in every step, within the rollouts' seconds."""
+    with mock.patch.object(bench.grpo, "roll_out_step", side_effect=StopIteration) as roll_out:
+        with contextlib.suppress(StopIteration):
+            _printed("step", "--processes", 1)
+    [(policy, *_)] = [call.args for call in roll_out.call_args_list]
+    assert policy.engine is not None
+
+
 def test_bench_plan_says_what_fits():
     out = _printed("plan", "--size", "1.5b", "--gpus", "1:6", "1:8", "8:80")
     head, _, six, eight, large = (line.split(" | ") for line in out.strip().splitlines())

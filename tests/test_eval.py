@@ -170,6 +170,16 @@ def test_eval_interrupted_run_ends_with_the_same_records():
             _collect(other, reply)
 
 
+def test_eval_keeps_an_engine_and_compiles_its_step():
+    """A GPU allotted its cache and captured its graphs anew for each file of records."""
+    setup = scripted_setup(sum_problems(2))._replace(engine=object(), compiled=True)
+    with mock.patch.object(evaluation, "generate", wraps=scripted(lambda *_: "?")) as generate:
+        for name in ("a", "b"):
+            evaluation.collect_records(setup, name)
+    given = [(call.kwargs["engine"], call.kwargs["compiled"]) for call in generate.call_args_list]
+    assert given == [(setup.engine, True)] * 2
+
+
 def test_eval_a_record_depends_on_its_problem_alone():
     """Real sampling on random weights: the same completions alone, in any batch, in any order."""
     problems = sum_problems(9)
@@ -283,7 +293,8 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
                "scores": {str(i): 0.0 for i in range(10)}}
 
         def run_script(script, *words):
-            flags = dict(word.removeprefix("--").split("=", 1) for word in words)
+            assert "--compile" in words  # as it was given
+            flags = dict(word.removeprefix("--").partition("=")[::2] for word in words)
             sampled = "num-samples" in flags
             ran.append((script, Path(flags["model"]).name, flags["prompt"], sampled))
             methods = {
@@ -303,7 +314,7 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
                       {"prompt": "cot", "split": "dev"}):
             evaluation.append_row(results, decoy | wrong)
         words = ["--report", "--model", base, "--trained", trained, "--limit", 10,
-                 "--sampled-limit", 4, "--results", results, "--out", f"{folder}/out"]
+                 "--sampled-limit", 4, "--results", results, "--out", f"{folder}/out", "--compile"]
         with mock.patch.object(evaluation, "run_script", run_script):
             in_process("eval", *words)
             assert ran == [

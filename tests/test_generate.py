@@ -376,6 +376,16 @@ def test_generate_static_engine_stays_within_its_budget():
             assert all(len(answer.tokens) == 9 for [answer] in answers)
 
 
+def test_generate_static_engine_seats_rows_only_where_there_is_room():
+    """With 3 rows at once in 4 places, all were seated anew at every look."""
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    seat = mock.Mock(wraps=generate_module.seat_in_slots)
+    with _static([]), mock.patch.object(generate_module, "seat_in_slots", seat):
+        generate(form, config, _PROMPTS[:1], num_samples=4, max_new_tokens=64, max_batch=3)
+    assert seat.call_count == 2
+
+
 def test_generate_step_of_the_static_engine_compiles_to_one_graph():
     """Traced without a compiler: fullgraph raises where Python would have to step in."""
     params, config = _sampler(num_hidden_layers=3)
@@ -403,6 +413,11 @@ def test_generate_step_of_the_static_engine_compiles_to_one_graph():
         with mock.patch.object(generate_module, "decode_step", compiled), \
                 mock.patch.object(attention, "varlen_attn", varlen_attn):
             assert _tokens(generate(form, config, _PROMPTS[:2], **ask)) == _tokens(plain)
+        # eight powers of two of rows, greedy and not; beyond the limit nothing is compiled
+        with mock.patch.object(torch, "compile", lambda step_fn, **settings: step_fn), \
+                torch._dynamo.config.patch(recompile_limit=8):
+            generate(form, config, _PROMPTS[:2], compiled=True, **ask)
+            assert torch._dynamo.config.recompile_limit > 16
 
 
 def test_generate_reports_what_ends_as_it_ends():

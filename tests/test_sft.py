@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 import grpo
+import launch
 import model
 import sft
 from data import load_problems
@@ -224,6 +225,20 @@ def test_sft_holds_out_whole_problems():
     shuffled = list(each_once)
     random.Random(3).shuffle(shuffled)
     assert sft.hold_out(each_once, 4, seed=3) == (shuffled[4:], shuffled[:4])
+
+
+def test_sft_plans_for_one_gpu():
+    """The adapter of the docstring, on 24 GB. Nothing of the sampler stays during an update: the
+    plan counted its weights and its cache there, 7 GiB."""
+    config = model.Config(151936, 1536, 8960, 28, 12, 2)  # qwen2.5-1.5b
+    args = sft.parse_args(["--data", "traces.jsonl", "--lora-rank", "32"])
+    with mock.patch.object(launch, "find_device", lambda name: torch.device("cuda", 0)), \
+            mock.patch.object(launch, "memory_there", lambda *_: 24.0), \
+            mock.patch.object(sft, "say") as say:
+        sft.settle_flags(args, config)
+    assert args.checkpointing
+    say.assert_called_once_with(
+        "about 6.6 GiB in the update, 11.8 in the rollouts, of 24.0 GiB")
 
 
 def test_sft_and_eval_tell_what_was_trained_on():
