@@ -715,6 +715,7 @@ class Training(NamedTuple):
     progress: dict  # what a checkpoint has to remember beside the weights
     run: Run
     model_dir: Path  # of the model that it began with
+    trained_on: set[str]  # keys of problems
     args: argparse.Namespace
 
 
@@ -743,7 +744,9 @@ def open_training(args):
         data = data._replace(sets=sets)
     say(f"{data.num_problems} training problems, {len(data.dev)} held out for choosing and "
         f"{len(data.test)} for the result, on {world} x {device}")
-    return Training(policy, reference, optimizer, data, progress, run, path, args), done
+    trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
+    training = Training(policy, reference, optimizer, data, progress, run, path, trained_on, args)
+    return training, done
 
 
 def answer(training, problems, preset=None):
@@ -777,8 +780,7 @@ def measure(training, method, preset=None):
 
 def save(training, step):
     """Write a checkpoint, and let `best` point to the best one."""
-    policy, _, optimizer, data, progress, run, model_dir, args = training
-    trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
+    policy, _, optimizer, _, progress, run, model_dir, trained_on, args = training
     best_step, _ = progress["dev"][-1]
     save_checkpoint(run.dir, step, policy.params, policy.config, model_dir, optimizer,
                     progress, args.keep, best_step, trained_on)
