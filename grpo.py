@@ -780,10 +780,11 @@ def measure(training, method, preset=None):
 
 def save(training, step):
     """Write a checkpoint, and let `best` point to the best one."""
-    policy, _, optimizer, _, progress, run, model_dir, trained_on, args = training
-    best_step, _ = progress["dev"][-1]
-    save_checkpoint(run.dir, step, policy.params, policy.config, model_dir, optimizer,
-                    progress, args.keep, best_step, trained_on)
+    policy = training.policy
+    best_step, _ = training.progress["dev"][-1]
+    save_checkpoint(training.run.dir, step, policy.params, policy.config, training.model_dir,
+                    training.optimizer, training.progress, training.args.keep, best_step,
+                    training.trained_on)
 
 
 def measure_start(training, step):
@@ -799,7 +800,8 @@ def measure_start(training, step):
 
 def learn_step(training, problems, step, lr):
     """One step of the algorithm, noted in `progress`: (its groups, metrics)."""
-    policy, reference, optimizer, _, progress, *_, args = training
+    policy, reference, optimizer = training.policy, training.reference, training.optimizer
+    progress, args = training.progress, training.args
     start = time.perf_counter()
     groups = with_advantages(roll_out_step(policy, problems, step, args), args)
     rolled = time.perf_counter()
