@@ -715,6 +715,7 @@ class Training(NamedTuple):
     progress: dict  # what a checkpoint has to remember beside the weights
     run: Run
     model_dir: Path  # of the model that it began with
+    trained_on: set[str]  # keys of problems
     args: argparse.Namespace
 
 
@@ -743,7 +744,9 @@ def open_training(args):
         data = data._replace(sets=sets)
     say(f"{data.num_problems} training problems, {len(data.dev)} held out for choosing and "
         f"{len(data.test)} for the result, on {world} x {device}")
-    return Training(policy, reference, optimizer, data, progress, run, path, args), done
+    trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
+    training = Training(policy, reference, optimizer, data, progress, run, path, trained_on, args)
+    return training, done
 
 
 def answer(training, problems, preset=None):
@@ -777,11 +780,11 @@ def measure(training, method, preset=None):
 
 def save(training, step):
     """Write a checkpoint, and let `best` point to the best one."""
-    policy, _, optimizer, data, progress, run, model_dir, args = training
-    trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
-    best_step, _ = progress["dev"][-1]
-    save_checkpoint(run.dir, step, policy.params, policy.config, model_dir, optimizer,
-                    progress, args.keep, best_step, trained_on)
+    policy = training.policy
+    best_step, _ = training.progress["dev"][-1]
+    save_checkpoint(training.run.dir, step, policy.params, policy.config, training.model_dir,
+                    training.optimizer, training.progress, training.args.keep, best_step,
+                    training.trained_on)
 
 
 def measure_start(training, step):
@@ -797,7 +800,8 @@ def measure_start(training, step):
 
 def learn_step(training, problems, step, lr):
     """One step of the algorithm, noted in `progress`: (its groups, metrics)."""
-    policy, reference, optimizer, _, progress, *_, args = training
+    policy, reference, optimizer = training.policy, training.reference, training.optimizer
+    progress, args = training.progress, training.args
     start = time.perf_counter()
     groups = with_advantages(roll_out_step(policy, problems, step, args), args)
     rolled = time.perf_counter()
