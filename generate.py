@@ -48,6 +48,7 @@ from launch import (
     find_device,
     printable,
     run_main,
+    say_once,
 )
 
 
@@ -451,6 +452,9 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
             step_fn = torch.compile(decode_step, dynamic=False)
     else:
+        if like.device.type != "cpu":
+            say_once(f"{like.device.type} in {like.dtype}: the sampler takes the plain path, which "
+                     "is slower; CUDA graphs need bfloat16 and a card from sm80 on")
         batch = Batch(new_store(config, like), new_store(config, like), budget)
     chunk = chunk or (16384 if static else 2048)
     # steps between two looks at what was drawn

@@ -339,6 +339,9 @@ def say(*words):
         print(*words, flush=True)
 
 
+say_once = functools.cache(say)  # the same words
+
+
 def printable(text):
     """A model's or a server's text without the codes that a terminal would obey, spelled out."""
     codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"

@@ -1,5 +1,8 @@
 """Tests of what a GPU does, on tensors that only say that they are on one: see fake_cuda.py."""
 
+from contextlib import redirect_stdout
+from io import StringIO
+
 import torch
 
 import attention
@@ -64,7 +67,7 @@ def check_generate():
     assert {len(c.tokens) for c in sum(wanted[0], [])} != {20} and wanted[5][0][0].forced
     for static, count in ((True, len(modes)), (False, 3)):
         engine = Engine()
-        with fake_gpu(float32=static) as captured:
+        with fake_gpu(float32=static) as captured, redirect_stdout(StringIO()) as said:
             on_gpu = to_gpu(params)
             for mode, want in zip(modes[:count], wanted):
                 got = generate(on_gpu, config, prompts, engine=engine, **ask | mode)
@@ -73,6 +76,7 @@ def check_generate():
                     gaps = torch.tensor(a.logprobs) - torch.tensor(b.logprobs)
                     assert gaps.abs().max() < 1e-3, (mode, gaps)
         assert bool(captured) == static
+        assert said.getvalue().count("plain path") == int(not static)  # said once
         if static:
             assert_captured_once(captured, engine)
 
