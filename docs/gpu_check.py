@@ -15,8 +15,8 @@ import attention
 import bench
 import generate
 import grpo
-import losses
 import launch
+import losses
 import model
 from data import load_problems
 from data.prompts import encode_prompt
