@@ -16,6 +16,7 @@ import bench
 import generate
 import grpo
 import launch
+import losses
 import model
 from data import load_problems
 from data.prompts import encode_prompt
@@ -76,12 +77,12 @@ def check_attention(device):
         report(f"decode, {rows} rows", distance(out.view(rows, 2, 6, 128), expected), 1e-2)
 
 
-def check_sampler(device):
+def check_sampler(device, count=40):
     """The tiny model: the same tokens on a CPU and a GPU, and log-probabilities near the scorer's.
     """
     path = model.resolve_model("tiny")
     config, tokenizer = model.load_config(path), model.load_tokenizer(path)
-    problems = load_problems("arithmetic", "test", 40)
+    problems = load_problems("arithmetic", "test", count)
     prompts = [encode_prompt(tokenizer, "plain", problem) for problem in problems]
     on_cpu = model.load_params(path)
     ends = model.end_tokens(tokenizer, config)
@@ -111,7 +112,7 @@ def check_gradients(device, config, on_cpu, prompts, completions):
     def gradients(params, checkpointing=False):
         leaves = {name: t.clone().requires_grad_() for name, t in params.items()}
         args.checkpointing = checkpointing
-        loss, _ = grpo.row_loss(leaves, config, row, None, None, 1000, args)
+        loss, _ = grpo.row_loss(leaves, config, row, None, None, losses.Total(1000, 1000), args)
         loss.backward()
         return torch.cat([t.grad.double().cpu().flatten() for t in leaves.values()])
 

@@ -12,9 +12,13 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import torch
+
+import attention
+import generate
 import grpo
-from docs import exercises, explain
-from tests.common import ROOT, in_process, run
+from docs import exercises, explain, gpu_check
+from tests.common import ROOT, in_process, run, varlen_on_cpu
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "data" / "README.md", ROOT / "data" / "tiny" / "README.md"]
@@ -218,3 +222,22 @@ def test_exercises_break_what_they_say():
     assert metrics["baseline"]["grad_norm"] != none["grad_norm"]
     assert metrics["mask"]["entropy"] < 0.9 * none["entropy"]
     assert none["mismatch"] < 1e-5 and metrics["temperature"]["mismatch"] > 0.01
+
+
+def test_gpu_check_finds_nothing_wrong_where_a_gpu_is_played():
+    """docs/gpu_check.py itself runs: bfloat16 takes a GPU's way, through the emulation."""
+    def has_varlen(device, dtype):
+        return dtype == torch.bfloat16
+
+    def graph_step(engine, state, settings, step_fn):
+        engine.graphs[len(state.tokens), settings] = None
+        return state, step_fn
+
+    with (varlen_on_cpu(), mock.patch.object(attention, "has_varlen", has_varlen),
+          mock.patch.multiple(generate, has_varlen=has_varlen, graph_step=graph_step,
+                              sampling_params=lambda params, config: params),
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        device = torch.device("cpu")
+        gpu_check.check_attention(device)
+        gpu_check.check_gradients(device, *gpu_check.check_sampler(device, count=4))
+    assert not gpu_check.wrong and said.getvalue().count(" ok\n") > 25, said.getvalue()
