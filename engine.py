@@ -88,8 +88,7 @@ def batch_state(rows, B, device):
     columns = [[0] * B for _ in range(5)]
     for row, at in rows.items():
         last = row.tokens[-1] if row.tokens else row.first
-        forced = row.queue[0] if row.queue else -1
-        values = (last, row.held + len(row.tokens), row.key, row.draws, forced)
+        values = (last, row.held + len(row.tokens), row.key, row.draws, -1)  # `decode` forces
         for column, value in zip(columns, values):
             column[at] = value
     return State(*torch.tensor(columns).to(device))
@@ -295,8 +294,9 @@ def prepare(engine, params, config, rows, length, budget):
         rows //= 2
     weights = tuple(tensor.data_ptr() for tensor in params.values())
     like = params["model.norm.weight"]
-    small = not engine.cache or engine.cache.size < size or engine.places < rows
-    if small or engine.layers[0][0].dtype != like.dtype:
+    fits = (engine.cache and engine.cache.size >= size and engine.places >= rows
+            and engine.layers[0][0].dtype == like.dtype)
+    if not fits:
         if engine.cache:
             larger = max(size, engine.cache.size), max(rows, engine.places)
             if math.prod(larger) <= budget:  # it serves this call, and those like the last one
@@ -306,7 +306,7 @@ def prepare(engine, params, config, rows, length, budget):
         layers = [[like.new_zeros(shape) for _ in range(2)]
                   for _ in range(config.num_hidden_layers)]
         engine.cache = Slots(layers, size)
-    if small or weights != engine.weights:
+    if not fits or weights != engine.weights:
         engine.graphs.clear()
     engine.weights = weights
 

@@ -331,10 +331,13 @@ def decode(step_fn, state, rows, steps, sampling):
 def harvest(rows, drawn, sampling, results, on_token):
     """Append the drawn tokens to their rows, and move the rows that end into `results`.
 
-    drawn: (tokens [B], logprobs [B]) of each step. Returns whether a thought was reopened, which
-    leaves a row shorter than what the cache holds of it.
+    drawn: (tokens [B], logprobs [B]) of each step. Returns (ended, num_tokens, reopened): what
+    on_step is told, and whether a thought was reopened, which leaves a row shorter than what the
+    cache holds of it.
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
+    ended = []
+    num_tokens = 0
     reopened = False
     for row, at in list(rows.items()):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
@@ -346,13 +349,15 @@ def harvest(rows, drawn, sampling, results, on_token):
         length = len(row.tokens)
         finish = finish_reason(row, sampling)
         reopened |= len(row.tokens) < length
+        num_tokens += end + len(row.tokens) - length
         if on_token:
             on_token(row.prompt, row.sample, row.tokens)
         if finish:
             completion = Completion(row.tokens, row.logprobs, finish, row.forced)
             results[row.prompt][row.sample] = completion
+            ended.append((row.prompt, row.sample, completion))
             del rows[row]
-    return reopened
+    return ended, num_tokens, reopened
 
 
 # ------------------------------------------------------------ generate
@@ -476,22 +481,20 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
+        left = steps_left(batch)
         while not changed:
-            steps = min(stride, steps_left(batch))
-            drawn = decode(step, state, batch.rows, steps, sampling)
+            drawn = decode(step, state, batch.rows, min(stride, left), sampling)
             stats["steps"] += len(drawn)
-            before = {row: len(row.tokens) for row in batch.rows}
-            reopened = harvest(batch.rows, drawn, sampling, results, on_token)
+            *news, reopened = harvest(batch.rows, drawn, sampling, results, on_token)
             if on_step:
-                ended = [row for row in before if row not in batch.rows]
-                on_step([(row.prompt, row.sample, results[row.prompt][row.sample])
-                         for row in ended], sum(len(row.tokens) - n for row, n in before.items()))
+                on_step(*news)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
             B = len(state.tokens)
             places = min(B, max_batch) if waiting else B
             free = places - len(batch.rows)
-            ended = free >= max(1, B // (16 if waiting else 2 if static else 4))
-            changed = reopened or ended or not steps_left(batch)
+            sparse = free >= max(1, B // (16 if waiting else 2 if static else 4))
+            left = steps_left(batch)
+            changed = reopened or sparse or not left
         stats["decode_s"] += time.perf_counter() - decoding
     return results
 

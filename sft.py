@@ -369,8 +369,7 @@ def run_evaluation(params, config, tokenizer, validation, problems, system, args
     if problems:
         weights = {name: tensor.detach() for name, tensor in params.items()}
         records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
-                           quiet=True,
-                           think_tag=args.think_tag, max_new_tokens=args.max_new_tokens)
+                           think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, quiet=True)
         for problem, record in zip(problems, records):
             [answer] = record["samples"]
             rewards = {"accuracy": float(answer["strict"] is True),
