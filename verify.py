@@ -53,10 +53,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--answer", help="an answer, or a whole model output")
     add("--reference", help="the reference answer")
-    add("--file", help=".jsonl: pred|completion|answer, gold|reference, perhaps expected, category")
+    add("--file", help=".jsonl: pred|completion, gold|reference|answer, perhaps expected, category")
     add("--strict", action="store_true", help="accept only a box after the thinking block")
     add("--explain", action="store_true", help="with --file: print every row")
-    add("--timeout-s", type=float, default=TIMEOUT_S, help="work for one comparison, in seconds")
     return parser.parse_args(argv)
 
 
@@ -67,43 +66,38 @@ THINK_OPEN = re.compile(r"<(?:think|thought)>")
 THINK_CLOSE = re.compile(r"</(?:think|thought)>")
 BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
 PLACEHOLDER = re.compile(  # a box that only says where the answer goes: ?, ..., your answer
-    r"(?:[\s?.…_${}\\]|text|[lc]?dots|q?quad|square|your|final|the|answer|here)*", re.I
+    r"(?:[\s?.…_${}\\]|text|[lc]?dots|q?quad|your|final|the|answer|here)*", re.I
 )
-JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", ", for part (b)"
-    r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|question|problem|the"
-    r"|first|second|third|text|q?quad|[a-e]|i{1,3}|\d)\b)*", re.S,
+JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", "; for part (b)"
+    r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
+    r"|q?quad|[a-e]|\d)\b)*", re.S,
 )  # fmt: skip
-PERCENT = re.compile(r"(?:[$\s]|\\\))*(?:\\?%|percent\b|pct\b)")
 FORMULA = re.compile(
     r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
     r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S,  # not 5$ to Jack and 7$
 )  # fmt: skip
 ENGLISH = re.compile(  # a word that is no mathematics
-    r"(?<![\\\w{/])(?!(?:sqrt|cbrt|pi|oo|inf|sin|cos|tan|cot|sec|csc|log|ln|exp|percent|pct)\b)"
-    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*(?![\w(])"
+    r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent)\b)(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
 )
 BREAK = re.compile(  # what stands between two runs of mathematics
-    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)[aAI](?!\S)|[\u3000-\uffff]|\n|≈"
+    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)[aAI](?!\S)|[\u3000-\uffff]|\n"
     r"|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
 )  # fmt: skip
 ANSWER_PHRASE = re.compile(
-    r"####|\b(?:answers?|correct (?:option|choice))\b[*_]*(?:\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[]))"
-    r"|[ ]*\n)", re.I,
-)  # fmt: skip
+    r"####|<answer>|\banswers?\b[*_]*(?:[ ]*\n|\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[])))", re.I
+)
 REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" give none
-    r"not |(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent"
-    r"|reasonable)(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
+    r"not |(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
+    r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
 )  # fmt: skip
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
-SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`")  # 5! is none
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`|</")  # 5! is none
 LETTER = re.compile(  # of an option in prose, or alone on the last line
     r"(?:\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?"
     r"|\n[ *$(]*(?=[A-J][\s*$).]*$))([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
-WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}"
-)
+WRAPPER = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}")
 OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not A: 5, B: 7
     r"\(?([A-Ja-j])\)?[\s.)]*|"
     r"\(?([A-J])(?:[).:]|,(?=\s[a-z]{2})|(?:\s[-–—]\s|—)(?=.*[a-z]{2}))"
@@ -111,23 +105,20 @@ OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not 
 )  # fmt: skip
 
 
-def group_end(text, begin):
-    """Where the brace stands that closes the group whose content starts at `begin`, or None."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return None
-
-
 def boxes(text):
-    r"""(start, begin, end) of each box, the last one first: of `\boxed`, its content, its end.
+    r"""(start, begin, end) of each box, the last first: of `\boxed`, of its content, its brace.
 
-    end: None where the brace is never closed or there is none, as in `\boxed 5`.
+    end: None if the brace is never closed, or if there is none, as in `\boxed 5`.
     """
-    for match in reversed(deque(BOX.finditer(text), maxlen=20)):
-        yield match.start(), match.end(), group_end(text, match.end()) if match[1] else None
+    for box in reversed(deque(BOX.finditer(text), maxlen=20)):
+        depth = len(box[1])
+        end = None
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth < 1:
+                end = brace.start() if box[1] else None
+                break
+        yield box.start(), box.end(), end
 
 
 def box_span(text):
@@ -145,15 +136,9 @@ def boxed_answer(text, strict):
     found = []
     edge = None
     for start, begin, end in boxes(text):
-        if edge is not None and (end is None or not JOINT.fullmatch(text, end + 1, edge)):
+        if end is None or edge is not None and not JOINT.fullmatch(text, end + 1, edge):
             break
-        if end is not None:
-            percent = edge is None and PERCENT.match(text, end + 1)
-            content = text[begin:end] + r"\%" * bool(percent)
-        elif strict:
-            return None
-        else:
-            content = re.split(r"\$|\n|\\\]|\\\)", text[begin:], maxsplit=1)[0]
+        content = text[begin:end]
         if not strict and PLACEHOLDER.fullmatch(content):
             continue
         if not any(judge(content, other) for other in found):  # 15.5 or 31/2 is one answer
@@ -165,9 +150,7 @@ def boxed_answer(text, strict):
 def is_formula(text):
     """Whether a text is nothing but mathematics, without the borders of a formula."""
     prose = ENGLISH.search(re.sub(r"\b(?:or|and)\b", "", WRAPPER.sub("", text)))
-    if prose or len(text) > MAX_ANSWER or FORMULA.search(text):
-        return False
-    return read(text)[0] not in ("raw", "words")
+    return not prose and read(text)[0] not in ("raw", "words")
 
 
 def mathematics(text):
@@ -193,7 +176,7 @@ def after_phrase(rest):
         found.append(formula[formula.lastindex])
         at = formula.end()
     if found:
-        return ", ".join(found) + r"\%" * bool(PERCENT.match(rest, at))
+        return ", ".join(found)
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
@@ -210,12 +193,11 @@ def after_phrase(rest):
 def extract_answer(text, strict=False):
     r"""The answer in a model's output, or None.
 
-    strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block. A block that
-    was opened and never closed, or a box whose brace is never closed, means that there is no
-    answer. Otherwise, in this order: the box, `<answer>` tags, "#### 42" and "the answer is ...",
-    "option C" or a letter on the last line, the whole text or bold text if that is nothing but
-    mathematics, the last formula or number; what stands in the thinking block counts only if
-    nothing follows it.
+    strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block; none if the
+    block or the brace is never closed. Otherwise, in this order: the box, `<answer>` tags,
+    "#### 42" and "the answer is ...", "option C" or a letter on the last line, the whole text or
+    bold text if it is nothing but mathematics, the last formula or number. What stands in the
+    thinking block counts only if nothing follows it.
 
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
@@ -230,8 +212,6 @@ def extract_answer(text, strict=False):
     if strict or boxed is not None:
         return boxed
     tail = tail[-MAX_PROSE:]
-    if tags := re.findall(r"<answer>(.*?)(?:</answer>|$)", tail, re.S):
-        return tags[-1].strip()
     for phrase in reversed(deque(ANSWER_PHRASE.finditer(tail), maxlen=5)):
         if found := after_phrase(tail[phrase.end() :]):
             return found
@@ -1755,9 +1735,9 @@ def same_plain(a, b):
 # ---- verdicts
 
 
-UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
-TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
+UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
+    r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$"
 )
 
 
@@ -1773,7 +1753,7 @@ def readings(text, is_answer):
         re.sub(r"log(?!\s*_|[a-z])", "lg", text),  # to base e or ten?
         re.sub(r"(?<![a-zA-Z\\])I(?![a-zA-Z(])", "i", text),
     ]
-    if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
+    if (unit := UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
     trees = list(map(read, dict.fromkeys(texts)))
     singles = [tree[1] for tree in trees if tree[0] == "set" and len(tree) == 2]
@@ -1789,37 +1769,31 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
     """True or False; None if neither can be told in so much work."""
     if not isinstance(answer, str) or not isinstance(reference, str) or not answer.strip():
         return False
-    answer = answer.strip()
-    reference = reference.strip()
     if max(len(answer), len(reference)) > MAX_ANSWER:
         return answer.split() == reference.split()
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
-        return compare(answer, reference)
+        return compare(answer.strip(), reference.strip())
     except (ArithmeticError, RecursionError, ValueError):
         return None  # TooHard; no known text leads to the others, and none shall end a training run
 
 
-def equivalent(answer, reference):
+def equivalent(answer, reference, timeout_s=TIMEOUT_S):
     r"""Whether an extracted answer equals the reference answer. False also if that is too hard.
 
     >>> equivalent(r"\frac{2}{4}", "0.5"), equivalent("(2,1)", "(1,2)")
     (True, False)
     """
-    return judge(answer, reference) is True
+    return judge(answer, reference, timeout_s) is True
 
 
 def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
     """Verdicts for (text, reference) pairs, in their order; None for one that is too hard.
 
-    timeout_s: how long one comparison may take on a slow core. It is counted in steps of work, so
-    that no verdict depends on the machine or on what else runs there.
+    timeout_s: how long one comparison may take on a slow core, counted in steps of work.
     """
-    verdicts = []
-    for text, reference in pairs:
-        answer = extract_answer(text, strict) if isinstance(text, str) else None
-        verdicts.append(judge(answer, reference, timeout_s))
-    return verdicts
+    answers = [isinstance(text, str) and extract_answer(text, strict) for text, _ in pairs]
+    return [judge(answer, pair[1], timeout_s) for answer, pair in zip(answers, pairs)]
 
 
 def verify(text, reference, strict=False):
@@ -1843,16 +1817,14 @@ def format_reward(text, think_tag="think"):
     end the turn. A prompt that ends in "<think>" is part of `text`.
     """
     tail, *rest = CONTROL.split(text.strip())
-    if any(part.strip() for part in rest):
-        return 0.0
     tags = re.findall(rf"</?{think_tag}>", tail)
-    if tags:
-        thought, _, tail = tail.removeprefix(tags[0]).partition(tags[-1])
-        block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
-        if not block or not thought.strip():
-            return 0.0
-    (_, begin, end), *more = [*boxes(tail), (None, None, None)]
-    if end is None or len(more) > 1 or not tail[begin:end].strip():
+    block = re.match(rf"<{think_tag}>\s*\S.*?</{think_tag}>", tail, re.S)
+    tail = tail[block.end() :] if block else tail
+    found = list(boxes(tail))
+    if "".join(rest).strip() or len(tags) != 2 * bool(block) or len(found) != 1:
+        return 0.0
+    _, begin, end = found[0]
+    if end is None or not tail[begin:end].strip():
         return 0.0
     return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end + 1 :]) is not None)
 
@@ -1868,45 +1840,39 @@ def show(node):
     return "(a long number)" if long else str(node)
 
 
-def grade_file(path, strict, explain, timeout_s):
+def grade_file(path, strict, explain):
     """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
-    rows = list(map(json.loads, filter(str.strip, Path(path).read_text("utf-8").splitlines())))
-    seconds = 0.0
     table = {}
-    for line, row in enumerate(rows, 1):
-        references = [row[key] for key in ("reference", "gold", "answer") if key in row]
-        texts = [row[key] for key in ("pred", "completion", "answer") if key in row]
-        if not references or not texts or len(row) < 2:
-            expected = "expected pred|completion|answer, gold|reference"
-            raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
-        begin = time.process_time()
-        answer = extract_answer(texts[0], strict)
-        verdict = judge(answer, str(references[0]), timeout_s)
-        seconds += time.process_time() - begin
-        counts = table.setdefault(row.get("category", "-"), Counter())
-        counts.update([verdict, "total"])
+    begin = time.process_time()
+    for line, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        row = json.loads(text)
+        output = row.get("pred", row.get("completion"))
+        reference = row.get("gold", row.get("reference", row.get("answer")))
+        if output is None or reference is None:
+            expected = "pred|completion and gold|reference|answer"
+            raise ValueError(f"{path}:{line}: found {sorted(row)}; expected {expected}")
+        answer = extract_answer(output, strict)
+        verdict = judge(answer, str(reference))
         wrong = bool(verdict) != row.get("expected", bool(verdict))
-        if wrong:
-            counts.update(["accepted" if verdict else "refused"])
+        counts = table.setdefault(row.get("category", "-"), Counter())
+        counts.update([verdict, "total"] + ["accepted" if verdict else "refused"] * wrong)
         if explain or wrong:
-            mark = "WRONG " * wrong
-            print(f"{mark}{row.get('id', '')} {verdict}: {answer!r} for {references[0]!r}")
+            print(f"{'WRONG ' * wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
     total = sum(table.values(), Counter())
-    rate = f"{len(rows) / (seconds + 1e-9):.0f} per second"
-    print(f"{len(rows)} answers | {total[True]} right | {total[None]} undecided | {rate}")
+    rate = f"{total['total'] / (time.process_time() - begin + 1e-9):.0f} per second"
+    print(f"{total['total']} answers | {total[True]} right | {total[None]} undecided | {rate}")
     for name, counts in sorted(table.items()):
-        agree = 100 - 100 * (counts["accepted"] + counts["refused"]) / counts["total"]
         errors = f"{counts['accepted']} false + | {counts['refused']} false -"
-        print(f"{name:24} {counts['total']:6} | {agree:.2f} % agree | {errors}")
+        print(f"{name:24} {counts['total']:6} | {errors}")
 
 
 def main(args):
     if args.file:
-        return grade_file(args.file, args.strict, args.explain, args.timeout_s)
+        return grade_file(args.file, args.strict, args.explain)
     if args.answer is None or args.reference is None:
         raise ValueError("found neither --file nor both --answer and --reference; give either")
     answer = extract_answer(args.answer, args.strict)
-    verdict = judge(answer, args.reference, args.timeout_s)
+    verdict = judge(answer, args.reference)
     for name, text in (("answer", answer), ("reference", args.reference)):
         print(f"{name:10} {text!r}\n{'':10} {show(read(text.strip())) if text else '-'}")
     print(f"verdict    {'undecided' if verdict is None else 'equal' if verdict else 'not equal'}")
