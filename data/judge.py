@@ -20,7 +20,7 @@ from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
 from launch import Parser
-from stats import markdown, paired_bootstrap, percent, wilson
+from stats import interval, markdown, paired_bootstrap, percent
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 
@@ -79,8 +79,7 @@ def read_verdicts(path):
 
 def rates(columns):
     """A table's cells for a list of COLUMNS."""
-    sums = [sum(column) for column in zip(*columns)]
-    return [percent(k / len(columns), *wilson(k, len(columns))) for k in sums]
+    return [percent(*interval(column)) for column in zip(*columns)]
 
 
 def print_families(found):
