@@ -83,7 +83,7 @@ from metrics import (
 from optim import init_optimizer, optimizer_step
 from run import (
     Run,
-    check_run_dir,
+    claim_run_dir,
     load_checkpoint,
     log_samples,
     log_step,
@@ -723,7 +723,7 @@ def open_training(args):
     """(the Training that the flags name, the number of steps that it has behind it)."""
     config = model.load_config(model.resolve_model(args.model, config_only=True))
     settle_flags(args, config)
-    check_run_dir(args)
+    claim_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
     data = load_data(policy, args)

@@ -32,7 +32,7 @@ from eval import votes_of
 from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from run import write_whole
+from run import append_lines, write_whole
 from stats import maj_at_k, markdown, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
@@ -259,7 +259,7 @@ def measure(setup, gate, loop, settings, suffix=""):
 
 def main(args):
     if args.traces:
-        eval.append_lines(args.traces, [])  # what could not be kept need not be measured
+        append_lines(args.traces, [])  # what could not be kept need not be measured
     setup = eval.load_setup(args, replies=3)
     check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
