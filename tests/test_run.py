@@ -23,6 +23,7 @@ from tests.common import (
     TRAIN_CONFIG,
     file_hashes,
     finish,
+    merge_lora,
     raises,
     start_training,
     temporary_dir,
@@ -67,7 +68,7 @@ def test_run_checkpoint_bitwise():
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
             _, again = trained_state(3, dtype, lora)
-            merged = model.merge_lora(base | optim.init_optimizer(lora)[0]) if lora else base
+            merged = merge_lora(base | optim.init_optimizer(lora)[0]) if lora else base
             assert set(saved) == set(base)
             assert any(not torch.equal(saved[name], merged[name].to(dtype)) for name in base)
             _, other = optim.init_optimizer({"w": torch.zeros(3, 3)})
