@@ -4,12 +4,10 @@ r"""Grades text: is the answer in a model's output the same as the reference ans
     python verify.py --file results.jsonl --explain             # a file; with `expected`, a table
 
 Text from a model is hostile, and nothing here evaluates it. An answer is cut out of the output,
-split into tokens, parsed into a small tree of tuples and brought to a normal form; two trees are
-then compared by kind: words as words, sets of reals by where they hold, everything else by value.
-Rational values and functions are compared exactly, as fractions, the functions at a random point.
-Other values are sampled at real points, with as many digits as the sizes met on the way call for.
-Length, depth, digits and steps are bounded by counters, not by clocks, so a verdict depends
-neither on the machine nor on what else runs there.
+split into tokens, parsed into a small tree of tuples and brought to a normal form. Two trees are
+compared by kind: words as words, sets of reals by where they hold, rational values and functions
+exactly (these at a random point), others at sampled points with as many digits as their sizes call
+for. Counters, not clocks, bound the work, so that no verdict depends on the machine.
 
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma are one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three are ordered. `x = 5`
@@ -27,7 +25,6 @@ import re
 import string
 import sys
 import threading
-import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
@@ -62,12 +59,9 @@ def parse_args(argv=None):
 # ---- extraction
 
 CONTROL = re.compile(r"<\|(?:im_end|endoftext|im_start|eot_id)\|>|</s>")
-THINK_OPEN = re.compile(r"<(?:think|thought)>")
-THINK_CLOSE = re.compile(r"</(?:think|thought)>")
-BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
-PLACEHOLDER = re.compile(  # a box that only says where the answer goes: ?, ..., your answer
-    r"(?:[\s?.…_${}\\]|text|[lc]?dots|q?quad|your|final|the|answer|here)*", re.I
-)
+THINK = re.compile(r"<(/?)(?:think|thought)>")
+BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)\s*\{")
+PLACEHOLDER = re.compile(r"(?i:[\s?.…_${}\\]|text|l?dots|your|final|the|answer|here)*")
 JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", "; for part (b)"
     r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
     r"|q?quad|[a-e]|\d)\b)*", re.S,
@@ -77,11 +71,12 @@ FORMULA = re.compile(
     r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S,  # not 5$ to Jack and 7$
 )  # fmt: skip
 ENGLISH = re.compile(  # a word that is no mathematics
-    r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent)\b)(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
+    r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent|and|or)\b)"
+    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
 )
 BREAK = re.compile(  # what stands between two runs of mathematics
-    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)[aAI](?!\S)|[\u3000-\uffff]|\n"
-    r"|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
+    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)(?:[aAI]|and|or)(?!\S)"
+    r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
 )  # fmt: skip
 ANSWER_PHRASE = re.compile(
     r"####|<answer>|\banswers?\b[*_]*(?:[ ]*\n|\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[])))", re.I
@@ -93,9 +88,9 @@ REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" give 
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`|</")  # 5! is none
-LETTER = re.compile(  # of an option in prose, or alone on the last line
-    r"(?:\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?"
-    r"|\n[ *$(]*(?=[A-J][\s*$).]*$))([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
+LETTER = re.compile(  # of an option, in prose
+    r"\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
+    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
 WRAPPER = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}")
 OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not A: 5, B: 7
@@ -106,17 +101,14 @@ OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not 
 
 
 def boxes(text):
-    r"""(start, begin, end) of each box, the last first: of `\boxed`, of its content, its brace.
-
-    end: None if the brace is never closed, or if there is none, as in `\boxed 5`.
-    """
+    r"""(start, begin, end) of `\boxed`, its content and its brace, None if open; the last first."""
     for box in reversed(deque(BOX.finditer(text), maxlen=20)):
-        depth = len(box[1])
         end = None
+        depth = 1
         for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth < 1:
-                end = brace.start() if box[1] else None
+            if depth == 0:
+                end = brace.start()
                 break
         yield box.start(), box.end(), end
 
@@ -149,8 +141,7 @@ def boxed_answer(text, strict):
 
 def is_formula(text):
     """Whether a text is nothing but mathematics, without the borders of a formula."""
-    prose = ENGLISH.search(re.sub(r"\b(?:or|and)\b", "", WRAPPER.sub("", text)))
-    return not prose and read(text)[0] not in ("raw", "words")
+    return not ENGLISH.search(WRAPPER.sub("", text)) and read(text)[0] not in ("raw", "words")
 
 
 def mathematics(text):
@@ -159,8 +150,10 @@ def mathematics(text):
     at = 0
     for match in BREAK.finditer(text + "\n"):
         run = text[at : match.start()].strip(" *_`\"'–—")
-        found += [run] * bool(re.search(r"\d", run))
-        found += [match[match.lastindex]] if match.lastindex else []
+        if re.search(r"\d", run):
+            found.append(run)
+        if match.lastindex:
+            found.append(match[match.lastindex])
         at = match.end()
     return found
 
@@ -195,31 +188,32 @@ def extract_answer(text, strict=False):
 
     strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block; none if the
     block or the brace is never closed. Otherwise, in this order: the box, `<answer>` tags,
-    "#### 42" and "the answer is ...", "option C" or a letter on the last line, the whole text or
-    bold text if it is nothing but mathematics, the last formula or number. What stands in the
-    thinking block counts only if nothing follows it.
+    "#### 42" and "the answer is ...", "option C", the whole text, its last line or bold text if it
+    is nothing but mathematics, the last formula or number. What stands in the thinking block
+    counts only if nothing follows it.
 
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
     """
-    closes = deque(THINK_CLOSE.finditer(text), maxlen=1)
-    tail = text[closes[0].end() :] if closes else text
-    if strict and THINK_OPEN.search(tail):
+    *_, tag = [None, *THINK.finditer(text)]
+    if strict and tag and not tag[1]:
         return None
+    tail = text[tag.end() :] if tag else text
     tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:]
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
         return boxed
-    tail = tail[-MAX_PROSE:]
+    tail = tail[-MAX_PROSE:].strip()
     for phrase in reversed(deque(ANSWER_PHRASE.finditer(tail), maxlen=5)):
         if found := after_phrase(tail[phrase.end() :]):
             return found
     if letters := LETTER.findall(tail):
         return letters[-1]
-    for part in (tail, *re.findall(r"\*\*([^*\n]+)\*\*", tail)[-1:]):
+    bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
+    for part in (tail, tail.rpartition("\n")[2], *bold[-1:]):
         if is_formula(part):
-            return part.strip()
+            return part
     return (mathematics(tail) or [None])[-1]
 
 
@@ -1811,10 +1805,10 @@ def canonical(answer):
 def format_reward(text, think_tag="think"):
     r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end.
 
-    0.0 for any other. The thinking block may be missing. If there is one it comes first, is closed,
-    holds a thought and is the only one. After it stands exactly one box, closed and not empty;
-    after the box nothing but punctuation, white space, `*`, the end of a formula and tokens that
-    end the turn. A prompt that ends in "<think>" is part of `text`.
+    0.0 for any other. The thinking block may be missing; else it comes first, is closed and holds
+    a thought. After it stands exactly one box, closed and not empty; after that nothing but
+    punctuation, white space, `*`, the end of a formula and tokens that end the turn. A prompt that
+    ends in "<think>" is part of `text`.
     """
     tail, *rest = CONTROL.split(text.strip())
     tags = re.findall(rf"</?{think_tag}>", tail)
@@ -1843,7 +1837,6 @@ def show(node):
 def grade_file(path, strict, explain):
     """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
     table = {}
-    begin = time.process_time()
     for line, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
         row = json.loads(text)
         output = row.get("pred", row.get("completion"))
@@ -1859,8 +1852,7 @@ def grade_file(path, strict, explain):
         if explain or wrong:
             print(f"{'WRONG ' * wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
     total = sum(table.values(), Counter())
-    rate = f"{total['total'] / (time.process_time() - begin + 1e-9):.0f} per second"
-    print(f"{total['total']} answers | {total[True]} right | {total[None]} undecided | {rate}")
+    print(f"{total['total']} answers | {total[True]} right | {total[None]} undecided")
     for name, counts in sorted(table.items()):
         errors = f"{counts['accepted']} false + | {counts['refused']} false -"
         print(f"{name:24} {counts['total']:6} | {errors}")
