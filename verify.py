@@ -1015,7 +1015,8 @@ class Parser:
 
     def bracket(self, token):
         content = self.closed(*CLOSING[token.kind])
-        kinds = token.kind + self.tokens[self.at - 1].kind
+        opening, closing = token.kind, self.tokens[self.at - 1].kind
+        kinds = opening + closing
         items = items_of(content)
         if len(items) == 1 or content[1] == "or":
             if kinds not in ("()", "[]"):
@@ -1024,12 +1025,16 @@ class Parser:
         ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
         if kinds == "langlerangle" or kinds == "()" and not ends:
             return ("tuple", *items)
-        rows = [("array", *item[1:3]) if item[3:] == ("[", "]") else item for item in items]
+        rows = [("array", *item[1:3]) if item[3:] == ("<=", "<=") else item for item in items]
         if kinds == "[]" and all(row[0] == "array" for row in rows):  # [[1,2],[3,4]]
             return ("matrix", *rows)
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
-        return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
+        if len(items) > 2:
+            return ("array", *items)
+        if items[0] == MINUS_INFINITY and opening == "[" or items[1] == INFINITY and closing == "]":
+            raise Unreadable("infinity in a closed interval")
+        return ("interval", *items, *("<=" if kind in "[]" else "<" for kind in kinds))
 
     def braces(self, _):
         if self.accept("set}"):
@@ -1484,8 +1489,8 @@ def same_value(a, b):
 
 # ---- sets
 #
-# Two sets of reals are equal if they hold the same endpoints and the same gaps between these.
-# Endpoints have odd places, in their order, and gaps have even ones.
+# Two sets of reals are equal if they hold the same endpoints and the same gaps between these. Zero
+# has the place 0, the endpoints above it 2, 4, ... in their order, and the gaps the odd places.
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 HOLDS = {
@@ -1504,93 +1509,86 @@ def is_set(node):
 
 
 def endpoints(node):
-    """The real constants in a tree, and their negatives."""
+    """The real constants in a tree."""
     value = constant(node)
     if value is None:
         return [end for child in children(node) for end in endpoints(child)]
-    return [node, negate(node)] if abs(value.imag) < 1e-12 else []
+    return [node] if abs(value.imag) < 1e-12 else []
 
 
 def order(ends):
     """{endpoint: its place}."""
-    values = {end: constant(end).real for end in ends}
-    place = {MINUS_INFINITY: -1}
-    last = None
-    at = -1
-    for end in sorted(values, key=values.get):
-        close = last and abs(values[end] - values[last]) < 1e-6 * (1 + abs(values[end]))
-        at += 0 if close and same_value(end, last) else 2
-        place[end] = at
-        last = end
+    place = {}
+    last = number(0)
+    at = 0
+    for end in sorted(ends, key=lambda end: abs(constant(end))):
+        negative = constant(end).real < 0
+        distance = negate(end) if negative else end
+        at += 0 if same_value(distance, last) else 2
+        place[end] = -at if negative else at
+        last = distance
     return place | {INFINITY: at + 2}
 
 
-def ray(relation, end, place):
-    """The places x with `x relation end`."""
-    if end not in place:
-        raise ValueError("no real number")
-    return {x for x in range(place[INFINITY]) if HOLDS[relation](x, place[end])}
+def where(node, place, x=None):
+    """The place of a constant, of x, -x or |x|; ValueError for anything else."""
+    if node in place:
+        return place[node]
+    if node[0] == "sym" and x is not None:
+        return x
+    if node[0] == "abs":
+        return abs(where(node[1], place, x))
+    if node[:2] == ("mul", MINUS_ONE) and len(node) == 3:
+        return -where(node[2], place, x)
+    raise ValueError("not solved")
 
 
-def solutions(relation, left, right, place):
-    """The places x with x < a, a < x or |x| < a."""
-    if symbols(right):
-        left, right, relation = right, left, FLIPPED[relation]
-    if left[0] == "abs":
-        above = solutions(relation, left[1], right, place)
-        below = solutions(FLIPPED[relation], left[1], negate(right), place)
-        return above | below if relation[0] in ">!=" else above & below
-    if left[0] != "sym":
-        raise ValueError("not solved")
-    return ray(relation, right, place)
-
-
-def region(node, place):
-    """The places in a set; ValueError if it is no set of reals."""
+def holds(node, place, x):
+    """Whether x is in a set, or a statement true of it; ValueError if that is no set of reals."""
     tag = node[0]
-    line = set(range(place[INFINITY]))
     if tag in ("reals", "empty"):
-        return line if tag == "reals" else set()
+        return tag == "reals"
     if tag == "interval" or tag == "tuple" and len(node) == 3:
-        low, high, opening, closing = (*node[1:], "(", ")")[:4]
-        found = ray(">=" if opening == "[" else ">", low, place)
-        found &= ray("<=" if closing == "]" else "<", high, place)
-        closed = low == MINUS_INFINITY and opening == "[" or high == INFINITY and closing == "]"
-        if closed or not found:
+        low, high = where(node[1], place), where(node[2], place)
+        less, more = node[3:] or ("<", "<")
+        if low > high or low == high and (less, more) != ("<=", "<="):
             raise ValueError("no interval")
-        return found
+        return HOLDS[less](low, x) and HOLDS[more](x, high)
     if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
-        inner = region(node[2][1], place)
-        return inner if node[1] == ("in",) else line - inner
-    if tag == "rel" and set(node[1]) <= FLIPPED.keys():
-        parts = [solutions(*link, place) for link in zip(node[1], node[2], node[2][1:])]
-        return parts[0].intersection(*parts)
-    if tag in ("cup", "cap", "minus") or tag == "list" and is_set(node):
-        parts = [region(part, place) for part in children(node)]
-        if tag == "minus":
-            return parts[0] - parts[1]
+        return holds(node[2][1], place, x) == (node[1] == ("in",))
+    if tag == "rel":
+        if not set(node[1]) <= HOLDS.keys() or not all(map(has_variable, node[2], node[2][1:])):
+            raise ValueError("not solved")
+        sides = [where(side, place, x) for side in node[2]]
+        return all(HOLDS[relation](*pair) for relation, *pair in zip(node[1], sides, sides[1:]))
+    if tag == "minus":
+        return holds(node[1], place, x) and not holds(node[2], place, x)
+    if tag in ("cup", "cap") or is_set(node):
+        found = [holds(part, place, x) for part in children(node)]
         listed = node[:2] == ("list", ",") and all(item[0] != "rel" for item in node[2:])
-        if listed and sum(map(len, parts)) > len(set().union(*parts)):
+        if listed and sum(found) > 1:
             raise ValueError("a list of sets, not a union")
         either = listed or tag == "cup" or node[:2] == ("list", "or")
-        return set().union(*parts) if either else parts[0].intersection(*parts)
-    members = children(node) if tag in ("set", "list") else [node]
-    parts = [ray("=", member, place) for member in members]
-    if not all(parts):
+        return any(found) if either else all(found)
+    members = [where(part, place) for part in (children(node) if tag in ("set", "list") else [node])]
+    if max(map(abs, members)) == place[INFINITY]:
         raise ValueError("infinity is no member")
-    return set().union(*parts)
+    return x in members
+
+
+def has_variable(*nodes):
+    return any(map(symbols, nodes))
 
 
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    names = symbols(a), symbols(b)
-    try:
-        place = order(endpoints(a) + endpoints(b))
-        if max(map(len, names)) < 2:
-            same_names = names[0] == names[1] or not all(names)
-            return same_names and region(a, place) == region(b, place)
-    except ValueError:
-        pass
+    if len(symbols(a) | symbols(b)) < 2:
+        try:
+            place = order(endpoints(a) + endpoints(b))
+            line = range(1 - place[INFINITY], place[INFINITY])
+            return all(holds(a, place, x) == holds(b, place, x) for x in line)
+        except ValueError:
+            pass
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
         return False
     if a[0] == "rel":
