@@ -298,7 +298,7 @@ OPERATORS = spellings(r"""
     newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
     minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨
     frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  sqrt surd √  cbrt ∛
-    pmod
+    pmod  begin  end
 """)
 RELATIONS = spellings("""
     = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
@@ -333,7 +333,7 @@ NAMES = WORD_NAMES | {  # commands and characters
     **{name: ("value", ("inf",)) for name in ("infty", "∞")},
     **{name: ("value", ("empty",)) for name in ("emptyset", "varnothing", "∅")},
     **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
+    "not=": ("rel", "!="), "notin": ("rel", "notin"), "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
@@ -373,40 +373,42 @@ WORDS = set(
 
 UNICODE = str.maketrans({
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
-    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""),
+    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""), **{char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"},
     **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
-    **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
-       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
 })  # fmt: skip
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
-CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
+STYLED = re.compile(  # \text{} and \mathrm{}
+    r"\\(?:(text\w*|[mh]box|emph)|mathrm|operatorname|mathsf)\*?\s*"
+    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
+)
+IN_STYLE = re.compile(r"\\[a-zA-Z]+|[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.\.\.+", r"\\ldots "),
     (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
-    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
+    (r"\\not\s*(?==|\\in\b)", r"\\not"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
-    (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
+    (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
     (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
-    (r"\{\s*\\(?:rm|bf|it)(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
-    (r"\\mathbb\{?R\}?\s*\^\s*(?:\{\s*\+\s*\}|\+)", r"(0,\\infty)"),
     (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
+    (r'(?:\s*\\q?quad(?![a-z]))+\s*(?=[,;"]|$)', " "), (r"\\q?quad(?![a-z])", " , "),
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
-NUMBER = r"(?:{}(?:\.\d+)?|\d+\.?\d*|\.\d*)".format
-OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
-INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
+NUMBER = re.compile(
+    rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+(?:\.\d+)?|\d+\.?\d*|\.\d*"
+)
 EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?![\d.])")
 PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
 MIXED = re.compile(  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
-    r"|(?<=\s)(\d+)\s?/\s?(\d+))"
+    r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))"
 )
 LAYOUT = (
     "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
@@ -418,30 +420,40 @@ LAYOUT = (
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
     r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
-    r"|(?P<quad>\\q?quad(?![a-z]))"
     r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
-    r"(?:\{(?P<base>(?:[^{}]|\{[^{}]*\})*)\}|(?P<short>\d)))"
-    r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
-    r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
+    r"(?:\{(?P<base>[^{}]*)\}|(?P<short>\d)))"
+    r'|"(?P<word>[^"]*)"'
     r"|(?P<clock>(?:[01]?\d|2[0-4])(?::[0-5]\d){1,2})(?![\d.:])"
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
-    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
+    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|\\end\s*\{(?P<end>[a-zA-Z]+)\*?\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+=?)"
     r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
 CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
-PROSE = re.compile(r"[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")  # what is a word in \text{}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 CLOSING = {  # what closes each bracket
-    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}",), "|": ("|)",),
+    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}", "mid", "|", ":"), "|": ("|",),
     "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
 }  # fmt: skip
-CLOSERS = {closer for closers in CLOSING.values() for closer in closers}
 OPERANDS = {*CLOSING, *"number sym value word fn frac sqrt cbrt binom big".split()}
-ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an operand
+
+
+def quoted(match):
+    r"""What stands for \text{} or \mathrm{}: its content, with quotation marks around words."""
+    text = match.string
+    content = match[2] or match[3] or ""
+    if not match[1]:
+        name = content.strip("~ ")
+        behind_value = re.search(r'[\d}"/°]\s*(?:\\[,;: ]\s*)*$|\\cdot\s*$', text[: match.start()])
+        letter = len(name) == 1 and (name in "dei" or not behind_value)
+        call = name.isalpha() and text[match.end() :].startswith("(") and not behind_value
+        if name in FUNCTIONS or letter or call:
+            return f" {name} " if letter else f"\\{name} "
+    content = re.sub(r"[.`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
+    return " " + IN_STYLE.sub(lambda word: word[0] if word[0][0] == "\\" else f'"{word[0]}"', content) + " "
 
 
 def normalised(text):
@@ -453,9 +465,10 @@ def normalised(text):
             run = re.compile(f"[{chars}]+")
             text = run.sub(lambda found: mark + "{" + found[0].translate(PLAIN) + "}", text)
         text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    text = STYLED.sub(quoted, text.replace('"', ""))
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
-    return text.strip().rstrip(" .,;:~*\\\n\t")
+    return text.strip(" ,\n\t").rstrip(" .,;:~*\\\n\t")
 
 
 def number(value, unit=0):
@@ -463,13 +476,13 @@ def number(value, unit=0):
     return ("num", Fraction(value), Fraction(unit))
 
 
-def read_number(text, at, inside, mixed):
+def read_number(text, at, mixed):
     """The number at `at` as a tree, and where it ends."""
     if mixed and (match := MIXED.match(text, at)):
         whole, above, below = map(int, filter(None, match.groups()))
         if 0 < above < below:
             return number(whole + Fraction(above, below)), match.end()
-    match = (INSIDE if inside else OUTSIDE).match(text, at)
+    match = NUMBER.match(text, at)
     end = match.end()
     whole, point, decimals = re.sub(r"[^\d.]", "", match[0]).partition(".")
     unit = Fraction(1, 10 ** len(decimals))
@@ -487,143 +500,94 @@ def read_number(text, at, inside, mixed):
 
 def read_based(match):
     """The tree of a number with its base, 52_8."""
-    base = re.sub(r"\\[a-z]+|base|\W", "", match["short"] or match["base"].lower())
-    base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
-    try:
-        return ("based", str(int(match["digits"], base if base > 1 else 37)), base)
-    except ValueError:
-        raise Unreadable("a number with a subscript that is no base") from None
-
-
-def read_clock(text):
-    """The tree of 7:30: a time if it cannot be a ratio in lowest terms."""
-    parts = list(map(int, text.split(":")))
-    ratio = math.gcd(*parts) < 2 and ":0" not in text
-    return ("ratio" if ratio else "time", *map(number, parts), *([] if ratio else [""]))
+    base = re.sub(r'\\[a-z]+|base|\W', "", match["short"] or match["base"].lower())
+    base = NUMERALS.get(base, base)
+    return ("based", match["digits"], str(base))
 
 
 READERS = {
-    "based": read_based, "clock": lambda match: read_clock(match[0]),
-    "literal": lambda match: number(int(match[0], 0)),
+    "based": read_based, "literal": lambda match: number(int(match[0], 0)),
+    "clock": lambda match: ("time", "", *map(number, match[0].split(":"))),
     "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
 }  # fmt: skip
 
 
-def read_letters(run, mark, space, before):
-    """Tokens of a run of letters: functions, products of variables, words.
-
-    mark: "prose" or "roman" if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
-    """
-    low = run.lower().replace(".", "")
-    counted = before.kind in ("number", "word", "deg")
+def read_word(word, before):
+    """The token of a word in quotation marks."""
+    low = word.lower()
     if low in CONNECTIVES and (low != "to" or before.kind == "number"):
-        return [Token(CONNECTIVES[low], None, run)]
-    if len(run) == 1:
-        unit = mark == "roman" and run not in "dei" and (counted or before.kind == "}")
-        unit = unit or before.kind == "deg" and run in "CF"
-        if unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word":
-            return [Token("word", run if run in UNITS else low, run)]
-        return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
-    if run in WORD_NAMES and mark != "prose" and not (counted and low in UNITS):
-        return [Token(*WORD_NAMES[run], run)]
+        return Token(CONNECTIVES[low], None, word)
+    return Token("word", word if word in UNITS else low, word)
+
+
+def read_letters(run, found, space):
+    """Tokens of a run of letters: words, functions, products of variables."""
+    low = run.lower().replace(".", "")
+    before = found[-1]
+    per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
+    counted = per or before.kind in ("number", "word", "deg")
     known = low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")
-    if mark or counted and known or low in WORDS or run in ("II", "III"):
-        return [Token("word", low, run)]
+    if len(run) == 1:
+        if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
+            return [Token("word", run, run)]
+        return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
+    if low in CONNECTIVES or low in WORDS or counted and known or run in ("II", "III"):
+        return [read_word(low, before)]
+    if run in WORD_NAMES:
+        return [Token(*WORD_NAMES[run], run)]
     parts = run
     if joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
     elif low not in string.ascii_lowercase:  # abcd and xyz are products
         syllable = len(run) == 3 and re.search("[aeiou]", low)  # a cat, but 2aex is a product
         if len(run) > 3 or syllable and (space or before.kind != "number"):
-            return [Token("word", low, run)]
-    return [token for part in parts for token in read_letters(part, "", False, END)]
+            return [read_word(run, before)]
+    return [token for part in parts for token in read_letters(part, [END], False)]
 
 
-class Tokenizer:
-    """The tokens of a normalised text: `found`, with the brackets that are open: `stack`."""
-
-    def __init__(self, text):
-        self.found = []
-        self.stack = []
-        self.scan(text, "")
-
-    def scan(self, text, mark):
-        """Adds the tokens of a text, or of a part of one: the content of \\text{}, \\mathrm{}."""
-        at = 0
-        space = mark == "prose"
-        while at < len(text):
-            match = LEXEME.match(text, at)
-            kind = match.lastgroup
-            lexeme = match[kind]
-            before = self.found[-1] if self.found else END
-            start = at
-            at = match.end()
-            if kind == "space":
-                tokens = []
-            elif kind == "quad":
-                tokens = [Token("quad")] * (before.kind in ENDS)
-            elif kind == "styled":
-                tokens = []
-                style = "prose" if match["prose"] else "roman"
-                content = match["group"] or match["letter"] or ""
-                if style == "prose":
-                    content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content)
-                    content = content.replace("&", " and ")
-                self.scan(content, style)
-                call = style == "roman" and text[at : at + 1] == "(" and before.kind != "number"
-                if call and self.found and self.found[-1].kind == "word":
-                    self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
-            elif kind in READERS:
-                tokens = [Token("number", READERS[kind](match), lexeme)]
-            elif kind == "number":
-                mixed = before.kind not in ("^", "_", "sqrt", "frac")
-                inside = {"(", "[", "set{"} & set(self.stack)
-                value, at = read_number(text, start, inside, mixed)
-                tokens = [Token("number", value, text[start:at])]
-            elif kind == "letters":
-                style = mark
-                if mark:
-                    lexeme = PROSE.match(text, start)[0]
-                    at = start + len(lexeme)
-                unit = self.found[-2:-1] and self.found[-2].value in UNITS
-                if before.kind in ("*", "/") and unit:  # km/h
-                    before = self.found[-2]
-                    style = mark or "roman"
-                tokens = read_letters(lexeme, style, space, before)
-            else:
-                tokens = self.symbol(kind, lexeme, before)
-            if tokens and self.found and self.found[-1].kind == "quad":
-                operand = tokens[0].kind in OPERANDS and tokens[0].kind != "word"
-                self.found[-1:] = [Token(",")] * operand
-            if tokens and space:
-                tokens[0] = tokens[0]._replace(space=True)
-            self.found += tokens
-            space = kind in ("space", "quad") or kind == "styled" and style == "prose"
-
-    def symbol(self, kind, lexeme, before):
-        """The tokens of a command or character, whose meaning may depend on what is open."""
-        top = self.stack[-1] if self.stack else None
+def tokenize(text):
+    """The tokens of a normalised text."""
+    found = [END]
+    space = False
+    matrices = 0  # that are open
+    at = 0
+    while at < len(text):
+        match = LEXEME.match(text, at)
+        kind = match.lastgroup
+        lexeme = match[kind]
+        begin = at
+        at = match.end()
         value = None
-        if kind == "begin":
-            kind = "begin" if lexeme.endswith("matrix") or lexeme == "array" else "{"
-            if lexeme.startswith(("v", "V")):
-                raise Unreadable("a determinant")
-        elif kind == "end":
-            kind = "end" if top == "begin" else "}"
+        if kind == "space":
+            space = True
+            continue
+        if kind == "letters":
+            tokens = read_letters(lexeme, found, space)
+        elif kind == "word":
+            tokens = [read_word(lexeme, found[-1])]
+        elif kind == "number":
+            mixed = found[-1].kind not in ("^", "_", "sqrt", "frac")
+            value, at = read_number(text, begin, mixed)
+            tokens = [Token("number", value, text[begin:at])]
+        elif kind in READERS:
+            tokens = [Token("number", READERS[kind](match), lexeme)]
         else:
-            known = NAMES.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
-            if not known and kind == "symbol":
+            name = lexeme[:2] if lexeme[0] == "\\" else lexeme
+            if kind in ("begin", "end"):
+                if name[0] in "vV":
+                    raise Unreadable("a determinant")
+                matrix = name.endswith(("matrix", "array"))
+                matrices += matrix * (1 if kind == "begin" else -1)
+                name = kind if matrix else "{}"[kind == "end"]
+            elif name == "&" and not matrices:
+                continue
+            elif name not in NAMES and kind == "symbol":
                 raise Unreadable(f"unknown character {lexeme!r}")
-            kind, value = known or ("sym", lexeme)
-        if kind == "|" and before.kind in ENDS and top in ("|", "set{"):
-            kind = "|)" if top == "|" else "mid"
-        if kind == ":" and top == "set{":
-            kind = "mid"
-        if kind in CLOSING:
-            self.stack.append(kind)
-        elif kind in CLOSERS and self.stack:
-            self.stack.pop()
-        return [] if kind == "&" and top != "begin" else [Token(kind, value, lexeme)]
+            tokens = [Token(*NAMES.get(name, ("sym", name)), lexeme)]
+        tokens[0] = tokens[0]._replace(space=space)
+        found += tokens
+        space = False
+    return found[1:]
 
 
 # ---- parser
@@ -646,7 +610,6 @@ POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-")
-LEADING = [("rel", "="), ("rel", "~"), (":", None), ("*", None)]  # of no meaning before an answer
 LEAD_IN = set(
     "the a an answer final is are was so thus hence therefore equals equal to value result "
     "solution solutions we get have choice option approximately about roughly exactly that it be "
@@ -681,18 +644,25 @@ def replaced(node, old, new):
     return rebuild(node, lambda part: new if part == old else part)
 
 
-def has(node, *tags):
-    return bool(node) and (node[0] in tags or any(has(child, *tags) for child in children(node)))
+def nodes(tree):
+    """A tree and all trees in it."""
+    yield tree
+    for child in children(tree):
+        yield from nodes(child)
 
 
-def symbols(node):
-    """The names of a tree's variables."""
-    names = frozenset(node[1:2] if node and node[0] in ("sym", "call") else ())
-    return names.union(*map(symbols, children(node)))
+def symbols(*trees):
+    """The names of the variables in trees."""
+    parts = (part for tree in trees for part in nodes(tree))
+    return {part[1] for part in parts if part and part[0] in ("sym", "call")}
 
 
-def size(node):
-    return 1 + sum(map(size, children(node)))
+def has(tree, *tags):
+    return any(part and part[0] in tags for part in nodes(tree))
+
+
+def size(tree):
+    return sum(1 for _ in nodes(tree))
 
 
 def chain(tag, *parts):
@@ -727,6 +697,7 @@ class Parser:
         self.tokens = [*tokens, END, END]
         self.at = 0
         self.depth = 0
+        self.closers = ()
 
     @property
     def kind(self):
@@ -745,8 +716,11 @@ class Parser:
 
     def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
+        outer = self.closers
+        self.closers = closers
         value = self.expression()
         self.take(*closers)
+        self.closers = outer
         return value
 
     # operators
@@ -760,6 +734,8 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
+        if self.kind in self.closers:
+            return 0
         if self.kind not in OPERANDS:
             return POWER.get(self.kind, 0)
         token, after = self.tokens[self.at : self.at + 2]
@@ -1039,7 +1015,7 @@ class Parser:
     def braces(self, _):
         if self.accept("set}"):
             return ("empty",)
-        content = self.closed("set}", "mid")
+        content = self.closed(*CLOSING["set{"])
         if self.tokens[self.at - 1].kind == "set}":
             return ("set", *dict.fromkeys(items_of(content)))
         condition = self.closed("set}")  # {x | x < 3} or {x in R | x < 3}
@@ -1083,8 +1059,7 @@ def quantity(values, names):
         values = [*values, number(SCALES[name])]
     value = ("mul", *values) if len(values) > 1 else values[0]
     if names and names[0] in ("am", "pm"):
-        parts = value[1:] if value[0] == "ratio" else [value]
-        return (*(value[:-1] if value[0] == "time" else ("time", *parts)), names[0][0])
+        return ("time", names[0][0], *(value[2:] if value[0] == "time" else (value, number(0))))
     units = [UNITS[name] for name in names if name in UNITS]
     nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
@@ -1145,6 +1120,9 @@ def normal(node):
             return quantity(values, [name for names in words if names for name in names])
     if node[0] in ("add", "mul") and any(rows_of(child) for child in node[1:]):
         return with_matrices(node)
+    if node[0] == "ratio" and not symbols(node):
+        first = next((part for part in node[1:] if exact(part) != 0), ONE)
+        return ("ratio", *(divide(part, first) for part in node[1:]))
     if node[0] == "matrix":
         return matrix([row[1:] for row in node[1:]])
     if node[0] in ("floor", "ceiling") and symbols(node):  # steps cannot be sampled
@@ -1152,19 +1130,12 @@ def normal(node):
     return node
 
 
-def choices(tokens):
-    """What plus-minus signs stand for, as lists of tokens; \\mp is opposite to the last \\pm."""
-    count = sum(token.kind == "pm" for token in tokens)
-    for signs in product("+-", repeat=count if count <= 4 else 0):
-        rest = iter(signs)
-        sign = "+"
-        chosen = []
-        for token in tokens:
-            if token.kind == "pm":
-                sign = next(rest, "too many")
-            kinds = {"pm": sign, "mp": "-" if sign == "+" else "+"}
-            chosen.append(token._replace(kind=kinds.get(token.kind, token.kind)))
-        yield chosen
+def signs(tokens):
+    """The two lists of tokens that plus-minus signs stand for, or the one without such signs."""
+    if not any(token.kind in ("pm", "mp") for token in tokens):
+        return [tokens]
+    pairs = ({"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"})
+    return [[token._replace(kind=pair.get(token.kind, token.kind)) for token in tokens] for pair in pairs]
 
 
 def union(trees):
@@ -1192,10 +1163,10 @@ def parse(text):
     text = normalised(text)
     tokens = None
     try:
-        tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
-        while tokens and tokens[0][:2] in LEADING:
+        tokens = tokenize(text)
+        while tokens and tokens[0].value in ("=", "~"):
             tokens.pop(0)
-        parsed = [Parser(choice).closed("end of text") for choice in choices(tokens)]
+        parsed = [Parser(choice).closed("end of text") for choice in signs(tokens)]
         trees = [rebuild(tree, normal) for tree in parsed]
         return union(trees) if len(trees) > 1 else trees[0]
     except (Unreadable, RecursionError):
@@ -1215,6 +1186,7 @@ class TooHard(ArithmeticError):
 
 
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
+CONSTANT = (0, False, 1)  # the point where a value without variables is sampled
 
 
 def bit_length(value):
@@ -1255,10 +1227,6 @@ def root(m, degree, value):
     return power(m, value, 1 / degree)
 
 
-def logarithm(m, x, base=None):
-    return m.log(x) if base is None else m.log(x) / m.log(base)
-
-
 # Each operator and function: (exact, numeric). exact: Fractions to a Fraction, or None if that is
 # irrational; numeric: mpmath and its complex numbers to such a number.
 OPS = {
@@ -1267,7 +1235,8 @@ OPS = {
     ).split()},
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
-    "pow": (exact_power, power), "root": (None, root), "log": (None, logarithm),
+    "pow": (exact_power, power), "root": (None, root),
+    "log": (None, lambda m, x, base=None: m.log(x) / (m.log(base) if base is not None else 1)),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
     "abs": (abs, lambda m, x: abs(x)),
@@ -1376,7 +1345,7 @@ def constant(node):
     """The value of a constant as a complex, or None."""
     value = exact(node)
     if value is None and not symbols(node):
-        value = sample(node, (0, False, 1))[0]
+        value = sample(node, CONSTANT)[0]
     return complex(value) if value is not None and abs(value) < 1e300 else None
 
 
@@ -1396,7 +1365,7 @@ def agree(a, b, point):
         if x is None and y is None and high and top:
             raise TooHard("both are too large")
         if x is None or y is None:
-            return False if (high or top) and not symbols(a) | symbols(b) else None
+            return False if (high or top) and not symbols(a, b) else None
         high = max(high, top)
         if x != y and arithmetic(bits).mag(x - y) >= 2 * high + 60 - bits:
             return False
@@ -1419,25 +1388,21 @@ def largest_number(node):
 
 
 def same_function(a, b):
-    """Whether two trees agree at real points: where both are real, or else wherever they are."""
-    if not symbols(a) | symbols(b):
-        return agree(a, b, (0, False, 1)) is True
+    """Whether two trees agree at real points; where both are real, unless i is in them."""
+    if not symbols(a, b):
+        return agree(a, b, CONSTANT) is True
     digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
-    hard = None
-    for real in (True, False):
-        verdicts = []
-        for index in range(24):
-            try:
-                verdicts.append(agree(a, b, (index, real, 10**digits)))
-            except TooHard as error:
-                hard = error
-            if False in verdicts:
-                break
-        if False not in verdicts and verdicts.count(True) >= 4:
-            return True
-    if hard and not verdicts:
-        raise hard
-    return False
+    real = ("const", "i") not in {*nodes(a), *nodes(b)}
+    verdicts = []
+    for index in range(24):
+        try:
+            verdicts.append(agree(a, b, (index, real, 10**digits)))
+        except TooHard:
+            if LOCAL.steps < 0:
+                raise
+        if False in verdicts:
+            return False
+    return verdicts.count(True) >= 4
 
 
 def is_long(node):
@@ -1557,7 +1522,7 @@ def holds(node, place, x):
     if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
         return holds(node[2][1], place, x) == (node[1] == ("in",))
     if tag == "rel":
-        if not set(node[1]) <= HOLDS.keys() or not all(map(has_variable, node[2], node[2][1:])):
+        if not set(node[1]) <= HOLDS.keys() or not all(map(symbols, node[2], node[2][1:])):
             raise ValueError("not solved")
         sides = [where(side, place, x) for side in node[2]]
         return all(HOLDS[relation](*pair) for relation, *pair in zip(node[1], sides, sides[1:]))
@@ -1576,13 +1541,9 @@ def holds(node, place, x):
     return x in members
 
 
-def has_variable(*nodes):
-    return any(map(symbols, nodes))
-
-
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    if len(symbols(a) | symbols(b)) < 2:
+    if len(symbols(a, b)) < 2:
         try:
             place = order(endpoints(a) + endpoints(b))
             line = range(1 - place[INFINITY], place[INFINITY])
@@ -1683,26 +1644,11 @@ def same_items(a, b, compare=None):
     return True
 
 
-def same_ratio(a, b):
-    """Times exactly, to what both give; ratios by proportion, with their zeros in one place."""
-    (tag, *one), (other, *two) = a, b
-    if "time" in (tag, other):
-        if {tag, other} - {"time", "ratio"}:
-            return False
-        halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
-        clocks = [[*map(exact, children(node)), 0, 0][:3] for node in (a, b)]
-        zero = any(node[0] == "ratio" and number(0) in node for node in (a, b))
-        return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2 and not zero
-    if tag != other:  # 3:4 is 3/4
-        share, value = (one, b) if tag == "ratio" else (two, a)
-        value = exact(value) if len(share) == 2 else None
-        return value is not None and value.denominator > 1 and value == exact(divide(*share))
-    zeros = [[exact(part) == 0 for part in parts] for parts in (one, two)]
-    if zeros[0] != zeros[1] or all(zeros[0]):
-        return False
-    at = zeros[0].index(False)
-    products = [(chain("mul", x, two[at]), chain("mul", y, one[at])) for x, y in zip(one, two)]
-    return all(same_value(*pair) for pair in products)
+def as_ratio(node):
+    """A time that may be a ratio in lowest terms, as such."""
+    parts = [int(part[1]) for part in node[2:]] if node[0] == "time" and not node[1] else [0]
+    lowest = math.gcd(*parts) == 1 and min(parts[1:]) > 9
+    return normal(("ratio", *node[2:])) if lowest else node
 
 
 def same_quantity(a, b):
@@ -1743,7 +1689,7 @@ def same(a, b):
         if compatible(name, other):
             if same_plain(x, y):
                 return True
-            if not symbols(name) & (symbols(x) | symbols(y)):
+            if not symbols(name) & (symbols(x, y)):
                 return False
         if a[0] != "rel" or b[0] != "rel":
             return False
@@ -1764,8 +1710,16 @@ def same_plain(a, b):
         return False
     if "quantity" in tags:
         return same_quantity(a, b)
+    if tags == {"time"}:  # to what both give
+        clocks = [(*node[2:], number(0))[:3] for node in (a, b)]
+        return clocks[0] == clocks[1] and (a[1] == b[1] or not a[1] or not b[1])
     if tags & {"time", "ratio"}:
-        return same_ratio(a, b)
+        a, b = as_ratio(a), as_ratio(b)
+        if a[0] == b[0] == "ratio":
+            return len(a) == len(b) and all(map(same_value, a[1:], b[1:]))
+        ratio, value = (a, exact(b)) if a[0] == "ratio" else (b, exact(a))
+        fraction = ratio[0] == "ratio" and len(ratio) == 3 and value is not None
+        return fraction and value.denominator > 1 and value == exact(divide(*ratio[1:]))  # 3:4 is 3/4
     if is_set(a) or is_set(b):
         return same_set(a, b)
     if tags & {"list", "set"}:
