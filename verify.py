@@ -507,7 +507,7 @@ def read_based(match):
 
 READERS = {
     "based": read_based, "literal": lambda match: number(int(match[0], 0)),
-    "clock": lambda match: ("time", "", *map(number, match[0].split(":"))),
+    "clock": lambda match: ("time", "", *map(number, f"{match[0]}:0".split(":")[:3])),
     "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
 }  # fmt: skip
 
@@ -595,7 +595,7 @@ def tokenize(text):
 # A tree is a nested tuple (tag, ...):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
 #               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
-#               ("quantity", a, units, nouns) ("based", value, base)
+#               ("quantity", a, words) ("based", value, base)
 #               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
 #               (a matrix is an array of arrays, a column is a tuple)
@@ -680,6 +680,15 @@ def minus(a, b):
 
 def divide(a, b):
     return chain("mul", a, ("pow", b, MINUS_ONE))
+
+
+def matrix(rows):
+    """A matrix as a tree: a column is a tuple, any other an array of arrays."""
+    if len(set(map(len, rows))) != 1:
+        raise Unreadable("rows of different length")
+    if len(rows[0]) == 1 and len(rows) > 1:
+        return ("tuple", *(row[0] for row in rows))
+    return ("array", *(("array", *row) for row in rows))
 
 
 def items_of(node):
@@ -981,9 +990,7 @@ class Parser:
             tag = "add" if token.value == "sum" else "mul"
             low = below[1]
             terms = [replaced(body, variable, number(low + k)) for k in range(count)]
-            value = exact((tag, *terms))
-            if value is not None or count * size(body) <= MAX_TERMS:
-                return (tag, *terms) if value is None else number(value)
+            return (tag, *terms)
         bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
         return ("call", token.value, below, above, replaced(body, variable, bound))
 
@@ -1003,7 +1010,7 @@ class Parser:
             return ("tuple", *items)
         rows = [("array", *item[1:3]) if item[3:] == ("<=", "<=") else item for item in items]
         if kinds == "[]" and all(row[0] == "array" for row in rows):  # [[1,2],[3,4]]
-            return ("matrix", *rows)
+            return matrix([row[1:] for row in rows])
         if len(items) > 2 and kinds != "[]":
             raise Unreadable("three items in unlike brackets")
         if len(items) > 2:
@@ -1031,13 +1038,13 @@ class Parser:
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.expression(CLAUSE))
-        return ("matrix", *(("array", *row) for row in rows if row))
+        return matrix([row for row in rows if row])
 
 
 def count_terms(low, high, body):
     """The number of terms of a sum or product that is to be written out, else 0."""
     count = int(high[1] - low[1]) + 1 if is_integer(low) and is_integer(high) else 0
-    return count if 0 < count <= MAX_TERMS and count * size(body) <= 10 * MAX_TERMS else 0
+    return count if 0 < count * size(body) <= MAX_TERMS else 0
 
 
 # ---- the normal form
@@ -1059,56 +1066,24 @@ def quantity(values, names):
         values = [*values, number(SCALES[name])]
     value = ("mul", *values) if len(values) > 1 else values[0]
     if names and names[0] in ("am", "pm"):
-        return ("time", names[0][0], *(value[2:] if value[0] == "time" else (value, number(0))))
-    units = [UNITS[name] for name in names if name in UNITS]
-    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
+        return ("time", names[0][0], *(value[2:] if value[0] == "time" else (value, number(0), number(0))))
+    nouns = set(names) - UNITS.keys() - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
-    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
-    if not units and not nouns:
-        return value
-    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
+    counted = [name for name in names if name in nouns or name in UNITS]
+    words = sorted(UNITS.get(name) or re.sub("e?s?$", "", name) for name in counted)
+    return ("quantity", value, " ".join(words)) if words else value
 
 
-def rows_of(node):
-    """The rows of a matrix or vector, else None."""
-    if node[0] not in ("tuple", "array"):
-        return None
-    nested = all(row[0] == "array" for row in node[1:])
-    return [list(row[1:]) if nested else [row] for row in node[1:]]
-
-
-def matrix(rows):
-    """A matrix as a tree: a column is a tuple, any other an array of arrays."""
-    if len(set(map(len, rows))) != 1:
-        raise Unreadable("rows of different length")
-    if len(rows[0]) == 1 and len(rows) > 1:
-        return ("tuple", *(row[0] for row in rows))
-    return ("array", *(("array", *row) for row in rows))
-
-
-def dot(a, b):
-    total = chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
-    if size(total) > MAX_TERMS:
-        raise Unreadable("too many matrices")
-    return total
-
-
-def with_matrices(node):
-    """A sum or product with matrices as one matrix."""
-    parts = [rows_of(child) for child in node[1:]]
-    if node[0] == "add":
-        if None in parts or len({(len(rows), len(rows[0])) for rows in parts}) > 1:
-            raise Unreadable("a sum of things of other sizes")
-        return matrix([[chain("add", *cell) for cell in zip(*rows)] for rows in zip(*parts)])
-    total = None
-    for rows in filter(None, parts):
-        if total and (len(total[0]) != len(rows) or len(total) * len(rows[0]) > MAX_TERMS):
-            raise Unreadable("a product of matrices of other sizes")
-        product = [[dot(row, column) for column in zip(*rows)] for row in total or ()]
-        total = product or rows
-    scalars = [child for child, rows in zip(node[1:], parts) if not rows]
-    return matrix([[chain("mul", *scalars, cell) for cell in row] for row in total])
+def entrywise(node):
+    """A sum of matrices, or a matrix times scalars, as one matrix."""
+    matrices = [child for child in node[1:] if child[0] in ("tuple", "array")]
+    scalars = [child for child in node[1:] if child not in matrices]
+    several = scalars if node[0] == "add" else matrices[1:]
+    if several or len({(one[0], len(one)) for one in matrices}) > 1:
+        raise Unreadable("matrices of other sizes, or their product")
+    entries = zip(*(one[1:] for one in matrices))
+    return (matrices[0][0], *(normal(chain(node[0], *scalars, *entry)) for entry in entries))
 
 
 def normal(node):
@@ -1118,15 +1093,11 @@ def normal(node):
         values = [factor for factor, names in zip(node[1:], words) if names is None]
         if values and len(values) < len(words):
             return quantity(values, [name for names in words if names for name in names])
-    if node[0] in ("add", "mul") and any(rows_of(child) for child in node[1:]):
-        return with_matrices(node)
+    if node[0] in ("add", "mul") and any(child[0] in ("tuple", "array") for child in node[1:]):
+        return entrywise(node)
     if node[0] == "ratio" and not symbols(node):
         first = next((part for part in node[1:] if exact(part) != 0), ONE)
         return ("ratio", *(divide(part, first) for part in node[1:]))
-    if node[0] == "matrix":
-        return matrix([row[1:] for row in node[1:]])
-    if node[0] in ("floor", "ceiling") and symbols(node):  # steps cannot be sampled
-        return ("call", *node)
     return node
 
 
@@ -1152,8 +1123,6 @@ def raw(tokens):
     for token in tokens:
         name = token.kind in ("word", "sym")
         found.append(token.value if name else (token.kind, token.value))
-        if token.kind == "}" and found[-3:-2] == [("{", None)]:
-            found[-3:] = found[-2:-1]
     text = found and all(isinstance(value, str) for value in found)
     return ("words", " ".join(found)) if text else ("raw", *found)
 
@@ -1215,7 +1184,6 @@ def tame(m, x):
 
 
 def power(m, base, exponent):
-    base = base + 0  # -4-0j, which is on the wrong side of the branch cut, becomes -4+0j
     if base != 0:
         tame(m, exponent * m.log(base))
     return base**exponent
@@ -1330,13 +1298,10 @@ def evaluate(node, point, m, sizes):
 
 @lru_cache(maxsize=2048)
 def sample(node, point, bits=200):
-    """(value, largest binary exponent on the way, smallest one); the value is None if there is
-    none, and then the exponents are 0 if it is undefined, 1 if it is huge."""
+    """(value, largest binary exponent on the way, smallest one); no value where there is none."""
     sizes = [0]
     try:
         return evaluate(node, point, arithmetic(bits), sizes), max(sizes), min(sizes)
-    except OverflowError:
-        return None, 1, 1
     except (ArithmeticError, ValueError, TypeError):
         return None, 0, 0
 
@@ -1350,9 +1315,9 @@ def constant(node):
 
 
 def agree(a, b, point):
-    """Whether two trees have one value at a point; None if either is undefined there.
+    """Whether two trees have one value at a point; None if either has none there.
 
-    Raises TooHard if both are too large to tell, or if the steps of this thread are used up; these
+    Raises TooHard if that takes too many digits, or if the steps of this thread are used up; these
     are counted as if nothing were cached, since verdicts must not vary.
     """
     bits = 200
@@ -1362,10 +1327,8 @@ def agree(a, b, point):
             raise TooHard("out of steps")
         x, high, low = sample(a, point, bits)
         y, top, bottom = sample(b, point, bits)
-        if x is None and y is None and high and top:
-            raise TooHard("both are too large")
         if x is None or y is None:
-            return False if (high or top) and not symbols(a, b) else None
+            return None
         high = max(high, top)
         if x != y and arithmetic(bits).mag(x - y) >= 2 * high + 60 - bits:
             return False
@@ -1375,7 +1338,7 @@ def agree(a, b, point):
                 raise TooHard("the value grows with the precision")  # near a pole
             return True
         bits += 4 * digits + 20
-        slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
+        slow = has(("add", a, b), "factorial", "binomial")
         if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
 
@@ -1405,31 +1368,25 @@ def same_function(a, b):
     return verdicts.count(True) >= 4
 
 
-def is_long(node):
-    """Whether a decimal has enough digits to stand for an exact value."""
-    return node[0] == "num" and node[2] > 0 and abs(node[1]) >= node[2] * 10 ** (DECIMAL_DIGITS - 1)
-
-
 def near(decimal, node):
-    """Whether a decimal is a constant, rounded or cut off after its last digit."""
-    _, value, unit = decimal
-    other = exact(node)
-    if other is None and not symbols(node):
-        precise = sample(node, (0, False, 1), 400)[0]
-        if precise is None or abs(precise.imag) > 1e-40:
-            return False
-        other = Fraction(int(arithmetic(400).nint(precise.real * 2**300)), 2**300)
-    if other is None or other.denominator == 1:
+    """Whether a decimal of many digits is a constant, rounded or cut off after its last digit."""
+    value, unit = decimal[1:] if decimal[0] == "num" else (0, 0)
+    if not unit or abs(value) < unit * 10 ** (DECIMAL_DIGITS - 1) or symbols(node):
         return False
-    cut_off = other * value > 0 and 0 < abs(other) - abs(value) < unit
-    return cut_off or abs(other - value) <= unit / 2
+    rational = exact(node)
+    precise = sample(node, CONSTANT, 400)[0]
+    integer = rational is not None and rational.denominator == 1
+    if integer or precise is None or abs(precise.imag) > 1e-40 or precise.real * value <= 0:
+        return False
+    error = (abs(precise.real) - abs(value)) / unit
+    return 0 < error < 1 or abs(error) <= 0.5
 
 
 def as_symbol(node):
-    """An unknown function of some arguments is a variable of its own."""
-    if node[0] != "call":
+    """An unknown function of some arguments, or steps, which cannot be sampled, as a variable."""
+    if node[0] not in ("call", "floor", "ceiling") or not symbols(node):
         return node
-    return ("sym", repr([node[1], *(exact(part, True) or part for part in node[2:])]))
+    return ("sym", repr([part if isinstance(part, str) else exact(part, True) or part for part in node]))
 
 
 def same_value(a, b):
@@ -1437,15 +1394,11 @@ def same_value(a, b):
     if (a[0] == "pct") != (b[0] == "pct"):  # 28 % is 28 and 0.28
         share, other = (a, b) if a[0] == "pct" else (b, a)
         return same_value(share[1], other) or same_value(divide(share[1], number(100)), other)
-    if "based" in (a[0], b[0]):
-        return a == b
     x, y = exact(a), exact(b)
     if x is not None and x == y:
         return True
-    if is_long(a) or is_long(b):
-        return is_long(a) and near(a, b) or is_long(b) and near(b, a)
-    if {a, b} & {INFINITY, MINUS_INFINITY}:
-        return a == b
+    if near(a, b) or near(b, a):
+        return True
     if x is None or y is None:
         a, b = rebuild(a, as_symbol), rebuild(b, as_symbol)
         x, y = exact(a, True), exact(b, True)
@@ -1522,7 +1475,8 @@ def holds(node, place, x):
     if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
         return holds(node[2][1], place, x) == (node[1] == ("in",))
     if tag == "rel":
-        if not set(node[1]) <= HOLDS.keys() or not all(map(symbols, node[2], node[2][1:])):
+        variables = [bool(symbols(side)) for side in node[2]]
+        if not set(node[1]) <= HOLDS.keys() or not all(map(operator.ne, variables, variables[1:])):
             raise ValueError("not solved")
         sides = [where(side, place, x) for side in node[2]]
         return all(HOLDS[relation](*pair) for relation, *pair in zip(node[1], sides, sides[1:]))
@@ -1553,11 +1507,17 @@ def same_set(a, b):
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
         return False
     if a[0] == "rel":
-        return same_items(*(list(zip(n[1], n[2], n[2][1:])) for n in (a, b)), same_relation)
+        return same_links(a, b)
     parts = children(a), children(b)
     if a[0] == "list":
         return same_items(*parts)
     return len(parts[0]) == len(parts[1]) and all(map(same, *parts))
+
+
+def same_links(a, b):
+    """Two chains of relations, link by link."""
+    links = [list(zip(node[1], node[2], node[2][1:])) for node in (a, b)]
+    return same_items(*links, same_relation)
 
 
 def same_relation(a, b):
@@ -1571,7 +1531,7 @@ def same_relation(a, b):
         return all(map(same, sides, others))
     f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
     zero = number(0)
-    if not symbols(f) or symbols(f) != symbols(g) or same_value(f, zero) or same_value(g, zero):
+    if not symbols(f) or same_value(f, zero) or same_value(g, zero):
         return False
     if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
@@ -1611,11 +1571,8 @@ def statement(node):
     name = sides[0] if is_name(sides[0]) and sides[0] not in sides[1:] else None
     cut = relations.index("~") + 1 if "~" in relations else len(sides)
     precise = sides[bool(name) : cut] or sides[-1:]
-    if not name:
-        values = {exact(side) for side in precise if not symbols(side)}
-        equation = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
-        if equation or "in" in relations or len(values) > 1 and None not in values:
-            return None, node  # an equation; 2 + 2 = 5
+    if not name and (symbols(node) or len({*map(exact, precise)} - {None}) > 1):
+        return None, node  # an equation; 2 + 2 = 5
     return name, precise[-1]
 
 
@@ -1646,18 +1603,9 @@ def same_items(a, b, compare=None):
 
 def as_ratio(node):
     """A time that may be a ratio in lowest terms, as such."""
-    parts = [int(part[1]) for part in node[2:]] if node[0] == "time" and not node[1] else [0]
-    lowest = math.gcd(*parts) == 1 and min(parts[1:]) > 9
-    return normal(("ratio", *node[2:])) if lowest else node
-
-
-def same_quantity(a, b):
-    """Values with words behind them: ignored beside a bare number; else the words must agree."""
-    if a[0] == b[0]:
-        nouns = set(a[3].split()), set(b[3].split())
-        if a[2] != b[2] or not (nouns[0] <= nouns[1] or nouns[1] <= nouns[0]):
-            return False
-    return same_plain(*(node[1] if node[0] == "quantity" else node for node in (a, b)))
+    if node[0] != "time" or node[1] or node[3][1] < 10 or math.gcd(*(int(part[1]) for part in node[2:])) > 1:
+        return node
+    return normal(("ratio", *node[2:4]))
 
 
 def converted(one, other):
@@ -1681,20 +1629,13 @@ def same(a, b):
     """Whether two trees are the same answer."""
     if a == b:
         return a != ("raw",)
-    equations = a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}
-    if equations and len(a[2]) == len(b[2]) > 2:  # x = 2y = 4
-        return all(map(same, a[2], b[2]))
     (name, x), (other, y) = statement(a), statement(b)
-    if name and other:
-        if compatible(name, other):
-            if same_plain(x, y):
-                return True
-            if not symbols(name) & (symbols(x, y)):
-                return False
-        if a[0] != "rel" or b[0] != "rel":
-            return False
+    equations = a[0] == b[0] == "rel" and not is_set(a) and not is_set(b)
+    chains = equations and len(a[2]) == len(b[2]) > 2  # x = 2y = 4 is more than x = 4
+    if name and other and not chains and compatible(name, other) and same_plain(x, y):
+        return True
     if equations:
-        return len(a[2]) == len(b[2]) == 2 and same_relation((a[1][0], *a[2]), (b[1][0], *b[2]))
+        return same_links(a, b)
     return same_plain(a, b) if name and other else same_plain(x, y)
 
 
@@ -1709,10 +1650,10 @@ def same_plain(a, b):
     if tags & {"raw", "words"} or tags == {"tuple", "interval"}:
         return False
     if "quantity" in tags:
-        return same_quantity(a, b)
-    if tags == {"time"}:  # to what both give
-        clocks = [(*node[2:], number(0))[:3] for node in (a, b)]
-        return clocks[0] == clocks[1] and (a[1] == b[1] or not a[1] or not b[1])
+        (x, words), (y, others) = (node[1:] if node[0] == "quantity" else (node, "") for node in (a, b))
+        return (words == others or not words or not others) and same_plain(x, y)
+    if tags == {"time"}:
+        return a[2:] == b[2:] and (a[1] == b[1] or not a[1] or not b[1])
     if tags & {"time", "ratio"}:
         a, b = as_ratio(a), as_ratio(b)
         if a[0] == b[0] == "ratio":
