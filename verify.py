@@ -333,14 +333,11 @@ NAMES = WORD_NAMES | {  # commands and characters
     **{name: ("value", ("inf",)) for name in ("infty", "∞")},
     **{name: ("value", ("empty",)) for name in ("emptyset", "varnothing", "∅")},
     **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "not=": ("rel", "!="), "notin": ("rel", "notin"), "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
+    "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMERALS = {word: value for value, word in enumerate(
-    ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
-)}  # fmt: skip
+NUMERALS = {word: value for value, word in enumerate(ONES + TEENS)}
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = spellings("""
     cm centimeter centimetre centimeters centimetres  mm millimeter millimetre millimeters
@@ -388,7 +385,6 @@ CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.\.\.+", r"\\ldots "),
     (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
-    (r"\\not\s*(?==|\\in\b)", r"\\not"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
@@ -427,7 +423,7 @@ LEXEME = re.compile(
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|\\end\s*\{(?P<end>[a-zA-Z]+)\*?\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+=?)"
+    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
@@ -531,7 +527,7 @@ def read_letters(run, found, space):
         if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
             return [Token("word", run, run)]
         return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
-    if low in CONNECTIVES or low in WORDS or counted and known or run in ("II", "III"):
+    if low in CONNECTIVES or low in WORDS or counted and known:
         return [read_word(low, before)]
     if run in WORD_NAMES:
         return [Token(*WORD_NAMES[run], run)]
@@ -566,8 +562,10 @@ def tokenize(text):
         elif kind == "word":
             tokens = [read_word(lexeme, found[-1])]
         elif kind == "number":
-            mixed = found[-1].kind not in ("^", "_", "sqrt", "frac")
-            value, at = read_number(text, begin, mixed)
+            if next((token.kind for token in found[:-3:-1] if token.kind != "number"), 0) in ("frac", "binom"):
+                value, at = number(text[begin]), begin + 1  # \frac12
+            else:
+                value, at = read_number(text, begin, found[-1].kind not in ("^", "_", "sqrt"))
             tokens = [Token("number", value, text[begin:at])]
         elif kind in READERS:
             tokens = [Token("number", READERS[kind](match), lexeme)]
@@ -610,18 +608,16 @@ POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-")
-LEAD_IN = set(
-    "the a an answer final is are was so thus hence therefore equals equal to value result "
-    "solution solutions we get have choice option approximately about roughly exactly that it be "
-    "of all point points pair pairs ordered vector interval values numbers roots domain range us "
-    "usd rs".split()
+LEAD_IN = set(  # words that may stand before an answer
+    "is are equals be get have about approximately roughly exactly therefore thus hence so answer "
+    "value solution solutions option point points vector interval roots us usd rs".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys("no solution|no solutions|no real solution|no real solutions|no real roots|"
                     "empty set|none".split("|"), ("empty",)),
-    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
-    **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
-    **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers"), ("reals",)),
+    **dict.fromkeys(("does not exist", "undefined"), ("words", "dne")),
+    "all integers": ("words", "Z"), "infinity": ("inf",),
     **{word: number(value) for word, value in NUMERALS.items()},
 }  # fmt: skip
 TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
@@ -699,14 +695,18 @@ def is_integer(node):
     return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
 
 
+INFIX = {
+    "+": partial(chain, "add"), "*": partial(chain, "mul"), "-": minus, "/": divide, "over": divide,
+}  # fmt: skip
+
+
 class Parser:
     """Precedence climbing over a list of tokens: each method returns the tree of what it takes."""
 
     def __init__(self, tokens):
         self.tokens = [*tokens, END, END]
         self.at = 0
-        self.depth = 0
-        self.closers = ()
+        self.open = [()]  # what closes each bracket that is open
 
     @property
     def kind(self):
@@ -725,11 +725,11 @@ class Parser:
 
     def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
-        outer = self.closers
-        self.closers = closers
+        if len(self.open) > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        self.open.append(closers)
         value = self.expression()
-        self.take(*closers)
-        self.closers = outer
+        self.take(*self.open.pop())
         return value
 
     # operators
@@ -743,7 +743,7 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
-        if self.kind in self.closers:
+        if self.kind in self.open[-1]:
             return 0
         if self.kind not in OPERANDS:
             return POWER.get(self.kind, 0)
@@ -773,8 +773,14 @@ class Parser:
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
+        if kind == "number":
+            words = left[0] == "mul" and words_of_unit(left[-1])
+            if words and set(words) - IGNORED:  # 3 hours 20 minutes
+                return ("list", ",", left, self.expression(TERM))
+            if words or left[0] in ("num", "sym"):
+                raise Unreadable("two things side by side")
         if kind in OPERANDS:
-            return self.juxtaposed(left)
+            return chain("mul", left, self.postfix(self.atom()))
         token = self.take(kind)
         labelled = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
         if kind == ":" and labelled and self.kind not in ("sym", "set{"):  # A: 5
@@ -787,35 +793,18 @@ class Parser:
             return ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), right)
         while kind == "/" and self.kind == "sym" and not self.tokens[self.at].space:  # t/RC
             right = chain("mul", right, self.expression(FACTOR))
-        if kind in ("+", "*"):
-            return chain("add" if kind == "+" else "mul", left, right)
-        if kind == "-":
-            return ("minus", left, right) if left[0] == "reals" else minus(left, right)
-        if kind in ("/", "over"):
-            return divide(left, right)
-        if kind in ("op", "pmod"):
-            return ("call", token.value or kind, left, right)
-        return (kind, left, right)
-
-    def juxtaposed(self, left):
-        """A product without a sign, a value with its unit, or 3 hours 20 minutes."""
-        if self.kind == "number":
-            words = left[0] == "mul" and words_of_unit(left[-1])
-            if words and set(words) - IGNORED:
-                return ("list", ",", left, self.expression(TERM))
-            if words or left[0] in ("num", "sym"):
-                raise Unreadable("two things side by side")
-        return chain("mul", left, self.postfix(self.atom()))
+        if kind == "-" and left[0] == "reals":
+            return ("minus", left, right)
+        if kind in INFIX:
+            return INFIX[kind](left, right)
+        return ("call", token.value or kind, left, right) if kind in ("op", "pmod") else (kind, left, right)
 
     # operands
 
     def operand(self):
-        signs = []
-        while token := self.accept(*SIGNS):
-            signs.append(token.kind)
-        if signs:
+        if sign := self.accept(*SIGNS):
             value = self.expression(TERM)
-            return negate(value) if signs.count("-") % 2 else value
+            return negate(value) if sign.kind == "-" else value
         if self.kind == "word" and self.tokens[self.at - 1].kind not in ("/", "*"):
             return self.words()
         return self.postfix(self.atom())
@@ -826,8 +815,7 @@ class Parser:
         while token := self.accept("word"):
             words.append(token.value)
         if self.kind in OPERANDS or self.kind in SIGNS:
-            ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
-            if not ending or {"not", "no"} & set(words):
+            if words[-1] not in LEAD_IN or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
@@ -835,97 +823,61 @@ class Parser:
         return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
-        for _ in range(10):
-            if self.accept("!"):
-                value = ("factorial", value)
-            elif self.accept("%"):
-                value = ("pct", value)
-            elif self.accept("deg"):
+        while token := self.accept("!", "%", "deg", "^"):
+            if token.kind == "deg":
                 value = chain("mul", value, ("words", "degree"))
-            elif self.accept("^"):
+            elif token.kind != "^":
+                value = ("factorial" if token.kind == "!" else "pct", value)
+            else:
                 power = self.script()
                 if value[0] == "sym" and self.accept("_"):  # v^2_0
-                    value = ("sym", f"{value[1]}_{self.subscript()}")
+                    value = ("sym", f"{value[1]}_{show(self.atom())}")
                 value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
-            else:
-                return value
-        raise Unreadable("too many postfix operators")
+        return value
 
     def script(self):
         """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
         if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
             token = self.take("number", "sym")
             return token.value if token.kind == "number" else ("sym", token.value)
-        sign = self.accept("-", "+")
-        self.depth += 1
+        sign = self.accept(*SIGNS)
         value = self.atom()
-        if self.accept("^"):
-            value = ("pow", value, self.script())
-        self.depth -= 1
+        value = ("pow", value, self.script()) if self.accept("^") else value
         return negate(value) if sign and sign.kind == "-" else value
-
-    def argument(self):
-        """What \\frac takes: a group, or one token; of a number its first digit."""
-        token = self.tokens[self.at]
-        if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
-            rest = token.text[1:]
-            self.tokens[self.at] = Token("number", number(rest), rest)
-            return number(token.text[0])
-        return self.atom()
-
-    def subscript(self):
-        """The text of a subscript, as part of a name."""
-        begin = self.at
-        self.at += 1
-        if self.tokens[begin].kind == "{":
-            while self.kind not in ("}", "end of text"):
-                self.at += 1
-            self.take("}")
-        return "".join(token.text for token in self.tokens[begin : self.at]).strip("{}")
 
     def atom(self):
         """One value, without what may be raised or put behind it."""
         token = self.take(*OPERANDS)
         kind = token.kind
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
-        if kind in ("number", "value"):
-            value = token.value
-        elif kind == "word":
-            value = ("words", token.value)
-        elif kind in ("{", "|", "lfloor", "lceil"):
+        if kind in ("number", "value", "word"):
+            return ("words", token.value) if kind == "word" else token.value
+        if kind in ("{", "|", "lfloor", "lceil"):
             value = self.closed(*CLOSING[kind])
             tag = {"|": "abs", "lfloor": "floor", "lceil": "ceiling"}.get(kind)
-            value = (tag, value) if tag else value
-        elif kind == "frac":
-            value = divide(self.argument(), self.argument())
-        elif kind == "binom":
-            pair = self.atom()[1:] if self.kind == "(" else (self.argument(), self.argument())
-            value = ("binomial", *pair)
-        elif kind in ("sqrt", "cbrt"):
+            return (tag, value) if tag else value
+        if kind == "frac":
+            return divide(self.atom(), self.atom())
+        if kind == "binom":
+            return ("binomial", self.atom(), self.atom())
+        if kind in ("sqrt", "cbrt"):
             degree = number(2 if kind == "sqrt" else 3)
             degree = self.closed("]") if self.accept("[") else degree
-            value = ("root", degree, self.atom())
-        else:
-            parse = {
-                "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
-                "set{": self.braces,
-            }  # fmt: skip
-            value = parse.get(kind, self.bracket)(token)
-        self.depth -= 1
-        return value
+            return ("root", degree, self.atom())
+        parse = {
+            "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
+            "set{": self.braces,
+        }  # fmt: skip
+        return parse.get(kind, self.bracket)(token)
 
     def name(self, token):
         """A variable, or the call of a function: f(x), P(3), P(n) = ..."""
-        first = self.at == 1 or self.tokens[self.at - 2].kind in SEPARATORS
         name = token.value
         if name == "Delta" and self.kind == "sym":
             name += " " + self.take("sym").value  # \Delta x is one name
         while self.accept("prime"):
             name += "'"
         if self.accept("_"):
-            name += "_" + self.subscript()
+            name += "_" + show(self.atom())
         long = len(name) > 2 and name.isalpha() and name not in GREEK
         begin = self.at
         arguments = []
@@ -935,10 +887,9 @@ class Parser:
             return ("call", name, *arguments) if arguments else ("sym", name)
         arguments = items_of(self.closed(")"))
         function = long or name.rstrip("'") in ("f", "g", "h")
-        variables = all(part[0] == "sym" and part[1] != name for part in arguments)
-        literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
-        literal = literal and (len(arguments) == 1 or name.isupper())
-        if function or literal or variables and first and self.kind == "rel":
+        variables = all(part[0] == "sym" for part in arguments) and self.kind == "rel"
+        literal = all(exact(part) is not None for part in arguments)
+        if function or variables or literal and (len(arguments) == 1 or name.isupper()):
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -951,73 +902,69 @@ class Parser:
             if script.kind == "^":
                 power = self.script()
             else:
-                base = [self.argument()]
-        if opening := self.accept("(", "{", "["):
-            values = items_of(self.closed({"(": ")", "{": "}", "[": "]"}[opening.kind]))
-        else:
-            values = [self.bare_argument()]
+                base = [self.atom()]
+        opening = self.accept("(", "{", "[")
+        value = self.closed(*CLOSING[opening.kind]) if opening else self.bare_argument()
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
-            values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
+            value = replaced(value, ("words", "degree"), DEGREE)
             if power == MINUS_ONE:
-                return ("a" + name, *values)
-        value = ("log" if base else name, *values, *base)
+                return ("a" + name, value)
+        value = ("log" if base else name, value, *base)
         return ("pow", value, power) if power else value
 
     def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
         value = self.operand()
-        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word"):
+        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word", *self.open[-1]):
             value = chain("mul", value, self.postfix(self.atom()))
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
         return value
 
     def big(self, token):
-        """A sum, product, integral or limit: written out if it is finite, else a call."""
+        """A sum or product, written out if it is finite; else, like an integral or limit, a call."""
         below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
                 above = self.script()
             else:
-                below = self.argument()
+                below = self.atom()
         body = self.expression(TERM)
         variable = None
         if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if token.value in ("sum", "prod") and (count := count_terms(below, above, body)):
-            tag = "add" if token.value == "sum" else "mul"
-            low = below[1]
-            terms = [replaced(body, variable, number(low + k)) for k in range(count)]
-            return (tag, *terms)
-        bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
+        if token.value in ("sum", "prod") and is_integer(below) and is_integer(above):
+            values = range(int(below[1]), int(above[1]) + 1)
+            if 0 < len(values) * size(body) <= MAX_TERMS:
+                terms = [replaced(body, variable, number(value)) for value in values]
+                return ("add" if token.value == "sum" else "mul", *terms)
+        bound = ("sym", f"#{sum(name[0] == '#' for name in symbols(body))}")
         return ("call", token.value, below, above, replaced(body, variable, bound))
 
     # brackets
 
     def bracket(self, token):
         content = self.closed(*CLOSING[token.kind])
-        opening, closing = token.kind, self.tokens[self.at - 1].kind
-        kinds = opening + closing
+        kinds = token.kind + self.tokens[self.at - 1].kind
         items = items_of(content)
+        if len(items) != 2 and kinds not in ("()", "[]", "langlerangle"):
+            raise Unreadable("brackets that are no interval")
         if len(items) == 1 or content[1] == "or":
-            if kinds not in ("()", "[]"):
-                raise Unreadable("one item in unlike brackets")
             return content
-        ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
-        if kinds == "langlerangle" or kinds == "()" and not ends:
-            return ("tuple", *items)
         rows = [("array", *item[1:3]) if item[3:] == ("<=", "<=") else item for item in items]
         if kinds == "[]" and all(row[0] == "array" for row in rows):  # [[1,2],[3,4]]
             return matrix([row[1:] for row in rows])
-        if len(items) > 2 and kinds != "[]":
-            raise Unreadable("three items in unlike brackets")
+        infinite = (items[0] == MINUS_INFINITY, items[-1] == INFINITY)
+        if kinds in ("()", "langlerangle") and not any(infinite):
+            return ("tuple", *items)
         if len(items) > 2:
             return ("array", *items)
-        if items[0] == MINUS_INFINITY and opening == "[" or items[1] == INFINITY and closing == "]":
+        relations = ["<=" if kind in "[]" else "<" for kind in kinds]
+        if (True, "<=") in zip(infinite, relations):
             raise Unreadable("infinity in a closed interval")
-        return ("interval", *items, *("<=" if kind in "[]" else "<" for kind in kinds))
+        return ("interval", *items, *relations)
 
     def braces(self, _):
         if self.accept("set}"):
@@ -1039,12 +986,6 @@ class Parser:
             elif not self.accept("&"):
                 rows[-1].append(self.expression(CLAUSE))
         return matrix([row for row in rows if row])
-
-
-def count_terms(low, high, body):
-    """The number of terms of a sum or product that is to be written out, else 0."""
-    count = int(high[1] - low[1]) + 1 if is_integer(low) and is_integer(high) else 0
-    return count if 0 < count * size(body) <= MAX_TERMS else 0
 
 
 # ---- the normal form
