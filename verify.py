@@ -292,65 +292,56 @@ def spellings(table):
 
 
 OPERATORS = spellings(r"""
-    +  -  * cdot times ast × · ∙ ⋅ ∗  / div ÷ ∕ ⁄  ^ **  _  !  % \% percent  pm +- +/- ±  mp ∓
-    (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩  lfloor ⌊
-    rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │ ‖  mid ∣  ,  ;  : colon  &
-    newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
-    minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨
-    frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  sqrt surd √  cbrt ∛
-    pmod  begin  end
+    +  -  * cdot times ast × · ⋅  / div ÷ ⁄  ^ **  _  !  % \% percent  pm +- ±  mp ∓  ,  ;  &
+    (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩
+    lfloor ⌊  rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │  mid ∣
+    : colon  newline \\ cr  ' prime  deg degree ° ˚  cup bigcup ∪  cap ∩  minus setminus backslash
+    and land wedge \& ∧  or lor vee ∨  frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom
+    over  sqrt √  cbrt ∛  pmod  begin  end
 """)
 RELATIONS = spellings("""
-    = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
-    >= => ge geq geqslant geqq ≥ ⩾ ≧  ~ approx simeq cong doteq ≈ ≅  in ∈  notin ∉  to rightarrow →
+    = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant ≤ ⩽  >= => ge geq geqslant ≥ ⩾
+    ~ approx simeq cong ≈  in ∈  notin ∉  to rightarrow →
 """)
 FUNCTIONS = spellings("""
     sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
     asec arcsec  acsc arccsc  sinh  cosh  asinh arsinh  acosh arcosh  atanh artanh
     exp  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial
 """)
-GREEK = spellings("""
+LETTERS = spellings("""
     alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
     mu μ  nu ν  xi ξ  rho ρ  sigma σ  tau τ  upsilon  phi φ  chi χ  psi ψ  omega ω  Delta Δ
-    Gamma Γ  Theta Θ  Lambda Λ  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω  varepsilon  vartheta  varphi  ell
-    hbar
+    Gamma Γ  Theta Θ  Lambda Λ  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω  varepsilon  varphi  ell  hbar
+    d partial  ... ldots dots cdots
 """)
 BIG = spellings("sum ∑  prod ∏  int ∫  iint  oint  lim")
-WORD_NAMES = {  # runs of letters that are mathematics without a backslash
-    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("sym", name) for name in GREEK.values()},
-    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
-    **dict.fromkeys(("inf", "infinity", "oo"), ("value", ("inf",))),
-    "pi": ("value", ("const", "pi")), "in": ("rel", "in"),
-}  # fmt: skip
-NAMES = WORD_NAMES | {  # commands and characters
+NAMES = {  # commands and characters
     **{name: (kind, None) for name, kind in OPERATORS.items()},
     **{name: ("rel", relation) for name, relation in RELATIONS.items()},
-    **{name: ("sym", letter) for name, letter in GREEK.items()},
+    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
+    **{name: ("sym", letter) for name, letter in LETTERS.items()},
     **{name: ("big", kind) for name, kind in BIG.items()},
     **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
-    **{name: ("value", ("words", name)) for name in "ZNQ"}, "R": ("value", ("reals",)),
-    **{name: ("value", ("inf",)) for name in ("infty", "∞")},
-    **{name: ("value", ("empty",)) for name in ("emptyset", "varnothing", "∅")},
-    **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
+    **dict.fromkeys("infty ∞ inf infinity oo".split(), ("value", ("inf",))),
+    **dict.fromkeys("emptyset varnothing ∅".split(), ("value", ("empty",))),
+    **dict.fromkeys("pi π".split(), ("value", ("const", "pi"))), "R": ("value", ("reals",)),
+}  # fmt: skip
+BARE = {  # the names that need no backslash
+    *FUNCTIONS, *LETTERS, *"sqrt cbrt binom frac inf infinity oo pi in".split()
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 NUMERALS = {word: value for value, word in enumerate(ONES + TEENS)}
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = spellings("""
-    cm centimeter centimetre centimeters centimetres  mm millimeter millimetre millimeters
-    km kilometer kilometre kilometers kilometres  m meter metre meters metres  nm  ft foot feet
-    in inch inches  mi mile miles  yd yard yards  kg kilogram kilograms  g gram grams gm
-    mg milligram  lb lbs pound pounds  oz ounce ounces  L l liter litre liters litres
-    ml mL milliliter milliliters  h hr hrs hour hours  min mins minute minutes
-    s sec secs second seconds  ms  day days  week weeks  month months  yr year years  hz Hz
-    degree degrees deg  F fahrenheit  C celsius  K kelvin  J joule joules  kJ kj
-    N newton newtons  W watt watts  kW kw  V volt volts  A amp amps  Pa pa  mol
-    gal gallon gallons  rad radian radians  pt pts point points  dollar dollars usd  cent cents
-    eur euro euros  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
+    cm centimeter centimetre  mm millimeter millimetre  km kilometer kilometre  m meter metre  nm
+    ft foot feet  in inch inches  mi mile  yd yard  kg kilogram  g gram gm  mg milligram  lb pound
+    oz ounce  L l liter litre  ml mL milliliter  h hr hour  min minute  s sec second  ms  day  week
+    month  yr year  hz Hz  degree deg  F fahrenheit  C celsius  K kelvin  J joule  kJ kj  N newton
+    W watt  kW kw  V volt  A amp  Pa pa  mol  gal gallon  rad radian  pt point  dollar usd  cent
+    euro eur  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
 """)
+UNITS |= {name + "s": unit for name, unit in UNITS.items() if len(name) > 1}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
@@ -364,9 +355,7 @@ STATEMENT = set(  # words that say something of what stands before them, and are
     "imaginary if when where only except without reduced reduction raised won equal equals "
     "exceeds at between or from".split()
 )
-WORDS = set(
-    "yes no not odd even true false none all the red dne if for any is are of to we us usd".split()
-)
+WORDS = set("no if is of to we us".split())  # other words are longer
 
 UNICODE = str.maketrans({
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
@@ -406,12 +395,10 @@ MIXED = re.compile(  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
     r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))"
 )
-LAYOUT = (
-    "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
-    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
-    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark"
-    "|num|tt|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|angle|measuredangle"
-    "|sphericalangle|triangle|overrightarrow"
+LAYOUT = (  # of no meaning
+    "displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?|hline|bm|boldsymbol|mathcal|mathit"
+    r"|mathbf(?!\s*\{?[RZ]\b)|mathop|vec|hat|boxed|fbox|[lL]arge|checkmark|num"
+    "|therefore|angle|measuredangle|triangle|overrightarrow"
 )
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
@@ -419,12 +406,13 @@ LEXEME = re.compile(
     r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
     r"(?:\{(?P<base>[^{}]*)\}|(?P<short>\d)))"
     r'|"(?P<word>[^"]*)"'
-    r"|(?P<clock>(?:[01]?\d|2[0-4])(?::[0-5]\d){1,2})(?![\d.:])"
+    r"|(?P<clock>(?:[01]?\d|2[0-4])(?:(?::[0-5]\d){1,2}(?![\d.:])|(?=\s*\"?[apAP]\.?[mM]\b))"
+    r'(?:\s*"?(?P<half>[apAP])\.?[mM]\b"?)?)'
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|\\end\s*\{(?P<end>[a-zA-Z]+)\*?\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
     r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
-    r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-ZÀ-ž]+)"
+    r"|(?P<letters>[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
@@ -464,7 +452,7 @@ def normalised(text):
     text = STYLED.sub(quoted, text.replace('"', ""))
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
-    return text.strip(" ,\n\t").rstrip(" .,;:~*\\\n\t")
+    return text.lstrip(" ,=≈\n\t").rstrip(" .,;:~*\\\n\t")
 
 
 def number(value, unit=0):
@@ -501,9 +489,15 @@ def read_based(match):
     return ("based", match["digits"], str(base))
 
 
+def read_clock(match):
+    """The tree of 7:30, 7:30:00 or 7 p.m."""
+    parts = re.findall(r"\d+", match[0]) + [0, 0]
+    return ("time", (match["half"] or "").lower(), *map(number, parts[:3]))
+
+
 READERS = {
     "based": read_based, "literal": lambda match: number(int(match[0], 0)),
-    "clock": lambda match: ("time", "", *map(number, f"{match[0]}:0".split(":")[:3])),
+    "clock": read_clock,
     "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
 }  # fmt: skip
 
@@ -518,19 +512,19 @@ def read_word(word, before):
 
 def read_letters(run, found, space):
     """Tokens of a run of letters: words, functions, products of variables."""
-    low = run.lower().replace(".", "")
+    low = run.lower()
     before = found[-1]
     per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
     counted = per or before.kind in ("number", "word", "deg")
-    known = low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")
+    known = low in UNITS or low in ("th", "st", "nd", "rd")
     if len(run) == 1:
         if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
             return [Token("word", run, run)]
         return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
     if low in CONNECTIVES or low in WORDS or counted and known:
         return [read_word(low, before)]
-    if run in WORD_NAMES:
-        return [Token(*WORD_NAMES[run], run)]
+    if run in BARE:
+        return [Token(*NAMES[run], run)]
     parts = run
     if joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
@@ -688,11 +682,7 @@ def matrix(rows):
 
 
 def items_of(node):
-    return list(node[2:]) if node[0] == "list" else [node]
-
-
-def is_integer(node):
-    return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
+    return children(node) if node[0] == "list" else [node]
 
 
 INFIX = {
@@ -874,11 +864,11 @@ class Parser:
         name = token.value
         if name == "Delta" and self.kind == "sym":
             name += " " + self.take("sym").value  # \Delta x is one name
-        while self.accept("prime"):
+        while self.accept("'"):
             name += "'"
         if self.accept("_"):
             name += "_" + show(self.atom())
-        long = len(name) > 2 and name.isalpha() and name not in GREEK
+        long = len(name) > 2 and name.isalpha() and name not in LETTERS
         begin = self.at
         arguments = []
         while long and self.accept("{"):  # a command that is not known
@@ -904,7 +894,7 @@ class Parser:
             else:
                 base = [self.atom()]
         opening = self.accept("(", "{", "[")
-        value = self.closed(*CLOSING[opening.kind]) if opening else self.bare_argument()
+        value = self.closed(CLOSING[opening.kind][0]) if opening else self.bare_argument()
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
             value = replaced(value, ("words", "degree"), DEGREE)
             if power == MINUS_ONE:
@@ -935,8 +925,9 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if token.value in ("sum", "prod") and is_integer(below) and is_integer(above):
-            values = range(int(below[1]), int(above[1]) + 1)
+        ends = [exact(below), exact(above)]
+        if token.value in ("sum", "prod") and all(end and end.denominator == 1 or end == 0 for end in ends):
+            values = range(int(ends[0]), int(ends[1]) + 1)
             if 0 < len(values) * size(body) <= MAX_TERMS:
                 terms = [replaced(body, variable, number(value)) for value in values]
                 return ("add" if token.value == "sum" else "mul", *terms)
@@ -1006,8 +997,6 @@ def quantity(values, names):
     for name in SCALES.keys() & set(names):
         values = [*values, number(SCALES[name])]
     value = ("mul", *values) if len(values) > 1 else values[0]
-    if names and names[0] in ("am", "pm"):
-        return ("time", names[0][0], *(value[2:] if value[0] == "time" else (value, number(0), number(0))))
     nouns = set(names) - UNITS.keys() - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
@@ -1050,37 +1039,22 @@ def signs(tokens):
     return [[token._replace(kind=pair.get(token.kind, token.kind)) for token in tokens] for pair in pairs]
 
 
-def union(trees):
-    """One list or set with the items of all trees."""
-    first = trees[0]
-    head = {"list": first[:2], "set": first[:1]}.get(first[0], ("list", ","))
-    items = [items_of(tree) if tree[0] != "set" else tree[1:] for tree in trees]
-    return (*head, *dict.fromkeys(item for part in items for item in part))
-
-
-def raw(tokens):
-    """What two unreadable texts are compared by: their tokens, without braces around one."""
-    found = []
-    for token in tokens:
-        name = token.kind in ("word", "sym")
-        found.append(token.value if name else (token.kind, token.value))
-    text = found and all(isinstance(value, str) for value in found)
-    return ("words", " ".join(found)) if text else ("raw", *found)
-
-
 @lru_cache(maxsize=1024)
 def parse(text):
     text = normalised(text)
-    tokens = None
+    tokens = []
     try:
         tokens = tokenize(text)
-        while tokens and tokens[0].value in ("=", "~"):
-            tokens.pop(0)
         parsed = [Parser(choice).closed("end of text") for choice in signs(tokens)]
         trees = [rebuild(tree, normal) for tree in parsed]
-        return union(trees) if len(trees) > 1 else trees[0]
     except (Unreadable, RecursionError):
-        return ("raw", text) if tokens is None else raw(tokens)
+        values = [token.value or token.kind for token in tokens or [Token(text)]]
+        words = all(isinstance(value, str) for value in values)
+        return ("words", " ".join(values)) if words else ("raw", *values)
+    if len(trees) == 1:
+        return trees[0]
+    items = (children(tree) if tree[0] in ("list", "set") else [tree] for tree in trees)
+    return ("list", ",", *dict.fromkeys(item for part in items for item in part))
 
 
 def read(text):
@@ -1116,17 +1090,9 @@ def of_naturals(function, most, *values):
     return Fraction(function(*map(int, values))) if natural else None
 
 
-def tame(m, x):
-    if not m.isfinite(x):
-        raise ValueError("infinite")
-    if m.mag(x) > 15:
-        raise OverflowError("a function of so large a number could fill the memory")
-    return x
-
-
 def power(m, base, exponent):
-    if base != 0:
-        tame(m, exponent * m.log(base))
+    if base != 0 and m.mag(exponent * m.log(base)) > 15:
+        raise OverflowError("so large a number could fill the memory")
     return base**exponent
 
 
@@ -1138,10 +1104,14 @@ def root(m, degree, value):
 
 # Each operator and function: (exact, numeric). exact: Fractions to a Fraction, or None if that is
 # irrational; numeric: mpmath and its complex numbers to such a number.
-OPS = {
-    **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, x))) for name in (
+FUNCTION_OPS = {
+    **{name: (None, lambda m, x, name=name: getattr(m, name)(x)) for name in (
         "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp"
     ).split()},
+    "factorial": (partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(x)),
+    "binomial": (partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(n, k)),
+}  # fmt: skip
+OPS = FUNCTION_OPS | {
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
     "pow": (exact_power, power), "root": (None, root),
@@ -1151,12 +1121,6 @@ OPS = {
     "abs": (abs, lambda m, x: abs(x)),
     "floor": (lambda a: Fraction(math.floor(a)), None),
     "ceiling": (lambda a: Fraction(math.ceil(a)), None),
-    "factorial": (
-        partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(tame(m, x))
-    ),
-    "binomial": (
-        partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(tame(m, n), tame(m, k))
-    ),
 }  # fmt: skip
 
 
@@ -1227,6 +1191,8 @@ def evaluate(node, point, m, sizes):
         values = [evaluate(child, point, m, sizes) for child in children(node)]
         if tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
+        if tag in FUNCTION_OPS and max(map(m.mag, values)) > 15:
+            raise OverflowError("a function of so large a number could fill the memory")
         result = m.mpc(OPS[tag][1](m, *values))
     if point[1] and abs(result.imag) > 1e-9 * (1 + abs(result.real)):
         raise ValueError("not real")  # ln x is undefined at -1, so that 2 ln x is ln x^2
@@ -1320,7 +1286,7 @@ def near(decimal, node):
     if integer or precise is None or abs(precise.imag) > 1e-40 or precise.real * value <= 0:
         return False
     error = (abs(precise.real) - abs(value)) / unit
-    return 0 < error < 1 or abs(error) <= 0.5
+    return 0 < error < 0.999 or abs(error) <= 0.5
 
 
 def as_symbol(node):
@@ -1542,34 +1508,10 @@ def same_items(a, b, compare=None):
     return True
 
 
-def as_ratio(node):
-    """A time that may be a ratio in lowest terms, as such."""
-    if node[0] != "time" or node[1] or node[3][1] < 10 or math.gcd(*(int(part[1]) for part in node[2:])) > 1:
-        return node
-    return normal(("ratio", *node[2:4]))
-
-
-def converted(one, other):
-    """The verdict where one kind of answer may stand for another kind, else None."""
-    if one[0] == "option":
-        letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
-        return letter == one[1] or other[0] != "option" and same(one[2], other)
-    if one[0] == "words" and other[0] in ("sym", "const"):
-        return one[1].lower() == other[1].lower()
-    if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
-        items = list(map(statement, children(other)))
-        named = {show(name): value for name, value in items if name}
-        if len(named) == len(items) == len(one) - 1:
-            return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
-    if one[0] == "array" and other[0] == "list":
-        return same_items(one[1:], other[2:])
-    return None
-
-
 def same(a, b):
     """Whether two trees are the same answer."""
     if a == b:
-        return a != ("raw",)
+        return a != ("words", "")
     (name, x), (other, y) = statement(a), statement(b)
     equations = a[0] == b[0] == "rel" and not is_set(a) and not is_set(b)
     chains = equations and len(a[2]) == len(b[2]) > 2  # x = 2y = 4 is more than x = 4
@@ -1590,25 +1532,42 @@ def same_plain(a, b):
     tags = {a[0], b[0]}
     if tags & {"raw", "words"} or tags == {"tuple", "interval"}:
         return False
-    if "quantity" in tags:
-        (x, words), (y, others) = (node[1:] if node[0] == "quantity" else (node, "") for node in (a, b))
-        return (words == others or not words or not others) and same_plain(x, y)
     if tags == {"time"}:
-        return a[2:] == b[2:] and (a[1] == b[1] or not a[1] or not b[1])
-    if tags & {"time", "ratio"}:
-        a, b = as_ratio(a), as_ratio(b)
-        if a[0] == b[0] == "ratio":
-            return len(a) == len(b) and all(map(same_value, a[1:], b[1:]))
-        ratio, value = (a, exact(b)) if a[0] == "ratio" else (b, exact(a))
-        fraction = ratio[0] == "ratio" and len(ratio) == 3 and value is not None
-        return fraction and value.denominator > 1 and value == exact(divide(*ratio[1:]))  # 3:4 is 3/4
+        return a[2:] == b[2:] and "" in (a[1], b[1])
     if is_set(a) or is_set(b):
         return same_set(a, b)
     if tags & {"list", "set"}:
         return tags <= {"list", "set"} and same_items(children(a), children(b))
-    if tags <= {"tuple", "array"}:
+    if tags <= {"tuple", "array"} or tags == {"ratio"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    return not tags & {"rel", "tuple", "array"} and same_value(a, b)
+    return same_value(a, b)
+
+
+def converted(one, other):
+    """The verdict where one kind of answer may stand for another kind, else None."""
+    tag, kind = one[0], other[0]
+    if tag == "option":
+        letter = other[1].lower() if kind in ("option", "sym", "const", "words") else ""
+        return letter == one[1] or kind != "option" and same(one[2], other)
+    if tag == "quantity":  # words are ignored beside a bare number
+        value, words = other[1:] if kind == "quantity" else (other, one[2])
+        return words == one[2] and same_plain(one[1], value)
+    if tag == "words" and kind in ("sym", "const"):
+        return one[1].lower() == other[1].lower()
+    if tag == "time" and kind in ("ratio", "num", "mul"):  # a ratio if it is in lowest terms
+        lowest = not one[1] and one[3][1] > 9 and math.gcd(*(int(part[1]) for part in one[2:])) == 1
+        return lowest and same_plain(normal(("ratio", *one[2:4])), other)
+    if tag == "ratio" and len(one) == 3 and kind in ("num", "mul"):  # 3:4 is 3/4
+        value = exact(other)
+        return value is not None and value.denominator > 1 and value == exact(divide(*one[1:]))
+    if tag == "tuple" and kind in ("list", "set"):  # x = 1, y = 2 is (1, 2)
+        items = list(map(statement, children(other)))
+        named = {show(name): value for name, value in items if name}
+        if len(named) == len(items) == len(one) - 1:
+            return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
+    if tag == "array" and kind == "list":
+        return same_items(one[1:], other[2:])
+    return None
 
 
 # ---- verdicts
