@@ -32,7 +32,7 @@ import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -359,7 +359,8 @@ WORDS = set("no if is of to we us".split())  # other words are longer
 
 UNICODE = str.maketrans({
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
-    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""), **{char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"},
+    **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""),
+    **{char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"},
     **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
 })  # fmt: skip
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
@@ -369,7 +370,7 @@ STYLED = re.compile(  # \text{} and \mathrm{}
     r"\\(?:(text\w*|[mh]box|emph)|mathrm|operatorname|mathsf)\*?\s*"
     r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
-IN_STYLE = re.compile(r"\\[a-zA-Z]+|[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+IN_STYLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
 CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.\.\.+", r"\\ldots "),
@@ -437,7 +438,7 @@ def quoted(match):
         if name in FUNCTIONS or letter or call:
             return f" {name} " if letter else f"\\{name} "
     content = re.sub(r"[.`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
-    return " " + IN_STYLE.sub(lambda word: word[0] if word[0][0] == "\\" else f'"{word[0]}"', content) + " "
+    return " " + IN_STYLE.sub(r'"\g<0>"', content) + " "
 
 
 def normalised(text):
@@ -556,7 +557,8 @@ def tokenize(text):
         elif kind == "word":
             tokens = [read_word(lexeme, found[-1])]
         elif kind == "number":
-            if next((token.kind for token in found[:-3:-1] if token.kind != "number"), 0) in ("frac", "binom"):
+            opener = [token.kind for token in found[-2:] if token.kind != "number"][-1:]
+            if opener in (["frac"], ["binom"]):
                 value, at = number(text[begin]), begin + 1  # \frac12
             else:
                 value, at = read_number(text, begin, found[-1].kind not in ("^", "_", "sqrt"))
@@ -787,7 +789,8 @@ class Parser:
             return ("minus", left, right)
         if kind in INFIX:
             return INFIX[kind](left, right)
-        return ("call", token.value or kind, left, right) if kind in ("op", "pmod") else (kind, left, right)
+        head = ("call", token.value or kind) if kind in ("op", "pmod") else (kind,)
+        return (*head, left, right)
 
     # operands
 
@@ -912,7 +915,7 @@ class Parser:
         return value
 
     def big(self, token):
-        """A sum or product, written out if it is finite; else, like an integral or limit, a call."""
+        """A finite sum or product, written out; any other, an integral or a limit is a call."""
         below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
@@ -925,8 +928,8 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        ends = [exact(below), exact(above)]
-        if token.value in ("sum", "prod") and all(end and end.denominator == 1 or end == 0 for end in ends):
+        ends = exact(below), exact(above)
+        if token.value in ("sum", "prod") and {end and end.denominator for end in ends} <= {0, 1}:
             values = range(int(ends[0]), int(ends[1]) + 1)
             if 0 < len(values) * size(body) <= MAX_TERMS:
                 terms = [replaced(body, variable, number(value)) for value in values]
@@ -1033,10 +1036,11 @@ def normal(node):
 
 def signs(tokens):
     """The two lists of tokens that plus-minus signs stand for, or the one without such signs."""
-    if not any(token.kind in ("pm", "mp") for token in tokens):
+    if not {"pm", "mp"} & {token.kind for token in tokens}:
         return [tokens]
-    pairs = ({"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"})
-    return [[token._replace(kind=pair.get(token.kind, token.kind)) for token in tokens] for pair in pairs]
+    pairs = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
+    return [[token._replace(kind=pair.get(token.kind, token.kind)) for token in tokens]
+            for pair in pairs]  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -1293,7 +1297,8 @@ def as_symbol(node):
     """An unknown function of some arguments, or steps, which cannot be sampled, as a variable."""
     if node[0] not in ("call", "floor", "ceiling") or not symbols(node):
         return node
-    return ("sym", repr([part if isinstance(part, str) else exact(part, True) or part for part in node]))
+    parts = [part if isinstance(part, str) else exact(part, True) or part for part in node]
+    return ("sym", repr(parts))
 
 
 def same_value(a, b):
@@ -1396,7 +1401,8 @@ def holds(node, place, x):
             raise ValueError("a list of sets, not a union")
         either = listed or tag == "cup" or node[:2] == ("list", "or")
         return any(found) if either else all(found)
-    members = [where(part, place) for part in (children(node) if tag in ("set", "list") else [node])]
+    members = children(node) if tag in ("set", "list") else [node]
+    members = [where(member, place) for member in members]
     if max(map(abs, members)) == place[INFINITY]:
         raise ValueError("infinity is no member")
     return x in members
