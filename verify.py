@@ -32,7 +32,6 @@ import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,62 +64,69 @@ def parse_args(argv=None):
 CONTROL = re.compile(r"<\|(?:im_end|endoftext|im_start|eot_id)\|>|</s>")
 THINK_OPEN = re.compile(r"<(?:think|thought)>")
 THINK_CLOSE = re.compile(r"</(?:think|thought)>")
-BOX = re.compile(r"[\\\x08](?:beginboxed|boxed|oxed|fbox|framebox)(?![a-zA-Z])\s*")
-BETWEEN_BOXES = re.compile(  # of boxes that are one answer: "and", ", or", "for part (a) and"
-    r"(?:\s|[$,;:&~()\[\]]|\\[\[\]()\\,;: ]|\\q?quad|\\text\s*\{|\}"
-    r"|\b(?:and|or|for|in|part|case|question|problem|the|first|second|third|[a-e]|i{1,3}|\d)\b)*"
+BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
+PLACEHOLDER = re.compile(  # a box that only says where the answer goes: ?, ..., your answer
+    r"(?:[\s?.…_${}\\]|text|[lc]?dots|q?quad|square|your|final|the|answer|here)*", re.I
 )
-BETWEEN_FORMULAS = re.compile(r"(?:[\s,;&~]|\\[,;: ]|\\q?quad|\b(?:and|or)\b)*")
-MATH = re.compile(
-    r"\$\$(.{1,1000}?)\$\$|(?<!\\)\$([^$]{1,1000}?)(?<!\\)\$"
-    r"|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)", re.S,
+JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", ", for part (b)"
+    r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|question|problem|the"
+    r"|first|second|third|text|q?quad|[a-e]|i{1,3}|\d)\b)*", re.S,
 )  # fmt: skip
-PERCENT = re.compile(r"(?:[$\s]|\\\))*(?:\\?%|per ?cent\b|pct\b)")
+PERCENT = re.compile(r"(?:[$\s]|\\\))*(?:\\?%|percent\b|pct\b)")
+FORMULA = re.compile(
+    r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
+    r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S,  # not 5$ to Jack and 7$
+)  # fmt: skip
+ENGLISH = re.compile(  # a word that is no mathematics
+    r"(?<![\\\w{/])(?!(?:sqrt|cbrt|pi|oo|inf|sin|cos|tan|cot|sec|csc|log|ln|exp|percent|pct)\b)"
+    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*(?![\w(])"
+)
+BREAK = re.compile(  # what stands between two runs of mathematics
+    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)[aAI](?!\S)|[\u3000-\uffff]|\n|≈"
+    r"|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
+)  # fmt: skip
 ANSWER_PHRASE = re.compile(
-    r"####|^A:|^#+ *(?:Final )?Answer *\n|\b(?:answers?|correct (?:option|choice))\b[*_]*\s*"
-    r"(?:is(?!n)|are|was|would be|=|:|(?=\$|\\\(|\\\[))[*_]*\s*:?", re.I | re.M,
+    r"####|\b(?:answers?|correct (?:option|choice))\b[*_]*(?:\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[]))"
+    r"|[ ]*\n)", re.I,
 )  # fmt: skip
-REMARK = re.compile(  # "this answer is correct" gives none
-    r"(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
-    r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
+REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" give none
+    r"not |(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent"
+    r"|reasonable)(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
 )  # fmt: skip
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
-SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*")  # 5! is none
-LETTER_IN_PROSE = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
-    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`")  # 5! is none
+LETTER = re.compile(  # of an option in prose, or alone on the last line
+    r"(?:\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?"
+    r"|\n[ *$(]*(?=[A-J][\s*$).]*$))([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
-LAST_LETTER = re.compile(r"[\s*$(]*([A-J])[\s*$).]*")
-PLACEHOLDER = re.compile(
-    r"(?:\s|[?.…_$]|\\[lc]?dots|\\q?quad|\\square|\\text\s*\{[\s?._]*\}"
-    r"|(?:\\text\s*\{)?(?:your |final |the )?answer(?: here)?\}?)*", re.I,
-)  # fmt: skip
-STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
-WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
-ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
-NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf sin cos tan cot sec csc log ln exp".split())
-MATH_WORD = (
-    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)"  # $18/day
-    r"|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z](?![a-zA-Z])|[^\sa-zA-Z–—&]"
-    r"|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z]))+(?!\S))"
+WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}"
 )
-MATH_RUN = re.compile(rf"(?<!\S){MATH_WORD}(?:\s+{MATH_WORD})*")
-OPTION = re.compile(  # (C) 12 or B, since ... or C - 12; but not (C) or (D), and not A: 5, B: 7
-    r"\(?([A-J])(?:\)|[.:](?!\d)|,(?=\s[a-z]{2,})|(?:\s[-–—](?=\s)|—)(?=.*[a-z]{2}))"
-    r"(?!\W*(?:or|and)\b|.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s]|-)"
-    r"((?:\s|\\\W|\$)*\S.*)", re.S,
+OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not A: 5, B: 7
+    r"\(?([A-Ja-j])\)?[\s.)]*|"
+    r"\(?([A-J])(?:[).:]|,(?=\s[a-z]{2})|(?:\s[-–—]\s|—)(?=.*[a-z]{2}))"
+    r"(?!.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s])(.*\S.*)", re.S,
 )  # fmt: skip
 
 
 def group_end(text, begin):
-    """Where the group whose opening brace stands at `begin` ends, or None if it is not closed."""
-    depth = 0
+    """Where the brace stands that closes the group whose content starts at `begin`, or None."""
+    depth = 1
     for match in re.compile(r"\\.|[{}]", re.S).finditer(text, begin):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return match.end()
+            return match.start()
     return None
+
+
+def boxes(text):
+    r"""(start, begin, end) of each box, the last one first: of `\boxed`, its content, its end.
+
+    end: None where the brace is never closed or there is none, as in `\boxed 5`.
+    """
+    for match in reversed(deque(BOX.finditer(text), maxlen=20)):
+        yield match.start(), match.end(), group_end(text, match.end()) if match[1] else None
 
 
 def box_span(text):
@@ -129,90 +135,62 @@ def box_span(text):
     >>> box_span(r"\boxed{1} or \boxed{23}")
     (20, 22)
     """
-    last = deque(BOX.finditer(text), maxlen=1)
-    begin = last[0].end() if last else len(text)
-    end = group_end(text, begin) if text[begin : begin + 1] == "{" else None
-    return end and (begin + 1, end - 1)
+    _, begin, end = next(boxes(text), (None, None, None))
+    return None if end is None else (begin, end)
 
 
 def boxed_answer(text, strict):
     """The content of the last box, with that of boxes joined to it; None if there is no box."""
     found = []
     edge = None
-    for match in reversed(deque(BOX.finditer(text), maxlen=20)):
-        opened = text[match.end() : match.end() + 1] == "{"
-        end = group_end(text, match.end()) if opened else None
-        if edge is not None:
-            joint = end and BETWEEN_BOXES.fullmatch(text, end, edge)
-            if not joint or not re.search("[,;&]|and|or", joint[0]):
-                break
+    for start, begin, end in boxes(text):
+        if edge is not None and (end is None or not JOINT.fullmatch(text, end + 1, edge)):
+            break
         if end is not None:
-            content = text[match.end() + 1 : end - 1]
-            if edge is None and PERCENT.match(text, end):
-                content += r"\%"
+            percent = edge is None and PERCENT.match(text, end + 1)
+            content = text[begin:end] + r"\%" * bool(percent)
         elif strict:
             return None
-        else:  # the closing brace is missing, or there never was one: `\boxed 5`
-            content = re.split(r"\$|\n|\\\]|\\\)", text[match.end() + opened :], maxsplit=1)[0]
+        else:
+            content = re.split(r"\$|\n|\\\]|\\\)", text[begin:], maxsplit=1)[0]
         if not strict and PLACEHOLDER.fullmatch(content):
             continue
         if not any(judge(content, other) for other in found):  # 15.5 or 31/2 is one answer
             found.insert(0, content)
-        edge = match.start()
+        edge = start
     return ", ".join(found) if found else None
-
-
-def is_prose(text):
-    return not set(ENGLISH.findall(WRAPPER.sub("", text))) <= NOT_ENGLISH
-
-
-def formulas(text):
-    """(content, begin, end) of each formula. "5$ to Jack and 7$" has none."""
-    at = 0
-    while match := MATH.search(text, at):
-        content = match[match.lastindex]
-        prose = match[0][0] == "$" and " " in content.strip() and is_prose(content)
-        if not prose:
-            yield content, *match.span()
-        at = match.start() + 1 if prose else match.end()
 
 
 def is_formula(text):
     """Whether a text is nothing but mathematics, without the borders of a formula."""
-    if len(text) > MAX_ANSWER or MATH.search(text) or is_prose(text):
+    prose = ENGLISH.search(re.sub(r"\b(?:or|and)\b", "", WRAPPER.sub("", text)))
+    if prose or len(text) > MAX_ANSWER or FORMULA.search(text):
         return False
     return read(text)[0] not in ("raw", "words")
 
 
-def numbers(text):
-    """The runs of mathematics in a text that have a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
+def mathematics(text):
+    """The formulas in a text and, whole, its other runs with a digit: 3x, 2^{10}, 5 + 4, 16km."""
     found = []
-    text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
-    for sentence in re.split(r"(?:(?<![.,;:?])[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
-        for run in MATH_RUN.finditer(sentence):
-            value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
-            if re.search(r"\d", value):
-                value = value.strip("()") if value.count("(") != value.count(")") else value
-                found.append(value + r"\%" * bool(PERCENT.match(sentence, run.end())))
+    at = 0
+    for match in BREAK.finditer(text + "\n"):
+        run = text[at : match.start()].strip(" *_`\"'–—")
+        found += [run] * bool(re.search(r"\d", run))
+        found += [match[match.lastindex]] if match.lastindex else []
+        at = match.end()
     return found
-
-
-def last_value(text):
-    """The last formula or the last number outside one, whichever comes later, or None."""
-    *_, (formula, _, end) = [(None, 0, 0), *formulas(text)]
-    return (numbers(text[end:]) or [formula])[-1]
 
 
 def after_phrase(rest):
     """The answer in what follows "the answer is": formulas, plain mathematics or its beginning."""
-    rest = rest.lstrip(" \t\n*_:=")
+    rest = rest.lstrip(" \t\n*_:=`")
     found = []
     at = 0
-    for content, begin, end in formulas(rest):
-        if begin > at:
+    for formula in FORMULA.finditer(rest):
+        if formula.start() > 0 and not JOINT.fullmatch(rest, at, formula.start()):
             break
-        found.append(content)
-        at = BETWEEN_FORMULAS.match(rest, end).end()
+        found.append(formula[formula.lastindex])
+        at = formula.end()
     if found:
         return ", ".join(found) + r"\%" * bool(PERCENT.match(rest, at))
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
@@ -220,14 +198,12 @@ def after_phrase(rest):
         return sentence
     if REMARK.match(sentence):
         return None
-    if sentence.startswith("not "):
-        return last_value(rest[len(sentence) :]) or sentence
     if verdict := VERDICT.match(sentence):
         return verdict[0]
-    for number in numbers(sentence)[:1]:
-        if sentence.startswith(number):
-            return sentence if HEDGE.match(sentence[len(number) :]) else number
-    return last_value(sentence) or sentence or None
+    values = mathematics(sentence)
+    if values and sentence.startswith(values[0]):
+        return sentence if HEDGE.match(sentence, len(values[0])) else values[0]
+    return values[-1] if values else sentence
 
 
 def extract_answer(text, strict=False):
@@ -236,9 +212,9 @@ def extract_answer(text, strict=False):
     strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block. A block that
     was opened and never closed, or a box whose brace is never closed, means that there is no
     answer. Otherwise, in this order: the box, `<answer>` tags, "#### 42" and "the answer is ...",
-    the whole text if it is nothing but mathematics, "option C", a letter on the last line, bold
-    text, the last formula or number; what stands in the thinking block counts only if nothing
-    follows it.
+    "option C" or a letter on the last line, the whole text or bold text if that is nothing but
+    mathematics, the last formula or number; what stands in the thinking block counts only if
+    nothing follows it.
 
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
@@ -248,7 +224,6 @@ def extract_answer(text, strict=False):
     if strict and THINK_OPEN.search(tail):
         return None
     tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:]
-    tail = tail.replace("<|im_start|>assistant", "").lstrip()
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
@@ -257,16 +232,15 @@ def extract_answer(text, strict=False):
     if tags := re.findall(r"<answer>(.*?)(?:</answer>|$)", tail, re.S):
         return tags[-1].strip()
     for phrase in reversed(deque(ANSWER_PHRASE.finditer(tail), maxlen=5)):
-        if found := after_phrase(BOX.sub("", tail[phrase.end() :])):
+        if found := after_phrase(tail[phrase.end() :]):
             return found
-    if is_formula(tail):
-        return tail.strip()
-    if letters := LETTER_IN_PROSE.findall(tail):
+    if letters := LETTER.findall(tail):
         return letters[-1]
-    if letter := LAST_LETTER.fullmatch(tail.rstrip().rpartition("\n")[2]):
-        return letter[1]
-    bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
-    return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
+    for part in (tail, *re.findall(r"\*\*([^*\n]+)\*\*", tail)[-1:]):
+        if is_formula(part):
+            return part.strip()
+    return (mathematics(tail) or [None])[-1]
+
 
 # ---- tokens
 
@@ -1579,58 +1553,44 @@ def converted(one, other):
 # ---- verdicts
 
 
-LETTER = re.compile(  # an option and nothing else: (b), C), option (C), the answer is B
-    r"[\s.*\"`$(]*(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is|:)? \(?)?([a-j])"
-    r"[\s.*\"`$)]*", re.I,
-)
 UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
 TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
     rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
 )
 
 
-def option_letter(text):
-    match = LETTER.fullmatch(WRAPPER.sub(r"\1", text))
-    return match[1].lower() if match else ""
-
-
 def readings(text, is_answer):
     """The trees that a text may stand for, the likeliest first."""
-    if option := OPTION.match(WRAPPER.sub(r"\1", text)):
-        trees = readings(option[2].strip(), is_answer)
-        return [("option", option[1].lower(), tree) for tree in trees]
-    texts = [text]
-    if re.search(r",[1-9](?!.*,0\d)", text):  # is 100,200 a number or a list?
-        texts.append(re.sub(r",(?=[1-9])", ", ", text))
+    if option := OPTION.fullmatch(WRAPPER.sub(r"\1", text)):
+        letter, labelled, rest = option.groups()
+        trees = readings(rest.strip(), is_answer) if labelled else [read(letter)]
+        return [("option", (letter or labelled).lower(), tree) for tree in trees]
+    texts = [
+        text,
+        re.sub(r",(?=[1-9])", ", ", text),  # is 100,200 a number or a list?
+        re.sub(r"log(?!\s*_|[a-z])", "lg", text),  # to base e or ten?
+        re.sub(r"(?<![a-zA-Z\\])I(?![a-zA-Z(])", "i", text),
+    ]
     if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
-    if "log" in text:  # to base e or ten?
-        texts.append(re.sub(r"\\?log(?!\s*_|[a-z])", r"\\lg ", text))
-    trees = list(map(read, texts))
-    for tree in trees[:]:
-        if tree[0] == "set" and len(tree) == 2 and tree[1] != ("empty",):
-            trees.append(tree[1])
-        if "I" in symbols(tree) and statement(tree)[0] != ("sym", "I"):
-            trees.append(replaced(tree, ("sym", "I"), ("const", "i")))
-    return trees
+    trees = list(map(read, dict.fromkeys(texts)))
+    singles = [tree[1] for tree in trees if tree[0] == "set" and len(tree) == 2]
+    return trees + [single for single in singles if single != ("empty",)]
 
 
 @lru_cache(maxsize=4096)
 def compare(answer, reference):
-    letter = option_letter(answer)
-    if letter and letter == option_letter(reference):
-        return True
     return any(same(a, b) for a in readings(answer, True) for b in readings(reference, False))
 
 
 def judge(answer, reference, timeout_s=TIMEOUT_S):
     """True or False; None if neither can be told in so much work."""
-    if not isinstance(answer, str) or not isinstance(reference, str):
+    if not isinstance(answer, str) or not isinstance(reference, str) or not answer.strip():
         return False
     answer = answer.strip()
     reference = reference.strip()
-    if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
-        return bool(answer) and read(answer) == read(reference)
+    if max(len(answer), len(reference)) > MAX_ANSWER:
+        return answer.split() == reference.split()
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
         return compare(answer, reference)
@@ -1638,18 +1598,13 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
         return None  # TooHard; no known text leads to the others, and none shall end a training run
 
 
-def equivalent(answer, reference, timeout_s=TIMEOUT_S):
+def equivalent(answer, reference):
     r"""Whether an extracted answer equals the reference answer. False also if that is too hard.
 
     >>> equivalent(r"\frac{2}{4}", "0.5"), equivalent("(2,1)", "(1,2)")
     (True, False)
     """
-    return judge(answer, reference, timeout_s) is True
-
-
-def verify(text, reference, strict=False):
-    """Whether a model's output ends in the reference answer. strict as in `extract_answer`."""
-    return verify_many([(text, reference)], strict=strict)[0] is True
+    return judge(answer, reference) is True
 
 
 def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
@@ -1665,11 +1620,14 @@ def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
     return verdicts
 
 
+def verify(text, reference, strict=False):
+    """Whether a model's output ends in the reference answer. strict as in `extract_answer`."""
+    return verify_many([(text, reference)], strict=strict) == [True]
+
+
 def canonical(answer):
     """A hashable key. Answers with one key are equivalent; not all equivalent ones share a key."""
-    if letter := option_letter(answer):
-        return "option", letter
-    node = read(answer.strip())
+    node = readings(answer.strip(), True)[0]
     value = exact(node) if node[0] in ("num", "mul") else None
     return ("tree", node) if value is None else ("number", value)
 
@@ -1691,11 +1649,10 @@ def format_reward(text, think_tag="think"):
         block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
         if not block or not thought.strip():
             return 0.0
-    boxes = list(islice(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail), 2))
-    end = group_end(tail, boxes[0].end() - 1) if len(boxes) == 1 else None
-    if end is None or not tail[boxes[0].end() : end - 1].strip():
+    (_, begin, end), *more = [*boxes(tail), (None, None, None)]
+    if end is None or len(more) > 1 or not tail[begin:end].strip():
         return 0.0
-    return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)
+    return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end + 1 :]) is not None)
 
 
 # ---- the command line
