@@ -361,12 +361,12 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
-NUMBER = re.compile(
-    rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+(?:\.\d+)?|\d+\.?\d*|\.\d*"
+NUMBER = (
+    rf"(?:[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?![\d.]))?"
 )
-EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?![\d.])")
-PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
-MIXED = re.compile(  # 2 1/3 or 1\frac45
+PERIODIC = r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))"
+MIXED = (  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
     r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))"
 )
@@ -386,7 +386,9 @@ LEXEME = re.compile(
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|\\end\s*\{(?P<end>[a-zA-Z]+)\*?\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<digit>(?:(?<=frac)|(?<=frac )|(?<=frac\d)|(?<=frac \d))\d)"  # \frac12
+    rf"|(?P<mixed>(?<![\^_t]){MIXED})|(?P<periodic>{PERIODIC})|(?P<number>{NUMBER})"
+    r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
@@ -435,26 +437,28 @@ def number(value, unit=0):
     return ("num", Fraction(value), Fraction(unit))
 
 
-def read_number(text, at, mixed):
-    """The number at `at` as a tree, and where it ends."""
-    if mixed and (match := MIXED.match(text, at)):
-        whole, above, below = map(int, filter(None, match.groups()))
-        if 0 < above < below:
-            return number(whole + Fraction(above, below)), match.end()
-    match = NUMBER.match(text, at)
-    end = match.end()
-    whole, point, decimals = re.sub(r"[^\d.]", "", match[0]).partition(".")
-    unit = Fraction(1, 10 ** len(decimals))
-    value = int(whole + decimals or "0") * unit
-    if point and (period := PERIOD.match(text, end)):
-        digits = period[period.lastindex]
-        value += unit * Fraction(int(digits), 10 ** len(digits) - 1)
-        return number(value), period.end()
-    scale = 1
-    if exponent := EXPONENT.match(text, end):
-        scale = Fraction(10) ** int(exponent[1])
-        end = exponent.end()
-    return number(value * scale, unit * scale if decimals else 0), end
+def read_number(match):
+    text = re.sub(r"[^\d.eE+-]", "", match[0]).lower()
+    mantissa, _, exponent = text.partition("e")
+    decimals = mantissa.partition(".")[2]
+    unit = Fraction(10) ** (int(exponent or 0) - len(decimals))
+    return number(Fraction(text), unit if decimals else 0)
+
+
+def read_periodic(match):
+    whole, decimals, *period = re.fullmatch(PERIODIC, match[0]).groups()
+    period = period[0] or period[1]
+    rest = Fraction(int(period), 10 ** len(decimals) * (10 ** len(period) - 1))
+    return number(Fraction(f"{whole}.{decimals}0") + rest)
+
+
+def read_mixed(match):
+    whole, above, below = map(int, filter(None, re.fullmatch(MIXED, match[0]).groups()))
+    if 0 < above < below:
+        return number(whole + Fraction(above, below))
+    if below and "frac" in match[0]:
+        return number(whole * Fraction(above, below))
+    raise Unreadable("two numbers side by side")
 
 
 def read_based(match):
@@ -471,8 +475,9 @@ def read_clock(match):
 
 
 READERS = {
-    "based": read_based, "literal": lambda match: number(int(match[0], 0)),
-    "clock": read_clock,
+    "based": read_based, "clock": read_clock, "literal": lambda match: number(int(match[0], 0)),
+    "number": read_number, "periodic": read_periodic, "mixed": read_mixed,
+    "digit": lambda match: number(match[0]),
     "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
 }  # fmt: skip
 
@@ -520,9 +525,7 @@ def tokenize(text):
         match = LEXEME.match(text, at)
         kind = match.lastgroup
         lexeme = match[kind]
-        begin = at
         at = match.end()
-        value = None
         if kind == "space":
             space = True
             continue
@@ -530,13 +533,6 @@ def tokenize(text):
             tokens = read_letters(lexeme, found, space)
         elif kind == "word":
             tokens = [read_word(lexeme, found[-1])]
-        elif kind == "number":
-            opener = [token.kind for token in found[-2:] if token.kind != "number"][-1:]
-            if opener in (["frac"], ["binom"]):
-                value, at = number(text[begin]), begin + 1  # \frac12
-            else:
-                value, at = read_number(text, begin, found[-1].kind not in ("^", "_", "sqrt"))
-            tokens = [Token("number", value, text[begin:at])]
         elif kind in READERS:
             tokens = [Token("number", READERS[kind](match), lexeme)]
         else:
