@@ -271,7 +271,7 @@ OPERATORS = spellings(r"""
     lfloor ⌊  rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │  mid ∣
     : colon  newline \\ cr  ' prime  deg degree ° ˚  cup bigcup ∪  cap ∩  minus setminus backslash
     and land wedge \& ∧  or lor vee ∨  frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom
-    over  sqrt √  cbrt ∛  pmod  begin  end
+    over  sqrt √  cbrt ∛  pmod
 """)
 RELATIONS = spellings("""
     = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant ≤ ⩽  >= => ge geq geqslant ≥ ⩾
@@ -384,7 +384,8 @@ LEXEME = re.compile(
     r"|(?P<clock>(?:[01]?\d|2[0-4])(?:(?::[0-5]\d){1,2}(?![\d.:])|(?=\s*\"?[apAP]\.?[mM]\b))"
     r'(?:\s*"?(?P<half>[apAP])\.?[mM]\b"?)?)'
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
-    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|\\end\s*\{(?P<end>[a-zA-Z]+)\*?\}"
+    r"|\\begin\s*\{(?P<begin>[pbB]?matrix|array)\}(?:\s*\{[clr|@ ]*\})?"
+    r"|\\end\s*\{(?P<end>[pbB]?matrix|array)\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
     r"|(?P<digit>(?:(?<=frac)|(?<=frac )|(?<=frac\d)|(?<=frac \d))\d)"  # \frac12
     rf"|(?P<mixed>(?<![\^_t]){MIXED})|(?P<periodic>{PERIODIC})|(?P<number>{NUMBER})"
@@ -519,7 +520,6 @@ def tokenize(text):
     """The tokens of a normalised text."""
     found = [END]
     space = False
-    matrices = 0  # that are open
     at = 0
     while at < len(text):
         match = LEXEME.match(text, at)
@@ -535,18 +535,12 @@ def tokenize(text):
             tokens = [read_word(lexeme, found[-1])]
         elif kind in READERS:
             tokens = [Token("number", READERS[kind](match), lexeme)]
+        elif kind in ("begin", "end"):
+            tokens = [Token(kind)]
         else:
             name = lexeme[:2] if lexeme[0] == "\\" else lexeme
-            if kind in ("begin", "end"):
-                if name[0] in "vV":
-                    raise Unreadable("a determinant")
-                matrix = name.endswith(("matrix", "array"))
-                matrices += matrix * (1 if kind == "begin" else -1)
-                name = kind if matrix else "{}"[kind == "end"]
-            elif name == "&" and not matrices:
-                continue
-            elif name not in NAMES and kind == "symbol":
-                raise Unreadable(f"unknown character {lexeme!r}")
+            if name == "begin" or kind == "symbol" and name not in NAMES:
+                raise Unreadable(f"no support for {lexeme!r}")
             tokens = [Token(*NAMES.get(name, ("sym", name)), lexeme)]
         tokens[0] = tokens[0]._replace(space=space)
         found += tokens
