@@ -553,11 +553,11 @@ def tokenize(text):
 # A tree is a nested tuple (tag, ...):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
 #               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
-#               ("quantity", a, words) ("based", value, base)
-#               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
+#               ("quantity", a, words) ("based", digits, base)
+#               ("ratio", a, b, ...) ("time", "a" or "p" or "", hour, minute, second)
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
 #               (a matrix is an array of arrays, a column is a tuple)
-#   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
+#   sets        ("interval", low, high, "<" or "<=", "<" or "<=") ("cup"|"cap"|"minus", a, b)
 #               ("reals",) ("empty",)
 #   statements  ("rel", operators, sides)
 #   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
@@ -1173,12 +1173,12 @@ def evaluate(node, point, m, sizes):
 
 @lru_cache(maxsize=2048)
 def sample(node, point, bits=200):
-    """(value, largest binary exponent on the way, smallest one); no value where there is none."""
+    """(value, binary exponents on the way); the value is None where there is none."""
     sizes = [0]
     try:
-        return evaluate(node, point, arithmetic(bits), sizes), max(sizes), min(sizes)
+        return evaluate(node, point, arithmetic(bits), sizes), sizes
     except (ArithmeticError, ValueError, TypeError):
-        return None, 0, 0
+        return None, [0]
 
 
 def constant(node):
@@ -1200,14 +1200,14 @@ def agree(a, b, point):
         LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (bits // 20)
         if LOCAL.steps < 0:
             raise TooHard("out of steps")
-        x, high, low = sample(a, point, bits)
-        y, top, bottom = sample(b, point, bits)
+        x, sizes = sample(a, point, bits)
+        y, others = sample(b, point, bits)
         if x is None or y is None:
             return None
-        high = max(high, top)
+        high = max(sizes + others)
         if x != y and arithmetic(bits).mag(x - y) >= 2 * high + 60 - bits:
             return False
-        digits = max(high, -low, -bottom)
+        digits = max(high, -min(sizes + others))
         if digits < 20 or bits > 200:
             if 2 * high + 100 > bits:
                 raise TooHard("the value grows with the precision")  # near a pole
@@ -1302,21 +1302,15 @@ def is_set(node):
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
-def endpoints(node):
-    """The real constants in a tree."""
-    value = constant(node)
-    if value is None:
-        return [end for child in children(node) for end in endpoints(child)]
-    return [node] if abs(value.imag) < 1e-12 else []
-
-
-def order(ends):
-    """{endpoint: its place}."""
+def order(*trees):
+    """{constant: its place} of the real constants in trees."""
+    values = {part: constant(part) for tree in trees for part in nodes(tree)}
+    ends = [end for end, value in values.items() if value is not None and abs(value.imag) < 1e-12]
     place = {}
     last = number(0)
     at = 0
-    for end in sorted(ends, key=lambda end: abs(constant(end))):
-        negative = constant(end).real < 0
+    for end in sorted(ends, key=lambda end: abs(values[end])):
+        negative = values[end].real < 0
         distance = negate(end) if negative else end
         at += 0 if same_value(distance, last) else 2
         place[end] = -at if negative else at
@@ -1376,7 +1370,7 @@ def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
     if len(symbols(a, b)) < 2:
         try:
-            place = order(endpoints(a) + endpoints(b))
+            place = order(a, b)
             line = range(1 - place[INFINITY], place[INFINITY])
             return all(holds(a, place, x) == holds(b, place, x) for x in line)
         except ValueError:
