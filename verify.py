@@ -722,7 +722,6 @@ class Parser:
         flat = []
         for item in items:
             splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
-            kind = "or" if splice and item[1] == "or" else kind
             flat += item[2:] if splice else [item]
         return ("list", kind, *flat) if len(flat) > 1 else left
 
@@ -892,9 +891,9 @@ class Parser:
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        ends = exact(below), exact(above)
-        if token.value in ("sum", "prod") and {end and end.denominator for end in ends} <= {0, 1}:
-            values = range(int(ends[0]), int(ends[1]) + 1)
+        low, high = exact(below), exact(above)
+        if token.value in ("sum", "prod") and None not in (low, high) and low == int(low):
+            values = range(int(low), int(high) + 1)
             if 0 < len(values) * size(body) <= MAX_TERMS:
                 terms = [replaced(body, variable, number(value)) for value in values]
                 return ("add" if token.value == "sum" else "mul", *terms)
@@ -1345,8 +1344,8 @@ def holds(node, place, x):
     if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
         return holds(node[2][1], place, x) == (node[1] == ("in",))
     if tag == "rel":
-        variables = [bool(symbols(side)) for side in node[2]]
-        if not set(node[1]) <= HOLDS.keys() or not all(map(operator.ne, variables, variables[1:])):
+        variable = [bool(symbols(side)) for side in node[2]]
+        if not set(node[1]) <= HOLDS.keys() or any(map(operator.eq, variable, variable[1:])):
             raise ValueError("not solved")
         sides = [where(side, place, x) for side in node[2]]
         return all(HOLDS[relation](*pair) for relation, *pair in zip(node[1], sides, sides[1:]))
