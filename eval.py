@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -37,7 +36,7 @@ from data.prompts import PRESETS, encode_prompt, load_shots, prompt_flag, prompt
 from engine import Engine, sampling_params
 from generate import add_sampling_flags, completion_text, generate
 from launch import at_least, gather_objects, rank_and_world, run_main, say
-from run import code_commit, read_trained_on
+from run import append_lines, code_commit, read_trained_on
 from stats import (
     gains,
     interval,
@@ -190,26 +189,6 @@ def list_changes(old, new):
     """The settings that differ, as text."""
     return ", ".join(f"{name} {old.get(name)!r}, {value!r}" for name, value in new.items()
                      if old.get(name) != value)
-
-
-def append_lines(path, objects):
-    """Append the objects to a .jsonl file, made at need; all of them or none.
-
-    Raises ValueError when it cannot be written.
-    """
-    text = "".join(json.dumps(o) + "\n" for o in objects)
-    size = None
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            size = file.tell()
-            file.write(text.encode())
-    except OSError as error:
-        if size is not None:
-            with suppress(OSError):
-                os.truncate(path, size)
-        raise ValueError(f"{path}: could not be written ({error.strerror}); make room, or give "
-                         "another --results or --records") from None
 
 
 # ---------------------------------------------------------------------- the setup that flags name

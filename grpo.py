@@ -627,7 +627,7 @@ def open_training(args):
     """(the Training that the flags name, the number of steps that it has behind it)."""
     config = model.load_config(model.resolve_model(args.model, config_only=True))
     settle_flags(args, config)
-    run.check_run_dir(args)
+    run.claim_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path),
                     Engine())

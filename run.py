@@ -19,11 +19,9 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,14 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import model
-from launch import (
-    all_sum,
-    compute_dtype,
-    find_device,
-    gather_objects,
-    own_command,
-    rank_and_world,
-)
+from launch import compute_dtype, find_device, gather_objects, own_command, rank_and_world
 from model import read_json, save_model, token_logprobs
 from optim import init_optimizer
 
@@ -77,20 +68,47 @@ def make_trainable(base, config, args, device):
 # ------------------------------------------------------------ files
 
 
-def sync(*paths):
-    """What was written to these files and directories is on the disk when this returns."""
-    for path in paths:
-        with suppress(PermissionError):  # Windows opens no directories, and syncs what it may write
-            handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-            os.fsync(handle)
-            os.close(handle)
+@contextmanager
+def disk_errors(path):
+    """Turns what a full or read-only disk raises into a ValueError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        for partial in path.parent.glob(f"{path.name}.partial*"):
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        there = next(p for p in path.resolve().parents if p.is_dir())
+        free = shutil.disk_usage(there).free / 2**30
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: could not be written ({reason}); {free:.2f} GiB are free there. "
+                         "What was saved before is untouched: make room, or name another place; a "
+                         "run goes on with --resume") from None
 
 
 def write_whole(path, text):
-    """Write a small file, or replace it, at a stroke."""
+    """Write a small file, or replace it, at a stroke. ValueError when it cannot be written."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with disk_errors(path):
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+def append_lines(path, objects):
+    """Append the objects to a .jsonl file, made at need: all of them or none.
+
+    Raises ValueError when it cannot be written.
+    """
+    path = Path(path)
+    text = "".join(json.dumps(o) + "\n" for o in objects)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "ab") as file:
+                file.write(text.encode())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise
 
 
 def remove_whole(path):
@@ -99,30 +117,6 @@ def remove_whole(path):
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
-
-
-def fingerprint(path):
-    """[bytes, CRC-32] of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-        return [file.tell(), crc]
-
-
-@contextmanager
-def disk_errors(path):
-    """Turns what a full or read-only disk raises into a ValueError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        for partial in path.parent.glob(f"{path.name}.*"):
-            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-        there = next(p for p in path.resolve().parents if p.is_dir())
-        free = shutil.disk_usage(there).free / 2**30
-        raise ValueError(f"{path}: could not be written ({error}); {free:.2f} GiB are free there. "
-                         "What was saved before is untouched: make room, then go on with --resume"
-                         ) from None
 
 
 # ------------------------------------------------------------ checkpoints
@@ -202,27 +196,24 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
                "spans": optimizer.spans}
     with disk_errors(path):
         if rank == 0:
-            home.mkdir(parents=True, exist_ok=True)
             for left in home.glob("step_*.*"):  # by a process that was killed here
                 shutil.rmtree(left)
             save_model(partial, params, config, like)
-            write_whole(partial / "trainer.json", json.dumps(trainer, indent=1))
+            (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
             keys = "\n".join(sorted(read_trained_on(like).union(trained_on)))
             for weights_dir in (partial, *partial.glob("adapter")):
-                write_whole(weights_dir / "trained_on.txt", keys)
+                (weights_dir / "trained_on.txt").write_text(keys)
         gather_objects(None)  # the directory is there
         save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
         shutil.copymode(partial / "config.json", shard)
-        sums = dict(gather_objects((shard.name, fingerprint(shard))))
+        gather_objects(None)  # so are their shards
         if rank == 0:
-            others = [p for p in partial.rglob("*.*") if not p.name.startswith("trainer-")]
-            sums |= {p.relative_to(partial).as_posix(): fingerprint(p) for p in others}
-            write_whole(partial / "checksums.json", json.dumps(sums, indent=1))
-            sync(*partial.iterdir(), partial)
+            for file in partial.rglob("*.*"):  # on the disk before the name says that it is whole
+                with open(file, "r+b") as handle:  # Windows syncs what it may write
+                    os.fsync(handle.fileno())
             if path.exists():
                 remove_whole(path)
             os.replace(partial, path)
-            sync(home)
             point_to_best(home, best_step)
             for old in list_checkpoints(run_dir)[:-keep]:
                 if step_of(old) != best_step:
@@ -231,43 +222,10 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
     return path
 
 
-def check_files(path):
-    """Raises ValueError in every process, naming the file, when a checkpoint is damaged."""
-    rank, world = rank_and_world()
-    damage = None
-    suspect = path / "checksums.json"
-    try:
-        sums = json.loads(suspect.read_text(encoding="utf-8"))
-        if "trainer.json" not in sums:
-            raise ValueError("it does not name trainer.json")
-        for name, expected in sorted(sums.items())[rank::world]:
-            suspect = path / name
-            found = fingerprint(suspect)
-            if found != expected:
-                raise ValueError(f"bytes and CRC-32 are {found}, expected {expected}")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        damage = f"{suspect} is damaged: {error}"
-    for found in gather_objects(damage):
-        if found:
-            raise ValueError(f"{found}. Remove {path}; then --resume goes on from the checkpoint "
-                             "before it, or from the start")
-
-
-def load_checkpoint(path, optimizer):
-    """Fill `optimizer`, and so the parameters, with what save_checkpoint wrote, bit for bit.
-
-    On any number of processes. Returns {"step", "best_step", "extra", ...}. Raises ValueError,
-    naming the file, when the checkpoint is damaged, and when it is of other parameters.
-    """
-    path = Path(path)
-    rank, world = rank_and_world()
-    check_files(path)
-    trainer = read_json(path / "trainer.json")
-    spans = {name: tuple(span) for name, span in trainer["spans"].items()}
-    if spans != optimizer.spans:
-        raise ValueError(f"{path}: holds the state of other parameters than are to be trained; "
-                         "resume with the run's model and LoRA rank")
-    first = rank * len(optimizer.master)
+def load_shard(path, trainer, optimizer):
+    """Fill this process's share of the optimizer from shards that as many or others wrote."""
+    optimizer.updates.fill_(trainer["updates"])
+    first = rank_and_world()[0] * len(optimizer.master)
     for index in range(trainer["world"]):
         begin = index * trainer["shard"]
         mine = slice(max(0, begin - first), max(0, begin + trainer["shard"] - first))
@@ -277,9 +235,32 @@ def load_checkpoint(path, optimizer):
                 target = getattr(optimizer, name)[mine]
                 if len(target):
                     target.copy_(file.get_slice(name)[start:start + len(target)])
-    optimizer.updates.fill_(trainer["updates"])
+
+
+def load_checkpoint(path, optimizer):
+    """Fill `optimizer`, and so the parameters, with what save_checkpoint wrote, bit for bit.
+
+    On any number of processes. Returns {"step", "best_step", "extra", ...}. Raises ValueError in
+    every process when the checkpoint is damaged, and when it is of other parameters.
+    """
+    path = Path(path)
+    rank, world = rank_and_world()
+    fault = None
+    try:
+        trainer = read_json(path / "trainer.json")
+        if {name: tuple(span) for name, span in trainer["spans"].items()} == optimizer.spans:
+            load_shard(path, trainer, optimizer)
+        else:
+            fault = (f"{path}: holds the state of other parameters than are to be trained; resume "
+                     "with the run's model and LoRA rank")
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        fault = (f"{path} is damaged ({error!r}). Remove it; then --resume goes on from the "
+                 "checkpoint before it, or from the start")
+    for found in gather_objects(fault):
+        if found:
+            raise ValueError(found)
+    shard = optimizer.params.view(world, -1)[rank]
     with torch.no_grad():
-        shard = optimizer.params[first:first + len(optimizer.master)]
         shard.copy_(optimizer.master)
         if world > 1:
             dist.all_gather_single(optimizer.params, shard)
@@ -297,22 +278,14 @@ class Run(NamedTuple):
     wandb: Any = None  # the run of Weights & Biases, on process 0
 
 
-def append_records(path, records):
-    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
 def cut_log(path, step):
     """Drop the records of later steps from a .jsonl file, and a line that a kill cut short."""
-    if not path.is_file():
-        return
-    partial = path.with_name(path.name + ".partial")
-    with open(path, "rb") as old, open(partial, "wb") as new:
-        for line in old:
-            with suppress(ValueError, TypeError, LookupError):  # not a record: it goes, too
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    new.write(line)
-    os.replace(partial, path)
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+        with suppress(ValueError, TypeError, LookupError):  # not a record: it goes, too
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line.decode())
+    write_whole(path, "".join(kept))
 
 
 def log_step(run, line, metrics):
@@ -324,7 +297,7 @@ def log_step(run, line, metrics):
     if run.rank == 0:
         print(line.format(**metrics), flush=True)
         record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        append_records(run.dir / "metrics.jsonl", [record])
+        append_lines(run.dir / "metrics.jsonl", [record])
         if run.wandb:
             run.wandb.log(record, step=metrics["step"])
 
@@ -332,45 +305,44 @@ def log_step(run, line, metrics):
 def log_samples(run, step, samples):
     """Append whole completions, a dict each, to samples.jsonl. Process 0 only."""
     if run.rank == 0:
-        append_records(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
+        append_lines(run.dir / "samples.jsonl", [{"step": step} | sample for sample in samples])
 
 
 # ------------------------------------------------------------ the directory
 
 
 def lock_run(run_dir):
-    """Lock a run's directory and return the file handle. Closed, or when this process ends, killed
-    or not, the system frees the lock; the file that remains means nothing.
+    """Lock a run's directory until this process ends, killed or not: the system frees the lock, and
+    the file that remains means nothing. Returns the open handle, which holds it.
 
     Raises ValueError, with the holder's id, when another process has it.
     """
-    handle = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT)
+    path = run_dir / "lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         if sys.platform == "win32":
             import msvcrt
             os.lseek(handle, 1 << 20, os.SEEK_SET)  # what is locked there cannot be read
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
         else:
             import fcntl
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        os.lseek(handle, 0, os.SEEK_SET)
-        holder = os.read(handle, 200).decode()
-        os.close(handle)
-        raise ValueError(f"{run_dir} is in use by {holder}; wait until it ends, or choose another "
-                         "--run-dir") from None
+        raise ValueError(f"{run_dir} is in use by {path.read_text()}; wait until it ends, or "
+                         "choose another --run-dir") from None
     except OSError as error:
         print(f"{run_dir} cannot be locked ({error}): let no other process use it")
     os.ftruncate(handle, 0)
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
     return handle
 
 
-def check_run_dir(args):
-    """Raises ValueError when --run-dir holds something else, or a run and no word on what to do.
+def claim_run_dir(args):
+    """Make --run-dir this process's until it ends. Call it first, and before any fork.
 
-    Also when another process is at work there.
+    Raises ValueError when it holds something else, or a run and no word on what to do with it, and
+    when another process is at work there.
     """
     path = Path(args.run_dir)
     held = [p.name for p in path.glob("*") if p.name != "lock" and p.suffix != ".partial"]
@@ -380,8 +352,14 @@ def check_run_dir(args):
     if held and not args.resume and not args.overwrite:
         raise ValueError(f"{path} holds a run; --resume goes on with it, --overwrite deletes it, "
                          "--run-dir takes another directory")
-    if held and rank_and_world()[0] == 0:
-        os.close(lock_run(path))  # only asked; start_run takes it
+    if rank_and_world()[0] == 0:
+        with disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            lock_run(path)
+
+
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
 
 
 def save_flags(args, path, checkpoint):
@@ -390,17 +368,15 @@ def save_flags(args, path, checkpoint):
     flags = json.loads(json.dumps(flags, default=str))  # as they will be read back
     saved = read_json(path) if args.resume and path.is_file() else {}
     for name in flags.keys() & saved.keys():
-        flag = f"--{name.replace('_', '-')}"
         if flags[name] != saved[name]:
+            change = (f"{flag_name(name)} is {flags[name]}, and the run was started with "
+                      f"{saved[name]}")
             if checkpoint and name not in FREE_FLAGS:
-                remedy = "put the data back" if name == "data_sha256" else "leave it out"
-                raise ValueError(f"{flag} is {flags[name]}, and the run was started with "
-                                 f"{saved[name]}; {remedy}, or start a new run with --model "
+                raise ValueError(f"{change}; put it back, or start a new run with --model "
                                  f"{checkpoint} and another --run-dir")
-            print(f"{flag} is now {flags[name]}; it was {saved[name]}")
-    with disk_errors(path):
-        write_whole(path, json.dumps(flags, indent=1) + "\n")
-    print(*(f"--{name.replace('_', '-')} {value}" for name, value in flags.items()), flush=True)
+            print(change)
+    write_whole(path, json.dumps(flags, indent=1) + "\n")
+    print(*(f"{flag_name(name)} {value}" for name, value in flags.items()), flush=True)
 
 
 def code_commit():
@@ -417,9 +393,8 @@ def describe_start(args, checkpoint):
     name = platform.processor()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        name = found[1] if found else name
+    elif sys.platform == "linux":  # where the above is empty
+        name = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
     packages = ("torch", "tokenizers", "safetensors", "numpy")
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return {
@@ -432,35 +407,30 @@ def describe_start(args, checkpoint):
 
 def start_wandb(args):
     """The run of Weights & Biases, on --resume the one that was there."""
-    run_dir = Path(args.run_dir)
     try:
         import wandb
     except ImportError:
         raise ValueError("--wandb needs a package: pip install wandb") from None
+    run_dir = Path(args.run_dir)
     known = run_dir / "wandb_id"
-    run = wandb.init(project=args.wandb, name=run_dir.name, dir=run_dir, config=vars(args),
-                     resume="allow",
-                     id=known.read_text() if args.resume and known.is_file() else None)
-    write_whole(known, run.id)
-    return run
+    if not (args.resume and known.is_file()):
+        known.write_text(wandb.util.generate_id())
+    return wandb.init(project=args.wandb, name=run_dir.name, dir=run_dir, config=vars(args),
+                      resume="allow", id=known.read_text())
 
 
 def start_run(args):
-    """Open the directory of a run: (Run, the checkpoint to go on from or None).
+    """Open the run in a directory that claim_run_dir got: (Run, the checkpoint to go on from or
+    None).
 
-    Without --resume the directory must be empty, or --overwrite given. With it, the logs are cut
-    back to the checkpoint; ValueError for a flag that differs from flags.json and is not one of
-    FREE_FLAGS, as the run would not go on as it began. Process 0 writes, the others wait. The
-    directory is this process's until it ends; ValueError when it is another's.
+    With --resume the logs are cut back to the checkpoint; ValueError for a flag that differs from
+    flags.json and is not one of FREE_FLAGS, as the run would not go on as it began. Process 0
+    writes, the others wait.
     """
     rank, _ = rank_and_world()
     run_dir = Path(args.run_dir)
     checkpoint = wandb_run = None
     if rank == 0:
-        check_run_dir(args)
-        with disk_errors(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
-        lock_run(run_dir)
         if args.overwrite and (run_dir / "checkpoints").exists():
             remove_whole(run_dir / "checkpoints")
         checkpoint = (list_checkpoints(run_dir) or [None])[-1]
@@ -471,7 +441,7 @@ def start_run(args):
             cut_log(run_dir / name, step_of(checkpoint) if checkpoint else -1)
         if not checkpoint:
             (run_dir / "starts.jsonl").unlink(missing_ok=True)
-        append_records(run_dir / "starts.jsonl", [describe_start(args, checkpoint)])
+        append_lines(run_dir / "starts.jsonl", [describe_start(args, checkpoint)])
         if args.wandb:
             wandb_run = start_wandb(args)
     return Run(run_dir, rank, wandb_run), gather_objects(checkpoint)[0]
@@ -497,12 +467,9 @@ def stop_signals():
             with suppress(OSError):  # the terminal may be gone, which is why we are asked to stop
                 os.write(2, b"\nstopping after this step, with a checkpoint; once more to quit\n")
 
-    def stop_requested():
-        return all_sum([len(received)])[0] > 0
-
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop_requested
+        yield lambda: any(gather_objects(bool(received)))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -37,7 +37,7 @@ from eval import evaluate, fit_context, leave_out
 from launch import above, at_least, printable, rank_and_world, say
 from optim import optimizer_step
 from run import (
-    check_run_dir,
+    claim_run_dir,
     load_base,
     load_checkpoint,
     log_samples,
@@ -395,7 +395,7 @@ def train_step(params, config, optimizer, examples, step, steps, args):
 
 
 def main(args):
-    check_run_dir(args)
+    claim_run_dir(args)
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import subprocess
@@ -204,6 +205,7 @@ def parse_args():
 
 def main(args):
     torch.set_num_threads(1)
+    claim_run_dir(args)
     rank, world, device = init_distributed("cpu", args.processes or 1)
     run, checkpoint = start_run(args)
     config = Config(61, 32, 64, 2, 4, 2)
@@ -262,6 +264,11 @@ def wait_for_steps(path, steps, process):
     """Until the run has logged that many steps."""
     while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < steps):
         time.sleep(0.005)
+
+
+def read_lines(path):
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
 def file_hashes(directory):
