@@ -309,7 +309,8 @@ def test_sft_and_grpo_stop_after_skipped_steps():
                         "--reward", "format=1"]}
         for module in (sft, grpo):
             run_dir = f"{scratch}/{module.__name__}"
-            with (mock.patch.object(module, "optimizer_step", lambda *_, **__: dict(skipped)),
+            home = "sft" if module is sft else "optim"
+            with (mock.patch(f"{home}.optimizer_step", lambda *_, **__: dict(skipped)),
                   mock.patch.dict(grpo.REWARDS, format=spread)):
                 error = error_of(module.__name__, *words[module], "--run-dir", run_dir,
                                  "--save-every", 99, "--eval-every", 99, "--processes", 1)
