@@ -733,12 +733,9 @@ def open_training(args):
     params, reference, optimizer = make_trainable(base, config, args, device)
     del base
     policy = policy._replace(params=params, engine=Engine())
-    done = 0
+    state = load_checkpoint(checkpoint, optimizer)
     progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
-    if checkpoint:
-        state = load_checkpoint(checkpoint, optimizer)
-        done = state["step"]
-        progress |= state["extra"]
+    progress |= state["extra"]
     if args.filter_by_pass_rate:
         sets = filter_by_pass_rate(data.sets, policy, args, progress["pass_rates"])
         data = data._replace(sets=sets)
@@ -746,7 +743,7 @@ def open_training(args):
         f"{len(data.test)} for the result, on {world} x {device}")
     trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
     training = Training(policy, reference, optimizer, data, progress, run, path, trained_on, args)
-    return training, done
+    return training, state["step"]
 
 
 def answer(training, problems, preset=None):

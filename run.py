@@ -215,9 +215,12 @@ def load_shard(path, trainer, optimizer):
 def load_checkpoint(path, optimizer):
     """Fill `optimizer`, and so the parameters, with what save_checkpoint wrote, bit for bit.
 
-    On any number of processes. Returns {"step", "best_step", "extra", ...}. Raises ValueError in
-    every process when the checkpoint is damaged, and when it is of other parameters.
+    On any number of processes. path: None for a run without one, which is at step 0. Returns
+    {"step", "best_step", "extra", ...}. Raises ValueError in every process when the checkpoint is
+    damaged, and when it is of other parameters.
     """
+    if path is None:
+        return {"step": 0, "best_step": None, "extra": {}}
     path = Path(path)
     rank, world = rank_and_world()
     fault = None
