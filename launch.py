@@ -341,24 +341,25 @@ def progress_bar(total, name=None, quiet=False):
 
     They are those of all processes, guessed from this one's. The bar says how many tokens a second
     these are, and how long the rest will take; in a log file, once a minute. quiet: only on a
-    terminal, and gone at the end.
+    terminal, and gone at the end. on_step(..., joined): so many more completions are asked for.
     """
     rank, world = rank_and_world()
     terminal = sys.stderr.isatty()
     tokens = 0
 
-    def on_step(ended, num_tokens):
+    def on_step(ended, num_tokens, joined=0):
         nonlocal tokens
         tokens += world * num_tokens
         speed = tokens / max(1e-9, bar.format_dict["elapsed"])
         bar.set_postfix_str(f"{speed:.0f} tok/s", refresh=False)
-        bar.update(min(world * len(ended), total - bar.n))
+        bar.total += world * joined
+        bar.update(min(world * len(ended), bar.total - bar.n))
 
     hidden = rank > 0 or total == 0 or quiet and not terminal
     with tqdm(total=total, desc=name, unit="answer", disable=hidden, leave=not quiet,
               miniters=0, mininterval=0.3 if terminal else 60) as bar:
         yield on_step
-        bar.n = total
+        bar.n = bar.total
 
 
 def show_phase(items, name):

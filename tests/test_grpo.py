@@ -29,7 +29,7 @@ import losses
 import metrics
 import model
 import optim
-from data import rewards
+from data import load_problems, rewards
 from engine import Engine, cache_slots
 from run import list_checkpoints, read_trained_on, step_of
 from tests.common import (
@@ -425,19 +425,21 @@ def test_grpo_halves_what_does_not_fit():
     with raises(ValueError, "--micro-tokens 30", "bench.py plan"):
         learn(torch.float32, 25)
 
-    tiny = ROOT / "data/tiny"
-    policy = grpo.Policy(model.load_params(tiny), model.load_config(tiny),
-                         model.load_tokenizer(tiny), None)
-    problems = [(i, {"id": str(i), "problem": f"What is {i}+8?", "answer": "?"}) for i in range(3)]
+    problems = [(i, {"id": str(i), "problem": f"What is {i}+8?", "answer": "?"}) for i in range(6)]
     sampled = []
     for most in (8, 4):
-        args = _args("--group", 4, "--max-batch", 8, "--max-new-tokens", 12)
-        limited = _short_of_memory(grpo.generate, lambda *_, max_batch, **kw: max_batch > most)
+        args = _args("--group", 4, "--max-batch", 8, "--max-new-tokens", 12,
+                     "--reward", "accuracy=1")
+
+        def limited(*words, max_batch, on_done, **settings):  # when a group has ended
+            on_done = _short_of_memory(on_done, lambda i, _: max_batch > most and i == 2)
+            return generate.generate(*words, max_batch=max_batch, on_done=on_done, **settings)
+
         with mock.patch.object(grpo, "generate", limited), \
                 contextlib.redirect_stdout(io.StringIO()) as said:
-            groups = grpo.roll_out(policy, problems, args)
+            groups = grpo.roll_out(_tiny_policy(), problems[:3], args, refills=[problems[3:]])
         sampled.append([[c.tokens for c in g.completions] for g in groups])
-    assert sampled[0] == sampled[1] and args.max_batch == 4
+    assert sampled[0] == sampled[1] and len(groups) == 6 and args.max_batch == 4
     assert "out of memory at --max-batch 8: going on with 4" in said.getvalue(), said.getvalue()
 
 
@@ -469,7 +471,7 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
 
     def take(n, skip=0):
         order = grpo.problem_order(sets, [3, 1], 0)
-        return [p["id"] for _, p in itertools.islice(order, skip, skip + n)]
+        return [p["id"] for p in itertools.islice(order, skip, skip + n)]
 
     assert take(60)[20:] == take(40, skip=20)
     first = [x for x in take(200) if x[0] == "a"]
@@ -477,8 +479,32 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
     assert all(len(set(epoch)) == 10 for epoch in epochs), "each epoch asks each problem once"
     assert 0.6 < len(first) / 200 < 0.9
     order = grpo.problem_order(sets[:1], [1], 0, curriculum=True)
-    levels = [p["level"] for _, p in itertools.islice(order, 10)]
+    levels = [p["level"] for p in itertools.islice(order, 10)]
     assert sum(levels[:5]) < sum(levels[5:])
+
+
+def test_grpo_what_replaces_a_group_does_not_depend_on_who_samples():
+    """The problem in the same place of the next order, in one batch with all others. Before, it was
+    the next problem of all, by who had none to spare; and each round waited for the last."""
+    problems = load_problems("arithmetic", "train", 15)
+    args = _args("--prompts", 5, "--group", 4, "--max-batch", 16)
+
+    def ask(rank, world):
+        with mock.patch.multiple(grpo, rank_and_world=lambda: (rank, world),
+                                 gather_objects=lambda own: [own]), \
+                mock.patch.object(grpo, "generate", wraps=generate.generate) as asked:
+            orders = [problems[begin:] for begin in (0, 5, 10)]
+            groups = grpo.roll_out_step(_tiny_policy(), orders, 1, args)
+        assert asked.call_count == 1
+        return {g.place: (g.problem["id"], [c.tokens for c in g.completions], rewards.has_spread(g))
+                for g in groups}
+
+    alone = ask(0, 1)
+    assert alone == ask(0, 2) | ask(1, 2) and 5 < len(alone) < 15
+    for place in range(15):
+        dull = place < 5 or place - 5 in alone and not alone[place - 5][2]
+        assert (place in alone) == dull
+        assert not dull or alone[place][0] == problems[place]["id"]
 
 
 def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
@@ -713,12 +739,12 @@ def test_grpo_asks_base_models_as_their_protocols_do():
     said = "6 * 7 = 42. The answer is 42.\n\nQuestion: What is 1 + 1?\nAnswer: 2. The answer is 2."
     asked = []
 
-    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, **_):
+    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, on_done, **_):
         asked.append(policy.tokenizer.decode(prompts[0], skip_special_tokens=False))
         cut = min((said.index(stop) + len(stop) for stop in stop_strings if stop in said),
                   default=len(said))
         tokens = tokenizer.encode(said[:cut], add_special_tokens=False).ids
-        return [[generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples]
+        on_done(0, [generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples)
 
     problem = {"problem": "What is 6 * 7?", "answer": "42"}
     with mock.patch.object(grpo, "generate", base_model):
@@ -1010,7 +1036,7 @@ def test_grpo_old_runs_resume_with_their_flags():
         flags.pop("sampler_cap")
         path.write_text(json.dumps(flags))
         out = run("grpo.py", "--run-dir", scratch, "--resume", "--steps", 3)
-        assert "step 3/3" in out and "--steps is now 3; it was 2" in out, out
+        assert "step 3/3" in out and "--steps is 3, and the run was started with 2" in out, out
 
 
 def test_grpo_resumes_with_less_memory():
