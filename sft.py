@@ -334,34 +334,29 @@ def load_trainable(args, model_dir, config):
     return base | lora, optimizer
 
 
-def answer(params, config, tokenizer, problems, form, args):
-    """The model's answers to held-out problems, as samples.jsonl has them."""
-    weights = {name: tensor.detach() for name, tensor in params.items()}
-    records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt,
-                       max_new_tokens=args.max_new_tokens, quiet=True, **form)
-    samples = []
-    for problem, record in zip(problems, records):
-        [reply] = record["samples"]
-        rewards = {"accuracy": float(reply["strict"] is True),
-                   "format": float(in_form(reply["text"], args.think_tag))}
-        completion = {"text": reply["text"], "right": reply["strict"], "rewards": rewards,
-                      "finish": reply["finish"], "num_tokens": reply["tokens"]}
-        samples.append({"kind": "held_out", "problem": problem["problem"],
-                        "answer": problem["answer"], "prompt": record["prompt"],
-                        "completions": [completion]})
-    return samples
-
-
-def validate(params, config, validation, samples, args):
-    """Metrics: loss by part over the examples held out, accuracy and form of the answers."""
+def measure(params, config, tokenizer, validation, problems, form, args):
+    """(metrics, samples): validation loss by part; accuracy, form and a few of the answers."""
     metrics = {}
     if validation:
         loss, parts = batch_loss(params, config, validation, args.answer_weight, args.micro_tokens)
         metrics = {"val_loss": loss} | {f"val_{part}": value for part, value in parts.items()}
+    samples = []
+    weights = {name: tensor.detach() for name, tensor in params.items()}
+    records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt,
+                       max_new_tokens=args.max_new_tokens, quiet=True, **form)
+    for problem, record in zip(problems, records):
+        [answer] = record["samples"]
+        rewards = {"accuracy": float(answer["strict"] is True),
+                   "format": float(in_form(answer["text"], args.think_tag))}
+        completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
+                      "finish": answer["finish"], "num_tokens": answer["tokens"]}
+        samples.append({"kind": "held_out", "problem": problem["problem"],
+                        "answer": problem["answer"], "prompt": record["prompt"],
+                        "completions": [completion]})
     for name in ("accuracy", "format") if samples else ():
         scores = [sample["completions"][0]["rewards"][name] for sample in samples]
         metrics |= rate_metrics(f"val_{name}", scores)
-    return metrics
+    return metrics, samples[:8]
 
 
 def learn_step(params, config, optimizer, batch, lr, args):
@@ -394,7 +389,8 @@ def main(args):
     progress = {"best": math.inf, "best_step": state["best_step"], "failures": 0} | state["extra"]
     trained_on = read_trained_on(args.adapter) | {example.key for example in examples}
     if not checkpoint:
-        log_samples(run, 0, answer(params, config, tokenizer, problems[:8], form, args))
+        _, samples = measure(params, config, tokenizer, [], problems[:8], form, args)
+        log_samples(run, 0, samples)
     view.write_report(run)
     order = itertools.islice(example_order(examples, args.seed), done * args.batch, None)
 
@@ -408,10 +404,10 @@ def main(args):
             stopping = stop_requested()
             evaluating = step % args.eval_every == 0 or step == steps
             if evaluating:
-                samples = answer(params, config, tokenizer, problems, form, args)
-                log_samples(run, step, samples[:8])
-                found = validate(params, config, validation, samples, args)
+                found, samples = measure(params, config, tokenizer, validation, problems, form,
+                                         args)
                 metrics |= found
+                log_samples(run, step, samples)
                 line += "".join(f" | {name} {{{name}:.4f}}" for name in found
                                 if not name.endswith(("_low", "_high")))
                 loss = metrics.get("val_loss", metrics["loss"])
