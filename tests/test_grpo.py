@@ -246,7 +246,7 @@ def test_grpo_changed_data_is_refused_on_resume():
         resume = ["--resume", "--run-dir", f"{scratch}/run", "--steps", 2]
         _write_problems(path, range(1, 41))
         error = error_of("grpo", *resume)
-        assert "--data-sha256" in error and "put the data back" in error, error
+        assert "--data-sha256" in error and "put it back" in error, error
         _write_problems(path, range(40))
         assert "step 2/2" in in_process("grpo", *resume)
 

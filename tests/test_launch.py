@@ -137,7 +137,7 @@ def test_launch_forks_end_together():
         finish(start_training(home, "launched", processes=2))
         first, second = (file_hashes(home / run / "checkpoints" / "step_000012")
                          for run in ("forked", "launched"))
-        assert first == second and len(first) == 6, (first, second)
+        assert first == second and len(first) == 7, (first, second)
 
 
 def test_launch_second_ctrl_c_quits_inside_a_collective():
