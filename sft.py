@@ -131,12 +131,14 @@ def encode_reply(text, tokenizer, think_tag):
     first, last = answer_span(text, think_tag)
     tokens = []
     parts = []
-    for start, piece in model.plain_pieces(text):
+    start = 0
+    for piece in model.plain_pieces(text):
         encoded = tokenizer.encode(piece, add_special_tokens=False)
         tokens += encoded.ids
         for begin, end in encoded.offsets:
             inside = start + begin < last and start + end > first
             parts.append(PARTS.index("answer" if inside else "thought"))
+        start += len(piece)
     return tokens, parts
 
 
@@ -299,7 +301,7 @@ def load_data(args, config, tokenizer, form):
 def settle_flags(args, config):
     """Fill in what was left out, by the model and the memory there is. Writes into `args`."""
     if args.adapter:
-        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank or None)
+        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank or None).r
     if args.checkpointing is None:
         args.checkpointing = not model.is_tiny(config)
     args.lr = args.lr or default_lr(config, args.lora_rank)
