@@ -142,7 +142,7 @@ def weights_of(run_dir, step):
 def formula_model(tied=True, yarn=False):
     """A model whose weights follow from a formula, so that another library can be given the same:
     (params, config)."""
-    scaling = model.parse_yarn({"type": "yarn", "factor": 4.0}, 16) if yarn else None
+    scaling = model.Yarn(4.0, 16) if yarn else None
     config = model.Config(96, 64, 80, 3, 4, 2, max_position_embeddings=16 if yarn else 64,
                           rope_theta=10000.0, tie_word_embeddings=tied, rope_scaling=scaling,
                           eos_token_id=(95,))
@@ -168,6 +168,11 @@ def double_model(vocab=64, **changes):
                           initializer_range=0.15, eos_token_id=(1,))
     config = config._replace(**changes)
     return model.init_params(config, seed=0, dtype=torch.float64), config
+
+
+def merge_lora(params):
+    """A new dict with every adapter merged."""
+    return {name: model.merged_weight(params, name) for name in params if ".lora_" not in name}
 
 
 def bytes_tokenizer():
