@@ -275,7 +275,7 @@ def test_sft_and_eval_tell_what_was_trained_on():
         same = _write(scratch / "same.jsonl", same)
         error = error_of("sft", "--data", same, "--eval-data", asked, *words, "--run-dir",
                          scratch / "three")
-        assert "every training problem" in error and "--eval-data" in error, error
+        assert "are also held out" in error and "--eval-data" in error, error
 
 
 def test_sft_result_does_not_depend_on_the_number_of_processes():
