@@ -32,6 +32,7 @@ import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -317,6 +318,7 @@ UNITS = spellings("""
 """)
 UNITS |= {name + "s": unit for name, unit in UNITS.items() if len(name) > 1}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
+ORDINALS = [("words", ending) for ending in ("th", "st", "nd", "rd")]
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
     "even odd prime composite increase increases increased increasing decrease decreases "
@@ -497,7 +499,7 @@ def read_letters(run, found, space):
     before = found[-1]
     per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
     counted = per or before.kind in ("number", "word", "deg")
-    known = low in UNITS or low in ("th", "st", "nd", "rd")
+    known = low in UNITS or ("words", low) in ORDINALS
     if len(run) == 1:
         if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
             return [Token("word", run, run)]
@@ -569,8 +571,9 @@ CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-")
 LEAD_IN = set(  # words that may stand before an answer
-    "is are equals be get have about approximately roughly exactly therefore thus hence so answer "
-    "value solution solutions option point points vector interval roots us usd rs".split()
+    "the a an answer final is are so thus hence therefore equals equal to value result solution "
+    "solutions we get have option approximately about roughly exactly that point points ordered "
+    "pair pairs vector interval values roots us usd rs".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys("no solution|no solutions|no real solution|no real solutions|no real roots|"
@@ -771,7 +774,8 @@ class Parser:
         while token := self.accept("word"):
             words.append(token.value)
         if self.kind in OPERANDS or self.kind in SIGNS:
-            if words[-1] not in LEAD_IN or {"not", "no"} & set(words):
+            leads_in = words[-1] in ("is", "are", "equals") or set(words) <= LEAD_IN
+            if not leads_in or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
@@ -788,7 +792,7 @@ class Parser:
                 power = self.script()
                 if value[0] == "sym" and self.accept("_"):  # v^2_0
                     value = ("sym", f"{value[1]}_{show(self.atom())}")
-                value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
+                value = value if power in ORDINALS else ("pow", value, power)  # 10^{\text{th}}
         return value
 
     def script(self):
@@ -998,12 +1002,20 @@ def normal(node):
 
 
 def signs(tokens):
-    """The two lists of tokens that plus-minus signs stand for, or the one without such signs."""
-    if not {"pm", "mp"} & {token.kind for token in tokens}:
-        return [tokens]
-    pairs = {"pm": "+", "mp": "-"}, {"pm": "-", "mp": "+"}
-    return [[token._replace(kind=pair.get(token.kind, token.kind)) for token in tokens]
-            for pair in pairs]  # fmt: skip
+    """The lists of tokens that \\pm and \\mp, which is opposite to the \\pm before it, stand for."""
+    count = sum(token.kind == "pm" for token in tokens)
+    if count > 4:
+        raise Unreadable("too many signs")
+    for choice in product("+-", repeat=count):
+        rest = iter(choice)
+        kinds = {"mp": "-"}
+        found = []
+        for token in tokens:
+            if token.kind == "pm":
+                sign = next(rest)
+                kinds = {"pm": sign, "mp": "-" if sign == "+" else "+"}
+            found.append(token._replace(kind=kinds.get(token.kind, token.kind)))
+        yield found
 
 
 @lru_cache(maxsize=1024)
