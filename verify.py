@@ -1002,13 +1002,13 @@ def normal(node):
 
 
 def signs(tokens):
-    """The lists of tokens that \\pm and \\mp, which is opposite to the \\pm before it, stand for."""
+    r"""The lists of tokens that \pm, and \mp as the opposite of the last \pm, stand for."""
     count = sum(token.kind == "pm" for token in tokens)
     if count > 4:
         raise Unreadable("too many signs")
     for choice in product("+-", repeat=count):
         rest = iter(choice)
-        kinds = {"mp": "-"}
+        kinds = {}
         found = []
         for token in tokens:
             if token.kind == "pm":
