@@ -4,12 +4,10 @@ r"""Grades text: is the answer in a model's output the same as the reference ans
     python verify.py --file results.jsonl --explain             # a file; with `expected`, a table
 
 Text from a model is hostile, and nothing here evaluates it. An answer is cut out of the output,
-split into tokens, parsed into a small tree of tuples and brought to a normal form; two trees are
-then compared by kind: words as words, sets of reals by where they hold, everything else by value.
-Rational values and functions are compared exactly, as fractions, the functions at a random point.
-Other values are sampled at real points, with as many digits as the sizes met on the way call for.
-Length, depth, digits and steps are bounded by counters, not by clocks, so a verdict depends
-neither on the machine nor on what else runs there.
+split into tokens, parsed into a small tree of tuples and brought to a normal form. Two trees are
+compared by kind: words as words, sets of reals by where they hold, rational values and functions
+exactly (these at a random point), others at sampled points with as many digits as their sizes call
+for. Counters, not clocks, bound the work, so that no verdict depends on the machine.
 
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma are one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three are ordered. `x = 5`
@@ -27,7 +25,6 @@ import re
 import string
 import sys
 import threading
-import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
@@ -53,57 +50,49 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--answer", help="an answer, or a whole model output")
     add("--reference", help="the reference answer")
-    add("--file", help=".jsonl: pred|completion|answer, gold|reference, perhaps expected, category")
+    add("--file", help=".jsonl: pred|completion, gold|reference|answer, perhaps expected, category")
     add("--strict", action="store_true", help="accept only a box after the thinking block")
     add("--explain", action="store_true", help="with --file: print every row")
-    add("--timeout-s", type=float, default=TIMEOUT_S, help="work for one comparison, in seconds")
     return parser.parse_args(argv)
 
 
 # ---- extraction
 
 CONTROL = re.compile(r"<\|(?:im_end|endoftext|im_start|eot_id)\|>|</s>")
-THINK_OPEN = re.compile(r"<(?:think|thought)>")
-THINK_CLOSE = re.compile(r"</(?:think|thought)>")
-BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
-PLACEHOLDER = re.compile(  # a box that only says where the answer goes: ?, ..., your answer
-    r"(?:[\s?.…_${}\\]|text|[lc]?dots|q?quad|square|your|final|the|answer|here)*", re.I
-)
-JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", ", for part (b)"
-    r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|question|problem|the"
-    r"|first|second|third|text|q?quad|[a-e]|i{1,3}|\d)\b)*", re.S,
+THINK = re.compile(r"<(/?)(?:think|thought)>")
+BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)\s*\{")
+PLACEHOLDER = re.compile(r"(?i:[\s?.…_${}\\]|text|l?dots|your|final|the|answer|here)*")
+JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", "; for part (b)"
+    r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
+    r"|q?quad|[a-e]|\d)\b)*", re.S,
 )  # fmt: skip
-PERCENT = re.compile(r"(?:[$\s]|\\\))*(?:\\?%|percent\b|pct\b)")
 FORMULA = re.compile(
     r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
     r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S,  # not 5$ to Jack and 7$
 )  # fmt: skip
 ENGLISH = re.compile(  # a word that is no mathematics
-    r"(?<![\\\w{/])(?!(?:sqrt|cbrt|pi|oo|inf|sin|cos|tan|cot|sec|csc|log|ln|exp|percent|pct)\b)"
-    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*(?![\w(])"
+    r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent|and|or)\b)"
+    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
 )
 BREAK = re.compile(  # what stands between two runs of mathematics
-    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)[aAI](?!\S)|[\u3000-\uffff]|\n|≈"
-    r"|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
+    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)(?:[aAI]|and|or)(?!\S)"
+    r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
 )  # fmt: skip
 ANSWER_PHRASE = re.compile(
-    r"####|\b(?:answers?|correct (?:option|choice))\b[*_]*(?:\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[]))"
-    r"|[ ]*\n)", re.I,
-)  # fmt: skip
+    r"####|<answer>|\banswers?\b[*_]*(?:[ ]*\n|\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[])))", re.I
+)
 REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" give none
-    r"not |(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent"
-    r"|reasonable)(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
+    r"not |(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
+    r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
 )  # fmt: skip
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
-SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`")  # 5! is none
-LETTER = re.compile(  # of an option in prose, or alone on the last line
-    r"(?:\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+\(?"
-    r"|\n[ *$(]*(?=[A-J][\s*$).]*$))([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`|</")  # 5! is none
+LETTER = re.compile(  # of an option, in prose
+    r"\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
+    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
-WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}"
-)
+WRAPPER = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}")
 OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not A: 5, B: 7
     r"\(?([A-Ja-j])\)?[\s.)]*|"
     r"\(?([A-J])(?:[).:]|,(?=\s[a-z]{2})|(?:\s[-–—]\s|—)(?=.*[a-z]{2}))"
@@ -111,23 +100,17 @@ OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not 
 )  # fmt: skip
 
 
-def group_end(text, begin):
-    """Where the brace stands that closes the group whose content starts at `begin`, or None."""
-    depth = 1
-    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return None
-
-
 def boxes(text):
-    r"""(start, begin, end) of each box, the last one first: of `\boxed`, its content, its end.
-
-    end: None where the brace is never closed or there is none, as in `\boxed 5`.
-    """
-    for match in reversed(deque(BOX.finditer(text), maxlen=20)):
-        yield match.start(), match.end(), group_end(text, match.end()) if match[1] else None
+    r"""(start, begin, end) of `\boxed`, its content and its brace, None if open; the last first."""
+    for box in reversed(deque(BOX.finditer(text), maxlen=20)):
+        end = None
+        depth = 1
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                end = brace.start()
+                break
+        yield box.start(), box.end(), end
 
 
 def box_span(text):
@@ -145,15 +128,9 @@ def boxed_answer(text, strict):
     found = []
     edge = None
     for start, begin, end in boxes(text):
-        if edge is not None and (end is None or not JOINT.fullmatch(text, end + 1, edge)):
+        if end is None or edge is not None and not JOINT.fullmatch(text, end + 1, edge):
             break
-        if end is not None:
-            percent = edge is None and PERCENT.match(text, end + 1)
-            content = text[begin:end] + r"\%" * bool(percent)
-        elif strict:
-            return None
-        else:
-            content = re.split(r"\$|\n|\\\]|\\\)", text[begin:], maxsplit=1)[0]
+        content = text[begin:end]
         if not strict and PLACEHOLDER.fullmatch(content):
             continue
         if not any(judge(content, other) for other in found):  # 15.5 or 31/2 is one answer
@@ -164,10 +141,7 @@ def boxed_answer(text, strict):
 
 def is_formula(text):
     """Whether a text is nothing but mathematics, without the borders of a formula."""
-    prose = ENGLISH.search(re.sub(r"\b(?:or|and)\b", "", WRAPPER.sub("", text)))
-    if prose or len(text) > MAX_ANSWER or FORMULA.search(text):
-        return False
-    return read(text)[0] not in ("raw", "words")
+    return not ENGLISH.search(WRAPPER.sub("", text)) and read(text)[0] not in ("raw", "words")
 
 
 def mathematics(text):
@@ -176,8 +150,10 @@ def mathematics(text):
     at = 0
     for match in BREAK.finditer(text + "\n"):
         run = text[at : match.start()].strip(" *_`\"'–—")
-        found += [run] * bool(re.search(r"\d", run))
-        found += [match[match.lastindex]] if match.lastindex else []
+        if re.search(r"\d", run):
+            found.append(run)
+        if match.lastindex:
+            found.append(match[match.lastindex])
         at = match.end()
     return found
 
@@ -193,7 +169,7 @@ def after_phrase(rest):
         found.append(formula[formula.lastindex])
         at = formula.end()
     if found:
-        return ", ".join(found) + r"\%" * bool(PERCENT.match(rest, at))
+        return ", ".join(found)
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
@@ -210,36 +186,34 @@ def after_phrase(rest):
 def extract_answer(text, strict=False):
     r"""The answer in a model's output, or None.
 
-    strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block. A block that
-    was opened and never closed, or a box whose brace is never closed, means that there is no
-    answer. Otherwise, in this order: the box, `<answer>` tags, "#### 42" and "the answer is ...",
-    "option C" or a letter on the last line, the whole text or bold text if that is nothing but
-    mathematics, the last formula or number; what stands in the thinking block counts only if
-    nothing follows it.
+    strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block; none if the
+    block or the brace is never closed. Otherwise, in this order: the box, `<answer>` tags,
+    "#### 42" and "the answer is ...", "option C", the whole text, its last line or bold text if it
+    is nothing but mathematics, the last formula or number. What stands in the thinking block
+    counts only if nothing follows it.
 
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
     """
-    closes = deque(THINK_CLOSE.finditer(text), maxlen=1)
-    tail = text[closes[0].end() :] if closes else text
-    if strict and THINK_OPEN.search(tail):
+    *_, tag = [None, *THINK.finditer(text)]
+    if strict and tag and not tag[1]:
         return None
+    tail = text[tag.end() :] if tag else text
     tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:]
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
         return boxed
-    tail = tail[-MAX_PROSE:]
-    if tags := re.findall(r"<answer>(.*?)(?:</answer>|$)", tail, re.S):
-        return tags[-1].strip()
+    tail = tail[-MAX_PROSE:].strip()
     for phrase in reversed(deque(ANSWER_PHRASE.finditer(tail), maxlen=5)):
         if found := after_phrase(tail[phrase.end() :]):
             return found
     if letters := LETTER.findall(tail):
         return letters[-1]
-    for part in (tail, *re.findall(r"\*\*([^*\n]+)\*\*", tail)[-1:]):
+    bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
+    for part in (tail, tail.rpartition("\n")[2], *bold[-1:]):
         if is_formula(part):
-            return part.strip()
+            return part
     return (mathematics(tail) or [None])[-1]
 
 
@@ -1548,9 +1522,9 @@ def converted(one, other):
 # ---- verdicts
 
 
-UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
-TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
+UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
+    r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$"
 )
 
 
@@ -1566,7 +1540,7 @@ def readings(text, is_answer):
         re.sub(r"log(?!\s*_|[a-z])", "lg", text),  # to base e or ten?
         re.sub(r"(?<![a-zA-Z\\])I(?![a-zA-Z(])", "i", text),
     ]
-    if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
+    if (unit := UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
     trees = list(map(read, dict.fromkeys(texts)))
     singles = [tree[1] for tree in trees if tree[0] == "set" and len(tree) == 2]
@@ -1582,37 +1556,31 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
     """True or False; None if neither can be told in so much work."""
     if not isinstance(answer, str) or not isinstance(reference, str) or not answer.strip():
         return False
-    answer = answer.strip()
-    reference = reference.strip()
     if max(len(answer), len(reference)) > MAX_ANSWER:
         return answer.split() == reference.split()
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
-        return compare(answer, reference)
+        return compare(answer.strip(), reference.strip())
     except (ArithmeticError, RecursionError, ValueError):
         return None  # TooHard; no known text leads to the others, and none shall end a training run
 
 
-def equivalent(answer, reference):
+def equivalent(answer, reference, timeout_s=TIMEOUT_S):
     r"""Whether an extracted answer equals the reference answer. False also if that is too hard.
 
     >>> equivalent(r"\frac{2}{4}", "0.5"), equivalent("(2,1)", "(1,2)")
     (True, False)
     """
-    return judge(answer, reference) is True
+    return judge(answer, reference, timeout_s) is True
 
 
 def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
     """Verdicts for (text, reference) pairs, in their order; None for one that is too hard.
 
-    timeout_s: how long one comparison may take on a slow core. It is counted in steps of work, so
-    that no verdict depends on the machine or on what else runs there.
+    timeout_s: how long one comparison may take on a slow core, counted in steps of work.
     """
-    verdicts = []
-    for text, reference in pairs:
-        answer = extract_answer(text, strict) if isinstance(text, str) else None
-        verdicts.append(judge(answer, reference, timeout_s))
-    return verdicts
+    answers = [isinstance(text, str) and extract_answer(text, strict) for text, _ in pairs]
+    return [judge(answer, pair[1], timeout_s) for answer, pair in zip(answers, pairs)]
 
 
 def verify(text, reference, strict=False):
@@ -1630,22 +1598,20 @@ def canonical(answer):
 def format_reward(text, think_tag="think"):
     r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end.
 
-    0.0 for any other. The thinking block may be missing. If there is one it comes first, is closed,
-    holds a thought and is the only one. After it stands exactly one box, closed and not empty;
-    after the box nothing but punctuation, white space, `*`, the end of a formula and tokens that
-    end the turn. A prompt that ends in "<think>" is part of `text`.
+    0.0 for any other. The thinking block may be missing; else it comes first, is closed and holds
+    a thought. After it stands exactly one box, closed and not empty; after that nothing but
+    punctuation, white space, `*`, the end of a formula and tokens that end the turn. A prompt that
+    ends in "<think>" is part of `text`.
     """
     tail, *rest = CONTROL.split(text.strip())
-    if any(part.strip() for part in rest):
-        return 0.0
     tags = re.findall(rf"</?{think_tag}>", tail)
-    if tags:
-        thought, _, tail = tail.removeprefix(tags[0]).partition(tags[-1])
-        block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
-        if not block or not thought.strip():
-            return 0.0
-    (_, begin, end), *more = [*boxes(tail), (None, None, None)]
-    if end is None or len(more) > 1 or not tail[begin:end].strip():
+    block = re.match(rf"<{think_tag}>\s*\S.*?</{think_tag}>", tail, re.S)
+    tail = tail[block.end() :] if block else tail
+    found = list(boxes(tail))
+    if "".join(rest).strip() or len(tags) != 2 * bool(block) or len(found) != 1:
+        return 0.0
+    _, begin, end = found[0]
+    if end is None or not tail[begin:end].strip():
         return 0.0
     return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end + 1 :]) is not None)
 
@@ -1661,45 +1627,37 @@ def show(node):
     return "(a long number)" if long else str(node)
 
 
-def grade_file(path, strict, explain, timeout_s):
+def grade_file(path, strict, explain):
     """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
-    rows = list(map(json.loads, filter(str.strip, Path(path).read_text("utf-8").splitlines())))
-    seconds = 0.0
     table = {}
-    for line, row in enumerate(rows, 1):
-        references = [row[key] for key in ("reference", "gold", "answer") if key in row]
-        texts = [row[key] for key in ("pred", "completion", "answer") if key in row]
-        if not references or not texts or len(row) < 2:
-            expected = "expected pred|completion|answer, gold|reference"
-            raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
-        begin = time.process_time()
-        answer = extract_answer(texts[0], strict)
-        verdict = judge(answer, str(references[0]), timeout_s)
-        seconds += time.process_time() - begin
-        counts = table.setdefault(row.get("category", "-"), Counter())
-        counts.update([verdict, "total"])
+    for line, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        row = json.loads(text)
+        output = row.get("pred", row.get("completion"))
+        reference = row.get("gold", row.get("reference", row.get("answer")))
+        if output is None or reference is None:
+            expected = "pred|completion and gold|reference|answer"
+            raise ValueError(f"{path}:{line}: found {sorted(row)}; expected {expected}")
+        answer = extract_answer(output, strict)
+        verdict = judge(answer, str(reference))
         wrong = bool(verdict) != row.get("expected", bool(verdict))
-        if wrong:
-            counts.update(["accepted" if verdict else "refused"])
+        counts = table.setdefault(row.get("category", "-"), Counter())
+        counts.update([verdict, "total"] + ["accepted" if verdict else "refused"] * wrong)
         if explain or wrong:
-            mark = "WRONG " * wrong
-            print(f"{mark}{row.get('id', '')} {verdict}: {answer!r} for {references[0]!r}")
+            print(f"{'WRONG ' * wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
     total = sum(table.values(), Counter())
-    rate = f"{len(rows) / (seconds + 1e-9):.0f} per second"
-    print(f"{len(rows)} answers | {total[True]} right | {total[None]} undecided | {rate}")
+    print(f"{total['total']} answers | {total[True]} right | {total[None]} undecided")
     for name, counts in sorted(table.items()):
-        agree = 100 - 100 * (counts["accepted"] + counts["refused"]) / counts["total"]
         errors = f"{counts['accepted']} false + | {counts['refused']} false -"
-        print(f"{name:24} {counts['total']:6} | {agree:.2f} % agree | {errors}")
+        print(f"{name:24} {counts['total']:6} | {errors}")
 
 
 def main(args):
     if args.file:
-        return grade_file(args.file, args.strict, args.explain, args.timeout_s)
+        return grade_file(args.file, args.strict, args.explain)
     if args.answer is None or args.reference is None:
         raise ValueError("found neither --file nor both --answer and --reference; give either")
     answer = extract_answer(args.answer, args.strict)
-    verdict = judge(answer, args.reference, args.timeout_s)
+    verdict = judge(answer, args.reference)
     for name, text in (("answer", answer), ("reference", args.reference)):
         print(f"{name:10} {text!r}\n{'':10} {show(read(text.strip())) if text else '-'}")
     print(f"verdict    {'undecided' if verdict is None else 'equal' if verdict else 'not equal'}")

@@ -500,8 +500,9 @@ _RIGHTLY_LENIENT = [  # (output, reference)
     (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2"),
     (r"$\boxed{15\frac12},$ or $\boxed{\frac{31}2}$", "15.5"), ("\\boxed{3}\n\n\\boxed{4}", "4"),
     (r"\boxed {\frac{1}{2}}", "0.5"), (r"\fbox{\{1,2\}}", "2,1"), (r"\boxed{$75$}", "75"),
-    (r"\boxed{\text{The answer is } 5}", "5"), (r"$\boxed{5", "5"),
-    (r"\boxed{50} percent", "0.5"), (r"$\boxed{57}$, after 18 trials, see page 117.", "57"),
+    (r"\boxed{\text{The answer is } 5}", "5"),
+    ("A: We have 3 and 4.\nSo 7 it is.", "7"), (r"The answer is `12`.", "12"),
+    (r"$\boxed{57}$, after 18 trials, see page 117.", "57"),
     (r"\beginboxed{8\sqrt{6}}", r"8\sqrt6"), ("oxed{12}", "12"),
     ("<think>maybe 4</think>7", "7"), (r"<thought>\boxed{5}</thought>\boxed{6}", "6"),
     ("<think>the answer is 5", "5"), (r"\boxed{42}<|im_end|><|im_start|>user \boxed{6}", "42"),
@@ -898,7 +899,7 @@ def test_verify_command_line():
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         right = {"pred": "#### 5", "gold": "5", "expected": True, "category": "a"}
-        rows = [right, {"answer": "6", "reference": "5", "expected": True}]
+        rows = [right, {"completion": "6", "reference": "5", "expected": True}]
         file.write_text("\n".join(map(json.dumps, rows)))
         done = run("--file", str(file))
         assert done.returncode == 0 and "2 answers | 1 right" in done.stdout, done
