@@ -383,7 +383,7 @@ def deal_rows(rows):
     return shares[rank]
 
 
-def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
+def row_logprobs(params, config, row, temperature, checkpointing=False):
     """(logprobs, entropy, mask), [B, T] each, of the B completions of a packed row.
 
     row: [(prompt tokens, [Sequence, ...]), ...]; each prompt is computed once.
@@ -402,8 +402,7 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
             targets += range(begin, end)
     tokens = torch.tensor(tokens, device=device)  # [row]
     hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [row, D]
-    flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature,
-                               entropy_grad=entropy_grad)
+    flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature)
     lengths = [len(s.tokens) for s in sequences]
     logprobs, entropy = (pad_sequence(x.split(lengths), batch_first=True) for x in flat)  # [B, T]
     steps = torch.arange(logprobs.shape[1], device=device)
@@ -417,7 +416,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     old_logprobs, ref_logprobs: [B, T], or None: those of this very pass, and no KL divergence.
     """
     logprobs, entropy, mask = row_logprobs(params, config, row, args.temperature,
-                                           args.checkpointing, args.entropy_bonus != 0)  # [B, T]
+                                           args.checkpointing)  # [B, T] each
     if old_logprobs is None:  # on policy: no rounding can be clipped
         old_logprobs = logprobs.detach()
     new = logprobs.new_tensor
@@ -563,7 +562,7 @@ def fill_defaults(args, config):
         raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
                          f"{args.clip_high}")
     if args.adapter:
-        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
+        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank).r
     args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 

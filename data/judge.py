@@ -20,7 +20,7 @@ from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
 from launch import Parser
-from stats import markdown, paired_bootstrap, percent, wilson
+from stats import interval, markdown, paired_bootstrap, percent
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 
@@ -84,9 +84,8 @@ def print_families(verdicts):
     groups = families if len(families) == 1 else families | {"all": list(verdicts.values())}
     rows = []
     for name, judged in groups.items():
-        n = len(judged)
-        sums = [sum(column) for column in zip(*(columns for _, columns, _ in judged))]
-        rows.append([name, n, *(percent(k / n, *wilson(k, n)) for k in sums)])
+        columns = zip(*(columns for _, columns, _ in judged))
+        rows.append([name, len(judged), *(percent(*interval(column)) for column in columns)])
     print(markdown(["family", "problems", *(f"{name}, %" for name in COLUMNS)], rows))
     for name, judged in families.items():
         counts = Counter(fault for _, _, fault in judged if fault)
