@@ -141,26 +141,18 @@ def teacher_settings(args):
 
 
 def collect(problems, settings, args):
-    """(raw traces in the problems' order, those of earlier runs too; what this run cost; {why none
-    came: times})."""
+    """(raw traces in the problems' order, earlier runs' too; this run's cost; why none came)."""
     kind = settings["teacher"]
     samples = 1 if kind in teachers.SOLUTIONS else args.samples
     path = Path(args.out).with_suffix(".raw.jsonl")
     traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
-    cost = Counter()
     complaints = Counter()
     name = f"traces by {settings['model']}"
     with file, tqdm(total=len(jobs), desc=name, disable=not jobs) as bar:
         def keep(problem, sample, reply):
             if reply:
                 teachers.append(file, {"problem_id": problem["id"], "sample": sample} | reply)
-            else:
-                cost["unanswered"] += 1
-            for field in ("prompt_tokens", "completion_tokens"):
-                cost[field] += (reply or {}).get(field, 0)
-            tokens = f"{cost['prompt_tokens']:,} + {cost['completion_tokens']:,} tok"
-            bar.set_postfix_str(tokens, refresh=False)
             bar.update()
 
         def complain(reason):
@@ -171,19 +163,23 @@ def collect(problems, settings, args):
         if kind == "endpoint":
             teachers.ask_endpoint(
                 jobs, settings, keep, complain, url=args.teacher_url,
-                concurrency=args.concurrency,
-                retries=args.retries, timeout_s=args.timeout_s, backoff_s=args.backoff_s)
+                concurrency=args.concurrency, retries=args.retries, timeout_s=args.timeout_s,
+                backoff_s=args.backoff_s)
         elif kind == "model":
             ask_model(jobs, settings, keep, samples=samples, device=args.device,
                       max_batch=args.max_batch)
         else:
             for problem, sample in jobs:
                 keep(problem, sample, teachers.SOLUTIONS[kind](problem, sample, settings))
+    found, _ = teachers.read_raw(path, settings)
+    new = [row for job, row in found.items() if job not in traces]
+    cost = {field: sum(row.get(field, 0) for row in new)
+            for field in ("prompt_tokens", "completion_tokens")}
+    cost["unanswered"] = len(jobs) - len(new)
     places = {problem["id"]: place for place, problem in enumerate(problems)}
-    found = [row for row in teachers.read_raw(path, settings)[0].values()
-             if row["problem_id"] in places]
-    found.sort(key=lambda row: (places[row["problem_id"]], row["sample"]))
-    return found, cost, complaints
+    rows = [row for row in found.values() if row["problem_id"] in places]
+    rows.sort(key=lambda row: (places[row["problem_id"]], row["sample"]))
+    return rows, cost, complaints
 
 
 class Trace(NamedTuple):
