@@ -32,14 +32,39 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from launch import find_device, gather_objects, own_command, rank_and_world
+import model
+from launch import compute_dtype, find_device, gather_objects, own_command, rank_and_world
 from model import read_json, save_model, token_logprobs
+from optim import init_optimizer
 
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
     "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until",
     "timeout_min", "compile", "micro_tokens", "max_batch", "free_sampler", "checkpointing")
+
+# ------------------------------------------------------------ weights
+
+
+def load_base(path, args):
+    """The weights to start from. Frozen ones are loaded as they are computed with."""
+    if not args.lora_rank:
+        return model.load_params(path)
+    device = find_device(args.device)
+    return model.load_params(path, device, compute_dtype(args.dtype, device))
+
+
+def make_trainable(base, config, args, device):
+    """(params, optimizer): all weights of `base`, or an adapter (--lora-rank, --adapter) on it."""
+    if not args.lora_rank:
+        return init_optimizer(base, device, compute_dtype(args.dtype, device), args.offload)
+    if args.adapter:
+        lora = model.load_adapter(args.adapter, config)
+    else:
+        lora = model.init_lora(config, args.lora_rank, args.seed)
+    lora, optimizer = init_optimizer(lora, device, offload=args.offload)
+    return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer
+
 
 # ------------------------------------------------------------ files
 

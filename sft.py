@@ -35,12 +35,14 @@ from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_fla
 from engine import cache_slots
 from eval import evaluate, fit_context, leave_out
 from launch import above, at_least, printable, rank_and_world, say
-from optim import init_optimizer, optimizer_step
+from optim import optimizer_step
 from run import (
     claim_run_dir,
+    load_base,
     load_checkpoint,
     log_samples,
     log_step,
+    make_trainable,
     read_trained_on,
     save_checkpoint,
     start_run,
@@ -319,21 +321,9 @@ def settle_flags(args, config):
 
 def load_trainable(args, model_dir, config):
     """(params, optimizer). Forks into --processes, which share an adapter's base."""
-    device = launch.find_device(args.device)
-    dtype = launch.compute_dtype(args.dtype, device)
-    form = (device, dtype) if args.lora_rank else ()  # what is frozen, as it is computed with
-    if args.from_scratch:
-        base = model.init_params(config, args.seed, *form)
-    else:
-        base = model.load_params(model_dir, *form)
-    launch.init_distributed(args.device, args.processes, args.timeout_min)
-    if not args.lora_rank:
-        return init_optimizer(base, device, dtype, args.offload)
-    lora = model.init_lora(config, args.lora_rank, args.seed)
-    if args.adapter:
-        lora = model.load_adapter(args.adapter, config)
-    lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-    return base | lora, optimizer
+    base = model.init_params(config, args.seed) if args.from_scratch else load_base(model_dir, args)
+    _, _, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
+    return make_trainable(base, config, args, device)
 
 
 def measure(params, config, tokenizer, validation, problems, form, args):

@@ -275,7 +275,7 @@ def test_sft_and_eval_tell_what_was_trained_on():
         same = _write(scratch / "same.jsonl", same)
         error = error_of("sft", "--data", same, "--eval-data", asked, *words, "--run-dir",
                          scratch / "three")
-        assert "every training problem" in error and "--eval-data" in error, error
+        assert "are also held out" in error and "--eval-data" in error, error
 
 
 def test_sft_result_does_not_depend_on_the_number_of_processes():
@@ -308,12 +308,13 @@ def test_sft_and_grpo_stop_after_skipped_steps():
                  grpo: [*GRPO_RUN[1:], "--steps", 9, "--test-limit", 0, "--max-new-tokens", 4,
                         "--reward", "format=1"]}
         for module in (sft, grpo):
+            home = "sft" if module is sft else "optim"
             run_dir = scratch / module.__name__
             again = [module.__name__, *words[module], "--run-dir", run_dir, "--save-every", 1,
                      "--eval-every", 99, "--processes", 1]
             # the first start ends in its third step
             steps = [dict(skipped), dict(skipped), EOFError, dict(skipped)]
-            with (mock.patch.object(module, "optimizer_step", side_effect=steps),
+            with (mock.patch(f"{home}.optimizer_step", side_effect=steps),
                   mock.patch.dict(grpo.REWARDS, format=spread)):
                 with raises(EOFError):
                     in_process(*again)
