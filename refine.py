@@ -33,7 +33,7 @@ from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
 from run import append_lines, write_whole
-from stats import maj_at_k, markdown, percent
+from stats import maj_at_k, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
@@ -233,7 +233,7 @@ def table_of_rounds(rows):
         moves = Counter(zip(*eval.paired(before, after)))
         counts = [moves[move] for move in ((1, 1), (1, 0), (0, 1), (0, 0))]
         lines.append([k, *counts, eval.gain(after, before)])
-    return markdown(["round", "right to right", "right to wrong", "wrong to right",
+    return (["round", "right to right", "right to wrong", "wrong to right",
                      "wrong to wrong", "points gained [95 %]"], lines)
 
 
@@ -286,7 +286,7 @@ def main(args):
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
     eval.publish(setup, rows)
-    eval.say_table(table_of_rounds(own))
+    eval.say_table(*table_of_rounds(own))
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]
     for name in SCORES:

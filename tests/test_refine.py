@@ -1,6 +1,5 @@
 """Tests of refine.py."""
 
-import json
 import math
 from pathlib import Path
 from unittest import mock
@@ -17,6 +16,7 @@ from tests.common import (
     asked,
     bytes_tokenizer,
     in_process,
+    read_lines,
     run,
     scripted_setup,
     small_model,
@@ -128,13 +128,12 @@ def test_refine_loop_never_sees_the_reference():
                   answering(_reply([])), answering(_reply(log), "refine")):
                 in_process("refine", "--rounds", 2, "--approval", "Every step is right.",
                            "--traces", folder / name)
-            found, rows = ([json.loads(line) for line in path.read_text().splitlines()]
-                           for path in (folder / name, setup.results))
-            rounds = [r | {"right": None} for problem in found for r in problem["rounds"]]
+            rounds = [r | {"right": None} for problem in read_lines(folder / name)
+                      for r in problem["rounds"]]
             calls = 6 + sum(bool(r["critique"]) + bool(r["revision"]) for r in rounds)
             runs.append((rounds, log[:calls]))
             if name == "right":
-                accuracy = {row["method"]: row["accuracy"] for row in rows}
+                accuracy = {row["method"]: row["accuracy"] for row in read_lines(setup.results)}
     assert runs[0] == runs[1]
     assert accuracy["refine, K = 2, oracle gate (a bound)"] == 2 / 6, accuracy
 
