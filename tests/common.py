@@ -219,17 +219,15 @@ def main(args):
     done = load_checkpoint(checkpoint, optimizer)["step"]
     with stop_signals() as stop_requested:
         for step in range(done + 1, 13):
-            rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)
-            losses = [-token_logprobs(params, config, row).sum() / 48 for row in rows[rank::world]]
-            for loss in losses:
-                loss.backward()
+            rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step))
+            loss = -token_logprobs(params, config, rows[rank::world]).sum() / 48
+            loss.backward()
             time.sleep(0.02)
             if step == args.fail_at and rank == world - 1:
                 raise RuntimeError("the planted failure")
             lr = learning_rate(step, 12, args.lr, args.warmup)
-            stats = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
-            loss = all_sum([sum(loss.item() for loss in losses)])[0]
-            metrics = {"step": step, "loss": loss} | stats
+            metrics = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
+            metrics |= {"step": step, "loss": sum(gather_objects(loss.item()))}
             log_step(run, "step {step}/12 | loss {loss:.4f} nat", metrics)
             stopping = stop_requested()
             if stopping or step % args.save_every == 0 or step == 12:
