@@ -279,7 +279,6 @@ def prefill_attention(store, rows, begin):
 
 class Layout(NamedTuple):
     """Where the running rows hold their keys and values, and which rows share a prompt."""
-    slots: torch.Tensor  # [K * B] int64: where in the flattened store the next key and value go
     lengths: torch.Tensor  # [B] int64: slots that each row holds
     prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
@@ -292,14 +291,15 @@ def decode_attention(own, prompts, layout):
 
     own, prompts: stores as for prefill_attention, of what the rows have said and of their prompts.
     The rows of a prompt ask it together, in one product; both parts of a row's scores share one
-    softmax.
+    softmax. A row that has ended runs on until its place is given away: it stays in its last slot.
     """
     K, B, S = own[0][0].shape[:3]
     N, g = layout.members.shape
-    slots = torch.arange(S, device=layout.lengths.device)
-    unseen = slots > layout.lengths[:, None]  # [B, S]; the new token sees itself
-    own_bias = torch.zeros(unseen.shape, device=slots.device).masked_fill_(unseen, -torch.inf)
-    own_bias = own_bias.repeat(K, 1)[:, None]  # [K * B, 1, S]
+    device = layout.lengths.device
+    lengths = layout.lengths.clamp(max=S - 1).repeat(K)  # [K * B]
+    next_slots = torch.arange(0, K * B * S, S, device=device) + lengths
+    unseen = torch.arange(S, device=device) > lengths[:, None]  # [K * B, S]: the new token is seen
+    own_bias = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None]
 
     def gather(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
         if len(layout.places):
@@ -316,7 +316,7 @@ def decode_attention(own, prompts, layout):
         keys, values = (held.flatten(0, 1) for held in own[layer])  # [K * B, S, head_dim] each
         for held, new in ((keys, k), (values, v)):
             new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
-            held.view(-1, head_dim).index_copy_(0, layout.slots, new)
+            held.view(-1, head_dim).index_copy_(0, next_slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
         scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
         prompt_keys, prompt_values = (held.flatten(0, 1) for held in prompts[layer])

@@ -257,7 +257,7 @@ def bench_step(args, counted=3):
     sampled = 0
     for step in range(1 + counted):
         begin = clock()
-        groups = list(map(odd, grpo.roll_out_step(policy, enumerate(problems), step, args)))
+        groups = list(map(odd, grpo.roll_out_step(policy, [problems], step, args)))
         rows, total = grpo.training_rows(grpo.with_advantages(groups, args), args)
         rolled = clock()
         grpo.update(policy, reference, optimizer, rows, total, args.lr, args)

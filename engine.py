@@ -208,8 +208,8 @@ def prefill(params, config, store, owners, prompts, chunk):
 
 def batch_layout(batch):
     """The Layout of a batch; rows of the stores without an owner hold zeros."""
-    K, B, slots, _ = batch.own.layers[0][0].shape
-    N, P = batch.prompts.layers[0][0].shape[1:3]
+    B = batch.own.layers[0][0].shape[1]
+    K, N, P, _ = batch.prompts.layers[0][0].shape
     lengths, held = [0] * B, [0] * N
     groups = [[] for _ in range(N)]  # the rows of each prompt
     for row, at in sorted(batch.rows.items(), key=lambda item: item[1]):
@@ -224,11 +224,9 @@ def batch_layout(batch):
     members = [group + [0] * (g - len(group)) for group in groups]
     if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
         places = []
-    lengths = torch.tensor(lengths)
     unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
     prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-    next_slots = (torch.arange(K * B).view(K, B) * slots + lengths).flatten()
-    columns = (next_slots, lengths, prompt_bias, members, places)
+    columns = (lengths, prompt_bias, members, places)
     device = batch.own.layers[0][0].device
     return Layout(*(torch.as_tensor(column).to(device) for column in columns))
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -299,7 +300,7 @@ def decode_step(params, config, state, cache, temperature, top_p, top_k, forced)
     state.tokens.copy_(tokens)
     counters = [state.positions, state.draws]
     if state.layout:
-        counters += [state.layout.slots, state.layout.lengths]
+        counters.append(state.layout.lengths)
     for counter in counters:
         counter.add_(1)
     return tokens, logprobs
@@ -328,17 +329,18 @@ def decode(step_fn, state, rows, steps, sampling):
     return drawn
 
 
-def harvest(rows, drawn, sampling, results, on_token):
+def harvest(rows, drawn, sampling, results, on_token, on_done):
     """Append the drawn tokens to their rows, and move the rows that end into `results`.
 
-    drawn: (tokens [B], logprobs [B]) of each step. Returns (ended, num_tokens, reopened): what
-    on_step is told, and whether a thought was reopened, which leaves a row shorter than what the
-    cache holds of it.
+    drawn: (tokens [B], logprobs [B]) of each step. Returns (ended, num_tokens, reopened, further):
+    what on_step is told, whether a thought was reopened, which leaves a row shorter than what the
+    cache holds of it, and the prompts that on_done asks for.
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     ended = []
     num_tokens = 0
     reopened = False
+    further = []
     for row, at in list(rows.items()):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = min(next(ends, len(drawn)), row.limit - len(row.tokens))
@@ -357,7 +359,9 @@ def harvest(rows, drawn, sampling, results, on_token):
             results[row.prompt][row.sample] = completion
             ended.append((row.prompt, row.sample, completion))
             del rows[row]
-    return ended, num_tokens, reopened
+            if on_done and None not in results[row.prompt]:
+                further.append(on_done(row.prompt, results[row.prompt]))
+    return ended, num_tokens, reopened, [prompt for prompt in further if prompt is not None]
 
 
 # ------------------------------------------------------------ generate
@@ -383,20 +387,20 @@ def check_request(config, prompts, limits, **settings):
 
 
 def new_rows(config, prompts, limits, seed, seeds, sampling):
-    """A waiting Row for every sample of every prompt, long prompts first: neighbours are alike."""
-    waiting = deque()
-    for p in sorted(range(len(prompts)), key=lambda p: -len(prompts[p])):
+    """A Row for every sample of every prompt: [prompt][sample]."""
+    rows = []
+    for p, prompt in enumerate(prompts):
         thought_begin = None
         if sampling.bounds_thinking:
-            tail, tag = sampling.text(prompts[p][-32:]), f"{sampling.think_tag}>"
+            tail, tag = sampling.text(prompt[-32:]), f"{sampling.think_tag}>"
             thought_begin = 0 if tail.rfind("<" + tag) > tail.rfind("</" + tag) else None
-        held = len(prompts[p]) - 1  # rows feed the last token themselves: only decode makes logits
+        held = len(prompt) - 1  # rows feed the last token themselves: only decode makes logits
+        rows.append([])
         for sample, limit in enumerate(limits[p]):
             key = row_key(seed, p if seeds is None else seeds[p], sample)
-            limit = min(limit, config.max_context - len(prompts[p]))
-            row = Row(p, sample, key, limit, prompts[p][-1], held, thought_begin)
-            waiting.append(row)
-    return waiting
+            limit = min(limit, config.max_context - len(prompt))
+            rows[-1].append(Row(p, sample, key, limit, prompt[-1], held, thought_begin))
+    return rows
 
 
 @torch.inference_mode()
@@ -404,7 +408,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
              top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
              tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
              cache_gib=math.inf, chunk=None, compiled=False, engine=None, on_token=None,
-             on_step=None, stats=None):
+             on_step=None, on_done=None, first=None, stats=None):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says
@@ -423,6 +427,8 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     on_token(prompt, sample, tokens): called with a row's tokens so far.
     on_step(ended, num_tokens): called every few steps with the [(prompt, sample, Completion), ...]
     that have ended since, and the number of tokens drawn.
+    on_done(prompt, completions): called when all samples of a prompt have ended. It may return the
+    index of a prompt that waits for that, which joins the queue: of those beyond the `first` ones.
     stats: a dict that is given steps, cache_gib (peak), prefill_s, capture_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
@@ -441,9 +447,11 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     if not prompts:
         return results
 
+    rows = new_rows(config, prompts, limits, seed, seeds, sampling)
+    # long prompts first: neighbours are alike
+    waiting = deque(chain(*sorted(rows[:first], key=lambda samples: -samples[0].held)))
     params = sampling_params(params, config)
     like = params["model.norm.weight"]
-    waiting = new_rows(config, prompts, limits, seed, seeds, sampling)
     pair = like.element_size() + (like.element_size() if like.is_cuda else 4)  # a key and a value
     width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     budget = cache_gib * 2**30 / (width * pair)  # slots
@@ -451,7 +459,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     static = has_varlen(like.device, like.dtype)
     if static:
         batch = Engine() if engine is None else engine
-        longest = max(row.held + 1 + row.limit for row in waiting)
+        longest = max(row.held + 1 + row.limit for row in chain(*rows))
         prepare(batch, params, config, min(max_batch, len(waiting)), longest, budget)
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
@@ -469,6 +477,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         begin = time.perf_counter()
         state = (seat_in_slots if static else seat)(params, config, batch, waiting, prompts,
                                                     max_batch, chunk)
+        full = bool(waiting)  # all who had room are in
         cache = batch.cache if static else (batch.own.layers, batch.prompts.layers)
         step = functools.partial(step_fn, params, config, state, cache, *settings)
         wait_for(like)
@@ -485,12 +494,16 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         while not changed:
             drawn = decode(step, state, batch.rows, min(stride, left), sampling)
             stats["steps"] += len(drawn)
-            *news, reopened = harvest(batch.rows, drawn, sampling, results, on_token)
+            *news, reopened, further = harvest(batch.rows, drawn, sampling, results, on_token,
+                                               on_done)
+            waiting.extend(chain(*(rows[prompt] for prompt in further)))
             if on_step:
                 on_step(*news)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
             B = len(state.tokens)
-            places = min(B, max_batch) if waiting else B
+            places = B
+            if waiting:
+                places = min(B, max_batch) if full else max_batch
             free = places - len(batch.rows)
             sparse = free >= max(1, B // (16 if waiting else 2 if static else 4))
             left = steps_left(batch)

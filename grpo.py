@@ -15,7 +15,8 @@ Where this departs from the GRPO paper, and what undoes it:
 1. The loss is the mean over all tokens of a step, not over each completion first, and the ratio is
    clipped later from above (DAPO, arXiv:2503.14476): --loss grpo --clip-high 0.2.
 2. There is no KL divergence in the loss, and so no reference model: --beta 0.04 --kl k3.
-3. Groups of equal rewards teach nothing, and new problems replace them (DAPO): --refill 0.
+3. Groups of equal rewards teach nothing, and new problems replace them (DAPO), at once, in the
+   batch that is running: --refill 0.
 4. A token is weighted by the trainer's probability over the sampler's, at most --sampler-cap
    (truncated importance sampling); that is 1 but for rounding. --sampler-level sequence leaves out
    whole completions instead.
@@ -85,7 +86,7 @@ def add_flags(parser):
     add("--temperature", type=launch.above(0.0), default=1.0, help="of every log-probability, too")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
-    add("--refill", type=at_least(0), default=2, help="times to replace groups of equal rewards")
+    add("--refill", type=at_least(0), default=2, help="times to replace a group of equal rewards")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
@@ -146,7 +147,7 @@ class Group(NamedTuple):
     right: list[bool | None]  # None: undecided
     max_new_tokens: int
     think_tag: str
-    place: int = 0  # of the problem in the order of the run
+    place: int = 0  # of the problem in the step
     parts: dict[str, list] = {}  # each reward by name, [G]
     rewards: list[float | None] = ()  # [G] their sum, each times its coefficient; None: undecided
     advantages: list[float | None] = ()  # [G] None: undecided, and not learned from
@@ -166,41 +167,58 @@ def encode_problem(policy, problem, args, preset=None):
                          think_tag=args.think_tag)
 
 
-def roll_out(policy, problems, args, seed=0, preset=None, greedy=False):
+def grade(policy, asked, prompt, completions, args, preset):
+    """The Group of these completions. asked: (place, problem)."""
+    place, problem = asked
+    form = PRESETS[preset]
+    ends = model.end_tokens(policy.tokenizer, policy.config)
+    texts = [completion_text(policy.tokenizer, c, ends, form.stop) for c in completions]
+    pairs = [(text, problem["answer"]) for text in texts]
+    right = verify_many(pairs, strict=form.grade == "strict")
+    group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag,
+                  place)
+    return reward_group(group, parse_rewards(args.reward))
+
+
+def roll_out(policy, problems, args, seed=0, preset=None, greedy=False, refills=()):
     """A Group for each (place, problem); each process samples its share, and all get every group.
 
     A completion's noise derives from (seed, place, sample) alone. preset: instead of --prompt.
     greedy: one completion each, without noise.
+    refills: lists as long as `problems`. A group without spread is replaced, while others are still
+    being sampled: by what stands at its index in the first list, then in the next.
     """
     rank, world = rank_and_world()
     G = 1 if greedy else args.group
-    total = len(problems) * G
-    problems = problems[rank::world]
-    prompts = [encode_problem(policy, problem, args, preset) for _, problem in problems]
-    asked = PRESETS[preset or args.prompt]
-    ends = model.end_tokens(policy.tokenizer, policy.config)
+    preset = preset or args.prompt
+    shares = [batch[rank::world] for batch in (problems, *refills)]
+    first = len(shares[0])
+    asked = list(itertools.chain(*shares))
+    prompts = [encode_problem(policy, problem, args, preset) for _, problem in asked]
 
     def sample():
-        with launch.progress_bar(total, "answering" if greedy else "sampling", True) as on_step:
-            return generate(
-                policy.params, policy.config, prompts, num_samples=G, seed=seed, stop_tokens=ends,
-                seeds=[place for place, _ in problems], max_new_tokens=args.max_new_tokens,
-                temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
-                stop_strings=asked.stop, tokenizer=policy.tokenizer, engine=policy.engine,
-                compiled=args.compile, on_step=on_step)
+        groups = []
 
-    rows = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
-    texts = [[completion_text(policy.tokenizer, c, ends, asked.stop) for c in row] for row in rows]
-    pairs = [(text, p["answer"]) for (_, p), row in zip(problems, texts) for text in row]
-    verdicts = verify_many(launch.show_phase(pairs, "grading"), strict=asked.grade == "strict")
-    coefficients = parse_rewards(args.reward)
-    groups = []
-    for i, (place, problem) in enumerate(problems):
-        group = Group(problem, prompts[i], texts[i], rows[i], verdicts[i * G:(i + 1) * G],
-                      args.max_new_tokens, args.think_tag, place)
-        groups.append(reward_group(group, coefficients))
-    shares = gather_objects(groups)
-    return sorted(itertools.chain(*shares), key=lambda group: group.place)
+        def on_done(i, completions):
+            groups.append(grade(policy, asked[i], prompts[i], completions, args, preset))
+            if has_spread(groups[-1]) or i + first >= len(asked):
+                return None
+            on_step([], 0, joined=G)
+            return i + first
+
+        name = "answering" if greedy else "sampling"
+        with launch.progress_bar(len(problems) * G, name, quiet=True) as on_step:
+            generate(
+                policy.params, policy.config, prompts, num_samples=G, seed=seed, first=first,
+                seeds=[place for place, _ in asked], max_new_tokens=args.max_new_tokens,
+                temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+                stop_tokens=model.end_tokens(policy.tokenizer, policy.config),
+                stop_strings=PRESETS[preset].stop, tokenizer=policy.tokenizer,
+                engine=policy.engine, compiled=args.compile, on_step=on_step, on_done=on_done)
+        return groups
+
+    groups = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
+    return sorted(itertools.chain(*gather_objects(groups)), key=lambda group: group.place)
 
 
 def as_sampler(policy):
@@ -212,23 +230,19 @@ def as_sampler(policy):
     return policy._replace(params=form)
 
 
-def roll_out_step(policy, problems, step, args):
-    """The groups of a step, one for each problem that it takes from the iterator `problems`.
+def roll_out_step(policy, orders, step, args):
+    """The groups of a step, on the next --prompts problems of each of `orders`.
 
-    Up to --refill times, new problems are asked in place of those whose groups have no spread
-    (dynamic sampling, DAPO, section 3.2).
+    Those of the first order are asked. A group without spread is replaced by the problem that has
+    its place in the next order, up to --refill times (dynamic sampling, DAPO, section 3.2): which
+    one that is depends neither on who ends first nor on the number of processes.
     """
-    sampler = as_sampler(policy)
+    N = args.prompts
     seed = zlib.crc32(f"{args.seed} {step}".encode())
-    groups = []
-    missing = args.prompts
-    for _ in range(1 + args.refill):
-        batch = list(itertools.islice(problems, missing))
-        groups += roll_out(sampler, batch, args, seed)
-        missing = args.prompts - sum(map(has_spread, groups))
-        if missing == 0 or args.teacher:
-            break
-    return groups
+    attempts = [list(zip(itertools.count(i * N), itertools.islice(order, N)))
+                for i, order in enumerate(orders)]
+    problems, *refills = attempts
+    return roll_out(as_sampler(policy), problems, args, seed, refills=refills)
 
 
 def as_tensor(rows):
@@ -654,6 +668,15 @@ def open_training(args):
                     trained_on, args), state["step"]
 
 
+def problem_orders(sets, taken, args):
+    """For each attempt, the first one and those of --refill, an order of problems, from `taken`."""
+    proportions = [mixture.split_number(word)[1] for word in args.data]
+    for attempt in range(1 if args.teacher else 1 + args.refill):
+        seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
+        order = mixture.problem_order(sets, proportions, seed, args.curriculum)
+        yield itertools.islice(order, taken, None)
+
+
 def count_steps(args, num_problems):
     """(steps of the run, {last step of an epoch: which one}, but for the last epoch)."""
     epoch = num_problems / args.prompts  # in steps
@@ -747,21 +770,19 @@ def main(args):
     if metrics.reached(progress["dev"], args.until):
         steps = done
     view.write_report(training.run)
-    proportions = [mixture.split_number(word)[1] for word in args.data]
-    problems = mixture.problem_order(sets, proportions, args.seed, args.curriculum)
-    problems = itertools.islice(problems, progress["taken"], None)
+    orders = list(problem_orders(sets, progress["taken"], args))
 
     began = time.perf_counter()
     with run.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
             start = time.perf_counter()
-            groups = with_advantages(roll_out_step(policy, problems, step, args), args)
+            groups = with_advantages(roll_out_step(policy, orders, step, args), args)
             rolled = time.perf_counter()
             rows, total = training_rows(groups, args)
             learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
             updated = time.perf_counter()
-            progress["taken"] += len(groups)
+            progress["taken"] += args.prompts
             metrics.count_right(groups, progress["right"])
             num_sampled = sum(len(c.tokens) for g in groups for c in g.completions)
             peaks = gather_objects(launch.peak_memory_gib(optimizer.params.device))

@@ -354,7 +354,7 @@ def progress_bar(total, name=None, quiet=False):
 
     They are those of all processes, guessed from this one's. The bar says how many tokens a second
     these are, and how long the rest will take; in a log file, once a minute. quiet: only on a
-    terminal, and gone at the end.
+    terminal, and gone at the end. on_step(..., joined): so many more completions are asked for.
     """
     rank, world = rank_and_world()
     terminal = sys.stderr.isatty()
@@ -362,10 +362,11 @@ def progress_bar(total, name=None, quiet=False):
     began = shown = time.monotonic()
     tokens = 0
 
-    def on_step(ended, num_tokens):
+    def on_step(ended, num_tokens, joined=0):
         nonlocal shown, tokens
         tokens += world * num_tokens
-        bar.n = min(total, bar.n + world * len(ended))
+        bar.total += world * joined
+        bar.n = min(bar.total, bar.n + world * len(ended))
         now = time.monotonic()
         if now - shown > interval_s:
             bar.set_postfix_str(f"{tokens / (now - began):.0f} tok/s")
@@ -374,7 +375,7 @@ def progress_bar(total, name=None, quiet=False):
     hidden = rank > 0 or total == 0 or quiet and not terminal
     with tqdm(total=total, desc=name, unit="answer", disable=hidden, leave=not quiet) as bar:
         yield on_step
-        bar.n = total
+        bar.n = bar.total
 
 
 def show_phase(items, name):

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,6 +175,15 @@ def point_to_best(home, best_step):
     os.replace(partial, best)
 
 
+def fingerprint(path):
+    """[bytes, CRC-32] of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+        return [file.tell(), crc]
+
+
 def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None,
                     trained_on=()):
     """Write run_dir/checkpoints/step_000100: a model directory, and the trainer's state beside it.
@@ -206,8 +216,11 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
         gather_objects(None)  # the directory is there
         save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
         shutil.copymode(partial / "config.json", shard)
-        gather_objects(None)  # so are their shards
+        sums = dict(gather_objects((shard.name, fingerprint(shard))))
         if rank == 0:
+            others = [file for file in partial.rglob("*.*") if file.name not in sums]
+            sums |= {file.relative_to(partial).as_posix(): fingerprint(file) for file in others}
+            (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
             for file in partial.rglob("*.*"):  # on the disk before the name says that it is whole
                 with open(file, "r+b") as handle:  # Windows syncs what it may write
                     os.fsync(handle.fileno())
@@ -247,6 +260,10 @@ def load_checkpoint(path, optimizer):
     rank, world = rank_and_world()
     fault = None
     try:
+        sums = read_json(path / "checksums.json")
+        for name in sorted(sums)[rank::world]:
+            if fingerprint(path / name) != sums[name]:
+                raise ValueError(f"{name} is not what was written")
         trainer = read_json(path / "trainer.json")
         if {name: tuple(span) for name, span in trainer["spans"].items()} == optimizer.spans:
             load_shard(path, trainer, optimizer)

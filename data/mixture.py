@@ -64,7 +64,7 @@ def data_hash(*problem_lists):
 
 
 def problem_order(sets, proportions, seed, curriculum=False):
-    """Endless (place, problem): sets drawn by proportion, each in permutations by (seed, epoch)."""
+    """Endless problems: sets drawn by proportion, each in permutations by (seed, epoch)."""
     taken = [0] * len(sets)
     orders = [None] * len(sets)
     for place in itertools.count():
@@ -76,4 +76,4 @@ def problem_order(sets, proportions, seed, curriculum=False):
             if curriculum:  # by level, blurred by one
                 orders[i].sort(key=lambda problem: problem.get("level", 3) + rng.random())
         taken[i] += 1
-        yield place, orders[i][index]
+        yield orders[i][index]

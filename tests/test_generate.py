@@ -1,6 +1,6 @@
 """Tests of generate.py."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -132,6 +132,40 @@ def test_generate_preempted_rows_say_the_same():
                                    cache_gib=slots * _SLOT_GIB, **ask)
             assert restarted.called, (num_samples, slots)
             assert _tokens(answers) == _tokens(alone), (num_samples, slots)
+
+
+def test_generate_further_prompts_join_the_running_batch():
+    """What replaces a group was asked when all were done: tails of nearly empty steps."""
+    params, config = _sampler()
+    form = sampling_params(params, config, packed=False)
+    prompts = [*_PROMPTS, [1, 2], [7] * 30, [3]]
+    limits = [[4, 9], [40, 2], [40, 39], [5, 5], [30, 30], [1, 30], [9, 9]]
+    ask = {"num_samples": 2, "max_new_tokens": limits, "temperature": 0.9}
+    wanted = _tokens(generate(form, config, prompts, **ask)[:6])
+    captured = []
+    for static, max_batch in ((False, 8), (False, 3), (True, 8), (True, 3)):
+        calls, stats = {}, {}
+
+        def on_done(i, completions):
+            calls[i] = completions
+            return {0: 4, 4: 5}.get(i)
+
+        with _static(captured) if static else nullcontext():
+            *answers, never = generate(form, config, prompts, first=4, on_done=on_done,
+                                       max_batch=max_batch, stats=stats, **ask)
+        assert _tokens(answers) == wanted and never == [None, None]
+        assert sorted(calls) == list(range(6)) and all(calls[i] is answers[i] for i in calls)
+        assert max_batch == 3 or stats["steps"] < 40 + 30 + 30, stats
+    assert len(set(captured)) <= 4 and len(captured) <= 4 + 3  # of two engines
+
+
+def test_generate_ended_rows_write_into_no_other():
+    """One that ended near the end of its slots ran on into those of the row after it."""
+    params, config = _sampler()
+    prompts = [[5 + i] for i in range(40)]
+    limits = [[31], *[[10]] * 31, *[[60]] * 8]
+    answers = generate(params, config, prompts, max_new_tokens=limits, max_batch=32)
+    assert _gaps(params, config, prompts, answers).max() < 1e-4
 
 
 def test_generate_cache_grows_past_its_blocks():

@@ -97,7 +97,8 @@ def two_steps(base, lora, engine):
         for i, name in enumerate(lora):
             noise = torch.randn(lora[name].shape, generator=torch.Generator().manual_seed(i))
             lora[name].add_(0.03 * noise.to(lora[name].device))
-        groups = grpo.roll_out_step(policy, enumerate(problems[10 * step:]), step, args)
+        orders = [problems[10 * step:], problems[10 * step + 4:]]
+        groups = grpo.roll_out_step(policy, orders, step, args)
         row = [(g.prompt, [grpo.Sequence(c.tokens, c.logprobs, 1.0) for c in g.completions])
                for g in groups]
         with torch.no_grad():

@@ -29,7 +29,7 @@ import metrics
 import model
 import optim
 import verify
-from data import mixture, rewards
+from data import load_problems, mixture, rewards
 from engine import Engine, cache_slots
 from run import list_checkpoints, make_trainable, read_trained_on, step_of
 from tests.common import (
@@ -244,7 +244,8 @@ def test_grpo_undecided_verdicts_teach_nothing():
     box = "\\boxed{4}"
     group = _group([box, "\\boxed{5}", box, "too hard"], lengths=[3, 4, 5, 6])
     group = group._replace(right=[True, False, True, None])
-    undecided = _rewarded(group, "accuracy=1", "brevity=0.1")
+    words = ["accuracy=1", "brevity=0.1"]
+    undecided = _rewarded(group, *words)
     assert undecided.rewards[1] == 0 and undecided.rewards[3] is None
     without = undecided._replace(completions=group.completions[:3], texts=group.texts[:3],
                                  rewards=undecided.rewards[:3], right=group.right[:3])
@@ -255,8 +256,8 @@ def test_grpo_undecided_verdicts_teach_nothing():
         assert all(abs(x - y) < 1e-6 for x, y in zip(a.advantages, b.advantages, strict=False))
     learned, total = _trained([undecided])
     assert [len(s.tokens) for s in learned[0]] == [3, 4, 5] and total == 12
-    one = _rewarded(group._replace(right=[None, None, True, None]))
-    none = _rewarded(group._replace(right=[None] * 4))
+    one = _rewarded(group._replace(right=[None, None, True, None]), *words)
+    none = _rewarded(group._replace(right=[None] * 4), *words)
     assert not rewards.has_spread(one) and not rewards.has_spread(none)
     assert _trained([one, none]) == ([], 0)
     found = metrics.step_metrics([undecided, none], Counter(), _args())
@@ -474,15 +475,20 @@ def test_grpo_update_halves_what_does_not_fit():
 
 def test_grpo_rollouts_halve_what_does_not_fit():
     """With the same samples. A problem that comes twice in a step draws its own noise each time."""
-    problem = {"id": "one", "problem": "What is 17 * 6 - 48?", "answer": "54"}
+    problems = list(enumerate([{"id": "one", "problem": "What is 3+8?", "answer": "?"}] * 6))
     sampled = []
     for most in (8, 4):
-        args = _args("--group", 4, "--max-batch", 8, "--max-new-tokens", 24, "--prompt", "cot")
-        limited = _short_of_memory(grpo.generate, lambda *_, max_batch, **kw: max_batch > most)
+        args = _args("--group", 4, "--max-batch", 8, "--max-new-tokens", 12,
+                     "--reward", "accuracy=1")
+
+        def limited(*words, max_batch, on_done, **settings):  # when a group has ended
+            on_done = _short_of_memory(on_done, lambda i, _: max_batch > most and i == 2)
+            return generate.generate(*words, max_batch=max_batch, on_done=on_done, **settings)
+
         with mock.patch.object(grpo, "generate", limited), _printed() as said:
-            groups = grpo.roll_out(_policy(), [(0, problem), (1, problem)], args)
+            groups = grpo.roll_out(_policy(), problems[:3], args, refills=[problems[3:]])
         sampled.append([[c.tokens for c in g.completions] for g in groups])
-    assert sampled[0] == sampled[1] and args.max_batch == 4
+    assert sampled[0] == sampled[1] and len(groups) == 6 and args.max_batch == 4
     assert sampled[0][0] != sampled[0][1]
     assert "out of memory at --max-batch 8: going on with 4" in said.getvalue(), said.getvalue()
 
@@ -611,7 +617,7 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
 
     def take(n, skip=0):
         order = mixture.problem_order(sets, [3, 1], 0)
-        return [p["id"] for _, p in itertools.islice(order, skip, skip + n)]
+        return [p["id"] for p in itertools.islice(order, skip, skip + n)]
 
     assert take(60)[20:] == take(40, skip=20)
     first = [x for x in take(200) if x[0] == "a"]
@@ -619,8 +625,32 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
     assert all(len(set(epoch)) == 10 for epoch in epochs), "each epoch asks each problem once"
     assert 0.6 < len(first) / 200 < 0.9
     order = mixture.problem_order(sets[:1], [1], 0, curriculum=True)
-    levels = [p["level"] for _, p in itertools.islice(order, 10)]
+    levels = [p["level"] for p in itertools.islice(order, 10)]
     assert sum(levels[:5]) < sum(levels[5:])
+
+
+def test_grpo_what_replaces_a_group_does_not_depend_on_who_samples():
+    """The problem in the same place of the next order, in one batch with all others. Before, it was
+    the next problem of all, by who had none to spare; and each round waited for the last."""
+    problems = load_problems("arithmetic", "train", 15)
+    args = _args("--prompts", 5, "--group", 4, "--max-batch", 16)
+
+    def ask(rank, world):
+        with (mock.patch.multiple(grpo, rank_and_world=lambda: (rank, world),
+                                  gather_objects=lambda own: [own]),
+              mock.patch.object(grpo, "generate", wraps=generate.generate) as asked):
+            orders = [problems[begin:] for begin in (0, 5, 10)]
+            groups = grpo.roll_out_step(_policy(), orders, 1, args)
+        assert asked.call_count == 1
+        return {g.place: (g.problem["id"], [c.tokens for c in g.completions], rewards.has_spread(g))
+                for g in groups}
+
+    alone = ask(0, 1)
+    assert alone == ask(0, 2) | ask(1, 2) and 5 < len(alone) < 15
+    for place in range(15):
+        dull = place < 5 or place - 5 in alone and not alone[place - 5][2]
+        assert (place in alone) == dull
+        assert not dull or alone[place][0] == problems[place]["id"]
 
 
 def test_grpo_no_problem_is_both_trained_on_and_held_out():
@@ -666,12 +696,12 @@ def test_grpo_asks_base_models_as_their_protocols_do():
     said = "6 * 7 = 42. The answer is 42.\n\nQuestion: What is 1 + 1?\nAnswer: 2. The answer is 2."
     asked = []
 
-    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, **_):
+    def base_model(params, config, prompts, *, stop_strings, tokenizer, num_samples, on_done, **_):
         asked.append(policy.tokenizer.decode(prompts[0], skip_special_tokens=False))
         cut = min((said.index(stop) + len(stop) for stop in stop_strings if stop in said),
                   default=len(said))
         tokens = tokenizer.encode(said[:cut], add_special_tokens=False).ids
-        return [[generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples]
+        on_done(0, [generate.Completion(tokens, [0.0] * len(tokens), "stop")] * num_samples)
 
     problem = {"problem": "What is 6 * 7?", "answer": "42"}
     with mock.patch.object(grpo, "generate", base_model):

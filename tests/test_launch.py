@@ -185,9 +185,9 @@ def test_launch_progress_moves_on_a_terminal_and_once_a_minute_in_a_log():
               launch.progress_bar(8, "sampling", quiet) as on_step):
             for seconds in (1, 30, 60):
                 now[0] += seconds
-                on_step([None] * 2, 50)
+                on_step([None] * 2, 50, joined=1)
         assert said.getvalue().count("tok/s") >= moves, said.getvalue()
         assert bool(said.getvalue()) == bool(moves), "nothing extra in a log file"
         if moves == 3:
-            assert "2/8" in said.getvalue() and "6/8" in said.getvalue()
+            assert "2/9" in said.getvalue() and "6/11" in said.getvalue()
             assert "50 tok/s" in said.getvalue() and "2 tok/s" in said.getvalue()
