@@ -87,7 +87,6 @@ def add_flags(parser):
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times to replace a group of equal rewards")
-    add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
     add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, or "
@@ -162,58 +161,54 @@ class Policy(NamedTuple):
     engine: Engine | None = None  # the sampler's, which a GPU keeps
 
 
-def encode_problem(policy, problem, args, preset=None):
-    return encode_prompt(policy.tokenizer, preset or args.prompt, problem, system=policy.system,
+def encode_problem(policy, problem, args):
+    return encode_prompt(policy.tokenizer, args.prompt, problem, system=policy.system,
                          think_tag=args.think_tag)
 
 
-def grade(policy, asked, prompt, completions, args, preset):
-    """The Group of these completions. asked: (place, problem)."""
-    place, problem = asked
-    form = PRESETS[preset]
+def grade(policy, place, problem, prompt, completions, args):
+    """The Group of these completions, rewarded."""
+    preset = PRESETS[args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
-    texts = [completion_text(policy.tokenizer, c, ends, form.stop) for c in completions]
+    texts = [completion_text(policy.tokenizer, c, ends, preset.stop) for c in completions]
     pairs = [(text, problem["answer"]) for text in texts]
-    right = verify_many(pairs, strict=form.grade == "strict")
-    group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag,
-                  place)
+    group = Group(problem, prompt, texts, completions,
+                  verify_many(pairs, strict=preset.grade == "strict"), args.max_new_tokens,
+                  args.think_tag, place)
     return reward_group(group, parse_rewards(args.reward))
 
 
-def roll_out(policy, problems, args, seed=0, preset=None, greedy=False, refills=()):
+def roll_out(policy, problems, args, seed=0, refills=()):
     """A Group for each (place, problem); each process samples its share, and all get every group.
 
-    A completion's noise derives from (seed, place, sample) alone. preset: instead of --prompt.
-    greedy: one completion each, without noise.
+    A completion's noise derives from (seed, place, sample) alone.
     refills: lists as long as `problems`. A group without spread is replaced, while others are still
     being sampled: by what stands at its index in the first list, then in the next.
     """
     rank, world = rank_and_world()
-    G = 1 if greedy else args.group
-    preset = preset or args.prompt
-    shares = [batch[rank::world] for batch in (problems, *refills)]
-    first = len(shares[0])
-    asked = list(itertools.chain(*shares))
-    prompts = [encode_problem(policy, problem, args, preset) for _, problem in asked]
+    asked = [(place, problem, encode_problem(policy, problem, args))
+             for batch in (problems, *refills) for place, problem in batch[rank::world]]
+    first = len(problems[rank::world])
 
     def sample():
         groups = []
 
         def on_done(i, completions):
-            groups.append(grade(policy, asked[i], prompts[i], completions, args, preset))
+            groups.append(grade(policy, *asked[i], completions, args))
             if has_spread(groups[-1]) or i + first >= len(asked):
                 return None
-            on_step([], 0, joined=G)
+            on_step([], 0, joined=args.group)
             return i + first
 
-        name = "answering" if greedy else "sampling"
-        with launch.progress_bar(len(problems) * G, name, quiet=True) as on_step:
+        name = "sampling" if args.temperature else "answering"
+        with launch.progress_bar(len(problems) * args.group, name, quiet=True) as on_step:
             generate(
-                policy.params, policy.config, prompts, num_samples=G, seed=seed, first=first,
-                seeds=[place for place, _ in asked], max_new_tokens=args.max_new_tokens,
-                temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+                policy.params, policy.config, [prompt for _, _, prompt in asked],
+                num_samples=args.group, seed=seed, first=first,
+                seeds=[place for place, _, _ in asked], max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, max_batch=args.max_batch,
                 stop_tokens=model.end_tokens(policy.tokenizer, policy.config),
-                stop_strings=PRESETS[preset].stop, tokenizer=policy.tokenizer,
+                stop_strings=PRESETS[args.prompt].stop, tokenizer=policy.tokenizer,
                 engine=policy.engine, compiled=args.compile, on_step=on_step, on_done=on_done)
         return groups
 
@@ -238,11 +233,10 @@ def roll_out_step(policy, orders, step, args):
     one that is depends neither on who ends first nor on the number of processes.
     """
     N = args.prompts
+    problems, *refills = [list(enumerate(itertools.islice(order, N), i * N))
+                          for i, order in enumerate(orders)]
     seed = zlib.crc32(f"{args.seed} {step}".encode())
-    attempts = [list(zip(itertools.count(i * N), itertools.islice(order, N)))
-                for i, order in enumerate(orders)]
-    problems, *refills = attempts
-    return roll_out(as_sampler(policy), problems, args, seed, refills=refills)
+    return roll_out(as_sampler(policy), problems, args, seed, refills)
 
 
 def as_tensor(rows):
@@ -673,8 +667,7 @@ def problem_orders(sets, taken, args):
     proportions = [mixture.split_number(word)[1] for word in args.data]
     for attempt in range(1 if args.teacher else 1 + args.refill):
         seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
-        order = mixture.problem_order(sets, proportions, seed, args.curriculum)
-        yield itertools.islice(order, taken, None)
+        yield itertools.islice(mixture.problem_order(sets, proportions, seed), taken, None)
 
 
 def count_steps(args, num_problems):
@@ -685,13 +678,19 @@ def count_steps(args, num_problems):
     return args.steps or math.ceil(epochs * epoch), ends
 
 
+def answer(sampler, problems, args, prompt=None):
+    """A Group of one greedy completion for each problem. prompt: instead of --prompt."""
+    once = {"group": 1, "temperature": 0.0, "prompt": prompt or args.prompt}
+    return roll_out(sampler, list(enumerate(problems)), argparse.Namespace(**vars(args) | once))
+
+
 def evaluate(training, sampler, step, groups=()):
     """rate_metrics of the answers on dev, which are noted in `progress`.
 
     A few groups of the step and of dev go, whole, to samples.jsonl.
     """
     progress = training.progress
-    answered = roll_out(sampler, list(enumerate(training.dev)), training.args, greedy=True)
+    answered = answer(sampler, training.dev, training.args)
     shown = (metrics.sample_records(groups[:4], "rollout", sampler.tokenizer)
              + metrics.sample_records(answered[:8], "held_out", sampler.tokenizer))
     run.log_samples(training.run, step, shown)
@@ -700,14 +699,12 @@ def evaluate(training, sampler, step, groups=()):
     return rate_metrics("dev_accuracy", right)
 
 
-def measure(training, sampler, method, preset=None):
+def measure(training, sampler, method, prompt=None):
     """Add a row on the test split to results.md, unless --test-limit is 0."""
     if training.test:
-        answered = roll_out(sampler, list(enumerate(training.test)), training.args, preset=preset,
-                            greedy=True)
+        row = metrics.results_row(answer(sampler, training.test, training.args, prompt), method)
         rows = training.progress["rows"]
-        rows[:] = [row for row in rows if row["method"] != method]
-        rows.append(metrics.results_row(answered, method))
+        rows[:] = [other for other in rows if other["method"] != method] + [row]
         metrics.write_results(training.run, rows)
 
 
@@ -727,7 +724,7 @@ def measure_start(training):
     run.log_step(training.run, "step {step}" + metrics.DEV_ACCURACY, record)
     measure(training, sampler, "before")
     if training.args.prompt != "cot":
-        measure(training, sampler, "before, asked to think step by step", preset="cot")
+        measure(training, sampler, "before, asked to think step by step", "cot")
     save(training, 0)
 
 

@@ -612,8 +612,7 @@ def test_grpo_trains_all_weights_where_they_fit():
 
 
 def test_grpo_order_of_problems_is_a_function_of_the_seed():
-    sets = [[{"id": f"a{i}", "level": i % 5 + 1} for i in range(10)],
-            [{"id": f"b{i}"} for i in range(4)]]
+    sets = [[{"id": f"a{i}"} for i in range(10)], [{"id": f"b{i}"} for i in range(4)]]
 
     def take(n, skip=0):
         order = mixture.problem_order(sets, [3, 1], 0)
@@ -624,9 +623,6 @@ def test_grpo_order_of_problems_is_a_function_of_the_seed():
     epochs = [first[i:i + 10] for i in range(0, 100, 10)]
     assert all(len(set(epoch)) == 10 for epoch in epochs), "each epoch asks each problem once"
     assert 0.6 < len(first) / 200 < 0.9
-    order = mixture.problem_order(sets[:1], [1], 0, curriculum=True)
-    levels = [p["level"] for p in itertools.islice(order, 10)]
-    assert sum(levels[:5]) < sum(levels[5:])
 
 
 def test_grpo_what_replaces_a_group_does_not_depend_on_who_samples():
@@ -976,7 +972,8 @@ def test_grpo_resumes_with_its_own_flags_and_data():
         saved.write_text(json.dumps(flags))
         out = _resumed(home / "run", "--steps", 2, "--micro-tokens", 64, "--max-batch", 2,
                        "--free-sampler", "--checkpointing")
-        for said in ("--steps is now 2; it was 1", "--micro-tokens is now 64", "step 2/2"):
+        for said in ("--steps is 2, and the run was started with 1", "--micro-tokens is 64, and",
+                     "step 2/2"):
             assert said in out, out
         _write_problems(path, range(1, 41))
         error = error_of("grpo", "--run-dir", home / "run", "--resume", "--steps", 3)
