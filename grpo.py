@@ -92,8 +92,7 @@ def add_flags(parser):
     add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, or "
         "mine.py:short, def short(group) in your mine.py (default none with --teacher, accuracy=1 "
         f"with --scale mean or a prompt that asks for no box, else {' '.join(REWARDED)})")
-    add("--combine", default="sum", choices=("sum", "normalise"),
-        help="rewards: their sum, or each normalised in its group before it (GDPO)")
+    add("--combine", default="sum", choices=("sum", "normalise"), help="normalise: GDPO")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=losses.LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
@@ -121,8 +120,7 @@ def add_flags(parser):
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
     add("--micro-tokens", type=at_least(1), help="tokens in one packed row of training")
-    add("--free-sampler", action="store_true",
-        help="a GPU's sampler gives its memory back before each update: less memory, more time")
+    add("--free-sampler", action="store_true", help="a GPU's sampler makes room for each update")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass: less memory, a third more time")
     launch.add_train_flags(parser, lr=None, run_dir="runs/grpo")
@@ -240,7 +238,7 @@ def roll_out_step(policy, orders, step, args):
 
 
 def as_tensor(rows):
-    """Lists of floats, [N, G], with nan for None."""
+    """Lists of floats as [N, G], with nan for None."""
     return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
 
 
@@ -250,19 +248,18 @@ def with_advantages(groups, args):
     A group without spread gets zeros, and does not count towards the deviation of the batch. An
     undecided completion gets None, and does not count towards the baseline of its group.
     """
-    rewards = as_tensor([g.rewards for g in groups])  # [N, G]
-    advantages = torch.zeros_like(rewards)
-    spread = torch.tensor([has_spread(g) for g in groups])  # [N]
-    if spread.any() and args.combine == "normalise":
+    learned = [g for g in groups if has_spread(g)]
+    found = torch.empty(0)
+    if learned and args.combine == "normalise":
         coefficients = parse_rewards(args.reward)
-        parts = {name: as_tensor([g.parts[name] for g in groups])[spread] for name in coefficients}
-        advantages[spread] = losses.combined_advantages(parts, coefficients, args.scale)
-    elif spread.any():
-        advantages[spread] = group_advantages(rewards[spread], args.scale)
-    rows = []
-    for g, row in zip(groups, advantages.tolist()):
-        rows.append([None if r is None else a for r, a in zip(g.rewards, row)])
-    return [g._replace(advantages=row) for g, row in zip(groups, rows)]
+        parts = {name: as_tensor([g.parts[name] for g in learned]) for name in coefficients}
+        found = losses.combined_advantages(parts, coefficients, args.scale)
+    elif learned:
+        found = group_advantages(as_tensor([g.rewards for g in learned]), args.scale)
+    rows = iter(found.tolist())
+    advantages = [next(rows) if has_spread(g) else [0.0] * len(g.rewards) for g in groups]
+    return [g._replace(advantages=[None if r is None else a for r, a in zip(g.rewards, row)])
+            for g, row in zip(groups, advantages)]
 
 
 # ------------------------------------------------------------ learning
@@ -506,10 +503,9 @@ def check_teacher(args):
     """Raises ValueError unless the teacher reads the student's tokens as the student means them."""
     paths = [model.resolve_model(name, config_only=True) for name in (args.model, args.teacher)]
     student, teacher = (model.load_tokenizer(path).get_vocab() for path in paths)
-    if differing := len(dict(student.items() ^ teacher.items())):
-        raise ValueError(f"--teacher {args.teacher}: {differing} tokens of its tokenizer are not "
-                         f"those of --model {args.model}, expected none; take a teacher of the "
-                         "student's family")
+    if student != teacher:
+        raise ValueError(f"--teacher {args.teacher}: the tokens of its tokenizer are not those of "
+                         f"--model {args.model}; take a teacher of the student's family")
 
 
 def settle_flags(args, config):
@@ -582,7 +578,7 @@ def filter_by_pass_rate(sets, policy, args, counts):
     Raises ValueError when nothing is left of a set.
     """
     low, high = args.filter_by_pass_rate
-    problems = list(enumerate(itertools.chain(*sets)))
+    problems = list(enumerate(sum(sets, [])))
     if not counts:
         say(f"asking {len(problems)} problems {args.group} times each")
         sampler = as_sampler(policy)
@@ -590,12 +586,11 @@ def filter_by_pass_rate(sets, policy, args, counts):
         for begin in range(0, len(problems), args.prompts):
             batch = problems[begin:begin + args.prompts]
             metrics.count_right(roll_out(sampler, batch, args, seed), counts)
-    kept = [[p for p in each if low <= counts[p["id"]][0] / counts[p["id"]][1] <= high]
-            for each in sets]
-    solved = metrics.list_solved(counts)
-    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
-            f"{len(problems)} problems: {len(solved['never'])} were never solved, "
-            f"{len(solved['always'])} always")
+    rates = {name: right / asked for name, (right, asked) in counts.items()}
+    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
+    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of {len(rates)} "
+            f"problems: {[*rates.values()].count(0)} were never solved, "
+            f"{[*rates.values()].count(1)} always")
     if not all(kept):
         raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
     say(said)

@@ -106,19 +106,15 @@ def count_right(groups, counts):
         counts[g.problem["id"]] = [right + g.right.count(True), asked + len(g.right)]
 
 
-def list_solved(counts):
-    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
-    return {"never": [name for name, (right, _) in counts.items() if right == 0],
-            "always": [name for name, (right, asked) in counts.items() if right == asked]}
-
-
 def save_solved(run, counts):
-    """Write list_solved as problems.json, and say how many these are."""
-    solved = list_solved(counts)
+    """Write which problems were never or always solved as problems.json, and say how many."""
+    never = [name for name, (right, _) in counts.items() if right == 0]
+    always = [name for name, (right, asked) in counts.items() if right == asked]
+    path = run.dir / "problems.json"
     if run.rank == 0:
-        write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
-    say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
-        f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+        write_whole(path, json.dumps({"never": never, "always": always}, indent=1))
+    say(f"of {len(counts)} problems asked, {len(never)} were never solved and {len(always)} "
+        f"always: {path} lists them")
 
 
 def right_answers(groups):
