@@ -95,8 +95,7 @@ def add_flags(parser):
     add("--combine", default="sum", choices=("sum", "normalise"), help="normalise: GDPO")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=losses.LOSSES)
-    add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
-        "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
+    add("--level", default="token", choices=("token", "sequence"), help="sequence: GSPO's ratio")
     add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
         "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
     add("--clip-low", type=below_one, default=0.2, help="the ratio is clipped below 1 - this")
@@ -328,7 +327,6 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
     """
     device = params["model.embed_tokens.weight"].device
     groups = [(len(prompt), [len(s.tokens) for s in piece]) for prompt, piece in row]
-    sequences = [s for _, piece in row for s in piece]  # B of them
     tokens, reads, targets = [], [], []  # the head reads, and so predicts a target
     for prompt, piece in row:
         tokens += prompt
@@ -342,11 +340,9 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
     hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [row, D]
     flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature,
                                entropy_grad=entropy_grad)
-    lengths = [len(s.tokens) for s in sequences]
-    logprobs, entropy = (pad_sequence(x.split(lengths), batch_first=True) for x in flat)  # [B, T]
-    steps = torch.arange(logprobs.shape[1], device=device)
-    mask = steps < torch.tensor(lengths, device=device)[:, None]  # [B, T]
-    return logprobs, entropy, mask
+    counted = torch.ones_like(flat[0], dtype=torch.bool)
+    lengths = [length for _, piece in groups for length in piece]  # B of them
+    return [pad_sequence(x.split(lengths), batch_first=True) for x in (*flat, counted)]
 
 
 def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
@@ -368,8 +364,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     loss, stats = policy_loss(
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss,
-        max_completion_tokens=args.max_new_tokens, weights=weights)
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss, weights=weights)
     if args.entropy_bonus:  # the mean over the step's tokens, whatever the loss divides by
         loss = loss - args.entropy_bonus * (entropy * mask).sum() / total.tokens
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
@@ -401,10 +396,10 @@ def update(policy, reference, optimizer, rows, total, lr, args):
         norms = optim.optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
                                      weight_decay=args.weight_decay)
         skipped += norms["skipped"]
-    sums = Counter()
+    sums = Counter(grad_norm=norms["grad_norm"], skipped=skipped)
     for share in gather_objects({name: value.item() for name, value in own.items()}):
         sums.update(share)
-    return sums | {"grad_norm": norms["grad_norm"], "skipped": skipped}
+    return sums
 
 
 def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
@@ -697,10 +692,8 @@ def evaluate(training, sampler, step, groups=()):
 def measure(training, sampler, method, prompt=None):
     """Add a row on the test split to results.md, unless --test-limit is 0."""
     if training.test:
-        row = metrics.results_row(answer(sampler, training.test, training.args, prompt), method)
-        rows = training.progress["rows"]
-        rows[:] = [other for other in rows if other["method"] != method] + [row]
-        metrics.write_results(training.run, rows)
+        answered = answer(sampler, training.test, training.args, prompt)
+        metrics.add_result(training.run, training.progress["rows"], method, answered)
 
 
 def save(training, step):

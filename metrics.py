@@ -72,7 +72,8 @@ def token_texts(tokenizer, tokens):
         text = tokenizer.decode(begun, skip_special_tokens=False)
         whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
         texts.append(text if whole else "")
-        begun = [] if whole else begun
+        if whole:
+            begun = []
     return texts
 
 
@@ -144,24 +145,24 @@ def whether_it_helped(evaluations):
             f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
 
 
-def results_row(groups, method):
-    """A row of results.md: which problems were answered rightly at once, and what that cost."""
-    return {"method": method, "right": "".join(map(str, right_answers(groups))),
-            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
-            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
+def add_result(run, rows, method, groups):
+    """Add a row to `rows`: one answer to each problem, which of them are right, and what they cost.
 
-
-def write_results(run, rows):
-    """Print the rows as a table and write it as results.md: the last of them against the first."""
+    All rows are printed as a table and written as results.md, the last of them against the first.
+    """
+    completions = [g.completions[0] for g in groups]
+    row = {"method": method, "right": "".join(map(str, right_answers(groups))),
+           "tokens_mean": fmean(len(c.tokens) for c in completions),
+           "truncated": fmean(c.finish != "stop" for c in completions)}
+    rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
     right = [list(map(int, row["right"])) for row in rows]
     text = markdown(head, [
         [row["method"], len(scores), percent(*interval(scores)), f"{row['tokens_mean']:.0f}",
          percent(row["truncated"])] for row, scores in zip(rows, right)])
-    if rows[-1]["method"].startswith("after"):
+    if method.startswith("after"):
         change = percent(*paired_bootstrap(right[0], right[-1]))
-        text += (f"\nBefore to {rows[-1]['method']}: {change} points; "
-                 f"{gains(right[0], right[-1])}.\n")
+        text += f"\nBefore to {method}: {change} points; {gains(right[0], right[-1])}.\n"
     if run.rank == 0:
         write_whole(run.dir / "results.md", text)
         print(text, flush=True)
