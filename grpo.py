@@ -320,7 +320,7 @@ def training_rows(groups, args):
     return rows[rank::world], losses.loss_total(args.loss, lengths, args.max_new_tokens)
 
 
-def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_grad=False):
+def row_logprobs(params, config, row, temperature, checkpointing=False):
     """(logprobs, entropy, mask), [B, T] each, of the B completions of a packed row.
 
     row: [(prompt tokens, [Sequence, ...]), ...]; each prompt is computed once.
@@ -338,8 +338,7 @@ def row_logprobs(params, config, row, temperature, checkpointing=False, entropy_
             targets += range(begin, end)
     tokens = torch.tensor(tokens, device=device)  # [row]
     hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [row, D]
-    flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature,
-                               entropy_grad=entropy_grad)
+    flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature)
     counted = torch.ones_like(flat[0], dtype=torch.bool)
     lengths = [length for _, piece in groups for length in piece]  # B of them
     return [pad_sequence(x.split(lengths), batch_first=True) for x in (*flat, counted)]
@@ -351,7 +350,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     old_logprobs, ref_logprobs: [B, T], or None: those of this very pass, and no KL divergence.
     """
     logprobs, entropy, mask = row_logprobs(params, config, row, args.temperature,
-                                           args.checkpointing, args.entropy_bonus != 0)  # [B, T]
+                                           args.checkpointing)  # [B, T] each
     if old_logprobs is None:  # on policy: no rounding can be clipped
         old_logprobs = logprobs.detach()
     new = logprobs.new_tensor
@@ -483,7 +482,7 @@ def fill_defaults(args, config):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.adapter:
-        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank)
+        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank).r
     if args.teacher and not args.beta:
         raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
     if parse_rewards(args.reward).keys() - {"accuracy"} and args.scale == "mean":

@@ -144,12 +144,14 @@ def encode_reply(text, tokenizer, think_tag):
     first, last = answer_span(text, think_tag)
     tokens = []
     parts = []
-    for start, piece in model.plain_pieces(text):
+    start = 0
+    for piece in model.plain_pieces(text):
         encoded = tokenizer.encode(piece, add_special_tokens=False)
         tokens += encoded.ids
         for begin, end in encoded.offsets:
             inside = start + begin < last and start + end > first
             parts.append(PARTS.index("answer" if inside else "thought"))
+        start += len(piece)
     return tokens, parts
 
 
@@ -176,13 +178,9 @@ def encode_example(row, tokenizer, *, prompt="plain", system=None, think_tag="th
     for read, reply in split_turns(row, tokenizer, prompt, system, think_tag):
         tokens += read
         parts += [CONTEXT] * len(read)
-        first, last = answer_span(reply, think_tag)
-        for start, piece in model.plain_pieces(reply):
-            encoded = tokenizer.encode(piece, add_special_tokens=False)
-            tokens += encoded.ids
-            inside = [start + begin < last and start + end > first
-                      for begin, end in encoded.offsets]
-            parts += [PARTS.index("answer" if yes else "thought") for yes in inside]
+        said, parts_of_reply = encode_reply(reply, tokenizer, think_tag)
+        tokens += said
+        parts += parts_of_reply
         tokens.append(end_token)
         parts.append(PARTS.index("end"))
     return Example(tokens, parts, problem_key(problem_of(row)))
@@ -401,7 +399,7 @@ def main(args):
     tokenizer = model.load_tokenizer(model_dir)
     system = model.load_system_prompt(model_dir)
     if args.adapter:
-        args.lora_rank = model.adapter_rank(args.adapter, args.lora_rank or None)
+        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank or None).r
     settle_flags(args, config)
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
     prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,

@@ -23,6 +23,7 @@ from tests.common import (
     TRAIN_CONFIG,
     file_hashes,
     finish,
+    merge_lora,
     raises,
     read_lines,
     start_training,
@@ -83,7 +84,7 @@ def test_run_checkpoint_bitwise():
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
             assert set(saved) == set(base)
-            start = model.merge_lora(base | optim.init_optimizer(lora)[0]) if lora else base
+            start = merge_lora(base | optim.init_optimizer(lora)[0]) if lora else base
             assert any(not torch.equal(saved[name], start[name].to(dtype)) for name in base)
             _, other = optim.init_optimizer({"w": torch.zeros(3, 3)})
             with raises(ValueError, "other parameters", str(path)):
