@@ -980,16 +980,16 @@ def test_grpo_resumes_with_its_own_flags_and_data():
 def test_grpo_result_and_samples_do_not_depend_on_the_number_of_processes():
     """Samples are whole groups, those of the same problems each time, whoever asked them: every
     evaluation, and the moment before training. This is what readers of samples.jsonl rely on."""
-    flags = [*GRPO_RUN, "--prompts", 6, "--eval-limit", 10, "--test-limit", 0, "--run-dir"]
+    flags = [*GRPO_RUN, "--prompts", 6, "--eval-limit", 10, "--test-limit", 0, "--steps", 2,
+             "--eval-every", 1, "--run-dir"]
     with temporary_dir() as home:
         run(*flags, home / "one")
         run("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 29653, *flags,
             home / "two", "--device", "cpu")
         if sys.platform == "linux":
             run(*flags, home / "forked", "--processes", 2)
-            assert weights_of(home / "two", 4) == weights_of(home / "forked", 4)
-        one, two = _lines(home / "one"), _lines(home / "two")
-        for a, b in zip(one[:3], two[:3], strict=True):  # later ones may differ: rounding is
+            assert weights_of(home / "two", 2) == weights_of(home / "forked", 2)
+        for a, b in zip(_lines(home / "one"), _lines(home / "two"), strict=True):
             for key in ("reward", "accuracy", "length", "no_spread", "dev_accuracy"):
                 assert abs(a.get(key, 0) - b.get(key, 0)) < 1e-9, (key, a.get(key), b.get(key))
             a, b = a.get("grad_norm", 0), b.get("grad_norm", 0)
@@ -998,8 +998,8 @@ def test_grpo_result_and_samples_do_not_depend_on_the_number_of_processes():
         others = _lines(home / "two", "samples.jsonl")
     kinds = [(sample["step"], sample["kind"]) for sample in samples]
     assert kinds == [(sample["step"], sample["kind"]) for sample in others]
-    held_out = [(step, "held_out") for step in (0, 2, 4) for _ in range(8)]
-    rollouts = [(step, "rollout") for step in (2, 4) for _ in range(4)]
+    held_out = [(step, "held_out") for step in (0, 1, 2) for _ in range(8)]
+    rollouts = [(step, "rollout") for step in (1, 2) for _ in range(4)]
     assert sorted(kinds) == sorted(held_out + rollouts), kinds
     asked = [sample["problem"] for sample in samples if sample["kind"] == "held_out"]
     assert asked[:8] == asked[8:16] == asked[16:]
