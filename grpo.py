@@ -636,9 +636,7 @@ def open_training(args):
     del base
     policy = policy._replace(params=params)
     reference = make_reference(params, config, args)
-    state = {"step": 0, "extra": {}}
-    if checkpoint:
-        state = run.load_checkpoint(checkpoint, optimizer)
+    state = run.load_checkpoint(checkpoint, optimizer)
     progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     progress |= state["extra"]
     if args.filter_by_pass_rate:
