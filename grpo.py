@@ -83,7 +83,7 @@ def add_flags(parser):
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
-    add("--temperature", type=launch.above(0.0), default=1.0, help="of every log-probability, too")
+    add("--temperature", type=launch.above(0.0), default=1.0, help="of sampling and of scoring")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times to replace a group of equal rewards")
