@@ -250,7 +250,7 @@ OPERATORS = spellings(r"""
 """)
 RELATIONS = spellings("""
     = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant ≤ ⩽  >= => ge geq geqslant ≥ ⩾
-    ~ approx simeq cong ≈  in ∈  notin ∉  to rightarrow →
+    ~ approx simeq cong ≈  in ∈  to rightarrow →
 """)
 FUNCTIONS = spellings("""
     sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
@@ -288,7 +288,7 @@ UNITS = spellings("""
     oz ounce  L l liter litre  ml mL milliliter  h hr hour  min minute  s sec second  ms  day  week
     month  yr year  hz Hz  degree deg  F fahrenheit  C celsius  K kelvin  J joule  kJ kj  N newton
     W watt  kW kw  V volt  A amp  Pa pa  mol  gal gallon  rad radian  pt point  dollar usd  cent
-    euro eur  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
+    euro eur  rpm  2 square sq squared  3 cubic cu cubed  mph  kph kmh
 """)
 UNITS |= {name + "s": unit for name, unit in UNITS.items() if len(name) > 1}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
@@ -321,10 +321,12 @@ STYLED = re.compile(  # \text{} and \mathrm{}
     r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
 IN_STYLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+SCRIPT = r"(?:\{[^{}]*\}|\\[a-zA-Z]+|\w)"
 CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    (r"\.\.\.+", r"\\ldots "),
-    (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
+    (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*(?:\\[lc]?dots(?![a-z])|\.{3})",  # 0.333...
+     r".\1\\overline{\2}"),
+    (rf"(\^\s*{SCRIPT})\s*(_\s*{SCRIPT})", r"\2\1"),  # v^2_0
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
@@ -368,7 +370,7 @@ LEXEME = re.compile(
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
-    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|\.{3}|.)", re.S,
 )  # fmt: skip
 CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
@@ -764,16 +766,11 @@ class Parser:
                 value = ("factorial" if token.kind == "!" else "pct", value)
             else:
                 power = self.script()
-                if value[0] == "sym" and self.accept("_"):  # v^2_0
-                    value = ("sym", f"{value[1]}_{show(self.atom())}")
                 value = value if power in ORDINALS else ("pow", value, power)  # 10^{\text{th}}
         return value
 
     def script(self):
-        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
-        if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
-            token = self.take("number", "sym")
-            return token.value if token.kind == "number" else ("sym", token.value)
+        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2)."""
         sign = self.accept(*SIGNS)
         value = self.atom()
         value = ("pow", value, self.script()) if self.accept("^") else value
@@ -927,13 +924,12 @@ class Parser:
 
 
 def words_of_unit(node):
-    """The words of a factor: those of m, of m^2, of 1/s; None if it is a value."""
-    if node[0] == "words":
-        return node[1].split()
-    parts = [words_of_unit(child) for child in node[1:]] if node[0] in ("mul", "pow") else [None]
-    if node[0] == "pow" and parts[0]:
-        return [*f"^{show(node[2])}".replace("^-1", "/").replace("^-", "/ ^").split(), *parts[0]]
-    return None if None in parts else [word for part in parts for word in part]
+    """The words and exponents of a unit, as of m^2 or 1/s; None if a factor is none."""
+    parts = [part for part in nodes(node) if part[0] not in ("mul", "pow")]
+    kinds = {part[0] for part in parts}
+    if "words" not in kinds or not kinds <= {"words", "num"}:
+        return None
+    return [word for part in parts for word in str(part[1]).split()]
 
 
 def quantity(values, names):
@@ -1327,8 +1323,8 @@ def holds(node, place, x):
         if low > high or low == high and (less, more) != ("<=", "<="):
             raise ValueError("no interval")
         return HOLDS[less](low, x) and HOLDS[more](x, high)
-    if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
-        return holds(node[2][1], place, x) == (node[1] == ("in",))
+    if tag == "rel" and node[1] == ("in",) and node[2][0][0] == "sym":
+        return holds(node[2][1], place, x)
     if tag == "rel":
         variable = [bool(symbols(side)) for side in node[2]]
         if not set(node[1]) <= HOLDS.keys() or any(map(operator.eq, variable, variable[1:])):
@@ -1383,8 +1379,6 @@ def same_relation(a, b):
         other, others = relation, others[::-1]
     if relation != other:
         return False
-    if relation in ("in", "notin"):
-        return all(map(same, sides, others))
     f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
     zero = number(0)
     if not symbols(f) or same_value(f, zero) or same_value(g, zero):
@@ -1444,13 +1438,12 @@ def compatible(a, b):
 
 def same_items(a, b, compare=None):
     """Two unordered collections, item by item."""
-    if len(a) != len(b):
-        return False
-    if len(a) > 40:
+    if len(a) != len(b) or len(a) > 40:
         return Counter(a) == Counter(b)
+    compare = compare or same
     rest = list(b)
     for item in a:
-        match = next((other for other in rest if (compare or same)(item, other)), None)
+        match = next((other for other in rest if compare(item, other)), None)
         if match is None:
             return False
         rest.remove(match)
