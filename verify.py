@@ -244,7 +244,7 @@ OPERATORS = spellings(r"""
     +  -  * cdot times ast × · ⋅  / div ÷ ⁄  ^ **  _  !  % \% percent  pm +- ±  mp ∓  ,  ;  &
     (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩
     lfloor ⌊  rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │  mid ∣
-    : colon  newline \\ cr  ' prime  deg degree ° ˚  cup bigcup ∪  cap ∩  minus setminus backslash
+    : colon  newline \\ cr  ' prime  cup bigcup ∪  cap ∩  minus setminus backslash
     and land wedge \& ∧  or lor vee ∨  frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom
     over  sqrt √  cbrt ∛  pmod
 """)
@@ -269,6 +269,7 @@ NAMES = {  # commands and characters
     **{name: ("rel", relation) for name, relation in RELATIONS.items()},
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
     **{name: ("sym", letter) for name, letter in LETTERS.items()},
+    **dict.fromkeys("deg degree ° ˚".split(), ("word", "degree")),
     **{name: ("big", kind) for name, kind in BIG.items()},
     **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
     **dict.fromkeys("infty ∞ inf infinity oo".split(), ("value", ("inf",))),
@@ -474,10 +475,10 @@ def read_letters(run, found, space):
     low = run.lower()
     before = found[-1]
     per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
-    counted = per or before.kind in ("number", "word", "deg")
+    counted = per or before.kind in ("number", "word")
     known = low in UNITS or ("words", low) in ORDINALS
     if len(run) == 1:
-        if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
+        if per or before.value == "degree" and run in "CF" or before.kind == "word" and run == "a":
             return [Token("word", run, run)]
         return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
     if low in CONNECTIVES or low in WORDS or counted and known:
@@ -754,19 +755,16 @@ class Parser:
             if not leads_in or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
-        text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
-        text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
+        fillers = r"\b(?:the|an?|there (?:is|are)|set of) |(?<!not) exists?$"
+        text = re.sub(fillers, "", " ".join(words))
         return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
-        while token := self.accept("!", "%", "deg", "^"):
-            if token.kind == "deg":
-                value = chain("mul", value, ("words", "degree"))
-            elif token.kind != "^":
+        while token := self.accept("!", "%", "^"):
+            if token.kind != "^":
                 value = ("factorial" if token.kind == "!" else "pct", value)
-            else:
-                power = self.script()
-                value = value if power in ORDINALS else ("pow", value, power)  # 10^{\text{th}}
+            elif (power := self.script()) not in ORDINALS:  # 10^{\text{th}}
+                value = ("pow", value, power)
         return value
 
     def script(self):
@@ -846,7 +844,8 @@ class Parser:
     def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
         value = self.operand()
-        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word", *self.open[-1]):
+        stops = ("fn", "(", "[", "word", *self.open[-1])
+        while self.kind in OPERANDS - {*stops} or self.tokens[self.at].value == "degree":
             value = chain("mul", value, self.postfix(self.atom()))
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
