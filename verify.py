@@ -227,7 +227,6 @@ class Unreadable(ValueError):
 class Token(NamedTuple):
     kind: str
     value: object = None
-    text: str = ""
     space: bool = False  # white space stands before it
 
 
@@ -463,28 +462,28 @@ READERS = {
 
 
 def read_word(word, before):
-    """The token of a word in quotation marks."""
+    """The kind and value of the token of a word in quotation marks."""
     low = word.lower()
     if low in CONNECTIVES and (low != "to" or before.kind == "number"):
-        return Token(CONNECTIVES[low], None, word)
-    return Token("word", word if word in UNITS else low, word)
+        return CONNECTIVES[low], None
+    return "word", word if word in UNITS else low
 
 
 def read_letters(run, found, space):
-    """Tokens of a run of letters: words, functions, products of variables."""
+    """Kinds and values of the tokens of a run of letters: words, functions, variables."""
     low = run.lower()
     before = found[-1]
     per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
     counted = per or before.kind in ("number", "word")
-    known = low in UNITS or ("words", low) in ORDINALS
     if len(run) == 1:
         if per or before.value == "degree" and run in "CF" or before.kind == "word" and run == "a":
-            return [Token("word", run, run)]
-        return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
+            return [("word", run)]
+        return [("value", ("const", run)) if run in "ie" else ("sym", run)]
+    known = low in UNITS or ("words", low) in ORDINALS
     if low in CONNECTIVES or low in WORDS or counted and known:
         return [read_word(low, before)]
     if run in BARE:
-        return [Token(*NAMES[run], run)]
+        return [NAMES[run]]
     parts = run
     if joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
@@ -492,7 +491,7 @@ def read_letters(run, found, space):
         syllable = len(run) == 3 and re.search("[aeiou]", low)  # a cat, but 2aex is a product
         if len(run) > 3 or syllable and (space or before.kind != "number"):
             return [read_word(run, before)]
-    return [token for part in parts for token in read_letters(part, [END], False)]
+    return [pair for part in parts for pair in read_letters(part, [END], False)]
 
 
 def tokenize(text):
@@ -502,28 +501,25 @@ def tokenize(text):
     at = 0
     while at < len(text):
         match = LEXEME.match(text, at)
+        at = match.end()
         kind = match.lastgroup
         lexeme = match[kind]
-        at = match.end()
-        if kind == "space":
-            space = True
-            continue
+        name = lexeme[:2] if lexeme[:1] == "\\" else lexeme
+        pairs = [NAMES.get(name, ("sym", name))]
         if kind == "letters":
-            tokens = read_letters(lexeme, found, space)
+            pairs = read_letters(lexeme, found, space)
         elif kind == "word":
-            tokens = [read_word(lexeme, found[-1])]
+            pairs = [read_word(lexeme, found[-1])]
         elif kind in READERS:
-            tokens = [Token("number", READERS[kind](match), lexeme)]
+            pairs = [("number", READERS[kind](match))]
         elif kind in ("begin", "end"):
-            tokens = [Token(kind)]
-        else:
-            name = lexeme[:2] if lexeme[0] == "\\" else lexeme
-            if name == "begin" or kind == "symbol" and name not in NAMES:
-                raise Unreadable(f"no support for {lexeme!r}")
-            tokens = [Token(*NAMES.get(name, ("sym", name)), lexeme)]
-        tokens[0] = tokens[0]._replace(space=space)
-        found += tokens
-        space = False
+            pairs = [(kind, None)]
+        elif name == "begin" or kind == "symbol" and name not in NAMES:
+            raise Unreadable(f"no support for {lexeme!r}")
+        for pair in pairs if kind != "space" else ():
+            found.append(Token(*pair, space))
+            space = False  # within a run of letters
+        space = kind == "space"
     return found[1:]
 
 
