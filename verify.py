@@ -321,7 +321,7 @@ STYLED = re.compile(  # \text{} and \mathrm{}
     r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
 IN_STYLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
-SCRIPT = r"(?:\{[^{}]*\}|\\[a-zA-Z]+|\w)"
+SCRIPT = r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)"
 CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*(?:\\[lc]?dots(?![a-z])|\.{3})",  # 0.333...
@@ -821,13 +821,9 @@ class Parser:
 
     def function(self, token):
         name = token.value
-        power = None
         base = [number(10)] if name == "log10" else []
-        while script := self.accept("^", "_"):
-            if script.kind == "^":
-                power = self.script()
-            else:
-                base = [self.atom()]
+        base = [self.atom()] if self.accept("_") else base
+        power = self.script() if self.accept("^") else None
         opening = self.accept("(", "{", "[")
         value = self.closed(CLOSING[opening.kind][0]) if opening else self.bare_argument()
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
@@ -849,12 +845,8 @@ class Parser:
 
     def big(self, token):
         """A finite sum or product, written out; any other, an integral or a limit is a call."""
-        below = above = ("empty",)
-        while script := self.accept("^", "_"):
-            if script.kind == "^":
-                above = self.script()
-            else:
-                below = self.atom()
+        below = self.atom() if self.accept("_") else ("empty",)
+        above = self.script() if self.accept("^") else ("empty",)
         body = self.expression(TERM)
         variable = None
         if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
@@ -862,11 +854,11 @@ class Parser:
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
         low, high = exact(below), exact(above)
-        if token.value in ("sum", "prod") and None not in (low, high) and low == int(low):
+        finite = token.value in ("sum", "prod") and None not in (variable, low, high)
+        if finite and low == int(low) and 0 < (high - low + 1) * size(body) <= MAX_TERMS:
             values = range(int(low), int(high) + 1)
-            if 0 < len(values) * size(body) <= MAX_TERMS:
-                terms = [replaced(body, variable, number(value)) for value in values]
-                return ("add" if token.value == "sum" else "mul", *terms)
+            terms = [replaced(body, variable, number(value)) for value in values]
+            return ("add" if token.value == "sum" else "mul", *terms)
         bound = ("sym", f"#{sum(name[0] == '#' for name in symbols(body))}")
         return ("call", token.value, below, above, replaced(body, variable, bound))
 
