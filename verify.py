@@ -293,17 +293,15 @@ UNITS = spellings("""
 UNITS |= {name + "s": unit for name, unit in UNITS.items() if len(name) > 1}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 ORDINALS = [("words", ending) for ending in ("th", "st", "nd", "rd")]
-STATEMENT = set(  # words that say something of what stands before them, and are never dropped
-    "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
-    "even odd prime composite increase increases increased increasing decrease decreases "
-    "decreased decreasing gain gained loss lost more less fewer greater least most than over "
-    "under above below before after ago later earlier up down left right north south east west "
-    "northeast northwest southeast southwest clockwise counterclockwise anticlockwise higher "
-    "lower longer shorter faster slower older younger larger smaller bigger positive negative "
-    "true false rise fall growth decline drop profit deficit surplus discount off ahead behind "
-    "forward forwards backward backwards debit credit rational irrational converges diverges real "
-    "imaginary if when where only except without reduced reduction raised won equal equals "
-    "exceeds at between or from".split()
+STATEMENT = re.compile(  # words that say something of what stands before them: never dropped
+    r"is|are|was|were|be|ha[sd]|have|do(?:es)?|no[nt]?|never|none|\w+n't|cannot|even|odd|prime"
+    r"|composite|(?:in|de)creas\w+|gain(?:ed)?|los[st]|more|less|fewer|greater|least|most|than|over"
+    r"|under|above|below|before|after|ago|later|earlier|up|down|left|right|north|south"
+    r"|(?:north|south)?(?:east|west)|\w*clockwise|(?:high|low|long|short|fast|slow|old|young|larg"
+    r"|small|bigg)er|positive|negative|true|false|rise|fall|growth|decline|drop|profit|deficit"
+    r"|surplus|discount|off|ahead|behind|(?:for|back)wards?|debit|credit|(?:ir)?rational|real"
+    r"|(?:con|di)verges|imaginary|if|when|where|only|except|without|reduc\w+|raised|won|equals?"
+    r"|exceeds|at|between|or|from"
 )
 WORDS = set("no if is of to we us".split())  # other words are longer
 
@@ -921,14 +919,13 @@ def words_of_unit(node):
 
 def quantity(values, names):
     """A product and the words in it; Unreadable if these are no unit and no counted noun."""
-    for name in SCALES.keys() & set(names):
-        values = [*values, number(SCALES[name])]
+    values = [*values, *(number(SCALES[name]) for name in names if name in SCALES)]
     value = ("mul", *values) if len(values) > 1 else values[0]
-    nouns = set(names) - UNITS.keys() - IGNORED - SCALES.keys()
-    if STATEMENT & set(names) or nouns and symbols(value):
+    words = [name for name in names if name in UNITS or name not in IGNORED | SCALES.keys()]
+    nouns = set(words) - UNITS.keys()
+    if any(map(STATEMENT.fullmatch, names)) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
-    counted = [name for name in names if name in nouns or name in UNITS]
-    words = sorted(UNITS.get(name) or re.sub("e?s?$", "", name) for name in counted)
+    words = sorted(UNITS.get(word) or re.sub("e?s?$", "", word) for word in words)
     return ("quantity", value, " ".join(words)) if words else value
 
 
