@@ -318,7 +318,7 @@ STYLED = re.compile(  # \text{} and \mathrm{}
     r"\\(?:(text\w*|[mh]box|emph)|mathrm|operatorname|mathsf)\*?\s*"
     r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
-IN_STYLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+IN_STYLE = re.compile(r"(?<![\\a-zA-Z])(?!i\b)[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
 SCRIPT = r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)"
 CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
@@ -333,7 +333,8 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
     (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
-    (r'(?:\s*\\q?quad(?![a-z]))+\s*(?=[,;"]|$)', " "), (r"\\q?quad(?![a-z])", " , "),
+    (r'\s*(?:\\q?quad(?![a-z])\s*)+([,;"]|$)?', lambda m: " , " if m[1] is None else f" {m[1]}"),
+    (r"(?:[(\[]|\\\{)[^()\[\]]*", lambda m: re.sub(",(?=[1-9])", ", ", m[0])),  # (2,125) is a pair
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
@@ -353,6 +354,7 @@ LAYOUT = (  # of no meaning
 )
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
+    r"|\\(?:begin|end)\s*\{(?:align|aligned|gathered|cases)\*?\}|&(?=\s*=)"
     r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
     r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
     r"(?:\{(?P<base>[^{}]*)\}|(?P<short>\d)))"
@@ -911,8 +913,7 @@ class Parser:
 def words_of_unit(node):
     """The words and exponents of a unit, as of m^2 or 1/s; None if a factor is none."""
     parts = [part for part in nodes(node) if part[0] not in ("mul", "pow")]
-    kinds = {part[0] for part in parts}
-    if "words" not in kinds or not kinds <= {"words", "num"}:
+    if parts[0][0] != "words" or any(part[0] not in ("words", "num") for part in parts):
         return None
     return [word for part in parts for word in str(part[1]).split()]
 

@@ -131,7 +131,8 @@ odd :: oddd || (A) 12 :: B || \int_0^1 x dx :: \frac12 || 2+2=5 :: 5 || ANSWER :
 \binom{12}{5} :: (12,5) || \text{forty-two} :: 24 || \text{five or six} :: 5
 (1011)_2 :: (1011)_3 || 2A5_{16} :: 2A6_{16} || 5m :: 5x || 60 \text{ to } 70 :: 60
 \mathbb{R} - \{2\} :: \mathbb{R} - \{3\} || \{1,2\} \cap \{2,3\} :: \{1,2,3\}
-\bp5&-2\ep^T :: \bp5&-2\ep || A^{\text{T}} :: A || \pm1\pm2 :: 3,-3 || \pm1\pm1\pm1\pm1\pm1 :: 5
+\bp5&-2\ep^T :: \bp5&-2\ep || A^{\text{T}} :: A || \pm1\pm2 :: 3,-3
+(2,125) :: 2125 || \{3,600\} :: 3600 || \pm1\pm1\pm1\pm1\pm1 :: 5
 n \equiv 1 \pmod 4 :: n \equiv 1 \pmod 3 || \overline{z} :: z || 1,2,\ldots,8 :: 1,2,\ldots,9
 """
 _WRONG = r"""
