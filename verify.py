@@ -1501,7 +1501,7 @@ def converted(one, other):
 
 
 UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
     r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$"
 )
 
