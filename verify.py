@@ -159,17 +159,8 @@ def mathematics(text):
 
 
 def after_phrase(rest):
-    """The answer in what follows "the answer is": formulas, plain mathematics or its beginning."""
+    """The answer in what follows "the answer is": its first sentence, or the mathematics in it."""
     rest = rest.lstrip(" \t\n*_:=`")
-    found = []
-    at = 0
-    for formula in FORMULA.finditer(rest):
-        if formula.start() > 0 and not JOINT.fullmatch(rest, at, formula.start()):
-            break
-        found.append(formula[formula.lastindex])
-        at = formula.end()
-    if found:
-        return ", ".join(found)
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
@@ -177,6 +168,8 @@ def after_phrase(rest):
         return None
     if verdict := VERDICT.match(sentence):
         return verdict[0]
+    if formula := FORMULA.match(rest):
+        return sentence if HEDGE.match(rest, formula.end()) else formula[formula.lastindex]
     values = mathematics(sentence)
     if values and sentence.startswith(values[0]):
         return sentence if HEDGE.match(sentence, len(values[0])) else values[0]
