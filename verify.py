@@ -533,7 +533,7 @@ def tokenize(text):
 
 LEVELS = "newline ;|or|, and|rel|: over pmod|cup cap minus|+ -|* / op".split("|")
 POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
-CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
+CLAUSE, TERM, FACTOR = 4, 8, 9  # a list has clauses, a sum terms, a term factors
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-")
 LEAD_IN = set(  # words that may stand before an answer
