@@ -824,6 +824,10 @@ def test_data_judge_tells_right_answers_from_right_thoughts():
         assert "+0.0 points [+0.0, +0.0]" in said.getvalue()
         with raises(ValueError, "'words/none'"):
             judge.read_verdicts(write_lines(home / "r.jsonl", [rows[0] | {"id": "words/none"}]))
+        plain = write_lines(home / "plain.jsonl", [{"id": "a", "problem": "1+1", "answer": 2}])
+        row = rows[0] | {"id": "a", "settings": settings | {"data": plain, "split": "test"}}
+        found = judge.read_verdicts(write_lines(home / "r.jsonl", [row]))  # of no subject
+        assert found["a"][0] == plain
     assert judge.first_fault({}, "She had 3 + 4 = 7 clips.") is None
     assert judge.first_fault({}, "She had 3 + 4 = 8 clips.")
     assert judge.first_fault({}, "She had 7.")
