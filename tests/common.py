@@ -264,6 +264,12 @@ def wait_for_steps(path, steps, process):
         time.sleep(0.005)
 
 
+def write_lines(path, rows):
+    """Make a .jsonl file of the rows: its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def read_lines(path):
     """The objects of a .jsonl file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
