@@ -820,6 +820,18 @@ def test_grpo_stops_at_an_accuracy():
         assert "step 2/4" in out and "step 4/4" in out, out
 
 
+def test_grpo_measures_after_each_epoch():
+    """Three problems, two a step: the first epoch is over in the second step of three."""
+    steps = GRPO_RUN.index("--steps")
+    words = [*GRPO_RUN[1:steps], *GRPO_RUN[steps + 2:], *SMALL_RUN]
+    with temporary_dir() as home:
+        out = in_process("grpo", *words, "--epochs", 2, "--train-limit", 3, "--test-limit", 2,
+                         "--run-dir", home)
+        assert [line["epoch"] for line in _lines(home)[1:]] == [2 / 3, 4 / 3, 2]
+    assert re.search(r"step 2/3(.|\n)*after epoch 1 (.|\n)*step 3/3(.|\n)*\| after \|", out), out
+    assert "after epoch 2" not in out
+
+
 def test_grpo_filter_by_pass_rate():
     """Only what the policy solves now and then is trained on; a resumed run knows it by heart."""
     with temporary_dir() as home:
