@@ -231,7 +231,7 @@ class Setup(NamedTuple):
     grade: str = "strict"  # which one counts
     trained_on: frozenset = frozenset()  # ids of problems
     records: Path | None = None  # a directory for files of records, or one such file
-    results: Path | None = None  # the file of rows
+    results: str | None = None  # the file of rows
 
 
 def weights_hash(*directories):
