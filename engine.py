@@ -19,26 +19,25 @@ from typing import Any, NamedTuple
 import torch
 
 import model
-from attention import Layout, Slots, padded_length, power_of_two, prefill_attention, slot_prefill
+from attention import Layout, Slots, power_of_two
 
 # ------------------------------------------------------------ weights
 
 
-def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
+def sampling_params(params, config, device=None, out=None):
     """The form of the weights that `generate` runs on, a new dict; make it anew after an update.
 
     Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are the same to
-    the last bit for (almost) any number of rows; packed=False leaves that out. Where weights are
-    copied anyway, layers of one input are joined (model.linears). Tensors that need no change are
-    shared with `params`, and a form that is packed already is returned as it is.
+    the last bit for (almost) any number of rows. Where weights are copied anyway, layers of one
+    input are joined (model.linears). Tensors that need no change are shared with `params`, and a
+    form that is packed already is returned as it is.
     out: an earlier form, which is overwritten in place, so that CUDA graphs may go on reading it.
     """
     if model.head_weight(params).is_mkldnn:
         return params
     like = params["model.norm.weight"]
     device = torch.device(device or like.device)
-    if packed is None:
-        packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
     sources = {name: [name] for name in params if ".lora_" not in name}
     if packed:
         sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
@@ -48,7 +47,7 @@ def sampling_params(params, config, dtype=None, device=None, packed=None, out=No
     for name, parts in sources.items():  # one after the other: never a second copy of all weights
         parts = [model.merged_weight(params, part).detach() for part in parts]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-        weight = weight.to(device, dtype or like.dtype)
+        weight = weight.to(device, like.dtype)
         if packed and weight.dim() == 2 and name != "model.embed_tokens.weight":
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
         elif out and out[name].data_ptr() != weight.data_ptr():
@@ -59,18 +58,18 @@ def sampling_params(params, config, dtype=None, device=None, packed=None, out=No
 
 def joined_sources(sources, config):
     """{name: [itself]} with the JOINED layers under one name: {joined name: their names}."""
+    joined = dict(sources)
     for layer in range(config.num_hidden_layers):
         for part, names in model.JOINED.items():
             pre = f"model.layers.{layer}.{part}"
             for kind in (".weight", ".bias"):
                 found = [pre + name + kind for name in names]
-                if found[0] in sources:  # the MLP has no biases
-                    sources = {k: v for k, v in sources.items() if k not in found}
-                    sources[pre + "+".join(names) + kind] = found
-    return sources
+                if found[0] in joined:  # the MLP has no biases
+                    joined[pre + "+".join(names) + kind] = [joined.pop(name)[0] for name in found]
+    return joined
 
 
-# ------------------------------------------------------------ the state of a decode step
+# ------------------------------------------------------------ of both kinds of batch
 
 
 class State(NamedTuple):
@@ -92,6 +91,31 @@ def batch_state(rows, B, device):
         for column, value in zip(columns, values):
             column[at] = value
     return State(*torch.tensor(columns).to(device))
+
+
+def prefill(params, config, layers, prompts, begins, chunk):
+    """Write the keys and values of prompts into the cache, about `chunk` tokens at a time.
+
+    layers: [keys, values] of each layer, [slots, K, head_dim] each. begins: {prompt: [the first
+    slot of each of its copies]}.
+    """
+    device = layers[0][0].device
+    todo = [p for p in begins if len(prompts[p]) > 1]  # rows feed the last token themselves
+    while todo:
+        now = [todo.pop()]
+        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
+            now.append(todo.pop())
+        tokens, sources, slots = [], [], []
+        for p in now:
+            n = len(prompts[p]) - 1
+            for begin in begins[p]:
+                sources += range(len(tokens), len(tokens) + n)
+                slots += range(begin, begin + n)
+            tokens += prompts[p][:-1]
+        groups = [(0, [len(prompts[p]) - 1 for p in now])]
+        tokens, sources, slots = (
+            torch.tensor(column, device=device) for column in (tokens, sources, slots))
+        model.packed_hidden_states(params, config, tokens, groups, store=(layers, sources, slots))
 
 
 # ------------------------------------------------------------ the plain batch: stores that grow
@@ -145,21 +169,14 @@ def cache_slots(rows, prompts, prompt, completion, static):
     return rows * padded_slots(completion) + prompts * padded_slots(prompt)
 
 
-def slots_needed(rows):
-    prompts = len({row.prompt for row in rows})
-    longest = max(len(row.tokens) for row in rows)
-    return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, static=False)
-
-
 def schedule(batch, waiting, max_batch):
-    """The rows to run: preempts some while the budget is exceeded, admits waiting ones."""
+    """The rows to run: those that do, and waiting ones while the budget holds all they may say."""
     running = list(batch.rows)
-    while len(running) > 1 and slots_needed(running) > batch.budget:
-        youngest = min(running, key=lambda row: len(row.tokens))
-        running.remove(youngest)
-        waiting.appendleft(youngest.restarted())
     while waiting and len(running) < max_batch:
-        if running and slots_needed([*running, waiting[0]]) > batch.budget:
+        rows = [*running, waiting[0]]
+        prompts = len({row.prompt for row in rows})
+        longest = max(row.held for row in rows), max(row.limit for row in rows)
+        if running and cache_slots(len(rows), prompts, *longest, static=False) > batch.budget:
             break
         running.append(waiting.popleft())
     return running
@@ -184,26 +201,6 @@ def allocate(store, owners, length):
     free = sorted(set(range(store.layers[0][0].shape[1])) - set(store.rows.values()))
     store.rows.update(zip(fresh, free))
     return fresh
-
-
-def prefill(params, config, store, owners, prompts, chunk):
-    """Write the keys and values of the owners' prompts, about `chunk` tokens at a time."""
-    todo = [(prompts[owner][:-1], store.rows[owner]) for owner in owners]
-    todo = sorted((pair for pair in todo if pair[0]), key=lambda pair: -len(pair[0]))
-    device = store.layers[0][0].device
-    while todo:
-        longest = len(todo[0][0])
-        width = min(padded_length(longest), chunk)
-        padded = -(-longest // width) * width
-        now, todo = todo[:chunk // width], todo[chunk // width:]
-        tokens = [prompt + [0] * (padded - len(prompt)) for prompt, _ in now]
-        tokens = torch.tensor(tokens, device=device)
-        rows = torch.tensor([row for _, row in now], device=device)
-        for begin in range(0, longest, width):
-            part = tokens[:, begin:begin + width]
-            positions = torch.arange(begin, begin + width, device=device).expand(part.shape)
-            attend_fn = prefill_attention(store.layers, rows, begin)
-            model.hidden_states(params, config, part, positions, attend_fn)
 
 
 def batch_layout(batch):
@@ -237,7 +234,11 @@ def seat(params, config, batch, waiting, prompts, max_batch, chunk):
     allocate(batch.own, running, max(len(row.tokens) for row in running))
     owners = dict.fromkeys(row.prompt for row in running)
     fresh = allocate(batch.prompts, owners, max(row.held for row in running))
-    prefill(params, config, batch.prompts, fresh, prompts, chunk)
+    slots = batch.prompts.layers[0][0].shape[2]
+    begins = {prompt: [batch.prompts.rows[prompt] * slots] for prompt in fresh}
+    layers = [[held.flatten(1, 2).transpose(0, 1) for held in layer]
+              for layer in batch.prompts.layers]  # [rows * slots, K, head_dim] each
+    prefill(params, config, layers, prompts, begins, chunk)
     keys = batch.own.layers[0][0]
     return batch_state(batch.rows, keys.shape[1], keys.device)._replace(layout=batch_layout(batch))
 
@@ -331,36 +332,13 @@ def take_places(engine, waiting, most):
     return B, admitted
 
 
-def prefill_slots(params, config, engine, rows, prompts, chunk):
-    """Write the keys and values of the prompts of `rows`, about `chunk` tokens at a time."""
-    places = {}  # of the samples of each prompt
-    for row in rows:
-        if row.held:
-            places.setdefault(row.prompt, []).append(engine.rows[row])
-    device = engine.layers[0][0].device
-    todo = list(places)
-    while todo:
-        now = [todo.pop()]
-        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
-            now.append(todo.pop())
-        lengths = [len(prompts[p]) - 1 for p in now]
-        tokens, positions, sources, slots = [], [], [], []
-        for p, n in zip(now, lengths):
-            for place in places[p]:
-                sources += range(len(tokens), len(tokens) + n)
-                slots += range(place * engine.cache.size, place * engine.cache.size + n)
-            tokens += prompts[p][:-1]
-            positions += range(n)
-        tokens, positions, sources, slots = (
-            torch.tensor(column, device=device) for column in (tokens, positions, sources, slots))
-        attend_fn = slot_prefill(engine.cache, lengths, sources, slots)
-        model.hidden_states(params, config, tokens[None], positions[None], attend_fn)
-
-
 def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
     """As `seat`, for the static batch."""
     B, admitted = take_places(engine, waiting, min(max_batch, engine.places))
-    prefill_slots(params, config, engine, admitted, prompts, chunk)
+    begins = {}
+    for row in admitted:
+        begins.setdefault(row.prompt, []).append(engine.rows[row] * engine.cache.size)
+    prefill(params, config, engine.layers, prompts, begins, chunk)
     return batch_state(engine.rows, B, engine.layers[0][0].device)
 
 

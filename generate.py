@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -227,12 +227,6 @@ class Row:
         self.tokens += tokens
         self.logprobs += logprobs
         self.draws += len(tokens)
-
-    def restarted(self):
-        """As it was before its first token. It will say the same again: its noise has no state."""
-        begin = 0 if self.thought_begin == 0 else None  # 0: its prompt opened the thought
-        return replace(self, tokens=[], logprobs=[], forced=[], queue=[], draws=0,
-                       thought_begin=begin, thought_closed=False)
 
 
 def is_loop(tokens, span):

@@ -122,7 +122,7 @@ def test_attention_of_a_packed_row_in_one_call_equals_the_plain_way():
         weights = torch.randn(1, 4, T, 8, generator=generator)
         plain = attention.packed_attention(groups)(0, *inputs)
         with varlen_on_cpu():
-            varlen = attention.varlen_packed(groups, "cpu")(0, *inputs)
+            varlen = attention.varlen_packed(attention.packed_texts(groups), "cpu")(0, *inputs)
         assert (plain - varlen).abs().max() < 1e-5
         want = torch.autograd.grad((plain * weights).sum(), inputs)
         got = torch.autograd.grad((varlen * weights).sum(), inputs)

@@ -9,7 +9,6 @@ import attention
 import generate as generate_module
 import model
 from generate import (
-    Row,
     decode_step,
     generate,
     inverse_cdf,
@@ -42,6 +41,12 @@ def _sampler(**changes):
     params = init_params(config, seed=0)
     scaled = {name: tensor * 8 for name, tensor in params.items() if tensor.dim() == 2}
     return params | scaled, config
+
+
+def _unpacked(params, config, out=None):
+    """The sampler's form of the weights where there is no oneDNN, as on a GPU."""
+    with mock.patch.object(torch.backends.mkldnn, "is_available", lambda: False):
+        return sampling_params(params, config, out=out)
 
 
 def _parrot(text):
@@ -114,30 +119,29 @@ def test_generate_says_the_same_in_any_company():
     assert _tokens(generate(params, config, _PROMPTS, seed=1, **ask)) != whole
 
 
-def test_generate_preempted_rows_say_the_same():
+def test_generate_rows_beyond_the_cache_wait():
     """Each prompt says what it says alone: prompts of one token, which leave nothing to prefill,
-    and prompts of very different lengths, two rows at a time in a cache that they outgrow."""
+    and prompts of very different lengths, in a cache that holds one or two rows of them."""
     params, config = _sampler()
     single = [[5], [9], [60]]
     mixed = [[7], [3 * i % 61 for i in range(40)], [7 * i % 61 for i in range(300)]]
-    preempt = mock.patch.object(Row, "restarted", autospec=True, side_effect=Row.restarted)
     for num_samples in (1, 3):
         ask = {"num_samples": num_samples, "max_new_tokens": 70, "temperature": 0.9}
-        # 720 slots: the prompts of 300 and 40 tokens start together, then one has to wait
         for prompts, slots in ((single, 200), (mixed, 200), (mixed, 720)):
             alone = [generate(params, config, [prompt], seeds=[i], **ask)[0]
                      for i, prompt in enumerate(prompts)]
-            with preempt as restarted:
-                answers = generate(params, config, prompts, max_batch=2,
-                                   cache_gib=slots * _SLOT_GIB, **ask)
-            assert restarted.called, (num_samples, slots)
+            stats = {}
+            answers = generate(params, config, prompts, cache_gib=slots * _SLOT_GIB, stats=stats,
+                               **ask)
             assert _tokens(answers) == _tokens(alone), (num_samples, slots)
+            assert stats["steps"] > 70, "some waited"
+            assert stats["cache_gib"] <= slots * _SLOT_GIB or slots == 200 and prompts == mixed
 
 
 def test_generate_further_prompts_join_the_running_batch():
     """What replaces a group was asked when all were done: tails of nearly empty steps."""
     params, config = _sampler()
-    form = sampling_params(params, config, packed=False)
+    form = _unpacked(params, config)
     prompts = [*_PROMPTS, [1, 2], [7] * 30, [3]]
     limits = [[4, 9], [40, 2], [40, 39], [5, 5], [30, 30], [1, 30], [9, 9]]
     ask = {"num_samples": 2, "max_new_tokens": limits, "temperature": 0.9}
@@ -335,7 +339,7 @@ def test_generate_layer_is_the_models_own():
 
 def test_generate_in_bfloat16_stays_near_the_scorer():
     params, config = _sampler()
-    half = sampling_params(params, config, torch.bfloat16)
+    half = {name: tensor.bfloat16() for name, tensor in params.items()}
     answers = generate(half, config, _PROMPTS, num_samples=2, max_new_tokens=16)
     assert 0 < _gaps(params, config, _PROMPTS, answers).mean() < 0.1
 
@@ -361,7 +365,7 @@ def _static(captured):
 
 def test_generate_static_engine_says_what_the_plain_one_says():
     params, config = _sampler()
-    form = sampling_params(params, config, packed=False)
+    form = _unpacked(params, config)
     ask = {"num_samples": 3, "max_new_tokens": 18, "stop_tokens": {5, 6}, "temperature": 0.9}
     limits = [[3, 17, 11], [18, 1, 2], [7, 7, 9]]
     for changes in ({}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}, {"max_batch": 4},
@@ -379,18 +383,17 @@ def test_generate_static_engine_says_what_the_plain_one_says():
 
 def test_generate_static_engine_keeps_its_graphs_while_the_weights_stay():
     params, config = _sampler()
-    form = sampling_params(params, config, packed=False)
+    form = _unpacked(params, config)
     engine = generate_module.Engine()
     with _static(captured := []):
         for _ in range(2):
             generate(form, config, _PROMPTS, num_samples=2, max_new_tokens=9, engine=engine)
         first = list(captured)
-        kept = sampling_params({name: 2 * t for name, t in form.items()}, config, packed=False,
-                               out=form)
+        kept = _unpacked({name: 2 * t for name, t in form.items()}, config, out=form)
         changed = generate(kept, config, _PROMPTS, num_samples=2, max_new_tokens=9, engine=engine)
         assert captured == first and len(first) == len(set(first))
-        generate(sampling_params(params, config, torch.float64, packed=False), config, _PROMPTS,
-                 max_new_tokens=9, engine=engine)
+        other = {name: tensor.clone() for name, tensor in form.items()}
+        generate(other, config, _PROMPTS, max_new_tokens=9, engine=engine)
         assert len(captured) > len(first)  # other tensors: the graphs read freed memory
     assert _tokens(changed) == _tokens(generate(form, config, _PROMPTS, num_samples=2,
                                                 max_new_tokens=9))
@@ -400,7 +403,7 @@ def test_generate_static_engine_stays_within_its_budget():
     """After a call of many rows, one of long rows had a cache of as many, as long: twice the bound.
     """
     params, config = _sampler()
-    form = sampling_params(params, config, packed=False)
+    form = _unpacked(params, config)
     engine, stats, slots = generate_module.Engine(), {}, 1024
     with _static([]):
         for prompts in ([[5]] * 8, [[5] * 200] * 4, [[5]] * 8):
@@ -413,7 +416,7 @@ def test_generate_static_engine_stays_within_its_budget():
 def test_generate_static_engine_seats_rows_only_where_there_is_room():
     """With 3 rows at once in 4 places, all were seated anew at every look."""
     params, config = _sampler()
-    form = sampling_params(params, config, packed=False)
+    form = _unpacked(params, config)
     seat = mock.Mock(wraps=generate_module.seat_in_slots)
     with _static([]), mock.patch.object(generate_module, "seat_in_slots", seat):
         generate(form, config, _PROMPTS[:1], num_samples=4, max_new_tokens=64, max_batch=3)
@@ -423,7 +426,7 @@ def test_generate_static_engine_seats_rows_only_where_there_is_room():
 def test_generate_step_of_the_static_engine_compiles_to_one_graph():
     """Traced without a compiler: fullgraph raises where Python would have to step in."""
     params, config = _sampler(num_hidden_layers=3)
-    form = sampling_params(params, config, packed=False)
+    form = _unpacked(params, config)
     compiled = torch.compile(decode_step, backend="aot_eager", fullgraph=True, dynamic=False)
     ask = {"num_samples": 2, "max_new_tokens": 6, "temperature": 0.9}
     with _static([]):
