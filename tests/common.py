@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -141,7 +142,7 @@ def weights_of(run_dir, step):
 def formula_model(tied=True, yarn=False):
     """A model whose weights follow from a formula, so that another library can be given the same:
     (params, config)."""
-    scaling = model.parse_yarn({"type": "yarn", "factor": 4.0}, 16) if yarn else None
+    scaling = model.Yarn(4.0, 16) if yarn else None
     config = model.Config(96, 64, 80, 3, 4, 2, max_position_embeddings=16 if yarn else 64,
                           rope_theta=10000.0, tie_word_embeddings=tied, rope_scaling=scaling,
                           eos_token_id=(95,))
@@ -167,6 +168,11 @@ def double_model(vocab=64, **changes):
                           initializer_range=0.15, eos_token_id=(1,))
     config = config._replace(**changes)
     return model.init_params(config, seed=0, dtype=torch.float64), config
+
+
+def merge_lora(params):
+    """A new dict with every adapter merged."""
+    return {name: model.merged_weight(params, name) for name in params if ".lora_" not in name}
 
 
 def bytes_tokenizer():
@@ -210,7 +216,7 @@ def main(args):
     run, checkpoint = start_run(args)
     config = Config(61, 32, 64, 2, 4, 2)
     params, optimizer = init_optimizer(init_params(config, seed=0), device)
-    done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
+    done = load_checkpoint(checkpoint, optimizer)["step"]
     with stop_signals() as stop_requested:
         for step in range(done + 1, 13):
             rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)
@@ -306,11 +312,10 @@ def sum_problems(n):
              "subject": "sums"} for i in range(n)]
 
 
-def scripted(reply_fn, calls=None):
+def scripted(reply_fn):
     """A stand-in for generate() that says reply_fn(prompt text, prompt seed, sample) over bytes.
 
-    A reply that does not fit in max_new_tokens is cut off. The list `calls` is given the number of
-    prompts of each call.
+    A reply that does not fit in max_new_tokens is cut off.
     """
     from generate import Completion
 
@@ -324,8 +329,6 @@ def scripted(reply_fn, calls=None):
 
     def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100,
                  on_step=None, **_):
-        if calls is not None:
-            calls.append(len(prompts))
         rows = []
         for i, prompt in enumerate(prompts):
             text = tokenizer.decode(prompt, skip_special_tokens=False)
@@ -338,6 +341,23 @@ def scripted(reply_fn, calls=None):
         return rows
 
     return generate
+
+
+@contextlib.contextmanager
+def answering(reply_fn, script="eval"):
+    """Every model that eval.py, or another script, asks says reply_fn of `scripted`, without bars.
+
+    Yields what is printed.
+    """
+    with (mock.patch(f"{script}.generate", scripted(reply_fn)),
+          contextlib.redirect_stderr(io.StringIO()),
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        yield said
+
+
+def asked(text):
+    """n, of a prompt that asks n+1."""
+    return int(re.search(r"user\n(\d+)\+1", text)[1])
 
 
 def scripted_setup(problems, **options):

@@ -18,10 +18,11 @@ from generate import (
     text_streamer,
     uniform,
 )
-from model import Config, forward, init_lora, init_params, merge_lora, token_logprobs
+from model import Config, forward, init_lora, init_params, token_logprobs
 from tests.common import (
     bytes_tokenizer,
     in_process,
+    merge_lora,
     raises,
     scripted,
     small_model,
