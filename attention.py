@@ -273,15 +273,15 @@ def cached_attention(cache, positions):
 
 class Layout(NamedTuple):
     """Where the running rows hold their keys and values, and which rows share a prompt."""
-    lengths: torch.Tensor  # [B] int64: slots that each row holds
+    held: torch.Tensor  # [B] int64: tokens of each row's prompt, whose slots are elsewhere
     prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
     places: torch.Tensor  # [B] int64: where each row stands in members, flattened; empty if that is
     #                       0, 1, ..., B - 1, so that nothing has to be gathered
 
 
-def decode_attention(own, prompts, layout):
-    """One new token for each row: q [B, H, 1, head_dim]. Its key and value go into `own` first.
+def decode_attention(own, prompts, layout, positions):
+    """One new token for each row, at `positions` [B]. Its key and value go into `own` first.
 
     own, prompts: [keys, values] of each layer, [K, rows, slots, head_dim] each: of what the rows
     have said, and of their prompts.
@@ -290,10 +290,10 @@ def decode_attention(own, prompts, layout):
     """
     K, B, S = own[0][0].shape[:3]
     N, g = layout.members.shape
-    device = layout.lengths.device
-    lengths = layout.lengths.clamp(max=S - 1).repeat(K)  # [K * B]
-    next_slots = torch.arange(0, K * B * S, S, device=device) + lengths
-    unseen = torch.arange(S, device=device) > lengths[:, None]  # [K * B, S]: the new token is seen
+    device = positions.device
+    slots = (positions - layout.held).clamp(max=S - 1).repeat(K)  # [K * B], of the new token
+    unseen = torch.arange(S, device=device) > slots[:, None]  # [K * B, S]
+    slots = torch.arange(0, K * B * S, S, device=device) + slots
     own_bias = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None]
 
     def gather(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
@@ -311,7 +311,7 @@ def decode_attention(own, prompts, layout):
         keys, values = (held.flatten(0, 1) for held in own[layer])  # [K * B, S, head_dim] each
         for held, new in ((keys, k), (values, v)):
             new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
-            held.view(-1, head_dim).index_copy_(0, next_slots, new)
+            held.view(-1, head_dim).index_copy_(0, slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
         scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
         prompt_keys, prompt_values = (held.flatten(0, 1) for held in prompts[layer])

@@ -79,7 +79,6 @@ class State(NamedTuple):
     keys: torch.Tensor  # [B] of the noise
     draws: torch.Tensor  # [B] how many it has used
     forced: torch.Tensor  # [B] the token to put next, or -1
-    layout: Layout | None = None  # of the plain batch
 
 
 def batch_state(rows, B, device):
@@ -207,11 +206,11 @@ def batch_layout(batch):
     """The Layout of a batch; rows of the stores without an owner hold zeros."""
     B = batch.own.layers[0][0].shape[1]
     K, N, P, _ = batch.prompts.layers[0][0].shape
-    lengths, held = [0] * B, [0] * N
+    held, prompt_lengths = [0] * B, [0] * N
     groups = [[] for _ in range(N)]  # the rows of each prompt
     for row, at in sorted(batch.rows.items(), key=lambda item: item[1]):
         prompt = batch.prompts.rows[row.prompt]
-        lengths[at], held[prompt] = len(row.tokens), row.held
+        held[at] = prompt_lengths[prompt] = row.held
         groups[prompt].append(at)
     g = max(map(len, groups))
     places = [0] * B
@@ -221,15 +220,15 @@ def batch_layout(batch):
     members = [group + [0] * (g - len(group)) for group in groups]
     if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
         places = []
-    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
+    unseen = torch.arange(P) >= torch.tensor(prompt_lengths)[:, None]  # [N, P]
     prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-    columns = (lengths, prompt_bias, members, places)
     device = batch.own.layers[0][0].device
-    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
+    return Layout(*(torch.as_tensor(column).to(device)
+                    for column in (held, prompt_bias, members, places)))
 
 
 def seat(params, config, batch, waiting, prompts, max_batch, chunk):
-    """Choose the rows that run and bring their prompts into the cache. Returns their State."""
+    """Choose the rows that run and bring their prompts into the cache: (their State, the cache)."""
     running = schedule(batch, waiting, max_batch)
     allocate(batch.own, running, max(len(row.tokens) for row in running))
     owners = dict.fromkeys(row.prompt for row in running)
@@ -240,7 +239,8 @@ def seat(params, config, batch, waiting, prompts, max_batch, chunk):
               for layer in batch.prompts.layers]  # [rows * slots, K, head_dim] each
     prefill(params, config, layers, prompts, begins, chunk)
     keys = batch.own.layers[0][0]
-    return batch_state(batch.rows, keys.shape[1], keys.device)._replace(layout=batch_layout(batch))
+    state = batch_state(batch.rows, keys.shape[1], keys.device)
+    return state, (batch.own.layers, batch.prompts.layers, batch_layout(batch))
 
 
 # ------------------------------------------------------------ the static batch: slots that stay
@@ -287,24 +287,21 @@ def prepare(engine, params, config, rows, length, budget):
     One row is always allowed.
     """
     engine.rows.clear()
-    size = static_slots(length)
-    rows = power_of_two(rows)
+    size, rows = static_slots(length), power_of_two(rows)
     while rows > 1 and rows * size > budget:
         rows //= 2
     weights = tuple(tensor.data_ptr() for tensor in params.values())
-    like = params["model.norm.weight"]
-    fits = (engine.cache and engine.cache.size >= size and engine.places >= rows
-            and engine.layers[0][0].dtype == like.dtype)
+    fits = engine.cache and engine.cache.size >= size and engine.places >= rows
     if not fits:
         if engine.cache:
             larger = max(size, engine.cache.size), max(rows, engine.places)
             if math.prod(larger) <= budget:  # it serves this call, and those like the last one
                 size, rows = larger
             engine.cache = None  # before the next one is allotted
+        like = params["model.norm.weight"]
         shape = (rows * size, config.num_key_value_heads, config.head_dim)
-        layers = [[like.new_zeros(shape) for _ in range(2)]
-                  for _ in range(config.num_hidden_layers)]
-        engine.cache = Slots(layers, size)
+        engine.cache = Slots([[like.new_zeros(shape), like.new_zeros(shape)]
+                              for _ in range(config.num_hidden_layers)], size)
     if not fits or weights != engine.weights:
         engine.graphs.clear()
     engine.weights = weights
@@ -339,7 +336,7 @@ def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
     for row in admitted:
         begins.setdefault(row.prompt, []).append(engine.rows[row] * engine.cache.size)
     prefill(params, config, engine.layers, prompts, begins, chunk)
-    return batch_state(engine.rows, B, engine.layers[0][0].device)
+    return batch_state(engine.rows, B, engine.layers[0][0].device), engine.cache
 
 
 # ------------------------------------------------------------ CUDA graphs
@@ -347,7 +344,7 @@ def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
 
 def capture(step_fn, state, graphs, stream):
     """(a CUDA graph of step_fn(), the state that it reads, what it returns)."""
-    before = [tensor.clone() for tensor in state[:-1]]
+    before = [tensor.clone() for tensor in state]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
         step_fn()
@@ -368,7 +365,7 @@ def graph_step(engine, state, settings, step_fn):
         engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
         engine.graphs[key] = capture(step_fn, state, engine.graphs, engine.stream)
     graph, held, out = engine.graphs[key]
-    for tensor, value in zip(held[:-1], state):
+    for tensor, value in zip(held, state):
         tensor.copy_(value)
 
     def replay():
