@@ -64,22 +64,23 @@ def float_scores(q, k):
 
 
 class SlicedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(head_dim) + bias) v, a few of the N products at a time.
+    """softmax(q k^T / sqrt(head_dim)) v over what is seen, a few of the N products at a time.
 
-    q [N, R * T, head_dim], k and v [N, S, head_dim], bias [N, T, S] float32 -> like q. Only the
+    q [N, R * T, head_dim], k and v [N, S, head_dim], unseen bool [N, T, S] -> like q. Only the
     softmax's results are kept, in the dtype of q: to hold all scores in float32 at once takes an
     update in bfloat16 half as long again, and a third more memory.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias):
+    def forward(ctx, q, k, v, unseen):
         weights = q.new_empty(*q.shape[:2], k.shape[1])
         out = torch.empty_like(q)
         step = max(1, CPU_SCRATCH // weights[0].numel())
         for begin in range(0, len(q), step):
             part = slice(begin, begin + step)
             scores = float_scores(q[part], k[part])
-            scores.view(len(scores), -1, *bias.shape[1:]).add_(bias[part, None])
+            heads = scores.view(len(scores), -1, *unseen.shape[1:])  # [step, R, T, S]
+            heads.masked_fill_(unseen[part, None], -torch.inf)
             weights[part] = scores.softmax(-1)
             torch.bmm(weights[part], v[part], out=out[part])
         ctx.save_for_backward(q, k, v, weights)
@@ -107,9 +108,8 @@ def plain_attention(q, k, v, seen):
     K, S = k.shape[1:3]
     q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
     k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
-    bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    bias = bias.expand(B, T, S).repeat_interleave(K, 0)  # [B * K, T, S]
-    return SlicedAttention.apply(q, k, v, bias).view(B, H, T, head_dim)
+    unseen = (~seen).expand(B, T, S).repeat_interleave(K, 0)  # [B * K, T, S]
+    return SlicedAttention.apply(q, k, v, unseen).view(B, H, T, head_dim)
 
 
 def fused_attention(q, k, v, seen=None):

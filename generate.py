@@ -216,14 +216,6 @@ class Row:
     queue: list[int] = field(default_factory=list)  # tokens to put next
     draws: int = 0
 
-    def extend(self, tokens, logprobs):
-        if self.queue:
-            self.forced.append(len(self.tokens))
-            self.queue.pop(0)
-        self.tokens += tokens
-        self.logprobs += logprobs
-        self.draws += len(tokens)
-
 
 def is_loop(tokens, span):
     """Whether the last `span` tokens are one phrase, said at least four times over."""
@@ -322,7 +314,12 @@ def harvest(rows, drawn, sampling, on_token):
     for row, at in list(rows.items()):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = min(next(ends, len(drawn)), row.limit - len(row.tokens))
-        row.extend(tokens[at][:end], logprobs[at][:end])
+        if row.queue:
+            row.forced.append(len(row.tokens))
+            row.queue.pop(0)
+        row.tokens += tokens[at][:end]
+        row.logprobs += logprobs[at][:end]
+        row.draws += end
         if math.isnan(sum(logprobs[at][:end])):
             raise ValueError("the model's log-probabilities are not finite: its weights are "
                              "damaged, or a training run has ruined them; use another checkpoint")
@@ -354,11 +351,9 @@ def check_request(config, prompts, sampling, **counts):
     if (sampling.stop_strings or sampling.bounds_thinking) and sampling.tokenizer is None:
         raise ValueError("stop strings and bounds on thinking need the tokenizer")
     for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty; give it a token, such as <|endoftext|>")
-        if len(prompt) >= config.max_context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which fill the context of "
-                             f"{config.max_context}")
+        if not 0 < len(prompt) < config.max_context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, expected at least 1, and less "
+                             f"than the context of {config.max_context}")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"prompt {i} has a token outside the vocabulary of "
                              f"{config.vocab_size}")

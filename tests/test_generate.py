@@ -475,7 +475,7 @@ def test_generate_reports_what_ends_as_it_ends():
 def test_generate_refuses_bad_input():
     params, config = _sampler()
     good = {"prompts": [[1, 2]], "max_new_tokens": 4}
-    for changes, words in (({"prompts": [[1], []]}, "prompt 1 is empty"),
+    for changes, words in (({"prompts": [[1], []]}, "prompt 1 has 0 tokens"),
                            ({"prompts": [[1] * 512]}, "512 tokens"),
                            ({"prompts": [[61]]}, "vocabulary of 61"),
                            ({"temperature": -1}, "temperature is -1"),
