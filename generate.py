@@ -80,8 +80,6 @@ def parse_args(argv=None):
         help='tokens before which a closed thought is reopened with "Wait"')
     add("--repetition", type=at_least(0), default=0,
         help="stop when so many last tokens repeat one phrase; 0: never")
-    add("--hide-thinking", action="store_true", help="show only what stands outside the thought")
-    add("--threads", type=at_least(1), help="default: what PyTorch chooses")
     add("--seed", type=int, default=0)
     add_sampling_flags(p, temperature=0.7, top_p=0.8)
     add_device_flags(p)
@@ -504,8 +502,8 @@ def completion_text(tokenizer, completion, ends, stop=()):
     return text[:min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
 
 
-def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=True):
-    """show(tokens, last): writes what is new of a completion's text, its thought dim or hidden."""
+def text_streamer(tokenizer, ends, write, think_tag="think", dim=True):
+    """show(tokens, last): writes what is new of a completion's text, its thought dim."""
     tags = f"<{think_tag}>", f"</{think_tag}>"
     block = re.compile(rf"({tags[0]}.*?(?:{tags[1]}|\Z))", re.DOTALL)
     shown = 0
@@ -521,38 +519,30 @@ def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=Tru
         for i, part in enumerate(block.split(text)):  # every other one is a thought
             new = printable(part[max(0, shown - at):])
             at += len(part)
-            if i % 2 == 0 or not hide:
-                write(f"\033[2m{new}\033[0m" if new and i % 2 and dim else new)
+            write(f"\033[2m{new}\033[0m" if new and i % 2 and dim else new)
         shown = max(shown, at)
 
     return show
 
 
-def fit_turns(tokenizer, messages, system, room):
-    """(messages, their ids) less the oldest questions and answers until `room` tokens hold them.
-
-    The last question stays.
-    """
-    while True:
-        ids = model.encode_chat(tokenizer, messages, system=system)
-        if len(ids) <= room or len(messages) == 1:
-            return messages, ids
-        messages = messages[2:]
-
-
 def reply(params, config, tokenizer, system, engine, messages, args):
     """The conversation with the answer to its last question, which is printed as it comes.
 
-    Raises ValueError when the question alone fills the context.
+    The oldest questions and answers go where the context does not hold them.
+    Raises ValueError when the question alone fills it.
     """
     room = config.max_context - min(args.max_new_tokens, config.max_context // 2)
-    kept, prompt = fit_turns(tokenizer, messages, system, room)
+    kept = messages
+    prompt = model.encode_chat(tokenizer, kept, system=system)
+    while len(prompt) > room and len(kept) > 1:
+        kept = kept[2:]
+        prompt = model.encode_chat(tokenizer, kept, system=system)
     if args.raw:
         text = messages[-1]["content"].encode("utf-8", "replace").decode()
         prompt = tokenizer.encode(text, add_special_tokens=False).ids
     ends = model.end_tokens(tokenizer, config)
     show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
-                         args.think_tag, args.hide_thinking, sys.stdout.isatty())
+                         args.think_tag, sys.stdout.isatty())
     [[answer]] = generate(
         params, config, [prompt], max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,
@@ -569,8 +559,6 @@ def reply(params, config, tokenizer, system, engine, messages, args):
 
 
 def main(args):
-    if args.threads:
-        torch.set_num_threads(args.threads)
     path = model.resolve_model(args.model)
     config, tokenizer = model.load_config(path), model.load_tokenizer(path)
     system = args.system or model.load_system_prompt(path)
