@@ -342,33 +342,29 @@ def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
 # ------------------------------------------------------------ CUDA graphs
 
 
-def capture(step_fn, state, graphs, stream):
-    """(a CUDA graph of step_fn(), the state that it reads, what it returns)."""
-    before = [tensor.clone() for tensor in state]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
-        step_fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    for tensor, old in zip(state, before):
-        tensor.copy_(old)
-    pool = next(iter(graphs.values()))[0].pool() if graphs else None  # one for all
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        out = step_fn()
-    return graph, state, out
-
-
 def graph_step(engine, state, settings, step_fn):
-    """(the state of this step's graph, a function that replays it): captured if it is not there."""
+    """(the state that the graph of step_fn(state) reads, a function that replays the graph).
+
+    It is captured if it is not there.
+    """
     key = len(state.tokens), settings
     if key not in engine.graphs:
-        engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
-        engine.graphs[key] = capture(step_fn, state, engine.graphs, engine.stream)
+        stream = engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
+        held = State(*(tensor.clone() for tensor in state))
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
+            step_fn(held)
+        torch.cuda.current_stream().wait_stream(stream)
+        pools = [graph.pool() for graph, _, _ in engine.graphs.values()]  # one for all
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pools[0] if pools else None, stream=stream):
+            out = step_fn(held)
+        engine.graphs[key] = graph, held, out
     graph, held, out = engine.graphs[key]
     for tensor, value in zip(held, state):
         tensor.copy_(value)
 
-    def replay():
+    def replay(state):
         graph.replay()
         return [tensor.clone() for tensor in out]
 

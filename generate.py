@@ -263,7 +263,7 @@ def finish_reason(row, sampling):
 # ------------------------------------------------------------ decode
 
 
-def decode_step(params, config, state, cache, temperature, top_p, top_k, forced):
+def decode_step(params, config, cache, temperature, top_p, top_k, forced, state):
     """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache.
 
     cache: Slots, or what decode_attention needs. forced: whether `state` may force a token.
@@ -292,7 +292,7 @@ def decode(step_fn, state, rows, steps, sampling):
         state.forced.copy_(torch.tensor(next_tokens))
     drawn = []
     for _ in range(steps):
-        drawn.append(step_fn())
+        drawn.append(step_fn(state))
         tokens, _ = drawn[-1]
         # on a CPU, looking for stop tokens is free
         if tokens.device.type == "cpu" and not sampling.stop_tokens.isdisjoint(tokens.tolist()):
@@ -459,7 +459,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
         begin = clock(like)
         state, cache = seat_fn(params, config, batch, waiting, prompts, max_batch, chunk)
         full = bool(waiting)  # all who had room are in
-        step = functools.partial(step_fn, params, config, state, cache, *drawing)
+        step = functools.partial(step_fn, params, config, cache, *drawing)
         seated = clock(like)
         if static:
             state, step = graph_step(batch, state, drawing, step)
