@@ -50,7 +50,6 @@ def length_class(n):
 
 # ------------------------------------------------------------ the products
 
-
 CPU_SCRATCH = 2**18  # scores made at a time: they stay in the cache of a CPU
 
 
@@ -272,9 +271,9 @@ def cached_attention(cache, positions):
 
 
 class Layout(NamedTuple):
-    """Where the running rows hold their keys and values, and which rows share a prompt."""
+    """Which of the running rows share a prompt."""
     held: torch.Tensor  # [B] int64: tokens of each row's prompt, whose slots are elsewhere
-    prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
+    ended: torch.Tensor  # [K * N, 1, P] bool: slots behind the end of a prompt
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
     places: torch.Tensor  # [B] int64: where each row stands in members, flattened; empty if that is
     #                       0, 1, ..., B - 1, so that nothing has to be gathered
@@ -292,9 +291,8 @@ def decode_attention(own, prompts, layout, positions):
     N, g = layout.members.shape
     device = positions.device
     slots = (positions - layout.held).clamp(max=S - 1).repeat(K)  # [K * B], of the new token
-    unseen = torch.arange(S, device=device) > slots[:, None]  # [K * B, S]
+    unseen = torch.arange(S, device=device) > slots[:, None, None]  # [K * B, 1, S]
     slots = torch.arange(0, K * B * S, S, device=device) + slots
-    own_bias = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None]
 
     def gather(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
         if len(layout.places):
@@ -313,9 +311,9 @@ def decode_attention(own, prompts, layout, positions):
             new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
             held.view(-1, head_dim).index_copy_(0, slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
-        scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
+        scores = float_scores(q, keys).masked_fill_(unseen, -torch.inf)  # [K * B, R, S]
         prompt_keys, prompt_values = (held.flatten(0, 1) for held in prompts[layer])
-        prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)
+        prompt_scores = float_scores(gather(q), prompt_keys).masked_fill_(layout.ended, -torch.inf)
         both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
         of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
         out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)

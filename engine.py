@@ -8,7 +8,7 @@ rows that run, bring their prompts into the cache (`seat`, `seat_in_slots`), dec
     Engine    where FlashAttention has a kernel for texts of different lengths: slots allotted once,
               and a CUDA graph for each power of two of rows, kept from call to call
 
-Preempting and admitting rows: Orca, OSDI 2022. Shared prompts: Hydragen, arXiv:2402.05099.
+Admitting rows: Orca, OSDI 2022. Shared prompts: Hydragen, arXiv:2402.05099.
 """
 
 import math
@@ -220,11 +220,10 @@ def batch_layout(batch):
     members = [group + [0] * (g - len(group)) for group in groups]
     if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
         places = []
-    unseen = torch.arange(P) >= torch.tensor(prompt_lengths)[:, None]  # [N, P]
-    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
+    ended = torch.arange(P) >= torch.tensor(prompt_lengths * K)[:, None, None]  # [K * N, 1, P]
     device = batch.own.layers[0][0].device
     return Layout(*(torch.as_tensor(column).to(device)
-                    for column in (held, prompt_bias, members, places)))
+                    for column in (held, ended, members, places)))
 
 
 def seat(params, config, batch, waiting, prompts, max_batch, chunk):
