@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -140,7 +141,11 @@ def test_run_killed_at_every_write():
                 model.load_params(checkpoint)
                 run.load_checkpoint(checkpoint, loaded)
             outcomes.append(checkpoint.name)
-            assert _equal(loaded, old if checkpoint.name == "step_000001" else new), outcomes
+            if checkpoint.name == "step_000001":
+                assert _equal(loaded, old), outcomes
+            else:
+                best = checkpoint.with_name("best").resolve()
+                assert _equal(loaded, new) and best == checkpoint.resolve(), outcomes
             _save(run_dir, 2, params, optimizer, keep=1, best_step=2)
             assert _names(run_dir / "checkpoints") == ["best", "step_000002"], outcomes
         assert code == 0 and outcomes == sorted(outcomes) and len(set(outcomes)) == 2, outcomes
@@ -262,6 +267,17 @@ def test_run_two_processes_in_one_run_directory():
         holder.kill()
         holder.communicate()
         run.claim_run_dir(train_args("--run-dir", str(home), "--resume"))
+
+
+def test_run_is_one_run_of_wandb():
+    with (temporary_dir() as home, contextlib.redirect_stdout(None),
+          mock.patch.dict(sys.modules, wandb=mock.Mock())):
+        for how in ("--overwrite", "--resume", "--overwrite"):
+            opened, _ = _open("--run-dir", str(home / "run"), "--wandb", "mine", how)
+            run.log_step(opened, "", {"step": 1, "loss": math.nan})
+            opened.wandb.log.assert_called_with({"step": 1, "loss": None}, step=1)
+        first, again, new = (call.kwargs["id"] for call in sys.modules["wandb"].init.call_args_list)
+        assert first == again != new
 
 
 def test_run_second_ctrl_c_quits():
