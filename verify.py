@@ -318,7 +318,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*(?:\\[lc]?dots(?![a-z])|\.{3})",  # 0.333...
      r".\1\\overline{\2}"),
     (rf"(\^\s*{SCRIPT})\s*(_\s*{SCRIPT})", r"\2\1"),  # v^2_0
-    (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
+    (r"(?:\\?\$|(?<!\\)\\[()\[\]]|\s)+", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
