@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
 CONTROL = re.compile(r"<\|(?:im_end|endoftext|im_start|eot_id)\|>|</s>")
 THINK = re.compile(r"<(/?)(?:think|thought)>")
-BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)\s*\{")
+BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
 PLACEHOLDER = re.compile(r"(?i:[\s?.…_${}\\]|text|l?dots|your|final|the|answer|here)*")
 JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", "; for part (b)"
     r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
@@ -105,7 +105,8 @@ def boxes(text):
     for box in reversed(deque(BOX.finditer(text), maxlen=20)):
         end = None
         depth = 1
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):
+        braces = re.compile(r"\\.|[{}]", re.S).finditer(text, box.end())
+        for brace in braces if box[1] else ():
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
                 end = brace.start()
