@@ -473,14 +473,15 @@ def test_generate_refuses_bad_input():
     assert generate(params, config, [], max_new_tokens=4) == []
 
 
-def test_generate_streams_text_with_its_thinking_dimmed():
+def test_generate_streams_text_with_its_thinking_dimmed_or_hidden():
     tokenizer = bytes_tokenizer()
     text = "Hm. <think>\n1 < 2\u00e9\n</think>\n\\boxed{2} <thin"
     dimmed = text.replace("<think>", "\033[2m<think>").replace("</think>", "</think>\033[0m")
     ids = tokenizer.encode(text).ids
-    for dim, expected in ((False, text), (True, dimmed)):
+    for hide, dim, expected in ((False, False, text), (True, False, "Hm. \n\\boxed{2} <thin"),
+                                (False, True, dimmed)):
         written = []
-        show = text_streamer(tokenizer, {0}, written.append, dim=dim)
+        show = text_streamer(tokenizer, {0}, written.append, hide=hide, dim=dim)
         for n in range(1, len(ids) + 1):
             show(ids[:n])
             assert not "".join(written).endswith("<"), "what may become a tag is held back"
