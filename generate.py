@@ -416,7 +416,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
         repetition: end a row whose last so many tokens repeat one phrase at least four times.
         think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
-    chunk: tokens of prompts that go through the layers at once.
+    chunk: tokens of prompts that go through the layers at once; a longer prompt goes alone.
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
     engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
@@ -470,8 +470,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
         held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
-        left = steps_left(batch)
-        while not changed:
+        while not changed and (left := steps_left(batch)):
             drawn = decode(step, state, batch.rows, min(stride, left), sampling)
             stats["steps"] += len(drawn)
             ended, num_tokens, reopened = harvest(batch.rows, drawn, sampling, on_token)
@@ -487,8 +486,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
                 places = min(B, max_batch) if full else max_batch
             free = places - len(batch.rows)
             sparse = free >= max(1, B // (16 if waiting else 2 if static else 4))
-            left = steps_left(batch)
-            changed = reopened or sparse or not left
+            changed = reopened or sparse
         stats["decode_s"] += clock(like) - ready
     return results
 
