@@ -319,7 +319,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*(?:\\[lc]?dots(?![a-z])|\.{3})",  # 0.333...
      r".\1\\overline{\2}"),
     (rf"(\^\s*{SCRIPT})\s*(_\s*{SCRIPT})", r"\2\1"),  # v^2_0
-    (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
+    (r"(?:\\?\$|(?<!\\)\\[()\[\]]|\s)+", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
@@ -998,7 +998,7 @@ class TooHard(ArithmeticError):
 
 
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
-CONSTANT = (0, False, 1)  # the point where a value without variables is sampled
+CONSTANT = (0, False)  # the point where a value without variables is sampled
 
 
 def bit_length(value):
@@ -1080,17 +1080,18 @@ def exact(node, at_random=False):
     return None if value is None or bit_length(value) > MAX_BITS else value
 
 
-# A sample point is (index, real, scale): variables are real, with absolute values near 1, near 4,
-# or somewhat beyond the largest number in the trees; if `real`, so is every value on the way.
+# A sample point is (index, real): variables are real, at all RADII, first positive, then negative,
+# then of both signs; if `real`, so is every value on the way.
+
+RADII = (1, 4, 0.05, 30, 600, 10**6, 10**12)
 
 
 @lru_cache(maxsize=4096)
-def coordinate(name, point):
+def coordinate(name, index):
     """Where a variable stands: given by its name, so that it is the same in both trees."""
-    index, _, scale = point
     rng = random.Random(f"{name} {index}")
-    radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
-    return radius if index % 2 == 0 else rng.choice((radius, -radius))
+    sign = (1, -1, rng.choice((1, -1)))[index // len(RADII)]
+    return sign * RADII[index % len(RADII)] * rng.uniform(0.3, 1.2)
 
 
 def arithmetic(bits):
@@ -1110,7 +1111,7 @@ def evaluate(node, point, m, sizes):
     """
     tag = node[0]
     if tag == "sym":
-        return m.mpc(coordinate(node[1], point))
+        return m.mpc(coordinate(node[1], point[0]))
     if tag == "const":
         return m.mpc({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
     if tag == "num":
@@ -1178,29 +1179,21 @@ def agree(a, b, point):
             raise TooHard("too many digits")
 
 
-def largest_number(node):
-    value = exact(node)
-    if value is None:
-        return max(map(largest_number, children(node)), default=1)
-    return max(abs(value), 1 / abs(value)) if value else 1
-
-
 def same_function(a, b):
     """Whether two trees agree at real points; where both are real, unless i is in them."""
     if not symbols(a, b):
         return agree(a, b, CONSTANT) is True
-    digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
     real = ("const", "i") not in {*nodes(a), *nodes(b)}
     verdicts = []
-    for index in range(24):
+    for index in range(3 * len(RADII)):
         try:
-            verdicts.append(agree(a, b, (index, real, 10**digits)))
+            verdicts.append(agree(a, b, (index, real)))
         except TooHard:
             if LOCAL.steps < 0:
                 raise
         if False in verdicts:
             return False
-    return verdicts.count(True) >= 4
+    return verdicts.count(True) >= 3
 
 
 def near(decimal, node):
@@ -1366,7 +1359,7 @@ def same_relation(a, b):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
     if relation in ("=", "!="):
         return True
-    factors = (sample(divide(f, g), (index, False, 1))[0] for index in range(6))
+    factors = (sample(divide(f, g), (index, False))[0] for index in range(6))
     return next((factor.real > 0 for factor in factors if factor), False)
 
 
