@@ -79,8 +79,9 @@ BREAK = re.compile(  # what stands between two runs of mathematics
     r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
 )  # fmt: skip
 ANSWER_PHRASE = re.compile(
-    r"####|<answer>|\banswers?\b[*_]*(?:[ ]*\n|\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[])))", re.I
-)
+    r"####|<answer>|^[#*_ ]*(?:final )?answer[*_ ]*\n"
+    r"|\banswers?\b[*_]*\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[]))", re.I | re.M,
+)  # fmt: skip
 REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" give none
     r"not |(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
     r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,

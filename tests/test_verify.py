@@ -390,6 +390,7 @@ The answer is 1,234. :: 1234 || The answer is 5. My answer is right. :: 5 || 答
 Then $m=3$, so she pays $18 a day. :: 18 || I think the answer is B, as shown. :: B
 So, 5 + 4 = 9. :: 9 || The probability is \frac{3}{8}. :: 3/8 || Let me see.⏎(A) :: A
 I think it's D :: D || Answer: 3 1/2 :: 3.5 || It's 45°. :: 45
+My answer⏎⏎First we add 3 and 4. That makes 7. :: 7 || ## Answer⏎3, 5, 7 :: 3,5,7
 """
 _WRONGLY_LENIENT = r"""
 So the total is 3x. :: 3 || The answer is true, or false. :: true || I think it is A or B :: A
