@@ -40,7 +40,7 @@ class Yarn(NamedTuple):
     """rope_scaling as Qwen-2.5 documents it for contexts beyond the trained one."""
     factor: float
     original_max_position_embeddings: int
-    attention_factor: float = None  # of cos and sin; None: as in the paper
+    attention_factor: float | None = None  # of cos and sin; None: as in the paper
 
 
 class Config(NamedTuple):
@@ -118,11 +118,6 @@ def init_params(config, seed, device="cpu", dtype=torch.float32):
 # ------------------------------------------------------------ the transformer
 
 
-def rms_norm(x, weight, eps):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def rope_frequencies(config, device="cpu"):
     """Radians per position of each pair of dimensions [head_dim / 2]; what scales cos and sin."""
     half, yarn = config.head_dim // 2, config.rope_scaling
@@ -188,14 +183,14 @@ def block(params, config, layer, x, cos, sin, attend_fn):
     KV, MLP = config.num_key_value_heads * config.head_dim, config.intermediate_size
     pre = f"model.layers.{layer}."
 
-    h = rms_norm(x, params[pre + "input_layernorm.weight"], config.rms_norm_eps)
+    h = F.rms_norm(x, (D,), params[pre + "input_layernorm.weight"], config.rms_norm_eps)
     qkv = linears(params, pre, "self_attn.", (D, KV, KV), h)
     q, k, v = (part.view(B, T, -1, config.head_dim).transpose(1, 2) for part in qkv)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, head_dim], [B, K, T, head_dim]
     out = attend_fn(layer, q, k, v).transpose(1, 2).reshape(B, T, D)
     x = x + linear(params, pre + "self_attn.o_proj", out)
 
-    h = rms_norm(x, params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
+    h = F.rms_norm(x, (D,), params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
     gate, up = linears(params, pre, "mlp.", (MLP, MLP), h)  # [B, T, MLP] each
     return x + linear(params, pre + "mlp.down_proj", F.silu(gate) * up)
 
@@ -219,7 +214,7 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
             x = checkpoint(run_layer, layer, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x = run_layer(layer, x)
-    return rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
+    return F.rms_norm(x, x.shape[-1:], params["model.norm.weight"], config.rms_norm_eps)
 
 
 def packed_hidden_states(params, config, tokens, groups, checkpointing=False):
@@ -349,11 +344,8 @@ def head_logprobs(params, config, hidden, targets, temperature=1.0):
 
 
 def token_logprobs(params, config, tokens, temperature=1.0, checkpointing=False):
-    """Log-probability of every token but the first, given those before it, differentiable.
-
-    tokens: [B, T] -> [B, T - 1] float32. Padding stands at the right of a row, where causal
-    attention keeps it from mattering.
-    """
+    """Log-probability of every token but the first: [B, T] -> [B, T - 1] float32, differentiable.
+    Padding stands at the right of a row, where causal attention keeps it from mattering."""
     hidden = hidden_states(params, config, tokens, checkpointing=checkpointing)[:, :-1]
     targets = tokens[:, 1:].flatten()
     logprobs, _ = head_logprobs(params, config, hidden.flatten(0, 1), targets, temperature)
@@ -456,16 +448,14 @@ def read_json(path):
     return raw
 
 
-def read_record(record, raw, allowed, path):
+def read_record(record, raw, only, path):
     """The NamedTuple `record` of the fields of a JSON object. Raises ValueError, naming `path`, for
-    what is missing, of another type or not positive, and for other values than the `allowed`."""
-    wrong = [f"{name} is {raw[name]!r:.40}, expected {' or '.join(map(repr, values)) or 'none'}"
-             for name, values in allowed.items() if raw.get(name) not in (None, *values)]
-    given = {name: raw[name] for name in record._fields if raw.get(name) is not None}
-    wrong += [f"{name} is missing" for name in record._fields
-              if name not in given | record._field_defaults]
-    for name, value in given.items():
-        kind = record.__annotations__[name]
+    one of another type or not positive, and where a field of `only` has none of its values."""
+    found = record._field_defaults | {name: raw[name] for name in raw if raw[name] is not None}
+    wrong = [f"{name} is {found[name]!r:.40}, expected {' or '.join(map(repr, values)) or 'none'}"
+             for name, values in only.items() if found.get(name) not in (None, *values)]
+    for name, kind in record.__annotations__.items():
+        value = found.get(name)
         if kind is bool and type(value) is not bool:
             wrong.append(f"{name} is {value!r:.40}, expected true or false")
         fits = type(value) in (int, kind) and 0 < value < 2**31
@@ -473,7 +463,7 @@ def read_record(record, raw, allowed, path):
             wrong.append(f"{name} is {value!r:.40}, expected a positive {kind.__name__} < 2**31")
     if wrong:
         raise ValueError(f"{path}: {'; '.join(wrong)}: nothing else is implemented")
-    return record(**given)
+    return record(**{name: found.get(name) for name in record._fields})
 
 
 QWEN2 = {"model_type": ["qwen2"], "hidden_act": ["silu"], "use_sliding_window": [False],
@@ -535,9 +525,9 @@ def check_tensors(tensors, shapes, path):
 def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
 
-    adapter: the directory of one to lay over them, as for load_adapter. On a CPU, tensors that are
-    of `dtype` already stay views of the mapped file: there is never a second copy of the weights.
-    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
+    adapter: the directory of one to lay over them. On a CPU, tensors that are of `dtype` already
+    stay views of the mapped file. Raises FileNotFoundError, or ValueError that names every missing,
+    extra or misshapen tensor.
     """
     model_dir = Path(model_dir)
     config = load_config(model_dir)
@@ -677,25 +667,20 @@ def end_tokens(tokenizer, config):
 
 # A template is a program of unknown origin: it is rendered in a process of its own, with bounds.
 RENDER = """
-import sys
+import contextlib, sys
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-try:
+with contextlib.suppress(ImportError, ValueError, OSError):  # on Windows time alone is bounded
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-except (ImportError, ValueError, OSError):
-    pass  # on Windows, say; there time alone is bounded
 sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-template = sandbox.from_string(sys.stdin.buffer.read().decode())
-text = template.render(messages=[{"role": "user", "content": ""}])
-sys.stdout.buffer.write(text[:100_000].encode("utf-8", "replace"))
+template = sandbox.from_string(sys.stdin.read())
+print(template.render(messages=[{"role": "user", "content": ""}])[:100_000])
 """
 
 
 def load_system_prompt(model_dir, timeout_s=10):
     """The system turn that a model's chat template adds when there is none; None when it adds none.
-
-    Found by rendering the template around an empty question. Raises ValueError when that fails.
-    """
+    Found by rendering the template around an empty question; ValueError when that fails."""
     path = Path(model_dir) / "chat_template.jinja"  # where transformers 5 keeps it
     if path.is_file():
         template = path.read_text(encoding="utf-8", errors="replace")
@@ -705,8 +690,9 @@ def load_system_prompt(model_dir, timeout_s=10):
     if not isinstance(template, str):
         return None
     try:
-        done = subprocess.run([sys.executable, "-c", RENDER], input=template, capture_output=True,
-                              encoding="utf-8", errors="replace", timeout=timeout_s)
+        done = subprocess.run([sys.executable, "-X", "utf8", "-c", RENDER], input=template,
+                              capture_output=True, encoding="utf-8", errors="replace",
+                              timeout=timeout_s)
         failed = done.returncode and (done.stderr.strip().split("\n")[-1] or "it was killed")
     except subprocess.TimeoutExpired:
         failed = f"not within {timeout_s} s"
@@ -725,9 +711,7 @@ def with_system(messages, system):
 
 def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
     """ChatML as Qwen-2.5 defines it: [{"role": "user", "content": "Hi"}, ...] as one string.
-
-    system: the turn put in front when the messages bring none; None for none.
-    """
+    system: the turn put in front when the messages bring none; None for none."""
     text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
                    for message in with_system(messages, system))
     return text + "<|im_start|>assistant\n" * add_generation_prompt
@@ -748,10 +732,8 @@ def encode_text(tokenizer, text):
 
 
 def encode_chat(tokenizer, messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
-    """The ids of render_chat's string, but that no content can make a control token.
-
-    A problem, a user or a teacher may write "<|im_end|>\\n<|im_start|>assistant": it stays text.
-    """
+    """The ids of render_chat's string, but that no content can make a control token: where somebody
+    writes "<|im_end|>\\n<|im_start|>assistant", it stays text."""
     start, end = (tokenizer.encode(mark, add_special_tokens=False).ids
                   for mark in ("<|im_start|>", "<|im_end|>\n"))
     ids = []

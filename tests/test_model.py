@@ -429,7 +429,7 @@ def test_model_adapters_of_peft():
                 (tensors, {"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
                 (half, {}, "lora_B.weight is missing"), (extra, {}, "lora_magnitude_vector"),
                 ({}, {}, "42 tensors"), (tensors, {"r": 3}, "(4, 64)"),
-                (tensors, {"r": None}, "r is missing"),
+                (tensors, {"r": None}, "r is None"),
                 (tensors, {"lora_alpha": "8"}, "lora_alpha is '8', expected a positive float")):
             with raises(ValueError, said):
                 load(wrong, **changes)
@@ -578,8 +578,7 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"use_sliding_window": True}, "use_sliding_window is True, expected False"),
             ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
             ({"quantization_config": {"bits": 4}}, "quantization_config", "bits"),
-            ({"hidden_size": None, "vocab_size": None}, "hidden_size is missing",
-             "vocab_size is missing"),
+            ({"hidden_size": None, "vocab_size": None}, "hidden_size is None", "vocab_size is None"),
             ({"num_hidden_layers": "24"}, "num_hidden_layers is '24', expected a positive int"),
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
             ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "at most 1000"),
@@ -601,7 +600,7 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', expected 'yarn'"),
             ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
             ({"rope_scaling": ["yarn"]}, "rope_scaling ['yarn'], expected", "object"),
-            ({"rope_scaling": {"type": "yarn"}}, "factor is missing"),
+            ({"rope_scaling": {"type": "yarn"}}, "factor is None"),
             ({"rope_scaling": yarn | {"factor": "4"}}, "factor is '4'"),
             ({"rope_scaling": yarn | {"beta_fast": -1}}, "beta_fast is -1, expected 32"),
             ({"rope_scaling": yarn | {"mscale": 1.0}}, "mscale is 1.0, expected none")):
