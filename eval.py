@@ -20,6 +20,8 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import ChainMap
+from itertools import compress
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -29,6 +31,7 @@ import torch
 
 import launch
 import model
+import stats
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of
@@ -37,16 +40,7 @@ from engine import Engine, sampling_params
 from generate import add_sampling_flags, completion_text, generate
 from launch import at_least, gather_objects, rank_and_world, run_main, say
 from run import append_lines, code_commit, read_trained_on
-from stats import (
-    gains,
-    interval,
-    maj_at_k,
-    markdown,
-    paired_bootstrap,
-    pass_at_k,
-    percent,
-    pool_answers,
-)
+from stats import interval, maj_at_k, markdown, paired_bootstrap, pass_at_k, percent
 from verify import extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
@@ -54,6 +48,7 @@ SAMPLING_TEMPERATURE = 0.7  # one for all methods that sample, so that they comp
 # What a flag left out means, for a tiny model and for any other.
 TINY = {"data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "max_batch": 256}
 OTHERS = {"data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "max_batch": 64}
+NO_SETTINGS = ("system", "max_batch", "engine", "compiled")  # options that no answer depends on
 ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade is about
 
 
@@ -97,23 +92,25 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------- problems in, records out
 
 
-SAMPLE_FIELDS = {"text", "answer", "lenient_answer", "strict", "lenient", "tokens", "finish",
-                 "logprob"}
-
-
-def make_samples(completions, texts, reference):
-    """What a record keeps of the completions of a problem; strict, lenient None: undecided."""
-    pairs = [(text, reference) for text in texts]
+def make_record(problem, prompt, completions, texts):
+    """What is kept of a problem and its answers; strict, lenient None: undecided."""
+    pairs = [(text, problem["answer"]) for text in texts]
     verdicts = zip(verify_many(pairs, strict=True), verify_many(pairs, strict=False))
-    return [{"text": text, "answer": extract_answer(text, strict=True),
-             "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
-             "tokens": len(c.tokens), "finish": c.finish, "logprob": round(sum(c.logprobs), 4)}
-            for c, text, (strict, lenient) in zip(completions, texts, verdicts)]
+    samples = [{"text": text, "answer": extract_answer(text, strict=True),
+                "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
+                "tokens": len(c.tokens), "finish": c.finish, "logprob": round(sum(c.logprobs), 4)}
+               for c, text, (strict, lenient) in zip(completions, texts, verdicts)]
+    return {"id": problem["id"], "level": problem.get("level"), "subject": problem.get("subject"),
+            "prompt": prompt, "reference": problem["answer"], "samples": samples}
 
 
-def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="plain", system=None,
-             shots=(), think_tag="think", num_samples=1, temperature=0.0, max_batch=64, keep=None,
-             quiet=False, **sampling):
+def prompt_seeds(problems):
+    """For `generate`: what a problem is answered does not depend on the others."""
+    return [zlib.crc32(problem["id"].encode()) for problem in problems]
+
+
+def evaluate(params, config, tokenizer, problems, *, prompt="plain", system=None, shots=(),
+             think_tag="think", num_samples=1, temperature=0.0, keep=None, quiet=False, **sampling):
     """Ask every problem and grade what comes: a record (dict) for each, in their order.
 
     Every process calls this with the same problems, asks its share of them and gets all records; a
@@ -128,40 +125,35 @@ def evaluate(params, config, tokenizer, problems, *, max_new_tokens, prompt="pla
     ends = model.end_tokens(tokenizer, config)
     stop = PRESETS[prompt].stop
     answers = [[None] * num_samples for _ in mine]
-    records = [None] * len(mine)
+    records = {}
     last = time.perf_counter()
 
-    def finish(i):
+    def finish(problem, completions):
         nonlocal last
-        problem = mine[i]
-        texts = [completion_text(tokenizer, c, ends, stop) for c in answers[i]]
-        samples = make_samples(answers[i], texts, problem["answer"])
+        texts = [completion_text(tokenizer, c, ends, stop) for c in completions]
+        text = render_prompt(prompt, problem, **form)
+        record = make_record(problem, text, completions, texts)
         now = time.perf_counter()
-        records[i] = {"id": problem["id"], "level": problem.get("level"),
-                      "subject": problem.get("subject"),
-                      "prompt": render_prompt(prompt, problem, **form),
-                      "reference": problem["answer"], "samples": samples,
-                      "seconds": round((now - last) / world, 4)}  # of a run: their sum
+        record["seconds"] = round((now - last) / world, 4)  # of a run: their sum
         last = now
+        records[problem["id"]] = record
         if keep:
-            keep(records[i])
+            keep(record)
 
     with launch.progress_bar(len(problems) * num_samples, quiet=quiet) as show:
         def on_step(ended, num_tokens):
             for i, sample, completion in ended:
                 answers[i][sample] = completion
                 if None not in answers[i]:
-                    finish(i)
+                    finish(mine[i], answers[i])
             show(ended, num_tokens)
 
-        generate(
-            params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
-            num_samples=num_samples, max_new_tokens=max_new_tokens, temperature=temperature,
-            stop_tokens=ends, stop_strings=stop, tokenizer=tokenizer, max_batch=max_batch,
-            think_tag=think_tag, seeds=[zlib.crc32(p["id"].encode()) for p in mine],
-            on_step=on_step, **sampling)
-    shares = gather_objects(records)
-    return [shares[i % world][i // world] for i in range(len(problems))]
+        generate(params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
+                 num_samples=num_samples, temperature=temperature, stop_tokens=ends,
+                 stop_strings=stop, tokenizer=tokenizer, think_tag=think_tag,
+                 seeds=prompt_seeds(mine), on_step=on_step, **sampling)
+    found = ChainMap(*gather_objects(records))
+    return [found[problem["id"]] for problem in problems]
 
 
 def read_records(path, settings=None):
@@ -175,10 +167,11 @@ def read_records(path, settings=None):
             record = json.loads(line)
             records[record["id"]] = record
             changes = list_changes(record["settings"], settings or {})
-            if any(not SAMPLE_FIELDS <= sample.keys() for sample in record["samples"]):
-                raise KeyError
+            whole = all("logprob" in sample for sample in record["samples"])
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise ValueError(f"{path}, line {number}: not a record of eval.py") from None
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}, line {number}: not a record of eval.py")
         if changes:
             raise ValueError(f"{path} holds a run with other settings ({changes} now); give "
                              "another --records")
@@ -189,6 +182,45 @@ def list_changes(old, new):
     """The settings that differ, as text."""
     return ", ".join(f"{name} {old.get(name)!r}, {value!r}" for name, value in new.items()
                      if old.get(name) != value)
+
+
+# ---------------------------------------------------------------------- which problems
+
+
+def drop(items, fits, why, none_left):
+    """The items that fit (a bool each). Says how many do not; ValueError when none does."""
+    kept = list(compress(items, fits))
+    if items and not kept:
+        raise ValueError(none_left)
+    if len(kept) < len(items):
+        say(f"{len(items) - len(kept)} of {len(items)} {why}")
+    return kept
+
+
+def fit_context(problems, prompts, config, reply_tokens):
+    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context.
+
+    Says how many are left out. Raises ValueError when all are.
+    """
+    room = f"room for {reply_tokens} new tokens in the context of {config.max_context}"
+    fits = [len(prompt) + reply_tokens <= config.max_context for prompt in prompts]
+    kept = drop(problems, fits, f"problems are left out: their prompts leave no {room}",
+                f"no prompt leaves {room}; try a smaller --max-new-tokens, or fewer solved "
+                "examples")
+    return kept, list(compress(prompts, fits))
+
+
+def leave_out(problems, keys, held_out, name):
+    """The training problems of the set `name` whose keys are not among `held_out`.
+
+    Says how many are left out. Raises ValueError when all are.
+    """
+    held_out = set(held_out)
+    return drop(problems, [key not in held_out for key in keys],
+                f"training problems of {name} are also held out for evaluation: they are left out "
+                "of training",
+                f"every training problem of {name} is also held out for evaluation; expected "
+                "others: change --data or --eval-data")
 
 
 # ---------------------------------------------------------------------- the setup that flags name
@@ -203,21 +235,22 @@ class Setup(NamedTuple):
     prompts: list  # token ids, one for each problem
     options: dict  # keyword arguments of evaluate()
     settings: dict  # what identifies a row, beside its method and the options
-    records: Path | None = None  # a directory for files of records, or one such file
     grade: str = "strict"  # which one counts
-    engine: Engine | None = None  # the sampler's, which a GPU keeps
-    compiled: bool = False  # its step
+    trained_on: frozenset = frozenset()  # ids of problems
+    records: Path | None = None  # a directory for files of records, or one such file
+    results: Path | None = None  # the file of rows
 
 
-def weights_hash(model_dir, adapter=None):
-    """Eight characters that change with the weights; a path does not say which weights it held."""
+def weights_hash(*directories):
+    """Eight characters that change with the weights in the directories (None stands for no
+    directory); a path does not say which weights it held."""
     digest = hashlib.sha256()
-    files = [p for p in Path(model_dir).glob("*.safetensors") if p.is_file() and p.stat().st_size]
-    adapters = Path(adapter).glob("*.safetensors") if adapter else []
-    for path in [*sorted(files), *adapters]:
-        content = np.memmap(path, mode="r")
-        for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
-            digest.update(content[begin:begin + 2**20])
+    for directory in filter(None, directories):
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            if path.is_file() and path.stat().st_size:
+                content = np.memmap(path, mode="r")
+                for begin in (0, len(content) // 2, max(0, len(content) - 2**20)):
+                    digest.update(content[begin:begin + 2**20])
     return digest.hexdigest()[:8]
 
 
@@ -230,58 +263,10 @@ def chosen_flags(args, config):
 def settings_of(setup, **changes):
     """Everything that a record depends on, as rows and records carry it."""
     options = setup.options | changes
-    hashed = prompt_hash(options["prompt"], system=options["system"], shots=options["shots"],
-                         think_tag=options["think_tag"])
-    named = {k: v for k, v in options.items() if k not in ("system", "max_batch")}
-    return setup.settings | named | {"shots": len(options["shots"]), "prompt_hash": hashed}
-
-
-def fork(args, setup, replies):
-    """Become --processes, by default as many as memory holds.
-
-    Weights count as float32, as they are read; caches count twice, for growing one copies it.
-    """
-    config = setup.config
-    context = max(map(len, setup.prompts)) + replies * setup.options["max_new_tokens"]
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    row = context * slot + config.vocab_size
-    gib_each = 0.25 + setup.options["max_batch"] * row / 2**27
-    gib_shared = sum(tensor.shape.numel() for tensor in setup.params.values()) / 2**27
-    default = launch.default_processes(args.device, gib_each, gib_shared)
-    launch.init_distributed(args.device, args.processes or default)
-
-
-def fit_context(problems, prompts, config, reply_tokens):
-    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context.
-
-    Says how many are left out. Raises ValueError when all are.
-    """
-    room = config.max_context - reply_tokens
-    kept = [(p, prompt) for p, prompt in zip(problems, prompts) if len(prompt) <= room]
-    if problems and not kept:
-        raise ValueError(f"no prompt leaves room for {reply_tokens} new tokens in the context of "
-                         f"{config.max_context}; try a smaller --max-new-tokens, or fewer solved "
-                         "examples")
-    if left_out := len(problems) - len(kept):
-        say(f"{left_out} of {len(problems)} problems are left out: their prompts leave no room for "
-            f"{reply_tokens} new tokens in the context of {config.max_context}")
-    return [p for p, _ in kept], [prompt for _, prompt in kept]
-
-
-def leave_out(problems, keys, held_out, name):
-    """The training problems of the set `name` whose keys are not among `held_out`.
-
-    Says how many are left out. Raises ValueError when all are.
-    """
-    held_out = set(held_out)
-    kept = [problem for problem, key in zip(problems, keys) if key not in held_out]
-    if left_out := len(problems) - len(kept):
-        say(f"{left_out} of {len(problems)} training problems of {name} are also held out for "
-            "evaluation: they are left out of training")
-    if problems and not kept:
-        raise ValueError(f"every training problem of {name} is also held out for evaluation; "
-                         "expected others: change --data or --eval-data")
-    return kept
+    form = {name: options[name] for name in ("system", "shots", "think_tag")}
+    named = {k: v for k, v in options.items() if k not in NO_SETTINGS}
+    return setup.settings | named | {"shots": len(options["shots"]),
+                                     "prompt_hash": prompt_hash(options["prompt"], **form)}
 
 
 def load_setup(args, replies=1):
@@ -300,27 +285,34 @@ def load_setup(args, replies=1):
     tokenizer = model.load_tokenizer(path)
     flags = chosen_flags(args, config)
     preset = PRESETS[flags["prompt"]]
-    problems = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
+    asked = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
     shots = load_shots(args.shots_from or flags["data"], flags.get("shots", preset.shots),
-                       args.data_seed, problems)
-    form = {"system": model.load_system_prompt(path), "shots": shots,
-            "think_tag": args.think_tag}
-    prompts = [encode_prompt(tokenizer, flags["prompt"], p, **form) for p in problems]
-    asked = len(problems)
-    problems, prompts = fit_context(problems, prompts, config, replies * flags["max_new_tokens"])
+                       args.data_seed, asked)
+    form = {"system": model.load_system_prompt(path), "shots": shots, "think_tag": args.think_tag}
+    prompts = [encode_prompt(tokenizer, flags["prompt"], p, **form) for p in asked]
+    problems, prompts = fit_context(asked, prompts, config, replies * flags["max_new_tokens"])
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
-    options = {name: flags[name] for name in names} | form | {"num_samples": 1}
+    options = {name: flags[name] for name in names} | form | {
+        "num_samples": 1, "engine": Engine(), "compiled": args.compile}
     settings = {"model": args.model, "weights": weights_hash(path, args.adapter),
                 "data": flags["data"], "split": args.split, "data_seed": args.data_seed,
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-    if len(problems) < asked:
-        settings["asked"] = asked
+    if len(problems) < len(asked):
+        settings["asked"] = len(asked)
+    known = read_trained_on(path, args.adapter)
+    trained_on = {p["id"] for p, key in zip(problems, keys_of(problems)) if key in known}
     params = model.load_params(path, "cpu", dtype, args.adapter)
     params = sampling_params(params, config, device=device)
+    # Weights count as float32, as they are read; caches count twice, for growing one copies it.
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    context = max(map(len, prompts)) + replies * flags["max_new_tokens"]
+    own = flags["max_batch"] * (context * slot + config.vocab_size)
+    shared = sum(tensor.shape.numel() for tensor in params.values())
+    default = launch.default_processes(args.device, 0.25 + own / 2**27, shared / 2**27)
+    launch.init_distributed(args.device, args.processes or default)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
-                  args.records and Path(args.records), args.grade or preset.grade, Engine(),
-                  args.compile)
-    fork(args, setup, replies)
+                  args.grade or preset.grade, trained_on, args.records and Path(args.records),
+                  args.results)
     say(", ".join(f"{name.replace('_', ' ')} {v}" for name, v in settings_of(setup).items()))
     return setup
 
@@ -339,18 +331,16 @@ def collect_records(setup, name="records", **changes):
     if path and path.is_file() and rank_and_world()[0] == 0:
         done = read_records(path, settings)
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
-    if path:
-        append_lines(path, [])
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
 
-    def keep(record):
+    def keep(*records):
         if path:
-            append_lines(path, [record | {"settings": settings}])
+            append_lines(path, [record | {"settings": settings} for record in records])
 
-    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, engine=setup.engine,
-                       compiled=setup.compiled, keep=keep, **options)
-    done |= {record["id"]: record | {"settings": settings} for record in records}
+    keep()  # what could not be kept need not be asked
+    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, keep=keep, **options)
+    done |= {record["id"]: record for record in records}
     row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}
     return [done[p["id"]] for p in setup.problems], row_settings
 
@@ -358,25 +348,21 @@ def collect_records(setup, name="records", **changes):
 # ---------------------------------------------------------------------- rows: what a run comes to
 
 
-def scores_of(records, grade):
-    """Each problem's share of right samples; what could not be decided counts as wrong."""
-    return [fmean(s[grade] is True for s in r["samples"]) for r in records]
-
-
 def votes_of(record, grade="strict"):
     """(the class that each sample votes for, None without an answer; the classes that are right)"""
-    votes = pool_answers([s[ANSWER[grade]] for s in record["samples"]])
+    votes = stats.pool_answers([s[ANSWER[grade]] for s in record["samples"]])
     right = {v for v, s in zip(votes, record["samples"]) if s[grade] and v is not None}
     return votes, right
 
 
 def rates_by_level(records, scores, tokens):
     """{level: [accuracy, low, high, problems, tokens]}"""
+    levels = [record.get("level") for record in records]
     rates = {}
-    for level in sorted({r["level"] for r in records if r.get("level") is not None}):
-        mine = [i for i, r in enumerate(records) if r.get("level") == level]
-        rates[str(level)] = [*interval([scores[i] for i in mine]), len(mine),
-                             fmean(tokens[i] for i in mine)]
+    for level in sorted(set(levels) - {None}):
+        mine = [other == level for other in levels]
+        members = list(compress(scores, mine))
+        rates[str(level)] = [*interval(members), len(members), fmean(compress(tokens, mine))]
     return rates
 
 
@@ -394,58 +380,72 @@ def score_row(records, scores, tokens, seconds, **settings):
         "scores": {record["id"]: score for record, score in zip(records, scores)}}
 
 
-def cost_row(records, scores, drawn, **settings):
-    """score_row of a method that uses some samples of each pool. drawn: how many, for each."""
+def cost_row(records, outcomes, **settings):
+    """score_row of a method that uses some samples of each pool: (its success, how many) of each.
+    """
+    scores, drawn = zip(*outcomes)
     tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
     seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
     return score_row(records, scores, tokens, seconds, samples=fmean(drawn), **settings)
 
 
+def rates_of(record, grade):
+    """{name: share of the samples of a problem, or success of k of them}"""
+    samples = record["samples"]
+    n = len(samples)
+    rates = {name: fmean(s[name] is True for s in samples) for name in ANSWER}
+    rates["cut off"] = fmean(s["finish"] != "stop" for s in samples)
+    rates["no answer"] = fmean(s[ANSWER[grade]] is None for s in samples)
+    rates["undecided"] = fmean(s[grade] is None for s in samples)
+    votes, right = votes_of(record, grade)
+    correct = sum(s[grade] is True for s in samples)
+    for k in (1, 2, 5, 10, 20, 50):
+        if 1 < n >= k:
+            rates[f"pass@{k}"] = pass_at_k(n, correct, k)
+            rates[f"maj@{k}"] = maj_at_k(votes, right, k)
+    return rates
+
+
 def summarize(records, *, grade, **settings):
-    """The row of a run, at the cost of one sample a problem; "rates" holds all other rates."""
-    row = cost_row(records, scores_of(records, grade), [1] * len(records), grade=grade, **settings)
-    pools = [r["samples"] for r in records]
-    n = len(pools[0])
-    scores = {name: scores_of(records, name) for name in ANSWER}
-    scores["cut off"] = [fmean(s["finish"] != "stop" for s in pool) for pool in pools]
-    scores["no answer"] = [fmean(s[ANSWER[grade]] is None for s in pool) for pool in pools]
-    scores["undecided"] = [fmean(s[grade] is None for s in pool) for pool in pools]
-    if n > 1:
-        correct = [sum(s[grade] is True for s in pool) for pool in pools]
-        votes = [votes_of(r, grade) for r in records]
-        for k in (1, 2, 5, 10, 20, 50):
-            if k <= n:
-                scores[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
-                scores[f"maj@{k}"] = [maj_at_k(*v, k) for v in votes]
-    return row | {"rates": {name: interval(found) for name, found in scores.items()}}
+    """The row of a run, at the cost of one sample a problem; "rates" holds all other rates.
+
+    What could not be decided counts as wrong.
+    """
+    found = [rates_of(record, grade) for record in records]
+    row = cost_row(records, [(rates[grade], 1) for rates in found], grade=grade, **settings)
+    return row | {"rates": {name: interval([rates[name] for rates in found]) for name in found[0]}}
 
 
-def say_trained_on(args, setup, rows):
-    """Warns of problems that the model was trained on, with each row's accuracy without them."""
-    known = read_trained_on(model.resolve_model(args.model), args.adapter)
-    keys = keys_of(setup.problems)
-    others = [p["id"] for p, key in zip(setup.problems, keys) if key not in known]
-    if len(others) == len(setup.problems):
-        return
-    say(f"warning: the model was trained on {len(setup.problems) - len(others)} of these "
-        f"{len(setup.problems)} problems")
-    for row in rows if others else []:
-        scores = [row["scores"][i] for i in others]
-        say(f"{row['method']}: {percent(*interval(scores))} % without them")
+def measure(setup, method, name="records", **changes):
+    """summarize() of collect_records."""
+    records, settings = collect_records(setup, name, **changes)
+    return summarize(records, method=method, **settings)
 
 
-def append_row(path, row):
-    """Add a row to the results, with the command, the code and the library that made it.
+def append_rows(path, rows):
+    """Add rows to the results, with the command, the code and the library that made them.
 
     On process 0 only.
     """
-    if rank_and_world()[0] > 0:
-        return
-    append_lines(path, [row | {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": code_commit(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
-        "time": time.strftime("%F %T")}])
+    made = {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": code_commit(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
+            "time": time.strftime("%F %T")}
+    if rank_and_world()[0] == 0:
+        append_lines(path, [row | made for row in rows])
+
+
+def publish(setup, rows):
+    """Print rows as a table, with their accuracy without what was trained on, and keep them."""
+    say_table(table(rows))
+    if setup.trained_on:
+        say(f"warning: the model was trained on {len(setup.trained_on)} of these "
+            f"{len(setup.problems)} problems")
+    for row in rows:
+        others = [score for i, score in row["scores"].items() if i not in setup.trained_on]
+        if 0 < len(others) < len(row["scores"]):
+            say(f"{row['method']}: {percent(*interval(others))} % without them")
+    append_rows(setup.results, rows)
 
 
 def say_table(text):
@@ -466,10 +466,15 @@ def paired(a, b):
     return [a["scores"][i] for i in shared], [b["scores"][i] for i in shared]
 
 
+def change(row, better):
+    """(mean, low, high): how much more `better` has than `row`, on the problems of both."""
+    return paired_bootstrap(*paired(row, better))
+
+
 def gain(row, baseline):
     """The points that a row has gained over a baseline, with their interval, as text."""
-    change, low, high = paired_bootstrap(*paired(baseline, row))
-    return f"{100 * change:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    mean, low, high = (100 * value for value in change(baseline, row))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def table(rows, extra=None):
@@ -479,7 +484,7 @@ def table(rows, extra=None):
                                       for row in rows],
                "points over the first": [gain(row, rows[0]) for row in rows]}
     for level in rows[0]["levels"]:
-        columns[f"level {level}"] = [percent(*row["levels"].get(level, [math.nan])[:1])
+        columns[f"level {level}"] = [percent(row["levels"].get(level, [math.nan])[0])
                                      for row in rows]
     columns["tokens per problem"] = [round(row["tokens_mean"]) for row in rows]
     columns["seconds per problem"] = [f"{row['seconds'] / row['n']:.3f}" for row in rows]
@@ -487,33 +492,24 @@ def table(rows, extra=None):
     return markdown(list(columns), zip(*columns.values()))
 
 
-def compare(path_a, path_b, grade=None):
+def compare(paths, grade=None):
     """Prints what changed from one file of records to the other, over the problems in both."""
-    runs = [read_records(path) for path in (path_a, path_b)]
+    runs = [read_records(path) for path in paths]
     shared = [i for i in runs[0] if i in runs[1]]
     if not shared:
-        raise ValueError(f"{path_a} and {path_b} have no problem in common")
+        raise ValueError(f"{' and '.join(paths)} have no problem in common")
     settings = [records[shared[0]]["settings"] for records in runs]
-    rows = []
-    for path, records, of_run in zip((path_a, path_b), runs, settings):
-        rows.append(summarize([records[i] for i in shared],
-                              grade=grade or PRESETS[of_run["prompt"]].grade,
-                              method=f"{path} ({len(shared)} of {len(records)})"))
+    rows = [summarize([records[i] for i in shared], grade=grade or PRESETS[of_run["prompt"]].grade,
+                      method=f"{path} ({len(shared)} of {len(records)})")
+            for path, records, of_run in zip(paths, runs, settings)]
     say_table(table(rows))
     say(f"settings that differ: {list_changes(*settings) or 'none'}")
     a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
-        say(gains(a, b))
+        say(stats.gains(a, b))
 
 
-def find_row(path, **wanted):
-    """The latest row of a results file with these fields and its problems' scores, or None."""
-    if Path(path).is_file():
-        for _, row in reversed(list(read_rows(path))):
-            row = {"asked": row.get("n")} | row
-            if "scores" in row and all(row.get(name) == value for name, value in wanted.items()):
-                return row
-    return None
+# ---------------------------------------------------------------------- the report of all methods
 
 
 REPORT = [  # label, model, prompt, the script that measures it, what it calls the method
@@ -531,6 +527,16 @@ OF_REPORT = ("model", "prompt", "shots", "shots_from", "num_samples", "temperatu
              "limit", "report", "sampled_limit", "trained", "out")  # flags not passed on
 
 
+def find_row(path, **wanted):
+    """The latest row of a results file with these fields, or None."""
+    found = None
+    for _, row in read_rows(path) if Path(path).is_file() else ():
+        row = {"asked": row.get("n")} | row
+        if wanted.items() <= row.items():
+            found = row
+    return found
+
+
 def run_script(script, *flags):
     print(f"\n$ python {script} {' '.join(flags)}", flush=True)
     if code := subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
@@ -543,14 +549,13 @@ def draw_cost(rows, path):
         from matplotlib.figure import Figure
     except ImportError:
         return print(f"{path} is not drawn: pip install matplotlib")
-    figure = Figure((7, 4.5), dpi=150)
-    axes = figure.subplots()
+    axes = Figure((7, 4.5), dpi=150).subplots()
     axes.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
     for row in rows:
         bar = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
         axes.errorbar(row["tokens_mean"], row["accuracy"], bar, fmt="o", label=row["method"])
     axes.legend(fontsize=7)
-    figure.savefig(path, bbox_inches="tight")
+    axes.figure.savefig(path, bbox_inches="tight")
 
 
 def report(args):
@@ -584,7 +589,7 @@ def report(args):
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
                        f"--limit={limit}", f"--temperature={temperature}", *flags, *shared)
         rows.append(find_row(args.results, **wanted) | {"method": label})
-    pass_10 = [row.get("rates", {}).get("pass@10") for row in rows]
+    pass_10 = [row.get("rates", {}).get("pass@10", ()) for row in rows]
     text = table(rows, {"problems": [row["n"] for row in rows],
                         "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
                         "command": [f"`{row['command']}`" for row in rows]})
@@ -596,19 +601,16 @@ def report(args):
 
 def main(args):
     if args.compare:
-        return compare(*args.compare, args.grade)
+        return compare(args.compare, args.grade)
     if args.report:
         return report(args)
     setup = load_setup(args)
-    records, settings = collect_records(setup, num_samples=args.num_samples)
-    row = summarize(records, method="sampled" if args.temperature else "greedy", **settings)
-    say_table(table([row]))
-    say_trained_on(args, setup, [row])
+    row = measure(setup, "sampled" if args.temperature else "greedy", num_samples=args.num_samples)
+    publish(setup, [row])
     for name, rates in row["rates"].items():
         say(f"{name}: {percent(*rates)} %")
     for level, (*rates, n, tokens) in row["levels"].items():
         say(f"level {level}: {percent(*rates)} % of {n} in {tokens:.0f} tokens")
-    append_row(args.results, row)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from statistics import fmean
 
 import eval
 from data.prompts import encode_prompt, load_shots
-from eval import paired, scores_of, votes_of
+from eval import cost_row, measure, votes_of
 from launch import Parser, above, at_least, between, run_main, say
 from model import is_tiny
-from stats import maj_at_k, paired_bootstrap, pass_at_k, percent, pool_answers
+from stats import maj_at_k, pass_at_k, percent, pool_answers
 
 EXPERIMENTS = ("prompts", "consistency", "temperature", "budget")
 TINY_BUDGETS = (1, 8, 16, 24, 32, 48)
@@ -58,35 +58,33 @@ def choose_votes(votes, num_samples):
 # ---------------------------------------------------------------------- votes
 
 
-def count_votes(votes, weights=None):
-    """{class: its votes, or the sum of their weights}"""
+def leaders_of(votes, weights=None):
+    """The classes with most votes, or with the largest sum of weights, in the order of votes."""
     totals = Counter()
     for vote, weight in zip(votes, weights or [1] * len(votes)):
         if vote is not None:
             totals[vote] += weight
-    return totals
+    return [vote for vote in totals if totals[vote] == max(totals.values())]
 
 
 def majority_vote(answers, weights=None):
     """The answer with most votes, as first spelled; of equals the first; None when nobody votes."""
     votes = pool_answers(answers)
-    totals = count_votes(votes, weights)
-    return answers[votes.index(max(totals, key=totals.get))] if totals else None
+    leaders = leaders_of(votes, weights)
+    return answers[votes.index(leaders[0])] if leaders else None
 
 
 def vote_once(votes, right, weights=None):
     """Success of one vote: 1, 0, or the share of right classes among those that tie."""
-    totals = count_votes(votes, weights)
-    leaders = [vote in right for vote in totals if totals[vote] == max(totals.values())]
-    return fmean(leaders) if leaders else 0.0
+    leaders = leaders_of(votes, weights)
+    return fmean(vote in right for vote in leaders) if leaders else 0.0
 
 
 def best_of_k(confidences, right, k):
     """Mean success of taking the most confident of k samples, over all subsets of k."""
-    n = len(right)
-    order = sorted(range(n), key=lambda i: -confidences[i])
-    ways = sum(right[i] * math.comb(n - 1 - rank, k - 1) for rank, i in enumerate(order))
-    return ways / math.comb(n, k)
+    order = sorted(range(len(right)), key=lambda i: -confidences[i])
+    ways = sum(right[i] * math.comb(worse, k - 1) for worse, i in enumerate(reversed(order)))
+    return ways / math.comb(len(right), k)
 
 
 def leads(first, second):
@@ -121,11 +119,11 @@ def adaptive(votes, right, confidence, orders=20, seed=0):
 
 
 # ---------------------------------------------------------------------- experiments
+# Each returns its rows of results, and lines to print below their table.
 
 
 def compare_prompts(setup, exemplars, shots_from=None, seed=0):
-    """Rows of greedy answers: at once, after zero-shot chain of thought, after solved problems."""
-    rows = []
+    """Greedy answers: at once, after zero-shot chain of thought, after solved problems."""
     at_once = "plain" if is_tiny(setup.config) else "direct"  # "only" is no word of the tiny model
     most = load_shots(shots_from or setup.settings["data"], max(exemplars), seed, setup.problems)
     form = {"system": setup.options["system"], "think_tag": setup.options["think_tag"]}
@@ -133,13 +131,12 @@ def compare_prompts(setup, exemplars, shots_from=None, seed=0):
     problems, _ = eval.fit_context(setup.problems, longest, setup.config,
                                    setup.options["max_new_tokens"])
     setup = setup._replace(problems=problems)  # the same for every row
+    rows = []
     for prompt, k in [(at_once, 0), ("cot", 0), *(("cot", k) for k in exemplars)]:
-        records, settings = eval.collect_records(setup, f"{prompt}-{k}", prompt=prompt,
-                                                 shots=most[:k], temperature=0.0)
         method = f"{prompt} after {k} solved" if k else prompt
-        rows.append(eval.summarize(records, method=method, **settings))
-    eval.say_table(eval.table(rows))
-    return rows
+        rows.append(measure(setup, method, f"{prompt}-{k}", prompt=prompt, shots=most[:k],
+                            temperature=0.0))
+    return rows, []
 
 
 def confidence_of(sample, vote):
@@ -147,45 +144,43 @@ def confidence_of(sample, vote):
     return 0.0 if vote is None else math.exp(sample["logprob"] / sample["tokens"])
 
 
-def self_consistency(records, settings, ks, confidence):
-    """Rows of one sample, of votes (plain, weighted, adaptive), of the best of k, and of pass@k."""
-    grade = settings["grade"]
-    votes, right = zip(*[votes_of(r, grade) for r in records])  # of each problem
-    correct = [[s[grade] is True for s in r["samples"]] for r in records]
-    sure = [list(map(confidence_of, r["samples"], mine)) for r, mine in zip(records, votes)]
-    rows = []
-
-    def add(method, scores, drawn):
-        rows.append(eval.cost_row(records, list(scores), drawn, method=method, **settings))
-
-    add("one sample", scores_of(records, grade), [1] * len(records))
+def spend_pool(record, grade, ks, confidence, seed):
+    """{method: (success, samples drawn)} of the ways to spend the samples of a problem."""
+    votes, right = votes_of(record, grade)
+    pool = len(votes)
+    correct = [s[grade] is True for s in record["samples"]]
+    sure = list(map(confidence_of, record["samples"], votes))
+    found = {"one sample": (fmean(correct), 1)}
     for k in ks:
-        drawn = [k] * len(records)
-        add(f"majority of {k}", [maj_at_k(*v, k) for v in zip(votes, right)], drawn)
-        add(f"best of {k} by mean log-probability",
-            [best_of_k(*v, k) for v in zip(sure, correct)], drawn)
-        add(f"pass@{k} (a bound)", [pass_at_k(len(c), sum(c), k) for c in correct], drawn)
-    pool = settings["num_samples"]
-    add(f"majority of {pool}, weighted", [vote_once(*v) for v in zip(votes, right, sure)],
-        [pool] * len(records))
-    stopped = [adaptive(*v, confidence, seed=i) for i, v in enumerate(zip(votes, right))]
-    scores, drawn = zip(*stopped)
-    add(f"adaptive majority, {confidence:g} sure", scores, drawn)
-    eval.say_table(eval.table(rows))
-    levels = eval.rates_by_level(records, scores, drawn)
-    by_level = [f"{level}: {mean:.1f}" for level, (*_, mean) in levels.items()]
-    say(f"samples of the adaptive vote: {fmean(drawn):.1f} of {pool}; "
-        f"by level {', '.join(by_level) or '-'}\n")
-    return rows
+        found[f"majority of {k}"] = maj_at_k(votes, right, k), k
+        found[f"best of {k} by mean log-probability"] = best_of_k(sure, correct, k), k
+        found[f"pass@{k} (a bound)"] = pass_at_k(pool, sum(correct), k), k
+    found[f"majority of {pool}, weighted"] = vote_once(votes, right, sure), pool
+    found[f"adaptive majority, {confidence:g} sure"] = adaptive(votes, right, confidence, seed=seed)
+    return found
+
+
+def self_consistency(records, settings, ks, confidence):
+    """One sample, votes (plain, weighted, adaptive), the best of k, and pass@k."""
+    found = [spend_pool(record, settings["grade"], ks, confidence, seed=i)
+             for i, record in enumerate(records)]
+    rows = []
+    for method in found[0]:
+        outcomes = [of_problem[method] for of_problem in found]
+        rows.append(cost_row(records, outcomes, method=method, **settings))
+    levels = eval.rates_by_level(records, *zip(*outcomes))  # of the adaptive vote
+    by_level = ", ".join(f"{level}: {drawn:.1f}" for level, (*_, drawn) in levels.items())
+    return rows, [f"samples of the adaptive vote: {rows[-1]['samples']:.1f} of "
+                  f"{settings['num_samples']}; by level {by_level or '-'}\n"]
 
 
 def told_apart(row, best):
     """Whether `best` is better than `row` on the problems that both have, beyond chance."""
-    return paired_bootstrap(*paired(row, best))[1] > 0
+    return eval.change(row, best)[1] > 0
 
 
 def sweep_temperature(pools, ks):
-    """Rows of votes at each temperature, and which temperature is best.
+    """Votes at each temperature, and which temperature is best.
 
     pools: {temperature: (records, settings)}. ks: numbers of votes.
     """
@@ -194,39 +189,37 @@ def sweep_temperature(pools, ks):
     for temperature, (records, settings) in sorted(pools.items()):
         pairs = [votes_of(r, settings["grade"]) for r in records]
         for k in ks:
-            scores = [maj_at_k(*pair, k) for pair in pairs]
-            rows.append(eval.cost_row(records, scores, [k] * len(records),
-                                      method=f"majority of {k} at {temperature:g}", **settings))
-    eval.say_table(eval.table(rows))
+            outcomes = [(maj_at_k(*pair, k), k) for pair in pairs]
+            rows.append(cost_row(records, outcomes, method=f"majority of {k} at {temperature:g}",
+                                 **settings))
+    notes = []
     for i, k in enumerate(ks):
         mine = rows[i::len(ks)]
         best = max(mine, key=itemgetter("accuracy"))
         equals = [f"{row['temperature']:g}" for row in mine if not told_apart(row, best)]
-        say(f"votes {k}: best {best['temperature']:g} with {percent(best['accuracy'])} %; not told "
-            f"apart from it: {', '.join(equals)}")
-    return rows
+        notes.append(f"votes {k}: best {best['temperature']:g} with {percent(best['accuracy'])} %; "
+                     f"not told apart from it: {', '.join(equals)}")
+    return rows, notes
 
 
 def sweep_budget(setup, budgets=None):
-    """Rows of greedy answers of any length of thought, and closed after so many tokens."""
+    """Greedy answers after any length of thought, and after one closed at so many tokens."""
     usual = TINY_BUDGETS if is_tiny(setup.config) else OTHER_BUDGETS
     budgets = sorted(set(budgets or usual))
-    rows = []
-    for budget in [0, *budgets]:
-        records, settings = eval.collect_records(setup, f"budget-{budget}", temperature=0.0,
-                                                 think_budget=budget)
-        method = f"thought of {f'at most {budget} tokens' if budget else 'any length'}"
-        rows.append(eval.summarize(records, method=method, **settings))
-    eval.say_table(eval.table(rows))
-    for level in rows[0]["levels"]:
+    free, *rows = [
+        measure(setup, f"thought of {f'at most {budget} tokens' if budget else 'any length'}",
+                f"budget-{budget}", temperature=0.0, think_budget=budget)
+        for budget in [0, *budgets]]
+    notes = []
+    for level in free["levels"]:
         members = [p["id"] for p in setup.problems if str(p.get("level")) == level]
-        free = {"scores": {i: rows[0]["scores"][i] for i in members}}
-        enough = [b for b, row in zip(budgets, rows[1:]) if not told_apart(row, free)]
+        of_level = {"scores": {i: free["scores"][i] for i in members}}
+        enough = [b for b, row in zip(budgets, rows) if not told_apart(row, of_level)]
         verdict = "every budget tried costs accuracy"
         if enough:
             verdict = f"{enough[0]} tokens of thought are not told apart from any length"
-        say(f"level {level}: {verdict}")
-    return rows
+        notes.append(f"level {level}: {verdict}")
+    return [free, *rows], notes
 
 
 def main(args):
@@ -240,16 +233,16 @@ def main(args):
 
     for name in args.experiments:
         if name == "prompts":
-            rows = compare_prompts(setup, args.exemplars, args.shots_from, args.data_seed)
+            rows, notes = compare_prompts(setup, args.exemplars, args.shots_from, args.data_seed)
         elif name == "consistency":
-            rows = self_consistency(*pool(args.temperature), ks, args.confidence)
+            rows, notes = self_consistency(*pool(args.temperature), ks, args.confidence)
         elif name == "temperature":
-            rows = sweep_temperature({t: pool(t) for t in args.temperatures}, ks)
+            rows, notes = sweep_temperature({t: pool(t) for t in args.temperatures}, ks)
         else:
-            rows = sweep_budget(setup, args.budgets)
-        eval.say_trained_on(args, setup, rows)
-        for row in rows:
-            eval.append_row(args.results, row)
+            rows, notes = sweep_budget(setup, args.budgets)
+        eval.publish(setup, rows)
+        for note in notes:
+            say(note)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import json
 import math
 import random
 import time
-import zlib
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import ChainMap, Counter
+from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -32,6 +32,7 @@ from eval import votes_of
 from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
+from run import append_lines, write_whole
 from stats import maj_at_k, markdown, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
@@ -59,11 +60,9 @@ def parse_args(argv=None):
 
 def token_span(tokenizer, tokens, begin, end):
     """The tokens that write the characters from begin to end of their text: (first, last + 1)."""
-    def written(n):
-        return len(tokenizer.decode(tokens[:n], skip_special_tokens=False))
-
-    places = range(len(tokens) + 1)
-    return bisect_right(places, begin, key=written) - 1, bisect_left(places, end, key=written)
+    written = [len(tokenizer.decode(tokens[:n], skip_special_tokens=False))
+               for n in range(len(tokens) + 1)]
+    return bisect_right(written, begin) - 1, bisect_left(written, end)
 
 
 @torch.inference_mode()
@@ -120,28 +119,20 @@ def next_turn(tokenizer, reply, ends, prompt):
                                          system=None)
 
 
-def revised(last, new, accepted):
-    """The Round `last` after its critique has led to a new attempt; the same answer settles it."""
-    old = last.attempt
-    same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
-    return Round(new if accepted else old, last.spent + len(new.tokens), last.critique, new,
-                 accepted, settled=same)
-
-
 def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt,
-           approval=None, strict=True, seeds=None, think_tag="think", max_batch=64, **sampling):
+           seeds, approval=None, strict=True, think_tag="think", max_batch=64, **sampling):
     """Answer, then `rounds` times: critique, revise, keep the better.
 
     Returns [N][rounds + 1] Rounds, the draft first. Every process calls this with the same prompts,
     works on its share of them and gets all.
-    prompts: token ids of N chat prompts, each ending where the model is to answer.
+    prompts: token ids of N chat prompts, each ending where the model is to answer. seeds: an int
+    for each.
     accept_fn(problem, round, old, new) -> bool decides between two Attempts.
     A problem is settled, and costs nothing more, when its revision has the same answer or its
     critique says `approval`. Each round sees the question, the answer that stands and the critique
     of it, so the context does not grow. strict: an answer is what the box holds, else also words.
     """
     ends = end_tokens(tokenizer, config)
-    seeds = seeds or range(len(prompts))
     rank, world = rank_and_world()
 
     def ask(contexts, turn):
@@ -174,14 +165,18 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
                    if not approval or approval not in text}
         revisions = attempts(ask(doubted, 2 * number))
         for i, (*_, last) in history.items():
+            old, new = last.attempt, revisions.get(i)
             said, critique = critiques.get(i, ([], None))
-            after = Round(last.attempt, last.spent + len(said), critique, settled=True)
-            if i in revisions:
-                accepted = accept_fn(i, number, last.attempt, revisions[i])
-                after = revised(after, revisions[i], accepted)
+            spent = last.spent + len(said)
+            after = Round(old, spent, critique, settled=True)
+            if new:
+                accepted = accept_fn(i, number, old, new)
+                same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
+                after = Round(new if accepted else old, spent + len(new.tokens), critique, new,
+                              accepted, settled=same)
             history[i].append(after)
-    merged = {i: found for share in gather_objects(history) for i, found in share.items()}
-    return [merged[i] for i in range(len(prompts))]
+    found = ChainMap(*gather_objects(history))
+    return [found[i] for i in range(len(prompts))]
 
 
 # ---------------------------------------------------------------------- what it came to
@@ -212,35 +207,37 @@ def equal_cost_rows(setup, spent):
     for k, budget in enumerate(spent[1:], 1):
         samples = min(max(1.0, budget / per_sample), pool - 1)
         part = samples % 1
-        fewer, more = ([maj_at_k(*v, int(samples) + extra) for v in votes] for extra in (0, 1))
-        scores = [(1 - part) * a + part * b for a, b in zip(fewer, more)]
-        rows.append(eval.cost_row(records, scores, [samples] * len(records),
+        outcomes = []
+        for of_problem in votes:
+            fewer, more = (maj_at_k(*of_problem, int(samples) + extra) for extra in (0, 1))
+            outcomes.append(((1 - part) * fewer + part * more, samples))
+        rows.append(eval.cost_row(records, outcomes,
                                   method=f"self-consistency at the tokens of K = {k}", **settings))
     return rows
 
 
 def write_traces(path, problems, history, rows):
     """A line per problem: every draft, critique and revision, to be read."""
-    with open(path, "w", encoding="utf-8") as file:
-        for problem, rounds in zip(problems, history):
-            lines = [{"stands": r.attempt.text, "right": row["scores"][problem["id"]] == 1,
-                      "spent": r.spent, "critique": r.critique,
-                      "revision": r.revision and r.revision.text, "accepted": r.accepted}
-                     for r, row in zip(rounds, rows)]
-            trace = {"id": problem["id"], "reference": problem["answer"], "rounds": lines}
-            file.write(json.dumps(trace) + "\n")
+    text = ""
+    for problem, rounds in zip(problems, history):
+        lines = [{"stands": r.attempt.text, "right": row["scores"][problem["id"]] == 1,
+                  "spent": r.spent, "critique": r.critique,
+                  "revision": r.revision and r.revision.text, "accepted": r.accepted}
+                 for r, row in zip(rounds, rows)]
+        trace = {"id": problem["id"], "reference": problem["answer"], "rounds": lines}
+        text += json.dumps(trace) + "\n"
+    write_whole(Path(path), text)
 
 
-def print_rounds(rows):
+def table_of_rounds(rows):
     """How each round moved the answers, from the rows after 0, 1, ... rounds."""
     lines = []
     for k, (before, after) in enumerate(zip(rows, rows[1:]), 1):
         moves = Counter(zip(*eval.paired(before, after)))
-        lines.append([k, moves[1, 1], moves[1, 0], moves[0, 1], moves[0, 0],
-                      eval.gain(after, before)])
-    head = ["round", "right to right", "right to wrong", "wrong to right", "wrong to wrong",
-            "points gained [95 %]"]
-    eval.say_table(markdown(head, lines))
+        counts = [moves[move] for move in ((1, 1), (1, 0), (0, 1), (0, 0))]
+        lines.append([k, *counts, eval.gain(after, before)])
+    return markdown(["round", "right to right", "right to wrong", "wrong to right",
+                     "wrong to wrong", "points gained [95 %]"], lines)
 
 
 def measure(setup, gate, loop, settings, suffix=""):
@@ -262,22 +259,21 @@ def measure(setup, gate, loop, settings, suffix=""):
 
 def main(args):
     if args.traces:
-        eval.append_lines(args.traces, [])  # what could not be kept need not be measured
+        append_lines(args.traces, [])  # what could not be kept need not be measured
     setup = eval.load_setup(args, replies=3)
     check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
             "critique_prompt": args.critique_prompt or check,
             "revise_prompt": args.revise_prompt or again}
     settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
-    loop["seeds"] = [zlib.crc32(p["id"].encode()) for p in setup.problems]
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
-    loop |= {"engine": setup.engine, "compiled": setup.compiled}
+    loop["seeds"] = eval.prompt_seeds(setup.problems)
 
     def own_gate(i, k, old, new):
         return args.score == "none" or new.scores[args.score] > old.scores[args.score]
 
     history, own = measure(setup, own_gate, loop, settings)
-    accepted = [r.accepted for rounds in history for r in rounds if r.revision is not None]
+    accepted = [r.accepted for rounds in history for r in rounds if r.revision]
     rate = fmean(accepted) if accepted else 0.0
 
     def oracle_gate(i, k, old, new):
@@ -292,16 +288,13 @@ def main(args):
         rows += bound[1:]  # all gates share the draft
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
-    eval.say_table(eval.table(rows))
-    eval.say_trained_on(args, setup, rows)
-    print_rounds(own)
+    eval.publish(setup, rows)
+    eval.say_table(table_of_rounds(own))
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]
     for name in SCORES:
         area = auroc([rounds[0].attempt.scores[name] for rounds in history], right)
         say(f"AUROC of the draft's score, {name}: {area:.3f}")
-    for row in rows:
-        eval.append_row(args.results, row)
     if args.traces and rank_and_world()[0] == 0:
         write_traces(args.traces, setup.problems, history, own)
 

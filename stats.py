@@ -18,43 +18,35 @@ from verify import canonical, equivalent
 Z = 1.959963984540054  # 95 % of a normal variable are within so many standard deviations
 
 
-def wilson(correct, n):
-    """(low, high), Wilson 1927: every p within Z of its own standard errors of correct / n."""
-    if n <= 0:
-        return 0.0, 1.0
-    rate = correct / n
-    spread = Z * Z / n
-    middle = rate + spread / 2
-    half = Z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
-
-
 def interval(scores):
     """(mean, low, high): the 95 % interval over problems of scores in [0, 1].
 
-    Wilson's, for as many yes-or-no problems as would give a mean of the same variance. A problem's
-    mean over N samples is one observation.
+    Wilson's (1927), every p within Z of its own standard errors of the mean, for as many yes-or-no
+    problems as would give a mean of the same variance: N samples of a problem are one observation.
     """
     n = len(scores)
     rate = fmean(scores)
     variance = fmean((s - rate) ** 2 for s in scores)
-    effective = n * rate * (1 - rate) / variance if variance > 1e-12 else n
-    return rate, *wilson(rate * effective, effective)
+    if variance > 1e-12:
+        n = n * rate * (1 - rate) / variance
+    spread = Z * Z / n
+    middle = rate + spread / 2
+    half = Z * math.sqrt(rate * (1 - rate) / n + spread / (4 * n))
+    return rate, max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def rate_metrics(name, scores):
     """The mean of scores and its interval as metrics, for the curves of view.py."""
-    rate, low, high = interval(scores)
-    return {name: rate, f"{name}_low": low, f"{name}_high": high}
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval(scores)))
 
 
-def paired_bootstrap(a, b, draws=10_000, seed=0):
-    """(mean, low, high) of b - a with its 95 % interval, resampling problems."""
-    change = np.asarray(b, float) - np.asarray(a, float)
-    rng = np.random.default_rng(seed)
-    means = [change[rng.integers(0, len(change), (100, len(change)))].mean(1)
-             for _ in range(draws // 100)]
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+def paired_bootstrap(a, b):
+    """(mean, low, high) of b - a with its 95 % interval, from 10,000 resamples of the problems."""
+    change = np.subtract(b, a, dtype=float)
+    n = len(change)
+    rng = np.random.default_rng(0)
+    means = [change[rng.integers(0, n, (100, n))].mean(1) for _ in range(100)]
+    low, high = np.quantile(means, (0.025, 0.975))
     return float(change.mean()), float(low), float(high)
 
 
@@ -84,19 +76,15 @@ def pool_answers(answers):
     >>> pool_answers(["1/2", None, "0.5", "3"])
     [0, None, 0, 1]
     """
-    leaders = []  # the first answer of each class
+    leaders = {}  # class -> its first answer
     classes = {None: None}  # canonical form -> class
-    votes = []
-    for answer in answers:
-        key = None if answer is None else canonical(answer)
-        if key not in classes:
-            same = (i for i, leader in enumerate(leaders)
-                    if equivalent(answer, leader, timeout_s=0.5))
-            classes[key] = next(same, len(leaders))
-            if classes[key] == len(leaders):
-                leaders.append(answer)
-        votes.append(classes[key])
-    return votes
+    forms = [answer and canonical(answer) for answer in answers]
+    for form, answer in zip(forms, answers):
+        if form not in classes:
+            same = (c for c, leader in leaders.items() if equivalent(answer, leader, timeout_s=0.5))
+            classes[form] = next(same, len(leaders))
+            leaders.setdefault(classes[form], answer)
+    return [classes[form] for form in forms]
 
 
 def maj_at_k(votes, right, k):
@@ -104,8 +92,8 @@ def maj_at_k(votes, right, k):
 
     votes: the class of each sample, or None; right: the classes that are right.
     """
-    counts = Counter(v for v in votes if v is not None)
-    silent = len(votes) - counts.total()
+    counts = Counter(votes)
+    silent = counts.pop(None, 0)
     success = 0.0
     for most in range(1, k + 1):  # votes of the winner: count the subsets class by class
         subsets = {(k, 0, 0): 1}  # (samples still to draw, leaders, right ones of them): ways
@@ -125,10 +113,10 @@ def maj_at_k(votes, right, k):
 # ------------------------------------------------------------ in words
 
 
-def percent(rate, low=None, high=None):
-    if low is None:
-        return f"{100 * rate:.1f}"
-    return f"{100 * rate:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def percent(*rates):
+    """A rate in percent, and its interval if there is one: "12.3", "12.3 [10.0, 15.0]"."""
+    rate, *bounds = [f"{100 * rate:.1f}" for rate in rates]
+    return f"{rate} [{', '.join(bounds)}]" if bounds else rate
 
 
 def markdown(header, rows):

@@ -8,13 +8,14 @@ the run's directory: flags.json, starts.jsonl, metrics.jsonl, samples.jsonl and 
 view.html with these put in as JSON. Whatever a model wrote is text in it, never markup.
 """
 
-import argparse
 import json
 import math
-import os
-import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
+
+from launch import Parser, run_main
+from run import write_whole
 
 TEMPLATE = Path(__file__).with_name("view.html")
 MAX_TEXT = 20_000  # characters of a text; of a longer one the page has both ends
@@ -30,9 +31,21 @@ def finite(text):
     return float(text) if math.isfinite(float(text)) else None
 
 
+def bounded(value):
+    """A JSON value with at most MAX_TEXT characters in a text."""
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        note = f"\n[... {len(value) - MAX_TEXT} characters are not on this page ...]\n"
+        return value[:MAX_TEXT // 2] + note + value[-MAX_TEXT // 2:]
+    if isinstance(value, list):
+        return list(map(bounded, value))
+    if isinstance(value, dict):
+        return {name: bounded(item) for name, item in value.items()}
+    return value
+
+
 def parse(text):
-    """The value of a JSON text; NaN and infinities are None. Raises ValueError."""
-    return json.loads(text, parse_float=finite, parse_constant=lambda name: None)
+    """The value of a JSON text, bounded; NaN and infinities are None. Raises ValueError."""
+    return bounded(json.loads(text, parse_float=finite, parse_constant=finite))
 
 
 def read_text(path):
@@ -52,79 +65,38 @@ def read_objects(path):
 
 def read_results(path):
     """results.md: {"table": rows of cells, its head first, "notes": the lines around it}."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    lines = [bounded(line.strip()) for line in read_text(path).splitlines()]
     table = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines
              if line.startswith("|") and not line.startswith("| ---")]
     return {"table": table, "notes": [line for line in lines if line and line[0] != "|"]}
 
 
-def read_run(run_dir):
-    """What the page shows of a run. Raises FileNotFoundError when the directory holds none."""
-    run_dir = Path(run_dir)
-    if not (run_dir / "flags.json").is_file():
-        raise FileNotFoundError(f"{run_dir} holds no run (no flags.json); expected a --run-dir of "
-                                "grpo.py or sft.py")
-    metrics = read_objects(run_dir / "metrics.jsonl")
-    starts = read_objects(run_dir / "starts.jsonl")
-    samples = read_objects(run_dir / "samples.jsonl")
-    held_out, held_out_missing = fit_samples(samples, "held_out")
-    groups, groups_missing = fit_samples(samples, "rollout")
-    return {"name": str(run_dir), "flags": bounded(parse(read_text(run_dir / "flags.json"))),
-            "starts": bounded(starts), "seconds": seconds_running(starts, metrics),
-            "results": bounded(read_results(run_dir / "results.md")),
-            "metrics": columns(metrics), "held_out": held_out, "groups": groups,
-            "left_out": held_out_missing + groups_missing}
-
-
 def seconds_running(starts, metrics):
-    """From each start to its last step, summed; None where the times are not known."""
-    times = sorted(record["time"] for record in metrics if record.get("time"))
-    begins = sorted(start["time"] for start in starts if start.get("time"))
-    if not times or not begins:
-        return None
-    total = 0.0
-    for begin, end in zip(begins, [*begins[1:], math.inf]):
-        total += max((t - begin for t in times if begin <= t < end), default=0.0)
-    return total
-
-
-# ------------------------------------------------------------ bounding
-
-
-def bounded(value):
-    """A JSON value with at most MAX_TEXT characters in a text and elements in a list."""
-    if isinstance(value, str) and len(value) > MAX_TEXT:
-        note = f"\n[... {len(value) - MAX_TEXT} characters are not on this page ...]\n"
-        return value[:MAX_TEXT // 2] + note + value[-MAX_TEXT // 2:]
-    if isinstance(value, list):
-        return [bounded(item) for item in value[:MAX_TEXT]]
-    if isinstance(value, dict):
-        return {name: bounded(item) for name, item in value.items()}
-    return value
+    """From each start to its last step, summed."""
+    events = [(start["time"], False) for start in starts if start.get("time")]
+    events += [(record["time"], True) for record in metrics if record.get("time")]
+    gaps = pairwise(sorted(events))
+    return sum(end - begin for (begin, _), (end, is_step) in gaps if is_step)
 
 
 def fit_completion(completion):
     """A completion as the page shows it: without ids, and without pieces if they are too many."""
-    ids = completion.get("tokens", [])
+    shown = {"num_tokens": len(completion.get("tokens", []))} | completion | {"tokens": []}
     pieces = completion.get("pieces", [])
-    shown = {"num_tokens": len(ids)} | completion
-    if len(pieces) > MAX_TOKENS or sum(map(len, pieces)) > MAX_TEXT:
-        pieces = []
-    if not pieces:
+    if not pieces or len(pieces) > MAX_TOKENS or sum(map(len, pieces)) > MAX_TEXT:
         shown |= {"pieces": [], "logprobs": []}
-    return bounded({name: value for name, value in shown.items() if name != "tokens"})
+    return shown
 
 
 def fit_samples(samples, kind):
     """(groups of this kind, evaluations left out), every other one until MAX_SAMPLES holds them."""
     fitted = {}  # step of an evaluation -> its groups
-    for sample in [sample for sample in samples if sample.get("kind") == kind]:
-        completions = [fit_completion(c) for c in sample["completions"]]
-        shown = bounded(sample | {"completions": []}) | {"completions": completions}
-        fitted.setdefault(sample["step"], []).append(shown)
-    sizes = {step: len(json.dumps(groups)) for step, groups in fitted.items()}
+    for sample in samples:
+        if sample.get("kind") == kind:
+            shown = sample | {"completions": list(map(fit_completion, sample["completions"]))}
+            fitted.setdefault(sample["step"], []).append(shown)
     steps = sorted(fitted)
-    while len(steps) > 2 and sum(sizes[step] for step in steps) > MAX_SAMPLES:
+    while len(steps) > 2 and len(json.dumps([fitted[step] for step in steps])) > MAX_SAMPLES:
         steps = [*steps[:-1:2], steps[-1]]
     return [sample for step in steps for sample in fitted[step]], len(fitted) - len(steps)
 
@@ -136,7 +108,7 @@ def columns(records):
     """
     counts = Counter(name for record in records for name in record)
     rare = {name for name, count in counts.items() if count <= len(records) / 2}
-    stride = max(1, math.ceil(len(records) / MAX_STEPS))
+    stride = math.ceil(len(records) / MAX_STEPS)
     kept = [record for i, record in enumerate(records, 1)
             if i % stride == 0 or i == len(records) or rare & record.keys()]
     return {name: [five_digits(record.get(name)) for record in kept] for name in counts}
@@ -146,22 +118,31 @@ def five_digits(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def read_run(run_dir):
+    """What the page shows of a run. Raises FileNotFoundError when the directory holds none."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "flags.json").is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run (no flags.json); expected a --run-dir of "
+                                "grpo.py or sft.py")
+    starts, metrics, samples = (read_objects(run_dir / f"{name}.jsonl")
+                                for name in ("starts", "metrics", "samples"))
+    held_out, held_out_missing = fit_samples(samples, "held_out")
+    groups, groups_missing = fit_samples(samples, "rollout")
+    return {"name": str(run_dir), "flags": parse(read_text(run_dir / "flags.json")),
+            "starts": starts, "seconds": seconds_running(starts, metrics),
+            "results": read_results(run_dir / "results.md"), "metrics": columns(metrics),
+            "held_out": held_out, "groups": groups, "left_out": held_out_missing + groups_missing}
+
+
 # ------------------------------------------------------------ the page
-
-
-def render(runs):
-    """The page of these runs (dicts of read_run). "<" is escaped, so that no text can end it."""
-    data = json.dumps(runs, allow_nan=False).replace("<", "\\u003c")  # ASCII: surrogates, too
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("DATA_OF_THE_RUNS")
-    return before + data + after
 
 
 def write_page(run_dirs, path):
     """Write the page of these runs, or replace it, at a stroke."""
-    page = render([read_run(run_dir) for run_dir in run_dirs])
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    runs = json.dumps(list(map(read_run, run_dirs)), allow_nan=False)  # ASCII: surrogates, too
+    runs = runs.replace("<", "\\u003c")  # so that no text can end the data
+    page = TEMPLATE.read_text(encoding="utf-8")
+    write_whole(Path(path), page.replace("DATA_OF_THE_RUNS", runs))
 
 
 def write_report(run):
@@ -177,22 +158,18 @@ def write_report(run):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     p.add_argument("--out", help="the page (default: report.html, of one run in its directory)")
     return p.parse_args(argv)
 
 
 def main(args):
-    home = Path(args.runs[0]) if len(args.runs) == 1 else Path()
-    path = Path(args.out or home / "report.html")
+    home = args.runs[0] if len(args.runs) == 1 else ""
+    path = args.out or Path(home, "report.html")
     write_page(args.runs, path)
     print(f"written to {path}")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (OSError, ValueError) as error:
-        sys.exit(f"view.py: {error}")
+    run_main(main, parse_args)

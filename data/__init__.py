@@ -10,17 +10,15 @@ from importlib import import_module
 from pathlib import Path
 
 from data import gsm8k, math500
-from data.families import SIZES, split_of  # noqa: F401 (split_of: for users of the package)
+from data.families import SIZES, draw_problems, split_of  # noqa: F401 (split_of: for users)
 from data.files import choose, hold_out, read_rows
 from model import did_you_mean
 
 FAMILIES = ("arithmetic", "words", "knights", "algebra", "debugging", "science")
-TEXTS = {"id", "problem", "answer", "solution", "subject", "key"}
-PUBLISHED = {
-    "gsm8k": gsm8k.problems,
-    "math500": math500.problems_math500,
-    "math": math500.problems_math,
-}
+PUBLISHED = {"gsm8k": gsm8k.problems, "math500": math500.problems_math500,
+             "math": math500.problems_math}
+REQUIRED = ("problem", "answer")
+TEXTS = (*REQUIRED, "id", "solution", "subject", "key")
 
 
 def family_of(problem):
@@ -45,24 +43,19 @@ def check_problem(row, name, where):
         row = gsm8k.from_row(row, name) | named
     # not null, nor the NaN with which pandas fills an empty cell
     given = {field: value for field, value in row.items() if value is not None and value == value}
-    for field in ("problem", "answer"):
-        if field not in row:
-            raise ValueError(f"{where}: no field {field!r}; there are {', '.join(row) or 'none'}; "
-                             "expected problem and answer, optional id, solution, level, subject")
-        if not str(given.get(field, "")).strip():
-            raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
     problem = {"id": name} | given
-    for field in TEXTS & problem.keys():
-        if not is_text(problem[field]):
-            raise ValueError(f"{where}: field {field!r} is {row[field]!r:.60}, expected text")
-        problem[field] = str(problem[field])
+    for field in TEXTS:
+        value = problem.get(field, "")
+        if not is_text(value) or field in REQUIRED and not str(value).strip():
+            raise ValueError(f"{where}: field {field!r} is {row.get(field)!r:.60}, expected text; "
+                             "needed are problem, answer; optional id, solution, level, subject")
+        if field in problem:
+            problem[field] = str(value)
     level = problem.pop("level", None)
     if level is not None:
         problem["level"] = math500.level_of(level)
         if not problem["level"]:
             raise ValueError(f"{where}: level {level!r:.60} is not one of 1 to 5")
-    if not isinstance(problem.get("pass_rate", 0), (int, float)):
-        raise ValueError(f"{where}: pass_rate {problem['pass_rate']!r:.60} is no number")
     return problem
 
 
@@ -128,7 +121,7 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
         return with_own_ids(p for each in names for p in load_problems(each, split, share, seed))
     levels = range(int(first or 1), int(last or first or 5) + 1)
     if name in FAMILIES:
-        found = import_module(f"data.{name}").problems(split, limit, seed, levels)
+        found = draw_problems(import_module(f"data.{name}"), split, limit, seed, levels)
     elif name in PUBLISHED:
         found = PUBLISHED[name](split)
     elif name.endswith(".jsonl"):

@@ -7,11 +7,9 @@ solution does not pass under a wrong name.
 
 import re
 from fractions import Fraction
-from functools import partial
 
-from data import families
-from data.families import first_wrong, record, replace_match, sample_family
-from data.steps import add, divide, multiply, number, parse
+from data.families import first_wrong, record, replace_match
+from data.steps import add, divide, number, parse
 
 # ---- polynomials as text
 
@@ -27,21 +25,21 @@ def show(poly):
     return sign + text[3:] or "0"
 
 
+def simplify(text):
+    return show(parse(text))
+
+
 def signed(n):
     """A number at the end of a sum: ` + 5`, ` - 5`, nothing for 0."""
     return f" {'-' if n < 0 else '+'} {abs(n)}" if n else ""
 
 
-def linear(a, b, letter):
-    """a * letter + b."""
-    return {letters: Fraction(c) for letters, c in ((letter, a), ("", b)) if c}
-
-
-def brackets(a, b, letter):
-    return f"({show(linear(a, b, letter))})"
+def brackets(a, b):
+    return f"({simplify(f'{a}X + {b}')})"
 
 
 # ---- problems: each kind makes (question, answer, lines, what the thought starts from), or None
+# X stands for the letter.
 
 
 def draw(rng, low, high):
@@ -56,12 +54,12 @@ def move(sides, part, lines):
     sides = [add(side, part, -1) for side in sides]
     name = f"subtract {show(part)}"
     if show(part).startswith("-"):
-        name = f"add {show(multiply(part, parse('-1')))}"
+        name = f"add {show(add({}, part, -1))}"
     lines.append(f"{name}: {show(sides[0])} = {show(sides[1])}")
     return sides
 
 
-def equation_linear(level, rng, letter):
+def equation_linear(level, rng):
     """ax + b = c; ax + b = cx + d; a(bx + c) + d = ex + f."""
     x, a, b = draw(rng, -12, 12), draw(rng, 2, 9), draw(rng, -20, 20)
     c = 0 if level == 1 else draw(rng, -9, 9)
@@ -69,73 +67,71 @@ def equation_linear(level, rng, letter):
     extra = 0 if level < 3 else draw(rng, -9, 9)
     if k * a == c:
         return None
-    left = show(linear(a, b, letter))
+    left = simplify(f"{a}X + {b}")
+    right = simplify(f"{c}X + {k * (a * x + b) + extra - c * x}")
+    lines = []
     if level == 3:
         left = f"{k}({left}){signed(extra)}"
-    right = show(linear(c, k * (a * x + b) + extra - c * x, letter))
+        lines.append(f"expand: {simplify(left)} = {right}")
     sides = [parse(left), parse(right)]
-    lines = [f"expand: {show(sides[0])} = {right}"] if level == 3 else []
-    sides = move(sides, {letters: c for letters, c in sides[1].items() if letters}, lines)
-    sides = move(sides, {letters: c for letters, c in sides[0].items() if not letters}, lines)
-    factor = sides[0][letter]
+    sides = move(sides, parse(f"{c}X"), lines)
+    sides = move(sides, add(sides[0], {"X": sides[0]["X"]}, -1), lines)
+    factor = sides[0]["X"]
     answer = show(divide(sides[1], {"": factor}))
     if factor != 1:
-        lines.append(f"divide by {factor}: {letter} = {answer}")
-    return f"Solve for {letter}: {left} = {right}", answer, lines, f"{left} = {right}"
+        lines.append(f"divide by {factor}: X = {answer}")
+    return f"Solve for X: {left} = {right}", answer, lines, f"{left} = {right}"
 
 
-def equation_quadratic(level, rng, letter):
+def equation_quadratic(level, rng):
     """x^2 + bx + c = d, and (x + p)(x + q) = d; the larger solution is asked for."""
     low, high = sorted(rng.sample([n for n in range(-10, 11) if n], 2))
     p, q = draw(rng, -9, 9), draw(rng, -9, 9)
     value = p
-    left = show(add(parse(f"{letter}^2"), linear(-(low + high), low * high + p, letter)))
+    left = simplify(f"X^2 + {-(low + high)}X + {low * high + p}")
     lines = []
     if level == 5:
         q = -(low + high) - p  # so that the solutions have the right sum
         value = p * q - low * high
-        left = f"{brackets(1, p, letter)}{brackets(1, q, letter)}"
-        lines.append(f"expand: {show(parse(left))} = {value}")
+        left = f"{brackets(1, p)}{brackets(1, q)}"
+        lines.append(f"expand: {simplify(left)} = {value}")
     if not q:
         return None
-    move([parse(left), parse(str(value))], parse(str(value)), lines)
-    lines.append(f"factor: {brackets(1, -low, letter)}{brackets(1, -high, letter)} = 0")
-    lines.append(f"so {letter} = {low} or {letter} = {high}")
     start = f"{left} = {value}"
+    move([parse(left), parse(str(value))], parse(str(value)), lines)
+    lines.append(f"factor: {brackets(1, -low)}{brackets(1, -high)} = 0")
+    lines.append(f"so X = {low} or X = {high}")
     return f"What is the larger solution of {start}?", str(high), lines, start
 
 
-def expansion(level, rng, letter):
+def expansion(level, rng):
     """(ax + b)(cx + d), and (ax + b)^2 - (cx + d)(ex + f) at level 5."""
     a, b, c, d, e, f = (draw(rng, -9, 9) for _ in range(6))
-    first = brackets(abs(a), b, letter)
-    second = brackets(abs(c), d, letter)
-    third = brackets(abs(e), f, letter)
+    first, second, third = brackets(abs(a), b), brackets(abs(c), d), brackets(abs(e), f)
     if level < 5:
         text = first + second
-        parts = [multiply(part, parse(second)) for part in (linear(abs(a), 0, letter), {"": b})]
-        lines = [f"= ({show(parts[0])}) + ({show(parts[1])})"]
+        lines = [f"= ({simplify(f'{abs(a)}X{second}')}) + ({simplify(f'{b}{second}')})"]
     else:
         text = f"{first}^2 - {second}{third}"
-        square = show(parse(first + "^2"))
+        square = simplify(f"{first}^2")
         lines = [f"= ({square}) - {second}{third}",
-                 f"= ({square}) - ({show(parse(second + third))})"]
-    answer = show(parse(text))
+                 f"= ({square}) - ({simplify(second + third)})"]
+    answer = simplify(text)
     return f"Expand and simplify: {text}", answer, [*lines, f"= {answer}"], text
 
 
-def identity(level, rng, letter):
+def identity(level, rng):
     """For which k is (x + a)^2 - (x - b)(x + c) - d = kx?"""
     a, b, c = draw(rng, -9, 9), draw(rng, -9, 9), draw(rng, -9, 9)
     if 2 * a == b + c:
         return None
-    square = f"{brackets(1, a, letter)}^2"
-    product = f"{brackets(1, b, letter)}{brackets(1, c, letter)}"
+    square = f"{brackets(1, a)}^2"
+    product = f"{brackets(1, b)}{brackets(1, c)}"
     end = signed(b * c - a * a)
     text = f"{square} - {product}{end}"
-    lines = [f"= ({show(parse(square))}) - ({show(parse(product))}){end}", f"= {show(parse(text))}"]
-    question = f"For which constant k is {text} = k{letter} for all {letter}?"
-    return question, str(parse(text)[letter]), lines, f"k: {text}"
+    lines = [f"= ({simplify(square)}) - ({simplify(product)}){end}", f"= {simplify(text)}"]
+    question = f"For which constant k is {text} = kX for all X?"
+    return question, str(2 * a - b - c), lines, f"k: {text}"
 
 
 KINDS = {
@@ -144,17 +140,18 @@ KINDS = {
 }
 
 
-def generate(level, rng, split=None):
+def generate(level, rng, split):
     found = None
     while not found:
         kind = rng.choice(KINDS[level])
         letter = rng.choice("xyzntw")
-        found = kind(level, rng, letter)
+        found = kind(level, rng)
     question, answer, lines, start = found
-    key = start.replace(letter, "x")
-    return record(
-        "algebra", level, question, answer, lines, key, split, start=start, letter=letter
-    )
+    key = start.replace("X", "x")
+    question, answer, start, *lines = (
+        text.replace("X", letter) for text in (question, answer, start, *lines))
+    return record("algebra", level, question, answer, lines, key, split,
+                  start=start, letter=letter)
 
 
 # ---- thoughts
@@ -162,11 +159,12 @@ def generate(level, rng, split=None):
 OPERATION = re.compile(
     r"(?:(expand|factor)|(add|subtract|divide by) (.{1,60})): (.{1,120}) = (.{1,120})"
 )
+SOLUTIONS = re.compile(r"so ([a-z]) = (-?\d{1,6}) or \1 = (-?\d{1,6})")
 
 
-def apply(name, amount, sides):
-    """The two sides after a named operation; expanding and factoring leave them equal."""
-    if name in ("expand", "factor"):
+def operate(name, amount, sides):
+    """The sides after a named operation; expanding and factoring leave them equal."""
+    if not amount:
         return sides
     part = parse(amount)
     if name == "divide by":
@@ -181,66 +179,51 @@ def check_steps(problem, thought):
     solving = " = " in start
     sides = [parse(side) for side in start.split(" = ")]
     last = ""  # the left side, or the expression, as it was last written
-    roots = None
-    solutions = re.compile(rf"so {letter} = (-?\d{{1,6}}) or {letter} = (-?\d{{1,6}})")
+    factored = False
 
-    def operate(name, amount, *given):
-        nonlocal sides, last
-        if not solving:
-            return "there is no equation to work on"
-        wanted = apply(name, amount, sides)
-        if [parse(side) for side in given] != wanted:
-            return f"it gives {show(wanted[0])} = {show(wanted[1])}"
-        sides = wanted
-        last = given[0]
-        return None
-
-    def split_product(*claimed):
-        nonlocal roots
-        factors = re.fullmatch(r"(\([^()]+\))(\([^()]+\))", last)
-        if not factors or sides[1]:
-            return "the product of two factors has to be zero first"
-        factors = [parse(factor) for factor in factors.groups()]
-        zeros = [-factor.get("", Fraction(0)) / factor[letter] for factor in factors]
-        if sorted(zeros) != sorted(map(Fraction, claimed)):
-            return f"the factors are zero at {zeros[0]} and {zeros[1]}"
-        roots = zeros
-        return None
-
-    def rewrite(text):
-        nonlocal last
-        if parse(text[:248]) != sides[0]:
-            return f"this is not equal to {start}"
-        last = text
-        return None
+    def read(line):
+        nonlocal sides, last, factored
+        if found := OPERATION.fullmatch(line):
+            name = found[1] or found[2]
+            right = operate(name, found[3], sides)
+            if [parse(found[4]), parse(found[5])] != right:
+                return name, f"it gives {' = '.join(map(show, right))}"
+            sides, last = right, found[4]
+            return name, None
+        if found := SOLUTIONS.fullmatch(line):
+            product = re.fullmatch(r"(\([^()]+\))(\([^()]+\))", last)
+            if not product or sides[1]:
+                return "so", "the product of two factors has to be zero first"
+            factors = [parse(factor) for factor in product.groups()]
+            zeros = [-factor.get("", Fraction(0)) / factor[letter] for factor in factors]
+            if found[1] != letter or sorted(zeros) != sorted(map(Fraction, found.group(2, 3))):
+                return "so", f"the factors are zero at {zeros[0]} and {zeros[1]}"
+            factored = True
+            return "so", None
+        if solving or not line.startswith("= "):
+            return None, "not a step of this kind"
+        if parse(line[2:250]) != sides[0]:
+            return "rewrite", f"this is not equal to {start}"
+        last = line[2:]
+        return "rewrite", None
 
     def step(line):
         try:
-            if found := OPERATION.fullmatch(line):
-                name = found[1] or found[2]
-                return name, operate(name, *found.groups()[2:])
-            if found := solutions.fullmatch(line):
-                return "so", split_product(*found.groups())
-            if line.startswith("= ") and not solving:
-                return "rewrite", rewrite(line[2:])
-        except (ValueError, KeyError) as error:
+            return read(line)
+        except (ValueError, LookupError) as error:
             return None, f"cannot be read ({error})"
-        return None, "not a step of this kind"
 
     def conclusion():
-        if roots:
-            return str(max(roots))
         if solving:
-            solved = sides[0] == {letter: 1} and number(sides[1]) is not None
-            return show(sides[1]) if solved else None
-        if last != show(sides[0]):
-            return None
-        return str(sides[0][letter]) if problem["start"].startswith("k: ") else last
+            done = factored or sides[0] == {letter: 1} and number(sides[1]) is not None
+        else:
+            done = last == show(sides[0])
+        return problem["answer"] if done else None
 
     return first_wrong(thought, step, conclusion)
 
 
-def spoil(line, rng):
+def spoil(line, before, rng):
     """One number of the line changed, sometimes to its negative."""
     places = list(re.finditer(r"(?<!\^)\d+", line))
     if not places:
@@ -248,8 +231,3 @@ def spoil(line, rng):
     place = rng.choice(places)
     value = int(place[0])
     return replace_match(line, place, value + rng.choice([1, 2, 10] + [-1] * (value > 2)))
-
-
-problems = partial(sample_family, generate)
-plant_error = partial(families.plant_error, spoil)
-plant_slip = partial(families.plant_slip, spoil)

@@ -7,14 +7,16 @@ within minutes, on a laptop.
 An expression is a tree: an int, or (operation, left, right).
 """
 
+import ast
 import operator
 import re
-from functools import partial
 
-from data.families import OFFSETS, sample_family, split_of
+from data.families import OFFSETS, conclude, first_wrong, split_of
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 VALUES = range(100)
+REPAIRS = ("wait ",)
 
 # ---- expressions
 
@@ -72,33 +74,21 @@ def canonical(tree):
     return "(" + op.join(sorted(parts) if op in "+*" else parts) + ")"
 
 
-def read(tokens, level=0):
-    """Takes a sum (level 0), a product (1) or an operand (2) from the front of a list of tokens."""
-    if level < 2:
-        tree = read(tokens, level + 1)
-        while tokens and tokens[0] in ("+-", "*")[level]:
-            tree = (tokens.pop(0), tree, read(tokens, level + 1))
-        return tree
-    token = tokens.pop(0) if tokens else ""
-    if token == "(":
-        tree = read(tokens)
-        if not tokens or tokens.pop(0) != ")":
-            raise ValueError("a bracket is not closed")
-        return tree
-    if not token.isdigit() or len(token) > 4:
-        raise ValueError(f"{token!r:.20} is no number")
-    return int(token)
-
-
 def parse(text):
     """The tree of an expression as `render` writes it. Raises ValueError for any other text."""
-    tokens = re.findall(r"\d+|[-+*()]", text)
-    if "".join(tokens) != text or len(tokens) > 64:
+    def tree_of(node):
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.BinOp() if type(node.op) in SIGNS:
+                return SIGNS[type(node.op)], tree_of(node.left), tree_of(node.right)
         raise ValueError(f"not an expression: {text!r:.60}")
-    tree = read(tokens)
-    if tokens:
-        raise ValueError(f"{tokens[0]!r:.20} is left over")
-    return tree
+
+    try:
+        expression = ast.parse(re.fullmatch(r"[-+*()\d]{1,100}", text, re.ASCII)[0], mode="eval")
+    except (TypeError, SyntaxError):
+        raise ValueError(f"not an expression: {text!r:.60}") from None
+    return tree_of(expression.body)
 
 
 # ---- solutions
@@ -124,58 +114,45 @@ def work_out(tree):
     return trees
 
 
-def write_thought(trees):
-    return "\n=".join(map(render, trees))
-
-
-def generate(level, rng, split=None):
+def generate(level, rng, split):
     tree = random_tree(level, rng)
     key = f"arithmetic {canonical(tree)}"
-    if split and split_of(key) != split:
+    if split_of(key) != split:
         return None
     text = render(tree)
     return {
         "id": f"arithmetic/{text}", "problem": text, "answer": str(evaluate(tree)), "level": level,
-        "subject": "arithmetic", "solution": write_thought(work_out(tree)), "key": key,
+        "subject": "arithmetic", "solution": "\n=".join(map(render, work_out(tree))), "key": key,
     }
-
-
-problems = partial(sample_family, generate)
 
 
 # ---- thoughts
 
 
 def check_steps(problem, thought):
-    """The first line that is not a right step, (index, line, reason), or None.
+    """The first line is the problem; each other one carries out the next operation, or several."""
+    left = None  # the trees still to come, the last one written first
 
-    The first line is the problem; each other one carries out the next operation, or several at
-    once. A wrong line is forgiven when the next one takes it back, "wait =...", and is right.
-    """
-    left = work_out(parse(problem["problem"]))
-    first, *lines = thought.split("\n")
-    if first != problem["problem"]:
-        return 0, first, "the thought does not begin with the problem"
-    slip = None  # the line before, when it is wrong
-    for index, line in enumerate(lines, 1):
-        claim = line.removeprefix("wait ")
-        takes_back = claim != line
+    def step(line):
+        nonlocal left
+        if left is None:
+            left = work_out(parse(problem["problem"]))
+            if line != problem["problem"]:
+                return None, "the thought does not begin with the problem"
+            return "problem", None
         try:
-            tree = parse(claim.removeprefix("="))
-            follows = claim.startswith("=") and tree in left[1:]
-            reason = None if follows else "does not follow from the line before"
+            tree = parse(line.removeprefix("="))
         except ValueError as error:
-            reason = str(error)
-        if slip and (reason or not takes_back):
-            return slip
-        if takes_back and not slip:
-            return index, line, "takes back a line that was right"
-        slip = (index, line, reason) if reason else None
-        if not reason:
-            left = left[left.index(tree, 1):]
-    if not slip and len(left) > 1:
-        return len(lines) + 1, "", "the thought does not end in the answer"
-    return slip
+            return "step", str(error)
+        if not line.startswith("=") or tree not in left[1:]:
+            return "step", "does not follow from the line before"
+        left = left[left.index(tree, 1):]
+        return "step", None
+
+    def conclusion():
+        return left[0] if left and len(left) == 1 else None
+
+    return first_wrong(f"{thought}\n{conclude(problem['answer'])}", step, conclusion, REPAIRS)
 
 
 def slip(tree, rng):
@@ -186,28 +163,7 @@ def slip(tree, rng):
     return rng.choice([wrong for wrong in slips if in_range(wrong)] or [None])
 
 
-def draw_slip(trees, rng):
-    """(index, wrong tree in its place) of one of the trees behind the first, or None."""
-    slips = [(index, slip(before, rng)) for index, before in enumerate(trees[:-1], 1)]
-    slips = [(index, wrong) for index, wrong in slips if wrong is not None]
-    return rng.choice(slips) if slips else None
-
-
-def plant_error(problem, rng):
-    """The solution with one line wrong, the others and so the answer right."""
-    trees = work_out(parse(problem["problem"]))
-    found = draw_slip(trees[:-1], rng)
-    if not found:  # the answer is the only step: it is taken back without reason and said again
-        return write_thought(trees) + "\nwait =" + render(trees[-1])
-    index, wrong = found
-    return write_thought(trees[:index] + [wrong] + trees[index + 1:])
-
-
-def plant_slip(problem, rng):
-    """The solution with a wrong line that the next one takes back, where some slip fits."""
-    trees = work_out(parse(problem["problem"]))
-    found = draw_slip(trees, rng)
-    if not found:
-        return write_thought(trees)
-    index, wrong = found
-    return write_thought(trees[:index] + [wrong]) + "\nwait =" + write_thought(trees[index:])
+def spoil(line, before, rng):
+    """The next operation with a wrong result."""
+    wrong = None if before is None else slip(parse(before.removeprefix("=")), rng)
+    return None if wrong is None else "=" + render(wrong)

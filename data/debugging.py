@@ -8,11 +8,10 @@ repair; the checker steps through it as well. Any repair that passes all tests c
 
 import ast
 import re
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
-from data import families
-from data.families import first_wrong, record, replace_match, sample_family, split_of
+from data.families import first_wrong, record, replace_match, split_of
 from data.programs import parse_function, run_tests, trace
 
 # The likely mistakes.
@@ -80,17 +79,14 @@ def mutants(source):
     return right, wrongs
 
 
-def draw_problem(level, rng, split):
-    """(what it should do, right lines, wrong lines, tests, a failing one, events of that one).
-
-    None when the bug does not show in the tests, or the problem falls into another split.
-    """
+def generate(level, rng, split):
+    """Also None when the bug that was drawn does not show in the tests."""
     kinds, purpose, source = rng.choice(programs_of(level))
     k, m = rng.randint(2, 12), rng.randint(2, 9)
     right, wrongs = mutants(source)
     right = fill(right, k, m)
     wrong = fill(rng.choice(wrongs), k, m)
-    if split and split_of(f"debugging {wrong}") != split:
+    if split_of(f"debugging {wrong}") != split:
         return None
     tests = []
     failing = None
@@ -102,115 +98,85 @@ def draw_problem(level, rng, split):
             return None
         if got is None:
             return None
-        tests.append([arguments, trace(right, arguments)[1]])
-        if not failing and got != tests[-1][1]:
-            failing = tests[-1], events
-    if not failing or len(failing[1]) > MAX_EVENTS:
+        wanted = trace(right, arguments)[1]
+        tests.append([arguments, wanted])
+        if not failing and got != wanted:
+            failing = arguments, wanted, events
+    if not failing or len(failing[2]) > MAX_EVENTS:
         return None
-    return purpose.format(k=k, m=m), right.split("\n"), wrong.split("\n"), tests, *failing
+    arguments, wanted, events = failing
 
-
-def call(source, arguments):
-    return f"{parse_function(source).name}({', '.join(map(repr, arguments))})"
-
-
-def generate(level, rng, split=None):
-    found = None
-    while not found:
-        found = draw_problem(level, rng, split)
-        if split and not found:
-            return None
-    purpose, right, wrong, tests, (arguments, wanted), events = found
-    number = next(i for i, (a, b) in enumerate(zip(right, wrong)) if a != b)
-    repair = right[number].strip()
-    program = "\n".join(wrong)
-    asked = call(program, arguments)
-    numbered = "\n".join(f"{i} {line}" for i, line in enumerate(wrong, 1))
-    text = (
-        f"This function should return {purpose}. One line of it is wrong.\n{numbered}\n"
+    asked = f"{parse_function(wrong).name}({', '.join(map(repr, arguments))})"
+    program = list(enumerate(wrong.split("\n"), 1))
+    number, old, new = next((i, old.strip(), new.strip())
+                            for (i, old), new in zip(program, right.split("\n")) if old != new)
+    text = "\n".join([
+        f"This function should return {purpose.format(k=k, m=m)}. One line of it is wrong.",
+        *(f"{i} {line}" for i, line in program),
         f"{asked} should return {wanted!r}. Which line is wrong, and how should it read? "
-        "Answer in the form: line NUMBER: CODE"
-    )
+        "Answer in the form: line NUMBER: CODE",
+    ])
     lines = [
         *(f"line {at}: {what}" for at, what in events),
         f"That is not {wanted!r}.",
-        f"Line {number + 1} is wrong: {wrong[number].strip()} should be {repair}",
+        f"Line {number} is wrong: {old} should be {new}",
         f"Then {asked} returns {wanted!r}.",
     ]
-    return record("debugging", level, text, f"line {number + 1}: {repair}", lines, program, split,
-                  program=program, tests=tests, arguments=arguments, wanted=wanted)
+    return record("debugging", level, text, f"line {number}: {new}", lines, wrong, split,
+                  program=wrong, tests=tests)
 
 
 # ---- answers and thoughts
 
 
 def patch(program, number, code):
-    """The program with one line replaced at its depth. Raises ValueError without such a line."""
-    lines = program.split("\n")
-    if not 1 <= number <= len(lines):
-        raise ValueError(f"there is no line {number}")
-    old = lines[number - 1]
-    lines[number - 1] = old[:len(old) - len(old.lstrip())] + code.strip()
+    """The program with other code on one line, at its depth."""
+    lines = [re.match(" *", line)[0] + code.strip() if i == int(number) else line
+             for i, line in enumerate(program.split("\n"), 1)]
     return "\n".join(lines)
 
 
 def check_outcome(problem, answer):
     """Whether the program passes its tests with the line that the answer names replaced."""
     found = re.fullmatch(r"line (\d{1,3}): ?(.{1,200})", answer.strip())
-    try:
-        repaired = patch(problem["program"], int(found[1]), found[2]) if found else ""
-    except ValueError:
-        return False
-    return run_tests(repaired, problem["tests"])
+    return bool(found) and run_tests(patch(problem["program"], *found.groups()), problem["tests"])
 
 
 def check_steps(problem, thought):
     """The failing test event by event, then the repair, which has to pass every test."""
     program = problem["program"]
-    wanted = problem["wanted"]
-    result = f"Then {call(program, problem['arguments'])} returns {wanted!r}."
-    events = trace(program, problem["arguments"])[0]
-    expected = [f"line {at}: {what}" for at, what in events] + [f"That is not {wanted!r}."]
-    at = 0  # in `expected`
+    *expected, _, result, _ = problem["solution"].split("\n")
+    expected.reverse()  # the next event last
     repair = None
     shown = False
 
-    def check_repair(number, old, new):
-        nonlocal repair
-        try:
-            repaired = patch(program, int(number), new)
-        except ValueError as error:
-            return str(error)
-        if program.split("\n")[int(number) - 1].strip() != old:
-            return f"line {number} reads otherwise"
-        if not run_tests(repaired, problem["tests"]):
-            return "the repaired program fails a test"
-        repair = f"line {number}: {new}"
-        return None
-
     def step(line):
-        nonlocal at, shown
-        if at < len(expected):
-            if line != expected[at]:
-                return f"event {at}", f"the next event is {expected[at]!r}"
-            at += 1
-            return f"event {at - 1}", None
+        nonlocal repair, shown
+        if expected:
+            subject = f"event {len(expected)}"
+            if line != expected[-1]:
+                return subject, f"the next event is {expected[-1]!r}"
+            expected.pop()
+            return subject, None
         if line == result:
             shown = repair is not None
             return "result", None if shown else "nothing is repaired yet"
         found = re.fullmatch(r"Line (\d{1,3}) is wrong: (.{1,100}) should be (.{1,100})", line)
-        if found and repair is None:
-            return "repair", check_repair(*found.groups())
-        subject = "result" if line.startswith("Then ") else "repair" if found else None
-        return subject, "not a right step of this problem"
+        if not found or repair:
+            return "result" if line.startswith("Then ") else None, "not a step of this problem"
+        number, old, new = found.groups()
+        there = program.split("\n")[int(number) - 1:int(number)]
+        if [line.strip() for line in there] != [old]:
+            return "repair", f"line {number} reads otherwise"
+        if not run_tests(patch(program, number, new), problem["tests"]):
+            return "repair", "the repaired program fails a test"
+        repair = f"line {number}: {new}"
+        return "repair", None
 
-    def conclusion():
-        return repair if shown else None
-
-    return first_wrong(thought, step, conclusion)
+    return first_wrong(thought, step, lambda: repair if shown else None)
 
 
-def spoil(line, rng):
+def spoil(line, before, rng):
     """A wrong value, condition or line number."""
     if line.endswith(" is True"):
         return line.replace("True", "False")
@@ -220,8 +186,3 @@ def spoil(line, rng):
     place = places[0] if line.startswith("Line") else places[-1]
     value = int(place[0])
     return replace_match(line, place, value + rng.choice([1, 2] + [-1] * (value > 1)))
-
-
-problems = partial(sample_family, generate)
-plant_error = partial(families.plant_error, spoil)
-plant_slip = partial(families.plant_slip, spoil)

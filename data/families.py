@@ -2,21 +2,19 @@
 
 A family is a module (arithmetic, words, knights, algebra, debugging, science) with
 
-    generate(level, rng, split=None)    a problem, or None when it falls into another split:
-                                        id, problem, answer, level, subject, solution, key
-    problems(split, limit=None, seed=0, levels=ALL_LEVELS)    many of them
-    check_steps(problem, thought)       the first wrong line, (index, line, reason), or None
-    plant_error(problem, rng)           a thought with one wrong step and the right answer:
-                                        what a step check must catch
-    plant_slip(problem, rng)            a thought with a slip that is noticed and repaired:
-                                        what a step check must let pass
+    generate(level, rng, split)      a problem, or None when it falls into another split:
+                                     id, problem, answer, level, subject, solution, key
+    check_steps(problem, thought)    the first wrong line, (index, line, reason), or None
+    spoil(line, before, rng)         a line that is wrong in place of this one of a solution, whose
+                                     line before is given too; None where it knows none
 
-A problem's `solution` is a thought as the checker wants it: one step a line, the last line
-"The answer is ...". Every family but arithmetic is built from the functions below.
+and REPAIRS, if it takes a slip back in words of its own. A problem's `solution` is a thought as the
+checker wants it: one step a line, the last line "The answer is ..." (in arithmetic, the answer).
 """
 
 import hashlib
 import random
+from collections import deque
 
 ALL_LEVELS = (1, 2, 3, 4, 5)
 SIZES = {"train": 2000, "dev": 500, "test": 1000}
@@ -32,13 +30,13 @@ def split_of(key):
     return {9: "test", 8: "dev"}.get(share, "train")
 
 
-def record(family, level, problem, answer, lines, key, split=None, **extra):
-    """A problem as a dict; None when `split` is given and the key belongs to another.
+def record(family, level, problem, answer, lines, key, split, **extra):
+    """A problem as a dict, or None when its key belongs to another split.
 
     The id comes from the text, so that the same problem has the same id in every run.
     """
     key = f"{family} {key}"
-    if split and split_of(key) != split:
+    if split_of(key) != split:
         return None
     digest = hashlib.sha256(problem.encode()).hexdigest()[:12]
     return {
@@ -47,27 +45,24 @@ def record(family, level, problem, answer, lines, key, split=None, **extra):
     }
 
 
-def sample_family(generate, split, limit=None, seed=0, levels=ALL_LEVELS):
+def draw_problems(family, split, limit=None, seed=0, levels=ALL_LEVELS):
     """`limit` problems of one split, no key twice, from each level in turn.
 
     The key alone decides the split, so no two splits share one, whatever the seeds. There are
     fewer only when every level has run dry.
     """
-    rng = random.Random(f"{generate.__module__} {split} {seed}")
-    wanted = limit or SIZES[split]
-    found, seen, dry, turn = [], set(), set(), 0
-    while len(found) < wanted and len(dry) < len(levels):
-        level = levels[turn % len(levels)]
-        turn += 1
-        for _ in range(0 if level in dry else 2000):
-            problem = generate(level, rng, split)
-            if problem and problem["key"] not in seen:
-                seen.add(problem["key"])
-                found.append(problem)
+    rng = random.Random(f"{family.__name__} {split} {seed}")
+    found = {}  # by key
+    waiting = deque(levels)
+    while waiting and len(found) < (limit or SIZES[split]):
+        level = waiting.popleft()
+        for _ in range(2000):
+            problem = family.generate(level, rng, split)
+            if problem and problem["key"] not in found:
+                found[problem["key"]] = problem
+                waiting.append(level)
                 break
-        else:
-            dry.add(level)
-    return found
+    return list(found.values())
 
 
 # ---- thoughts
@@ -77,7 +72,7 @@ def conclude(answer):
     return f"The answer is {answer}."
 
 
-def first_wrong(thought, step, conclusion):
+def first_wrong(thought, step, conclusion, repairs=REPAIRS):
     """The first line of a thought that is not a right step, (index, line, reason), or None.
 
     step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why
@@ -85,35 +80,32 @@ def first_wrong(thought, step, conclusion):
     conclusion() -> the answer that they establish, or None. The last line has to state it: a
     thought that stops short proves nothing.
 
-    A wrong line is forgiven when the next one takes it back, with one of REPAIRS, and is a right
+    A wrong line is forgiven when the next one takes it back, with one of `repairs`, and is a right
     step about the same subject.
     """
     lines = [(i, line.strip()) for i, line in enumerate(thought.split("\n")) if line.strip()]
-    slip = slip_subject = None  # the line before, when it is wrong and may still be repaired
+    slip = subject = None  # the line before, when it is wrong and may still be repaired
     for index, line in lines:
-        repair = next((words for words in REPAIRS if line.startswith(words)), "")
+        repair = next((words for words in repairs if line.startswith(words)), "")
         claim = line.removeprefix(repair)
+        slip_subject = subject
         if claim.startswith("The answer is "):
             answer = conclusion()
             subject = "answer"
-            reason = None if claim == conclude(answer) else f"the steps establish {answer}"
+            right = answer is not None and claim == conclude(answer)
+            reason = None if right else f"the steps establish {answer}"
         else:
             subject, reason = step(claim)
-        repaired = repair and reason is None and subject == slip_subject
-        if slip and not repaired:
+        if slip and (reason or not repair or subject != slip_subject):
             return slip
-        if repair and not slip and reason is None:
-            reason = "takes back a line that was right"
+        if repair and not slip:
+            return index, line, reason or "takes back a line that was right"
         slip = (index, line, reason) if reason else None
-        slip_subject = subject
-        if slip and (repair or subject is None):
+        if slip and subject is None:
             return slip
-    if slip:
-        return slip
-    if not lines or claim != conclude(conclusion()):
-        end = lines[-1][0] + 1 if lines else 0
-        return end, "", "the thought does not end in the answer"
-    return None
+    if not slip and subject != "answer":
+        return lines[-1][0] + 1 if lines else 0, "", "the thought does not end in the answer"
+    return slip
 
 
 def draw_offset(rng, *values):
@@ -126,24 +118,34 @@ def replace_match(text, found, new):
     return text[:found.start()] + str(new) + text[found.end():]
 
 
-def spoil_line(spoil, problem, rng):
-    """(the lines of the solution, the index of one, what `spoil` makes of that one).
+def repairs_of(family):
+    return getattr(family, "REPAIRS", REPAIRS)
 
-    spoil(line, rng) -> a line that is wrong in its place, or None where it knows none.
-    """
+
+def draw_slip(family, lines, rng):
+    """(index, wrong line) of one of the lines before the conclusion; (None, None) without any."""
+    steps = [line for line in lines if not line.startswith("The answer is ")]
+    slips = [(index, family.spoil(line, before, rng))
+             for index, (before, line) in enumerate(zip([None, *steps], steps))]
+    return rng.choice([slip for slip in slips if slip[1]] or [(None, None)])
+
+
+def plant_error(family, problem, rng):
+    """A thought with one wrong step and the right answer: what a step check must catch."""
     lines = problem["solution"].split("\n")
-    spoiled = [(index, spoil(line, rng)) for index, line in enumerate(lines[:-1])]
-    return lines, *rng.choice([(index, wrong) for index, wrong in spoiled if wrong])
+    index, wrong = draw_slip(family, lines[:-1], rng)
+    if wrong:
+        lines[index] = wrong
+    else:  # the answer is the only step: it is taken back without reason and said again
+        lines.append(repairs_of(family)[0] + lines[-1])
+    return "\n".join(lines)
 
 
-def plant_error(spoil, problem, rng):
-    """The solution with one wrong line. A family binds its own `spoil`."""
-    lines, index, wrong = spoil_line(spoil, problem, rng)
-    return "\n".join([*lines[:index], wrong, *lines[index + 1:]])
-
-
-def plant_slip(spoil, problem, rng):
-    """The solution with a wrong line that the next one takes back and puts right."""
-    lines, index, wrong = spoil_line(spoil, problem, rng)
-    repaired = rng.choice(REPAIRS) + lines[index]
-    return "\n".join([*lines[:index], wrong, repaired, *lines[index + 1:]])
+def plant_slip(family, problem, rng):
+    """A thought with a slip, where one fits, that the next line takes back and puts right: what a
+    step check must let pass."""
+    lines = problem["solution"].split("\n")
+    index, wrong = draw_slip(family, lines, rng)
+    if wrong:
+        lines[index:index + 1] = [wrong, rng.choice(repairs_of(family)) + lines[index]]
+    return "\n".join(lines)

@@ -56,11 +56,9 @@ def fetch(name, file, url, rows, sha256):
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(
-            f"{path} is not the published {name}/{file}: {len(content.splitlines())} rows with "
-            f"sha256 {found[:12]}..., expected {rows} with {sha256[:12]}...; delete it to get it "
-            "anew"
-        )
+        raise ValueError(f"{path} is not the published {name}/{file}: {len(content.splitlines())} "
+                         f"rows with sha256 {found[:12]}..., expected {rows} with "
+                         f"{sha256[:12]}...; delete it to get it anew")
     return path
 
 
@@ -75,21 +73,19 @@ def read_rows(path):
         raise FileNotFoundError(f"{path}: {error.strerror}; expected a .jsonl file") from None
     with file:
         for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
             try:
-                text = line.decode("utf-8-sig")  # Windows puts a mark in front
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-                if "\\ud" in text.lower():  # half of a pair cannot be encoded again
+                row = json.loads(line.decode("utf-8-sig"))  # Windows puts a mark in front
+                if b"\\ud" in line.lower():  # half of a pair cannot be encoded again
                     json.dumps(row, ensure_ascii=False).encode()
+                if not isinstance(row, dict):
+                    raise ValueError(f"found a {type(row).__name__}")
             except UnicodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8"
-                                 ) from None
+                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); save the "
+                                 "file as UTF-8") from None
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: found a {type(row).__name__}, expected an object")
+                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from None
             yield number, row
 
 

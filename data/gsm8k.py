@@ -14,10 +14,7 @@ FILES = {
 
 def from_row(row, name):
     """One row as published, {"question", "answer": "worked solution #### 72"}, as a problem."""
-    solution, mark, answer = row["answer"].rpartition("####")
-    if not mark:
-        end = row["answer"][-40:]
-        raise ValueError(f"{name}: a GSM8K answer ends in '#### NUMBER', found {end!r}")
+    solution, _, answer = row["answer"].rpartition("####")
     return {
         "id": name, "problem": row["question"], "answer": answer.strip().replace(",", ""),
         "subject": "gsm8k", "solution": solution.strip(),

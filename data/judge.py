@@ -20,7 +20,7 @@ from data.files import read_rows
 from data.prompts import in_form, thought_of
 from data.steps import check_text
 from launch import Parser
-from stats import markdown, paired_bootstrap, percent, wilson
+from stats import interval, markdown, paired_bootstrap, percent
 
 COLUMNS = ("right", "in the form", "every step right", "right answer, wrong step")
 
@@ -38,22 +38,17 @@ def first_fault(problem, thought):
         wrong = family.check_steps(problem, thought)
         return wrong and wrong[2]
     steps = check_text(thought)
-    wrong = [step.reason for step in steps if step.verdict == "wrong"]
-    if not wrong and not any(step.verdict == "right" for step in steps):
-        return "no equation that can be read"
-    return wrong[0] if wrong else None
-
-
-def judge(problem, sample, think_tag):
-    """(the COLUMNS of one answer, as booleans; the fault of its first wrong step, or None)."""
-    right = sample["strict"] is True
-    fault = first_fault(problem, thought_of(sample["text"]))
-    columns = right, in_form(sample["text"], think_tag), not fault, right and bool(fault)
-    return columns, fault and re.sub(r"\d+( [-+*/] \d+)?", "N", fault)
+    wrong = next((step for step in steps if step.verdict == "wrong"), None)
+    if wrong or any(step.verdict == "right" for step in steps):
+        return wrong and wrong.reason
+    return "no equation that can be read"
 
 
 def read_verdicts(path):
-    """{problem id: (family, COLUMNS, fault)} of records, whose problems are made anew."""
+    """{problem id: (family, COLUMNS, fault)} of records, whose problems are made anew.
+
+    The fault is that of the answer's first wrong step, or None.
+    """
     rows = [row for _, row in read_rows(path)]
     records = {row["id"]: row for row in rows if "samples" in row and "settings" in row}
     if not records:
@@ -72,29 +67,29 @@ def read_verdicts(path):
         )
     verdicts = {}
     for i, row in records.items():
-        columns, fault = judge(problems[i], row["samples"][0], settings["think_tag"])
-        verdicts[i] = problems[i]["subject"], columns, fault
+        sample = row["samples"][0]
+        right = sample["strict"] is True
+        fault = first_fault(problems[i], thought_of(sample["text"]))
+        formed = in_form(sample["text"], settings["think_tag"])
+        columns = right, formed, not fault, right and bool(fault)
+        fault = fault and re.sub(r"\d+( [-+*/] \d+)?", "N", fault)
+        verdicts[i] = problems[i].get("subject", name), columns, fault
     return verdicts
 
 
-def rates(columns):
-    """A table's cells for a list of COLUMNS."""
-    sums = [sum(column) for column in zip(*columns)]
-    return [percent(k / len(columns), *wilson(k, len(columns))) for k in sums]
-
-
-def print_families(found):
-    columns, faults = {}, {}
-    for family, judged, fault in found.values():
-        columns.setdefault(family, []).append(judged)
-        faults.setdefault(family, Counter()).update([fault] if fault else [])
-    rows = [[family, len(judged), *rates(judged)] for family, judged in columns.items()]
-    if len(rows) > 1:
-        rows.append(["all", len(found), *rates([judged for _, judged, _ in found.values()])])
+def print_families(verdicts):
+    families = {}
+    for verdict in verdicts.values():
+        families.setdefault(verdict[0], []).append(verdict)
+    groups = families if len(families) == 1 else families | {"all": list(verdicts.values())}
+    rows = []
+    for name, judged in groups.items():
+        columns = zip(*(columns for _, columns, _ in judged))
+        rows.append([name, len(judged), *(percent(*interval(column)) for column in columns)])
     print(markdown(["family", "problems", *(f"{name}, %" for name in COLUMNS)], rows))
-    for family, counts in faults.items():
-        common = "; ".join(f"{fault} {n}" for fault, n in counts.most_common(3))
-        print(f"{family}: {common}")
+    for name, judged in families.items():
+        counts = Counter(fault for _, _, fault in judged if fault)
+        print(f"{name}: " + "; ".join(f"{fault} {k}" for fault, k in counts.most_common(3)))
 
 
 def print_changes(first, found, name):

@@ -7,21 +7,30 @@ a step is checked by looking at all worlds.
 """
 
 import itertools
+import operator
 import re
-from functools import cache, partial
+from functools import cache
 
-from data import families
-from data.families import first_wrong, record, sample_family, split_of
+from data.families import first_wrong, record, split_of
 from data.words import NAMES
 
-FORMS = ("is", "and", "or", "if", "same", "differ")
+# What can be said of two claims about a person's kind: (whether it is true, its words).
+FORMS = {
+    "is": (lambda first, second: first, "{first}"),
+    "and": (operator.and_, "{first} and {second}"),
+    "or": (operator.or_, "{first} or {second}, or both"),
+    "if": (operator.le, "if {first}, then {second}"),  # False <= True
+    "same": (operator.eq, "{pair} are of the same kind"),
+    "differ": (operator.ne, "{pair} are of different kinds"),
+}
+ALL_FORMS = tuple(FORMS)
 # level: (how many people, what they say, whether the proof needs a supposition)
 LEVELS = {
     1: ((2, 3), ("is", "same", "differ", "and"), False),
-    2: ((3,), FORMS, False),
-    3: ((3,), FORMS, True),
-    4: ((4,), FORMS, True),
-    5: ((5,), FORMS, True),
+    2: ((3,), ALL_FORMS, False),
+    3: ((3,), ALL_FORMS, True),
+    4: ((4,), ALL_FORMS, True),
+    5: ((5,), ALL_FORMS, True),
 }
 KINDS = ("knave", "knight")
 RULE = "Knights always tell the truth and knaves always lie. "
@@ -33,28 +42,19 @@ def all_worlds(people):
     return set(itertools.product((0, 1), repeat=people))
 
 
-def holds(statement, world):
-    """Whether a statement, (form, person, kind, other person, kind), is true in a world."""
-    form, a, kind_a, b, kind_b = statement
-    first = world[a] == kind_a
-    second = world[b] == kind_b
-    return {
-        "is": first, "and": first and second, "or": first or second,
-        "if": second or not first, "same": first == second, "differ": first != second,
-    }[form]
-
-
 @cache
 def allowed(speaker, statement, people):
-    """The worlds in which the speaker can say the statement."""
-    worlds = all_worlds(people)
-    return frozenset(world for world in worlds if world[speaker] == holds(statement, world))
+    """The worlds in which a speaker can say a statement, (form, person, kind, person, kind)."""
+    form, a, kind_a, b, kind_b = statement
+    holds, _ = FORMS[form]
+    return {world for world in all_worlds(people)
+            if world[speaker] == holds(world[a] == kind_a, world[b] == kind_b)}
 
 
 def words_of(statements):
     """For each speaker, the worlds in which they can say what they say."""
-    people = len(statements)
-    return [allowed(speaker, tuple(said), people) for speaker, said in enumerate(statements)]
+    return [allowed(speaker, tuple(said), len(statements))
+            for speaker, said in enumerate(statements)]
 
 
 def forced(worlds, person):
@@ -81,7 +81,7 @@ def settled(worlds, people):
 
 
 def propagate(worlds, known, words, names):
-    """(lines, whether they end in a contradiction, worlds left) of all that single words decide."""
+    """(lines, worlds left) of all that single words decide: no world after a contradiction."""
     lines = []
     known = set(known)
     progress = True
@@ -89,7 +89,7 @@ def propagate(worlds, known, words, names):
         progress = False
         for speaker, constraint in enumerate(words):
             if not worlds & constraint:
-                return [*lines, f"By {names[speaker]}, a contradiction."], True, worlds
+                return [*lines, f"By {names[speaker]}, a contradiction."], set()
             for person in range(len(words)):
                 kind = forced(worlds & constraint, person)
                 if person not in known and kind is not None:
@@ -97,7 +97,7 @@ def propagate(worlds, known, words, names):
                     worlds = where(worlds, person, kind)
                     known.add(person)
                     progress = True
-    return lines, False, worlds
+    return lines, worlds
 
 
 def prove(statements, names):
@@ -110,16 +110,15 @@ def prove(statements, names):
     worlds = all_worlds(people)
     lines = []
     while True:
-        more, _, worlds = propagate(worlds, settled(worlds, people), words, names)
+        more, worlds = propagate(worlds, settled(worlds, people), words, names)
         lines += more
         known = settled(worlds, people)
         if len(known) == people:
             return lines
         refuted = []
         for person, kind in itertools.product(sorted(set(range(people)) - known), (1, 0)):
-            supposed = where(worlds, person, kind)
-            more, contradiction, _ = propagate(supposed, known | {person}, words, names)
-            if contradiction:
+            more, left = propagate(where(worlds, person, kind), known | {person}, words, names)
+            if not left:
                 refuted.append((len(more), person, kind, more))
         if not refuted:
             return None
@@ -146,23 +145,11 @@ def random_statement(speaker, people, forms, rng):
 
 def say(statement, speaker, names):
     form, a, kind_a, b, kind_b = statement
-
-    def clause(person, kind):
-        who = "I am" if person == speaker else f"{names[person]} is"
-        return f"{who} a {KINDS[kind]}"
-
-    first = clause(a, kind_a)
-    second = clause(b, kind_b)
+    first, second = (f"{'I am' if person == speaker else names[person] + ' is'} a {KINDS[kind]}"
+                     for person, kind in ((a, kind_a), (b, kind_b)))
     pair = [names[person] for person in (a, b) if person != speaker]
     pair = " and ".join(pair + ["I"] * (speaker in (a, b)))
-    return {
-        "is": first,
-        "and": f"{first} and {second}",
-        "or": f"{first} or {second}, or both",
-        "if": f"if {first}, then {second}",
-        "same": f"{pair} are of the same kind",
-        "differ": f"{pair} are of different kinds",
-    }[form]
+    return FORMS[form][1].format(first=first, second=second, pair=pair)
 
 
 def canonical(statements):
@@ -177,16 +164,16 @@ def canonical(statements):
     return str(min(spellings))
 
 
-def generate(level, rng, split=None):
+def generate(level, rng, split):
     sizes, forms, suppose = LEVELS[level]
     while True:
         people = rng.choice(sizes)
         statements = [random_statement(speaker, people, forms, rng) for speaker in range(people)]
-        solution = frozenset.intersection(*words_of(statements))
+        solution = set.intersection(*words_of(statements))
         if len(solution) != 1:
             continue
         key = canonical(statements)
-        if split and split_of(f"knights {key}") != split:  # before the proof, which is slow
+        if split_of(f"knights {key}") != split:  # before the proof, which is slow
             return None
         names = rng.sample(NAMES, people)
         lines = prove(statements, names)
@@ -195,8 +182,8 @@ def generate(level, rng, split=None):
     told = [f'{name} says: "{say(said, speaker, names)}."'
             for speaker, (name, said) in enumerate(zip(names, statements))]
     text = f"{RULE}{' '.join(told)} Who are the knights? Give their names, or none."
-    answer = answer_of(solution, names)
-    return record("knights", level, text, answer, lines, key, names=names, statements=statements)
+    return record("knights", level, text, answer_of(solution, names), lines, key, split,
+                  names=names, statements=statements)
 
 
 # ---- thoughts
@@ -206,43 +193,42 @@ def check_steps(problem, thought):
     """Each line follows from one person's words and from what is known or supposed."""
     names = problem["names"]
     words = words_of(problem["statements"])
-    people = len(names)
-    name = "(" + "|".join(names) + ")"
+    name = f"({'|'.join(names)})"
     by = re.compile(rf"By {name}, (?:{name} is a (knave|knight)|a contradiction)\.")
     suppose = re.compile(rf"(Suppose|So) {name} is a (knave|knight)\.")
-    stack = [(all_worlds(people), None, None)]  # (worlds left, who was supposed, to be what)
+    stack = [(all_worlds(len(names)), None)]  # (worlds left, (who is supposed, to be what))
     refuted = False  # the last supposition
 
     def step(line):
         nonlocal refuted
-        worlds, supposed, kind = stack[-1]
-        if found := by.fullmatch(line):
-            left = worlds & words[names.index(found[1])]
-            if refuted:
-                return found[2], "the supposition is refuted already"
-            if not found[2]:
-                refuted = supposed is not None and not left
-                return "contradiction", None if refuted else "no contradiction"
-            person, claimed = names.index(found[2]), KINDS.index(found[3])
-            if forced(left, person) != claimed:
-                return found[2], f"this does not follow from what {found[1]} says"
-            stack[-1] = where(worlds, person, claimed), supposed, kind
-            return found[2], None
-        if found := suppose.fullmatch(line):
-            person, claimed = names.index(found[2]), KINDS.index(found[3])
-            if found[1] == "Suppose":
-                if refuted or len(stack) > people or forced(worlds, person) is not None:
-                    return found[2], "nothing to suppose here"
-                stack.append((where(worlds, person, claimed), person, claimed))
-            elif not refuted or (person, claimed) != (supposed, 1 - kind):
-                return found[2], "not what the contradiction shows"
-            else:
-                stack.pop()
-                refuted = False
-                worlds, *supposition = stack[-1]
-                stack[-1] = where(worlds, person, claimed), *supposition
-            return found[2], None
-        return None, "not a step of this puzzle"
+        found = by.fullmatch(line) or suppose.fullmatch(line)
+        if not found:
+            return None, "not a step of this puzzle"
+        worlds, supposed = stack[-1]
+        first, name, kind = found.groups()
+        if not name:
+            if refuted or not supposed or worlds & words[names.index(first)]:
+                return "contradiction", "no contradiction"
+            refuted = True
+            return "contradiction", None
+        person, kind = names.index(name), KINDS.index(kind)
+        if first == "Suppose":
+            if refuted or len(stack) > len(names) or forced(worlds, person) is not None:
+                return name, "nothing to suppose here"
+            stack.append((where(worlds, person, kind), (person, kind)))
+            return name, None
+        if first == "So":
+            if not refuted or supposed != (person, 1 - kind):
+                return name, "not what the contradiction shows"
+            stack.pop()
+            refuted = False
+            worlds, supposed = stack[-1]
+        elif refuted:
+            return name, "the supposition is refuted already"
+        elif forced(worlds & words[names.index(first)], person) != kind:
+            return name, f"this does not follow from what {first} says"
+        stack[-1] = where(worlds, person, kind), supposed
+        return name, None
 
     def conclusion():
         worlds = stack[0][0]
@@ -251,15 +237,9 @@ def check_steps(problem, thought):
     return first_wrong(thought, step, conclusion)
 
 
-def spoil(line, rng):
+def spoil(line, before, rng):
     """The opposite conclusion; suppositions and contradictions have none."""
     if line.startswith("Suppose") or line.endswith("contradiction."):
         return None
-    if line.endswith("knight."):
-        return line.replace("knight.", "knave.")
-    return line.replace("knave.", "knight.")
-
-
-problems = partial(sample_family, generate)
-plant_error = partial(families.plant_error, spoil)
-plant_slip = partial(families.plant_slip, spoil)
+    old, new = KINDS if line.endswith("knave.") else KINDS[::-1]
+    return line.removesuffix(f"{old}.") + f"{new}."

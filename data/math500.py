@@ -34,14 +34,13 @@ def from_row(row, name):
     return {field: value for field, value in problem.items() if value is not None}
 
 
-def read_math(place, split):
+def read_math(place, part):
     """The problems of a directory in one of the two layouts, or [] when it holds neither."""
-    path = place / f"{split}.jsonl"
+    path = place / f"{part}.jsonl"
     if path.is_file():
-        return [from_row(row, f"math/{split}/{number}") for number, row in read_rows(path)]
-    files = sorted((place / split).glob("*/*.json"))
-    return [from_row(read_json(file),
-                     f"math/{split}/{file.parent.name}/{file.stem}") for file in files]
+        return [from_row(row, f"math/{part}/{number}") for number, row in read_rows(path)]
+    return [from_row(read_json(file), f"math/{part}/{file.parent.name}/{file.stem}")
+            for file in sorted((place / part).glob("*/*.json"))]
 
 
 def problems_math500(split):
@@ -54,9 +53,10 @@ def problems_math500(split):
 
 def problems_math(split):
     part = "test" if split == "test" else "train"
-    rows = next(filter(None, (read_math(place, part) for place in places("math"))), None)
-    if not rows:
-        looked = " or ".join(map(str, places("math")))
-        raise FileNotFoundError(f"no MATH {part} problems in {looked}; put "
-                                f"{part}/SUBJECT/NUMBER.json or {part}.jsonl there by hand")
-    return hold_out(rows, split)
+    for place in places("math"):
+        rows = read_math(place, part)
+        if rows:
+            return hold_out(rows, split)
+    looked = " or ".join(map(str, places("math")))
+    raise FileNotFoundError(f"no MATH {part} problems in {looked}; put "
+                            f"{part}/SUBJECT/NUMBER.json or {part}.jsonl there by hand")

@@ -2,10 +2,10 @@
 
 Nothing is ever executed, so there is nothing to be locked in: no process, no file, no name of
 Python's beyond CALLS can be reached. `trace` interprets a small part of the language itself (one
-function, whole numbers, strings, lists of numbers, if, while, for), and whatever it does not know,
-an attribute or an import say, is an error. What holds on every system: at most MAX_CHARS of source
-and MAX_STEPS steps; no operation is given more than MAX_ITEMS items or a number beyond MAX_NUMBER,
-and none can do worse with these than double the one or square the other.
+function of whole numbers and lists of them, if, while, for), and whatever it does not know, an
+attribute or an import say, is an error. What holds on every system: at most MAX_CHARS of source,
+MAX_STEPS steps and MAX_ITEMS in a range, and no operation is given a number beyond MAX_NUMBER or
+can do worse with it than square it.
 """
 
 import ast
@@ -17,9 +17,7 @@ MAX_CHARS = 4000
 MAX_STEPS = 400
 MAX_NUMBER = 10**12
 MAX_ITEMS = 1000
-CALLS = {
-    "len": len, "abs": abs, "min": min, "max": max, "sum": sum, "range": range, "int": int,
-}
+CALLS = {"len": len, "abs": abs, "min": min, "max": max, "sum": sum, "range": range}
 OPERATORS = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
     ast.FloorDiv: operator.floordiv, ast.Eq: operator.eq, ast.NotEq: operator.ne,
@@ -49,8 +47,8 @@ def parse_function(source):
 
 
 def small(value):
-    is_long = isinstance(value, (list, str, range)) and len(value) > MAX_ITEMS
-    if is_long or isinstance(value, int) and abs(value) > MAX_NUMBER:
+    too_long = isinstance(value, range) and len(value) > MAX_ITEMS
+    if too_long or isinstance(value, int) and abs(value) > MAX_NUMBER:
         raise ValueError("a value grows too large")
     return value
 
@@ -58,22 +56,15 @@ def small(value):
 def evaluate(node, state):
     """The value of an expression; state: {name: value}."""
     match node:
-        case ast.Constant(value=int() | str()):
+        case ast.Constant(value=int()):
             return small(node.value)
         case ast.Name():
             return state[node.id]
-        case ast.List():
-            items = [evaluate(item, state) for item in node.elts]
-            if not all(isinstance(item, int) for item in items):  # nested ones could grow unseen
-                raise ValueError("only numbers are put into a list")
-            return small(items)
         case ast.BinOp():
-            left = evaluate(node.left, state)
-            right = evaluate(node.right, state)
-            numbers = isinstance(left, int) and isinstance(right, int)
-            if not numbers and not isinstance(node.op, ast.Add):
-                raise ValueError("only numbers are subtracted, multiplied and divided")
-            return small(OPERATORS[type(node.op)](left, right))
+            pair = [evaluate(node.left, state), evaluate(node.right, state)]
+            if not all(isinstance(value, int) for value in pair):  # lists would grow
+                raise ValueError("only numbers are calculated with")
+            return small(OPERATORS[type(node.op)](*pair))
         case ast.UnaryOp():
             return OPERATORS[type(node.op)](evaluate(node.operand, state))
         case ast.BoolOp():

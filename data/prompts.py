@@ -24,24 +24,12 @@ def respond(thought, answer, think_tag="think"):
     return f"<{think_tag}>\n{thought}\n</{think_tag}>\n\\boxed{{{answer}}}"
 
 
-def split_response(text, think_tag=None):
-    """(thought, rest) of a response. The thought is None, and the rest all of it, without a block.
-
-    think_tag: None accepts any of THINK_TAGS.
-    """
-    tags = "|".join(THINK_TAGS) if think_tag is None else re.escape(think_tag)
-    block = re.search(rf"<({tags})>(.*?)</\1>", text, re.DOTALL)
-    if not block:
-        return None, text
-    return block[2], text[:block.start()] + text[block.end():]
-
-
 def thought_of(text):
     """The thought of a model output: its block or, without one, all of it, its boxes opened."""
-    thought, rest = split_response(text)
-    if thought is None:
-        return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", rest).strip()
-    return "\n".join(line.rstrip() for line in thought.strip().split("\n"))
+    block = re.search(rf"<({'|'.join(THINK_TAGS)})>(.*?)</\1>", text, re.DOTALL)
+    if not block:
+        return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text).strip()
+    return "\n".join(line.rstrip() for line in block[2].strip().split("\n"))
 
 
 def in_form(text, think_tag="think"):
@@ -161,6 +149,7 @@ Final Answer: The final answer is $-\frac{2}{3}$. I hope it is correct.
 
 """.replace("~\n", "")
 
+
 class Presets(dict):
     """Presets by name; a text of your own that holds {problem} is the user's turn of one."""
 
@@ -200,46 +189,39 @@ PRESETS = Presets({
 # ---------------------------------------------------------------------- from problem to prompt
 
 
-def user_turn(preset, problem):
-    return preset.user.replace("{problem}", problem["problem"])
-
-
-def chat_messages(preset, problem, system, shots, think_tag):
-    """The turns of a chat preset up to the question: [{"role", "content"}, ...]."""
-    messages = []
-    if preset.system is not None:
-        system = preset.system.replace("{tag}", think_tag)
-    if system is not None:
-        messages.append({"role": "system", "content": system})
-    for shot in shots:
-        thought = re.sub(r"<<.*?>>", "", shot["solution"])  # GSM8K's calculator annotations
-        reply = respond(thought, shot["answer"], think_tag)
-        messages.append({"role": "user", "content": user_turn(preset, shot)})
-        messages.append({"role": "assistant", "content": reply})
-    messages.append({"role": "user", "content": user_turn(preset, problem)})
-    return messages
-
-
-def render_prompt(preset, problem, *, system=None, shots=(), think_tag="think"):
-    """The text that a model is given for a problem.
+def lay_out(preset, problem, *, system=None, shots=(), think_tag="think"):
+    """What a model is asked: a text or, of a chat preset, turns [{"role", "content"}, ...].
 
     preset: a name of PRESETS. system: the system turn where the preset has none of its own (None:
     no such turn). shots: solved problems, dicts with "problem", "solution" and "answer", which
     stand before the question as earlier turns.
     """
     preset = PRESETS[preset]
+    *earlier, question = (preset.user.replace("{problem}", p["problem"]) for p in [*shots, problem])
     if preset.text is not None:
-        return preset.text + user_turn(preset, problem)
-    return render_chat(chat_messages(preset, problem, system, shots, think_tag), system=None)
+        return preset.text + question
+    if preset.system is not None:
+        system = preset.system.replace("{tag}", think_tag)
+    turns = [] if system is None else [("system", system)]
+    for asked, shot in zip(earlier, shots):
+        thought = re.sub(r"<<.*?>>", "", shot["solution"])  # GSM8K's calculator annotations
+        turns += [("user", asked), ("assistant", respond(thought, shot["answer"], think_tag))]
+    turns.append(("user", question))
+    return [{"role": role, "content": content} for role, content in turns]
 
 
-def encode_prompt(tokenizer, preset, problem, *, system=None, shots=(), think_tag="think"):
+def render_prompt(preset, problem, **asked):
+    """The text that a model is given for a problem; asked: as for lay_out."""
+    prompt = lay_out(preset, problem, **asked)
+    return prompt if isinstance(prompt, str) else render_chat(prompt, system=None)
+
+
+def encode_prompt(tokenizer, preset, problem, **asked):
     """The token ids of render_prompt's text, in which no problem can make a control token."""
-    preset = PRESETS[preset]
-    if preset.text is not None:
-        return encode_text(tokenizer, preset.text + user_turn(preset, problem))
-    messages = chat_messages(preset, problem, system, shots, think_tag)
-    return encode_chat(tokenizer, messages, system=None)
+    prompt = lay_out(preset, problem, **asked)
+    if isinstance(prompt, str):
+        return encode_text(tokenizer, prompt)
+    return encode_chat(tokenizer, prompt, system=None)
 
 
 def prompt_hash(preset, **asked):
@@ -256,10 +238,10 @@ def load_shots(source, count, seed, problems):
     shots = load_problems(source, "train", count, seed) if count else []
     asked = {p["problem"] for p in problems}
     for shot in shots:
+        fault = "is one of the problems asked" if shot["problem"] in asked else None
         if not shot.get("solution"):
-            raise ValueError(f"{source}: {shot['id']} has no solution to show; name a set that has "
-                             "with --shots-from")
-        if shot["problem"] in asked:
-            raise ValueError(f"{source}: example {shot['id']} is one of the problems asked; name "
-                             "another set with --shots-from")
+            fault = "has no solution to show"
+        if fault:
+            raise ValueError(f"{source}: example {shot['id']} {fault}; name another set with "
+                             "--shots-from")
     return shots

@@ -6,8 +6,8 @@ say. Yours is one more function and one more name in REWARDS, or a function in a
 """
 
 import functools
-import importlib.util
 import math
+import runpy
 from pathlib import Path
 
 from data.mixture import split_number
@@ -47,9 +47,10 @@ def repetition(group, n=4, free=0.2):
 
 
 def script_of(letter):
-    if ord(letter) < 0x250:
+    code = ord(letter)
+    if code < 0x250:
         return "latin"
-    return ord(letter) >> 8 if ord(letter) < 0x2E80 else "east asian"
+    return code >> 8 if code < 0x2E80 else "east asian"
 
 
 def language(group):
@@ -58,8 +59,8 @@ def language(group):
     Latin is free: formulas need it.
     """
     home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
-    letters = [[c for c in text if c.isalpha()] for text in group.texts]
-    return [-sum(script_of(c) not in home for c in row) / max(1, len(row)) for row in letters]
+    scripts = [[script_of(c) for c in text if c.isalpha()] for text in group.texts]
+    return [-sum(script not in home for script in row) / max(1, len(row)) for row in scripts]
 
 
 def overlong(group, share=0.2):
@@ -81,19 +82,23 @@ def load_function(path, name):
     """A function of a Python file. Raises FileNotFoundError, or ValueError when there is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward {path}:{name}: no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    found = runpy.run_path(path)
+    if not callable(found.get(name)):
         raise ValueError(f"--reward {path}:{name}: the file has no function {name!r}"
-                         f"{did_you_mean(name, vars(module))}")
-    return getattr(module, name)
+                         f"{did_you_mean(name, found)}")
+    return found[name]
 
 
 def reward_fn(name):
-    """The function behind a name of REWARDS, or behind FILE.py:FUNCTION; None for another name."""
+    """The function behind a name of REWARDS, or behind FILE.py:FUNCTION."""
     path, _, function = name.rpartition(":")
-    return load_function(path, function) if path.endswith(".py") else REWARDS.get(name)
+    if path.endswith(".py"):
+        return load_function(path, function)
+    if name not in REWARDS:
+        raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least 0 "
+                         f"and a name of {', '.join(REWARDS)}, or FILE.py:FUNCTION"
+                         f"{did_you_mean(name, REWARDS)}")
+    return REWARDS[name]
 
 
 def parse_rewards(words):
@@ -103,15 +108,12 @@ def parse_rewards(words):
     """
     coefficients = dict(map(split_number, words))
     for name in coefficients:
-        if reward_fn(name) is None:
-            raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least "
-                             f"0 and a name of {', '.join(REWARDS)}, or FILE.py:FUNCTION"
-                             f"{did_you_mean(name, REWARDS)}")
-    of_accuracy = coefficients.get("accuracy", math.inf)
+        reward_fn(name)
+    accuracy = coefficients.get("accuracy", math.inf)
     others = sum(c for name, c in coefficients.items() if name != "accuracy")
-    if others >= of_accuracy:
+    if others >= accuracy:
         raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
-                         f"{of_accuracy:g}; it needs more, or a wrong answer may beat a right one")
+                         f"{accuracy:g}; it needs more, or a wrong answer may beat a right one")
     return coefficients
 
 
@@ -122,9 +124,8 @@ def reward_by(name, group):
         raise ValueError(f"--reward {name} returned {values!r:.60}, expected a list of "
                          f"{len(group.texts)} numbers, one for each completion")
     for value in values:
-        if value is None:
-            continue
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if value is not None and not number:
             raise ValueError(f"--reward {name} returned {value!r:.60} for a completion, expected a "
                              "finite number, or None where it cannot say")
     return list(values)

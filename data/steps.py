@@ -11,11 +11,11 @@ with limits on its length, depth and numbers.
 
 import re
 from fractions import Fraction
+from itertools import groupby
 from typing import NamedTuple
 
 MAX_LINE = 2000  # characters
 MAX_TOKENS = 60  # on a side of an equality sign
-MAX_DIGITS = 40
 MAX_BITS = 400
 MAX_POWER = 12
 MAX_TERMS = 60
@@ -88,6 +88,7 @@ def power(base, exponent):
 # ---- parsing
 # The three readers take what they read from the front of `tokens`, which ends in "".
 
+NUMBER = re.compile(r"[0-9.]{1,40}")
 TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|[-+*/^()%]|[a-zA-Z]+|\S")
 
 
@@ -117,14 +118,11 @@ def read_factor(tokens, percent, depth):
         return multiply({"": Fraction(-1)}, read_factor(tokens, percent, depth + 1))
     if token == "(":
         value = read_sum(tokens, percent, depth + 1)
-        if tokens[0] != ")":
+        if tokens.pop(0) != ")":
             raise ValueError("unbalanced parentheses")
-        tokens.pop(0)
     elif len(token) == 1 and token.isascii() and token.isalpha():
         value = {token: Fraction(1)}
-    elif token[:1] == "." or token[:1].isdecimal() and token.isascii():
-        if len(token) > MAX_DIGITS:
-            raise ValueError("too many digits")
+    elif NUMBER.fullmatch(token):
         value = {"": Fraction(token)}
         mixed = re.fullmatch(r"\d+ (\d+) / (\d+)", " ".join([token, *tokens[:3]]))  # 2 1/2
         if mixed and int(mixed[2]):
@@ -207,19 +205,17 @@ def without_units(tokens):
     """
     kept = []
     begin = 0
-    while begin < len(tokens):
-        end = begin
-        while end < len(tokens) and is_word(tokens[end]):
-            end += 1
-        if begin == end:
-            kept.append(tokens[begin])
-            begin += 1
+    for worded, group in groupby(tokens, is_word):
+        group = list(group)
+        begin += len(group)
+        if not worded:
+            kept += group
             continue
-        behind_number = kept and kept[-1] and (kept[-1][-1].isdecimal() or kept[-1] in (")", "%"))
-        before_sign = end == len(tokens) or tokens[end] in ("+", "-", "*", "/", ")")
-        if not (behind_number and before_sign and BREAKS.isdisjoint(tokens[begin:end])):
+        last = kept[-1] if kept else None
+        behind_number = last and (last[-1].isdecimal() or last in (")", "%"))
+        before_sign = begin == len(tokens) or tokens[begin] in ("+", "-", "*", "/", ")")
+        if not (behind_number and before_sign and BREAKS.isdisjoint(group)):
             kept.append(None)
-        begin = end
     return kept
 
 
@@ -317,36 +313,30 @@ def follows(first, then):
 
 def check_sentence(sentence, equation):
     """(the steps of a sentence, the last equation with letters), given the last one before it."""
-    parts = re.split(r"[=≈]", sentence)
-    signs = re.findall(r"[=≈]", sentence)
+    parts = re.split(r"([=≈])", sentence)
     steps = []
-    for i, sign in enumerate(signs):
-        left = read_side(parts[i], True)
-        right = read_side(parts[i + 1], False)
+    for i in range(1, len(parts), 2):
+        said, sign, claim = parts[i - 1:i + 2]
+        left = read_side(said, True)
+        right = read_side(claim, False)
         if not left or not right:
             continue
-        context = parts[i] + sign + parts[i + 1]
-        in_units = UNITS.search(context)
-        worded = i == 0 and re.search("[A-Za-z]", parts[i])
+        context = said + sign + claim
+        worded = i == 1 and re.search("[A-Za-z]", said)
         labelled = is_bare(left) and (not left.whole or worded)  # `8 boxes = 8 * 6`
         verdict, reason = compare(left, right, context)
         if labelled:
             verdict, reason = "unchecked", "a label"
         difference = add(left.value, right.value, -1)
         if verdict == "unchecked" and number(difference) is None:
-            if equation and FOLLOWS.search(parts[i]) and not in_units:
+            if equation and FOLLOWS.search(said) and not UNITS.search(context):
                 verdict, reason = follows(equation, difference)
             equation = difference
-        elif verdict == "unchecked" and difference and steps and is_bare(left):
-            if not labelled and not in_units:
+        elif verdict == "unchecked" and difference and steps and is_bare(left) and not labelled:
+            if not UNITS.search(context):
                 verdict, reason = "wrong", "the chain changes its value"
-        text = " ".join([*left.tokens, sign, *right.tokens])
-        steps.append(Step(text, verdict, reason))
+        steps.append(Step(" ".join([*left.tokens, sign, *right.tokens]), verdict, reason))
     return steps, equation
-
-
-def left_of(step):
-    return re.split("[=≈]", step.text)[0]
 
 
 def check_text(text):
@@ -355,23 +345,20 @@ def check_text(text):
     A wrong one is "repaired" when the text takes something back after it and then has the same
     left side right.
     """
-    found = []  # (step, how often something was taken back before it)
+    found = []  # (step, its left side, how often something was taken back before it)
     equation = None
     retractions = 0
     for line in text.split("\n"):
         line = line[:MAX_LINE]
-        annotations = re.findall(r"<<([^<>]*)>>", line)
-        line = LIST_MARK.sub("", re.sub(r"<<[^<>]*>>", "", line))
+        pieces = re.findall(r"<<([^<>]*)>>", line)
+        pieces.append(LIST_MARK.sub("", re.sub(r"<<[^<>]*>>", "", line)))
         for pattern, new in SPELLINGS:
-            line = pattern.sub(new, line)
-            annotations = [pattern.sub(new, annotation) for annotation in annotations]
-        for sentence in annotations + SENTENCE.split(line):
+            pieces = [pattern.sub(new, piece) for piece in pieces]
+        for sentence in pieces[:-1] + SENTENCE.split(pieces[-1]):
             retractions += bool(RETRACTED.search(sentence))
             steps, equation = check_sentence(sentence, equation)
-            found += [(step, retractions) for step in steps]
-    right = {left_of(step): count for step, count in found if step.verdict == "right"}
-    return [
-        step._replace(verdict="repaired")
-        if step.verdict == "wrong" and right.get(left_of(step), 0) > count else step
-        for step, count in found
-    ]
+            found += [(step, re.split("[=≈]", step.text)[0], retractions) for step in steps]
+    right = {left: count for step, left, count in found if step.verdict == "right"}
+    return [step._replace(verdict="repaired")
+            if step.verdict == "wrong" and right.get(left, 0) > count else step
+            for step, left, count in found]

@@ -7,7 +7,6 @@ settings is refused. A teacher takes jobs, which are pairs (problem, sample), th
 `keep(problem, sample, reply)`, which it calls with each reply.
 """
 
-import email.utils
 import json
 import os
 import random
@@ -24,6 +23,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 from data import family_of
+from data.families import plant_error
 from data.prompts import respond
 from launch import printable
 
@@ -45,26 +45,24 @@ def read_raw(path, settings):
     content = Path(path).read_bytes() if Path(path).exists() else b""
     content = content[:content.rfind(b"\n") + 1]
     traces = {}
+    found = settings
     for number, line in enumerate(content.splitlines(), 1):
         try:
             row = json.loads(line)
-            if b"\\ud" in line:  # half of a pair of characters, from before `append` replaced it
-                text = json.dumps(row, ensure_ascii=False)
-                row = json.loads(text.encode("utf-8", "replace"))
-            if number > 1:
-                if not isinstance(row["text"], str) or not isinstance(row["finish"], str):
-                    raise TypeError
+            if number == 1:
+                found = dict(row["settings"])
+            elif isinstance(row["text"], str) and isinstance(row["finish"], str):
                 traces.setdefault((row["problem_id"], row["sample"]), row)
-                continue
-            found = dict(row["settings"])
+            else:
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             where = f"{path}, line {number}"
             raise ValueError(f"{where}: not a raw trace; give another --out") from None
-        other = [f"{k} {found.get(k)!r}, now {settings.get(k)!r}"
-                 for k in {**found, **settings} if found.get(k) != settings.get(k)]
-        if other:
-            raise ValueError(f"{path} was made with other settings ({'; '.join(other)}); "
-                             "give another --out")
+    other = [f"{k} {found.get(k)!r}, now {settings.get(k)!r}"
+             for k in {**found, **settings} if found.get(k) != settings.get(k)]
+    if other:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(other)}); "
+                         "give another --out")
     return traces, len(content)
 
 
@@ -86,17 +84,17 @@ def append(file, row):
 # ---- an endpoint
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection, which would carry the key to another host."""
+class Bounded(urllib.request.HTTPSHandler, urllib.request.HTTPHandler,
+              urllib.request.HTTPRedirectHandler):
+    """Opens connections that can be cut: a socket's own time-out begins anew with every byte.
+
+    Follows no redirection, which would carry the key to another host.
+    """
+
+    connection = None
 
     def redirect_request(self, *_):
         return None
-
-
-class Bounded(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Opens connections that can be cut: a socket's own time-out begins anew with every byte."""
-
-    connection = None
 
     def do_open(self, kind, request, **options):
         def connect(*where, **how):
@@ -110,53 +108,15 @@ class Bounded(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
             socket.socket.shutdown(self.connection.sock, socket.SHUT_RDWR)
 
 
-class Pace:
-    """Lets callers through evenly, and nobody while the server asks for quiet."""
-
-    def __init__(self, per_minute, stop):
-        self.gap_s = 60 / per_minute if per_minute else 0
-        self.stop = stop
-        self.next = 0.0
-        self.lock = threading.Lock()
-
-    def wait(self):
-        with self.lock:
-            start = max(time.monotonic(), self.next)
-            self.next = start + self.gap_s
-        self.stop.wait(max(0, start - time.monotonic()))
-
-    def hold(self, seconds):
-        with self.lock:
-            self.next = max(self.next, time.monotonic() + seconds)
-
-
-def retry_after(headers):
-    """The seconds that a Retry-After header asks for, as a number or as a date; 0 without one."""
-    value = (headers or {}).get("Retry-After", "")
-    if re.fullmatch(r"\d{1,6}", value.strip()):
-        return min(MAX_WAIT_S, int(value))
-    try:
-        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return 0
-    return min(MAX_WAIT_S, max(0, seconds))
-
-
 def count_of(usage, name):
     """A number of tokens that a reply claims, or 0: a strange claim is no reason to pay twice."""
     count = usage.get(name) if isinstance(usage, dict) else 0
     return int(count) if type(count) in (int, float) and 0 <= count < 1e12 else 0
 
 
-def read_reply(reply, deadline):
+def read_reply(reply):
     """What is kept of a chat completion. Raises OSError, as a broken line would, if it is none."""
-    body = b""
-    while block := reply.read1(1 << 16):
-        body += block
-        if len(body) > MAX_REPLY_BYTES:
-            raise OSError(f"a reply of more than {MAX_REPLY_BYTES:,} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    body = reply.read(MAX_REPLY_BYTES)
     try:
         data = json.loads(body)
         choice = data["choices"][0]
@@ -174,6 +134,17 @@ def read_reply(reply, deadline):
     return {"text": text, "finish": printable(finish)[:40], **counts}
 
 
+def ask_once(request, timeout_s):
+    bounded = Bounded()
+    timer = threading.Timer(timeout_s, bounded.cut)
+    timer.start()
+    try:
+        with urllib.request.build_opener(bounded).open(request, timeout=timeout_s) as reply:
+            return read_reply(reply)
+    finally:
+        timer.cancel()
+
+
 def describe(error):
     """What a failed request says, on one line that is safe to print: no codes, and not the key."""
     text = str(getattr(error, "reason", error)) or type(error).__name__
@@ -186,54 +157,43 @@ def describe(error):
     return printable(" ".join(text.split()))
 
 
-def ask(request, pace, complain, *, retries, timeout_s, backoff_s):
-    """The reply to a request, sent until one comes, or None. Raises ValueError on a refusal.
+def ask(request, stop, complain, *, retries, timeout_s, backoff_s):
+    """The reply to a request, sent until one comes or the event `stop` is set, or None.
 
-    complain(reason) is called for every time that none came.
+    complain(reason) is called for every time that none came. Raises ValueError on a refusal.
     """
     for attempt in range(retries + 1):
-        pace.wait()
-        if pace.stop.is_set():
+        if stop.is_set():
             return None
         asked = time.monotonic()
-        delay = 0
-        bounded = Bounded()
-        timer = threading.Timer(timeout_s, bounded.cut)
-        timer.start()
+        delay = 0.0
         try:
-            opener = urllib.request.build_opener(NoRedirect, bounded)
-            with opener.open(request, timeout=timeout_s) as reply:
-                found = read_reply(reply, asked + timeout_s)
-            return found | {"seconds": round(time.monotonic() - asked, 2)}
+            reply = ask_once(request, timeout_s)
+            return reply | {"seconds": round(time.monotonic() - asked, 2)}
         except HTTPError as error:
             reason = describe(error)
             if error.code < 500 and error.code not in (408, 409, 425, 429):
                 raise ValueError(f"the teacher at {request.full_url} refused: {reason}") from None
-            delay = retry_after(error.headers)
-            if error.code == 429:
-                pace.hold(delay)
+            with suppress(ValueError):
+                delay = float(error.headers.get("Retry-After", 0))
         except (OSError, HTTPException) as error:
             reason = describe(error)
             if time.monotonic() - asked >= timeout_s:
                 reason = f"no whole reply within {timeout_s:g} s"
-        finally:
-            timer.cancel()
         complain(reason)
         if attempt < retries:
-            backoff = min(MAX_WAIT_S, backoff_s * 2 ** attempt) * random.uniform(0.5, 1.5)
-            pace.stop.wait(max(delay, backoff))
+            backoff = backoff_s * 2 ** attempt * random.uniform(0.5, 1.5)
+            stop.wait(min(MAX_WAIT_S, max(backoff, delay)))
     return None
 
 
-def ask_endpoint(jobs, settings, keep, complain, *, url, concurrency, requests_per_minute,
-                 **patience):
+def ask_endpoint(jobs, settings, keep, complain, *, url, concurrency, **patience):
     """Asks an OpenAI-compatible endpoint; keep() gets None for what stays unanswered.
 
     Interrupted, it waits for what is already asked and paid for, keeps that too, and raises
     KeyboardInterrupt again. patience: the retries, timeout_s and backoff_s of `ask`.
     """
     stop = threading.Event()
-    pace = Pace(requests_per_minute, stop)
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -247,7 +207,7 @@ def ask_endpoint(jobs, settings, keep, complain, *, url, concurrency, requests_p
         }
         body = json.dumps(payload).encode()
         request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
-        return ask(request, pace, complain, **patience)
+        return ask(request, stop, complain, **patience)
 
     jobs = iter(jobs)
     futures = {}
@@ -271,26 +231,26 @@ def ask_endpoint(jobs, settings, keep, complain, *, url, concurrency, requests_p
 # ---- solutions that are there already
 
 
-def ask_solver(jobs, settings, keep):
-    """The generators' own solutions; a share of them, `error_rate`, with one step wrong."""
-    for problem, sample in jobs:
-        family = family_of(problem)
-        if not family or not problem.get("solution"):
-            raise ValueError(f"{problem['id']}: the solver knows the generated families only; "
-                             "choose another --teacher")
-        rng = random.Random(f"{settings['seed']} {problem['id']} {sample}")
-        planted = rng.random() < settings["error_rate"]
-        thought = family.plant_error(problem, rng) if planted else problem["solution"]
-        text = respond(thought, problem["answer"], settings["think_tag"])
-        keep(problem, sample, {"text": text, "finish": "stop", "planted_error": planted})
+def solver_reply(problem, sample, settings):
+    """A generator's own solution; in a share of them, `error_rate`, one step is wrong."""
+    family = family_of(problem)
+    if not family or not problem.get("solution"):
+        raise ValueError(f"{problem['id']}: the solver knows the generated families only; "
+                         "choose another --teacher")
+    rng = random.Random(f"{settings['seed']} {problem['id']} {sample}")
+    planted = rng.random() < settings["error_rate"]
+    thought = plant_error(family, problem, rng) if planted else problem["solution"]
+    text = respond(thought, problem["answer"], settings["think_tag"])
+    return {"text": text, "finish": "stop", "planted_error": planted}
 
 
-def ask_gsm8k(jobs, settings, keep):
-    """GSM8K's own solutions, without their <<48/2=24>> annotations, in the thinking format."""
-    for problem, sample in jobs:
-        if problem.get("subject") != "gsm8k":
-            raise ValueError(f"{problem['id']} is not a problem of gsm8k; choose another --teacher")
-        lines = re.sub(r"<<[^<>\n]*>>", "", problem["solution"]).split("\n")
-        thought = "\n".join(line.strip() for line in lines if line.strip())
-        text = respond(thought, problem["answer"], settings["think_tag"])
-        keep(problem, sample, {"text": text, "finish": "stop"})
+def gsm8k_reply(problem, sample, settings):
+    """GSM8K's own solution, without its <<48/2=24>> annotations, in the thinking format."""
+    if problem.get("subject") != "gsm8k":
+        raise ValueError(f"{problem['id']} is not a problem of gsm8k; choose another --teacher")
+    lines = re.sub(r"<<[^<>\n]*>>", "", problem["solution"]).split("\n")
+    thought = "\n".join(line.strip() for line in lines if line.strip())
+    return {"text": respond(thought, problem["answer"], settings["think_tag"]), "finish": "stop"}
+
+
+SOLUTIONS = {"solver": solver_reply, "gsm8k-solutions": gsm8k_reply}

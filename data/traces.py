@@ -9,29 +9,26 @@
 1. The teacher writes raw traces to OUT.raw.jsonl; an interrupted run goes on where it stopped.
 2. Outcome: the answer in the box is right; a repaired program passes its tests.
 3. Process: every step that can be checked is right. Right answers behind wrong steps are dropped.
-4. Curation: duplicates, overlap with evaluation sets, length, repetition, language, difficulty,
-   balance.
+4. Curation: length, repetition, language, duplicates, overlap with evaluation sets.
 OUT holds {"id", "problem", "thought", "answer", "response", "level", "subject", "source"} a line.
 The data card beside it, OUT's .md, says what was dropped and why, and what remains.
 """
 
 import json
-import math
 import random
 import re
-import statistics
 import sys
 import zlib
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 import model
 from data import FAMILIES, family_of, load_problems, split_of, teachers
-from data.families import SIZES
+from data.families import SIZES, draw_problems, plant_error, plant_slip
 from data.prompts import THINK_TAGS, respond, thought_of
 from data.steps import check_text
 from eval import fit_context
@@ -69,8 +66,6 @@ def parse_args(argv=None):
     add("--error-rate", type=share, default=0.0,
         help="share of the solver's traces with a wrong step")
     add("--concurrency", type=at_least(1), default=8, help="requests at a time")
-    add("--requests-per-minute", type=at_least(0.0), default=0.0,
-        help="0: as fast as the endpoint answers")
     add("--retries", type=at_least(0), default=6, help="of a request that fails")
     add("--timeout-s", type=above(0.0), default=300.0, help="of a request")
     add("--backoff-s", type=at_least(0.0), default=1.0,
@@ -85,15 +80,7 @@ def parse_args(argv=None):
         help="problem sets whose test split is kept out")
     add("--ngram", type=at_least(1), default=10,
         help="words in a row that count as overlap with an evaluation set")
-    add("--near-duplicate", type=share, default=0.9,
-        help="Jaccard similarity of word 3-grams from which one of two goes; 1: off")
-    add("--min-chars", type=at_least(0), default=1, help="of a thought")
-    add("--max-chars", type=at_least(0), default=12000, help="of a thought")
-    add("--min-pass-rate", type=share, default=0.0,
-        help="how often the student is right, by the field pass_rate of problems that have one")
-    add("--max-pass-rate", type=share, default=1.0, help="likewise")
-    add("--balance", type=at_least(0.0), default=0.0,
-        help="no (family, level) has more than this many times the median one; 0: off")
+    add("--max-chars", type=at_least(1), default=12000, help="of a thought")
     add("--self-correction", type=share, default=0.0,
         help="share of the family traces that get a slip and its repair")
     add("--think-tag", default="think", choices=THINK_TAGS, help="of the thinking block")
@@ -144,13 +131,11 @@ def ask_model(jobs, settings, keep, *, samples, device, max_batch):
 
 def teacher_settings(args):
     """What the traces depend on; a file of raw traces belongs to one teacher with its settings."""
-    kind, fields = "model", ("seed", "temperature", "max_new_tokens", "instruction")
+    kind = args.teacher if args.teacher in teachers.SOLUTIONS else "model"
     if args.teacher_url:
         kind = "endpoint"
-    elif args.teacher == "solver":
-        kind, fields = "solver", ("seed", "think_tag", "error_rate")
-    elif args.teacher == "gsm8k-solutions":
-        kind, fields = "gsm8k-solutions", ("think_tag",)
+    fields = {"solver": ("seed", "think_tag", "error_rate"), "gsm8k-solutions": ("think_tag",)}
+    fields = fields.get(kind, ("seed", "temperature", "max_new_tokens", "instruction"))
     named = {"teacher": kind, "model": args.teacher_model or args.teacher}
     return named | {name: getattr(args, name) for name in fields}
 
@@ -158,7 +143,7 @@ def teacher_settings(args):
 def collect(problems, settings, args):
     """(raw traces, those of earlier runs included; what this run cost; {why none came: times})."""
     kind = settings["teacher"]
-    samples = args.samples if kind in ("endpoint", "model") else 1
+    samples = 1 if kind in teachers.SOLUTIONS else args.samples
     path = Path(args.out).with_suffix(".raw.jsonl")
     traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
@@ -182,84 +167,91 @@ def collect(problems, settings, args):
                 tqdm.write(f"asking again: {reason}", file=sys.stderr)
             complaints[reason] += 1
 
-        if kind == "solver":
-            teachers.ask_solver(jobs, settings, keep)
-        elif kind == "gsm8k-solutions":
-            teachers.ask_gsm8k(jobs, settings, keep)
-        elif kind == "endpoint":
+        if kind == "endpoint":
             teachers.ask_endpoint(
                 jobs, settings, keep, complain, url=args.teacher_url,
-                concurrency=args.concurrency, requests_per_minute=args.requests_per_minute,
-                retries=args.retries, timeout_s=args.timeout_s, backoff_s=args.backoff_s,
-            )
-        else:
+                concurrency=args.concurrency,
+                retries=args.retries, timeout_s=args.timeout_s, backoff_s=args.backoff_s)
+        elif kind == "model":
             ask_model(jobs, settings, keep, samples=samples, device=args.device,
                       max_batch=args.max_batch)
+        else:
+            for problem, sample in jobs:
+                keep(problem, sample, teachers.SOLUTIONS[kind](problem, sample, settings))
     return list(teachers.read_raw(path, settings)[0].values()), cost, complaints
 
 
-def make_record(trace, problem, settings, args):
-    """A raw trace in the form that sft.py reads."""
-    thought = thought_of(trace["text"])
+class Trace(NamedTuple):
+    problem: dict
+    raw: dict
+    record: dict  # in the form that sft.py reads
+
+
+def make_trace(raw, problem, settings, args):
     answer = problem["answer"]
     if hasattr(family_of(problem), "check_outcome"):  # any right repair counts, so keep this one
-        answer = extract_answer(trace["text"], strict=True) or ""
+        answer = extract_answer(raw["text"], strict=True) or ""
     source = {
-        "problem_id": problem["id"], "sample": trace["sample"], "split": args.split,
-        "finish": trace["finish"], "teacher": settings["teacher"], "model": settings["model"],
+        "problem_id": problem["id"], "sample": raw["sample"], "split": args.split,
+        "finish": raw["finish"], "teacher": settings["teacher"], "model": settings["model"],
     }
-    source |= {key: trace[key] for key in ("planted_error", "completion_tokens") if key in trace}
+    source |= {key: raw[key] for key in ("planted_error", "completion_tokens") if key in raw}
     known = {key: problem[key] for key in ("level", "subject") if key in problem}
-    return {
-        "id": f"{problem['id']}#{trace['sample']}", "problem": problem["problem"],
+    thought = thought_of(raw["text"])
+    return Trace(problem, raw, {
+        "id": f"{problem['id']}#{raw['sample']}", "problem": problem["problem"],
         "thought": thought, "answer": answer, "response": respond(thought, answer, args.think_tag),
         **known, "source": source,
-    }
+    })
 
 
-# ---- verification
+# ---- verification and curation, in stages
+# A stage gives for each trace why it is dropped, or None, and puts into `facts` what the data card
+# is to say.
 
 
-def outcome_faults(traces, problems):
-    """Why the answer of each trace is not right, or None. Families may judge for themselves."""
-    verdicts = {}
-    others = []
-    for i, trace in enumerate(traces):
-        problem = problems[trace["problem_id"]]
+def outcome_faults(traces, args, facts):
+    """The answer is right. Families may judge for themselves."""
+    verdicts = verify_many([(t.raw["text"], t.problem["answer"]) for t in traces], strict=True)
+    for i, (problem, _, record) in enumerate(traces):
         family = family_of(problem)
         if hasattr(family, "check_outcome"):
-            answer = extract_answer(trace["text"], strict=True) or ""
-            verdicts[i] = family.check_outcome(problem, answer)
-        else:
-            others.append(i)
-    pairs = [(traces[i]["text"], problems[traces[i]["problem_id"]]["answer"]) for i in others]
-    verdicts |= zip(others, verify_many(pairs, strict=True))
+            verdicts[i] = family.check_outcome(problem, record["answer"])
     names = {True: None, False: "the answer is wrong",
              None: "the answer could not be decided in time"}
-    return [names[verdicts[i]] for i in range(len(traces))]
+    return [names[verdict] for verdict in verdicts]
 
 
-def process_fault(record, problem, mode, counts):
-    """The first wrong step, as text, or None. `counts` collects the verdicts on free text."""
-    family = family_of(problem)
-    if mode == "off":
-        return None
-    if mode == "family" and family:
-        wrong = family.check_steps(problem, record["thought"])
-        if not wrong:
-            return None
-        index, line, reason = wrong
-        return f"a wrong step in {problem['subject']}: line {index + 1}, {line!r}: {reason}"
-    thought = record["thought"]
-    if record["source"]["teacher"] == "gsm8k-solutions":
-        thought = problem["solution"]  # its <<...>> annotations are steps too
-    steps = check_text(thought)
-    counts.update(step.verdict for step in steps)
-    wrong = next((step for step in steps if step.verdict == "wrong"), None)
-    return f"a wrong equation: {wrong.text!r}, {wrong.reason}" if wrong else None
-
-
-# ---- curation
+def process_faults(traces, args, facts):
+    """Every step that can be checked is right."""
+    mode = args.steps
+    if mode == "auto":
+        mode = "text" if args.teacher_url else "family"
+    facts["process check"] = {"off": "none", "family": "each family's own, free text elsewhere",
+                              "text": "free text"}[mode]
+    counts = Counter()
+    faults = []
+    for problem, _, record in traces:
+        thought = record["thought"]
+        fault = None
+        family = family_of(problem) if mode == "family" else None
+        if family:
+            wrong = family.check_steps(problem, thought)
+            if wrong:
+                index, line, reason = wrong
+                where = f"{problem['subject']}: line {index + 1}, {line!r}"
+                fault = f"a wrong step in {where}: {reason}"
+        elif mode != "off":
+            if record["source"]["teacher"] == "gsm8k-solutions":
+                thought = problem["solution"]  # its <<...>> annotations are steps too
+            steps = check_text(thought)
+            counts.update(step.verdict for step in steps)
+            wrong = next((step for step in steps if step.verdict == "wrong"), None)
+            if wrong:
+                fault = f"a wrong equation: {wrong.text!r}, {wrong.reason}"
+        faults.append(fault)
+    facts["steps of free text"] = dict(counts)
+    return faults
 
 
 def words_of(text):
@@ -270,14 +262,14 @@ def ngrams(words, n):
     return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)} or {" ".join(words)}
 
 
-def form_fault(record, min_chars, max_chars):
+def form_fault(record, max_chars):
     """Why a trace's form is not wanted: length, repetition, markup or language; or None."""
     thought = record["thought"]
     words = words_of(thought)
     if record["source"]["finish"] not in ("stop", "None"):
         return f"cut off: the output ended by {record['source']['finish']}"
-    if not min_chars <= len(thought) <= max_chars:
-        return f"length: {len(thought)} characters, outside {min_chars} to {max_chars}"
+    if not 1 <= len(thought) <= max_chars:
+        return f"length: {len(thought)} characters, outside 1 to {max_chars}"
     if re.search(r"</?(?:think|thought)>|<\|\w+\|>", thought):
         return "markup inside the thought"
     lines = Counter(line for line in thought.split("\n") if len(line) > 3)
@@ -291,120 +283,64 @@ def form_fault(record, min_chars, max_chars):
     return None
 
 
-def near_duplicates(records, threshold, hashes=64, bands=8):
-    """{index: index of the earlier record that it nearly repeats}, by their word 3-grams.
-
-    MinHash in bands (Broder 1997) finds the pairs worth comparing, now and then missing one; for
-    each the Jaccard similarity is computed exactly.
-    """
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(1, 2**31, (2, hashes, 1), dtype=np.int64)
-    buckets, kept, repeats = {}, {}, {}
-    for index, record in enumerate(records):
-        grams = ngrams(words_of(record["problem"] + " " + record["thought"]), 3)
-        ids = np.array([zlib.crc32(gram.encode()) >> 1 for gram in grams], dtype=np.int64)
-        signature = ((a * ids + b) % (2**31 - 1)).min(1).reshape(bands, -1)  # [bands, hashes/bands]
-        keys = [(band, row.tobytes()) for band, row in enumerate(signature)]
-        for other in sorted({i for key in keys for i in buckets.get(key, ())}):
-            if len(grams & kept[other]) >= threshold * len(grams | kept[other]):
-                repeats[index] = other
-                break
-        else:
-            kept[index] = grams
-            for key in keys:
-                buckets.setdefault(key, []).append(index)
-    return repeats
+def form_faults(traces, args, facts):
+    return [form_fault(trace.record, args.max_chars) for trace in traces]
 
 
-def evaluation_grams(names, n):
-    """({n-gram: the problem it is from}, {set: number of its problems, or why there are none})."""
-    grams, found = {}, {}
-    for name in names:
+def duplicate_faults(traces, args, facts):
+    first = {}  # the id of the first trace with this problem and thought
+    faults = []
+    for _, _, record in traces:
+        other = first.setdefault((record["problem"], record["thought"]), record["id"])
+        faults.append(f"the same as: {other}" if other != record["id"] else None)
+    return faults
+
+
+def contamination_faults(traces, args, facts):
+    """No test set has some words in a row of the problem; of a family, its key is of train."""
+    n = args.ngram
+    grams = {}  # {n-gram: the problem it is from}
+    kept_out = facts["kept out"] = {}  # {set: number of its problems, or why there are none}
+    for name in args.decontaminate:
         try:
             problems = load_problems(name, "test")
         except FileNotFoundError as error:
-            found[name] = f"not checked: {error}"
+            kept_out[name] = f"not checked: {error}"
             continue
-        found[name] = len(problems)
+        kept_out[name] = len(problems)
         for problem in problems:
             grams |= dict.fromkeys(ngrams(words_of(problem["problem"]), n), problem["id"])
-    return grams, found
+    faults = []
+    for problem, _, _ in traces:
+        hit = min(ngrams(words_of(problem["problem"]), n) & grams.keys(), default=None)
+        fault = None
+        if hit:
+            fault = f"{n} words of {grams[hit].split('/')[0]}: {hit!r} is in {grams[hit]}"
+        elif "key" in problem and split_of(problem["key"]) != "train":
+            fault = "not of the train split: " + problem["key"]
+        faults.append(fault)
+    return faults
 
 
-def overlap_fault(problem, grams, n):
-    """Why a problem would contaminate an evaluation, or None."""
-    shared = ngrams(words_of(problem["problem"]), n) & grams.keys()
-    if shared:
-        hit = min(shared)
-        return f"{n} words of {grams[hit].split('/')[0]}: {hit!r} is in {grams[hit]}"
-    if "key" in problem and split_of(problem["key"]) != "train":
-        return "not of the train split: " + problem["key"]
-    return None
+STAGES = {"outcome": outcome_faults, "process": process_faults, "form": form_faults,
+          "duplicate": duplicate_faults, "contamination": contamination_faults}
 
 
-def balance(records, factor, rng):
-    """The indices that go so that no (family, level) has over `factor` times the median one's."""
-    cells = {}
-    for index, record in enumerate(records):
-        cells.setdefault((record.get("subject"), record.get("level")), []).append(index)
-    cap = math.ceil(factor * statistics.median(map(len, cells.values()))) if cells else 0
-    return {index for cell in cells.values() for index in rng.sample(cell, max(0, len(cell) - cap))}
-
-
-def drop(dropped, stage, records, faults):
-    """The records without a fault; the others go into `dropped`: {stage: [(id, fault)]}."""
-    pairs = list(zip(records, faults, strict=True))
-    dropped[stage] = [(record["id"], fault) for record, fault in pairs if fault]
-    return [record for record, fault in pairs if not fault]
-
-
-def curate(records, problems, dropped, evaluations, args):
-    """What is left of verified records. evaluations: the n-grams that are kept out."""
-    faults = [form_fault(record, args.min_chars, args.max_chars) for record in records]
-    records = drop(dropped, "form", records, faults)
-
-    first = {}
-    same = [first.setdefault((r["problem"], r["thought"]), r["id"]) for r in records]
-    faults = [f"the same as: {other}" if other != record["id"] else None
-              for record, other in zip(records, same)]
-    records = drop(dropped, "exact duplicate", records, faults)
-
-    if args.near_duplicate < 1:
-        near = near_duplicates(records, args.near_duplicate)
-        faults = [f"nearly the same as: {records[near[i]]['id']}" if i in near else None
-                  for i in range(len(records))]
-        records = drop(dropped, "near duplicate", records, faults)
-
-    asked = [problems[record["source"]["problem_id"]] for record in records]
-    faults = [overlap_fault(problem, evaluations, args.ngram) for problem in asked]
-    records = drop(dropped, "contamination", records, faults)
-
-    rates = [problems[record["source"]["problem_id"]].get("pass_rate") for record in records]
-    faults = [f"the student's pass rate: {rate}"
-              if rate is not None and not args.min_pass_rate <= rate <= args.max_pass_rate else None
-              for rate in rates]
-    records = drop(dropped, "difficulty", records, faults)
-
-    if args.balance:
-        extra = balance(records, args.balance, random.Random(args.seed))
-        faults = ["more than its share" if i in extra else None for i in range(len(records))]
-        records = drop(dropped, "balance", records, faults)
-    return records
-
-
-def add_slip(record, problem, rate, seed, think_tag):
-    """The record or, at this rate, one with a slip that is noticed and repaired."""
+def add_slip(trace, args):
+    """The record or, at the rate `--self-correction`, one with a slip that is noticed and repaired.
+    """
+    problem, _, record = trace
     family = family_of(problem)
-    rng = random.Random(f"slip {seed} {record['id']}")
-    if not family or rng.random() >= rate:
+    rng = random.Random(f"slip {args.seed} {record['id']}")
+    if not family or rng.random() >= args.self_correction:
         return record
-    thought = family.plant_slip(problem, rng)
+    thought = plant_slip(family, problem, rng)
     assert family.check_steps(problem, thought) is None, (problem, thought)
     if thought == problem["solution"]:
         return record
     return record | {
         "thought": thought, "answer": problem["answer"],
-        "response": respond(thought, problem["answer"], think_tag),
+        "response": respond(thought, problem["answer"], args.think_tag),
         "source": record["source"] | {"self_correction": True},
     }
 
@@ -443,13 +379,13 @@ def self_test(count):
     perfect = True
     for name in FAMILIES:
         family = import_module(f"data.{name}")
-        problems = family.problems("train", count)
+        problems = draw_problems(family, "train", count)
         rng = random.Random(name)
         rejected = missed = slips = 0
         for problem in problems:
             rejected += family.check_steps(problem, problem["solution"]) is not None
-            missed += family.check_steps(problem, family.plant_error(problem, rng)) is None
-            slips += family.check_steps(problem, family.plant_slip(problem, rng)) is not None
+            missed += family.check_steps(problem, plant_error(family, problem, rng)) is None
+            slips += family.check_steps(problem, plant_slip(family, problem, rng)) is not None
         perfect &= rejected + missed + slips == 0
         print(f"{name:10} | {len(problems)} problems | right thoughts rejected {rejected} | "
               f"planted errors missed {missed} | repaired slips rejected {slips}", flush=True)
@@ -464,57 +400,44 @@ def main(args):
         found = load_problems(name, args.split, args.limit, args.seed)
         problems |= {problem["id"]: problem for problem in found}
     settings = teacher_settings(args)
-    traces, cost, complaints = collect(list(problems.values()), settings, args)
+    raw, cost, complaints = collect(list(problems.values()), settings, args)
     unanswered = str(cost["unanswered"])
     if complaints:
         unanswered += f", most often: {complaints.most_common(1)[0][0]}"
-    traces = [trace for trace in traces if trace["problem_id"] in problems]
+    raw = [row for row in raw if row["problem_id"] in problems]
     places = {name: place for place, name in enumerate(problems)}  # not as they happened to come
-    traces.sort(key=lambda trace: (places[trace["problem_id"]], trace["sample"]))
-    records = [make_record(trace, problems[trace["problem_id"]], settings, args)
-               for trace in traces]
+    raw.sort(key=lambda row: (places[row["problem_id"]], row["sample"]))
+    traces = [make_trace(row, problems[row["problem_id"]], settings, args) for row in raw]
 
-    dropped = {}
-    records = drop(dropped, "outcome", records, outcome_faults(traces, problems))
-    mode = args.steps
-    if mode == "auto":
-        mode = "text" if settings["teacher"] == "endpoint" else "family"
-    steps = Counter()
-    faults = [process_fault(record, problems[record["source"]["problem_id"]], mode, steps)
-              for record in records]
-    records = drop(dropped, "process", records, faults)
-    grams, evaluations = evaluation_grams(args.decontaminate, args.ngram)
-    records = curate(records, problems, dropped, grams, args)
-    if not records:
-        reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
-        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered {unanswered}")
-    records = [add_slip(record, problems[record["source"]["problem_id"]], args.self_correction,
-                        args.seed, args.think_tag) for record in records]
-    random.Random(args.seed).shuffle(records)
-
-    checked = {"off": "none", "family": "each family's own, free text elsewhere",
-               "text": "free text"}
     facts = {
-        "teacher": settings, "problems": len(problems), "process check": checked[mode],
-        "steps of free text": dict(steps), "unanswered": unanswered,
-        "kept out": evaluations,
+        "teacher": settings, "problems": len(problems), "unanswered": unanswered,
         "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
                 "tokens in this run",
-        "self-correction": sum("self_correction" in record["source"] for record in records),
     }
-    planted = sum(bool(trace.get("planted_error")) for trace in traces)
+    dropped = {}  # {stage: [(id, fault)]}
+    for stage, faults_fn in STAGES.items():
+        pairs = list(zip(traces, faults_fn(traces, args, facts), strict=True))
+        dropped[stage] = [(trace.record["id"], fault) for trace, fault in pairs if fault]
+        traces = [trace for trace, fault in pairs if not fault]
+    if not traces:
+        reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
+        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered {unanswered}")
+    records = [add_slip(trace, args) for trace in traces]
+    random.Random(args.seed).shuffle(records)
+    facts["self-correction"] = sum("self_correction" in record["source"] for record in records)
+    planted = sum(bool(row.get("planted_error")) for row in raw)
     if planted:
         left = sum(bool(record["source"].get("planted_error")) for record in records)
         facts["planted errors"] = f"{planted}, of which {left} are still there"
+
     out = Path(args.out)
     card = out.with_suffix(".md")
-    write_whole(card, data_card(out.name, records, dropped, len(traces), facts))
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_whole(out, "".join(lines))
+    write_whole(card, data_card(out.name, records, dropped, len(raw), facts))
+    write_whole(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     for stage, drops in dropped.items():
         example = f" | {printable(drops[0][1]):.100}" if drops else ""
         print(f"dropped by {stage:16}| {len(drops):6}{example}")
-    print(f"{len(records)} of {len(traces)} traces -> {out}, card {card} | {facts['cost']}")
+    print(f"{len(records)} of {len(raw)} traces -> {out}, card {card} | {facts['cost']}")
     return 0
 
 

@@ -7,10 +7,8 @@ order, with people about whom nobody asks.
 
 import operator
 import re
-from functools import partial
 
-from data import families
-from data.families import draw_offset, first_wrong, record, sample_family
+from data.families import draw_offset, first_wrong, record
 
 NAMES = (
     "Ada Amir Bela Carlos Chen Dara Elif Farid Grace Hugo Ines Jonas Kofi Lena Marta Nia Omar "
@@ -89,17 +87,16 @@ def draw(op, value, rng):
 
 
 def tell_story(level, rng):
-    """(sentences, question, plan), or None when the events drawn do not fit each other.
+    """(sentences, question, first amount, [(label, operation, second operand) of each step]).
 
-    plan: [(label, value)] of the start, then (label, operation, label of the first operand, second
-    operand) of each step.
+    None when the events drawn do not fit each other.
     """
     opening, *events = rng.choice(STORIES.strip().split("\n\n")).split("\n")
     unit, sentence = opening.split(" | ")
     name = rng.choice(NAMES)
-    value = rng.randint(6, 90)
+    start = value = rng.randint(6, 90)
     told = [sentence.format(name=name, a=value)]
-    plan = [("start", value)]
+    steps = []
     for chosen in sorted(rng.sample(range(len(events)), level)):
         change, sentence, label = events[chosen].split(" | ")
         before, op, after = change.split()
@@ -107,84 +104,81 @@ def tell_story(level, rng):
         if k is None:
             return None
         told.append(sentence.format(name=name, k=k))
-        plan.append((label, op, plan[-1][0], k))
+        steps.append((label, op, k))
         value = OPS[op](value, k)
         unit = after
-    return told, f"What is the number of {label}?", plan
+    return told, f"What is the number of {label}?", start, steps
 
 
 def tell_riddle(level, rng):
+    """Likewise; the labels are names, and each has more or less than the one before."""
     names = rng.sample(NAMES, level + 3)
     things = rng.choice(THINGS.split())
-    value = rng.randint(3, 60)
+    start = value = rng.randint(3, 60)
     told = [f"{names[0]} has {value} {things}."]
-    plan = [(names[0], value)]
+    steps = []
     for name, other in zip(names[1:level + 1], names):
         op = rng.choice("+-*/+-*")
         k = draw(op, value, rng)
         if k is None:
             return None
         told.append(RIDDLES[op].format(name=name, other=other, k=k, things=things))
-        plan.append((name, op, other, k))
+        steps.append((name, op, k))
         value = OPS[op](value, k)
     unasked = [name for name in names[level + 1:] if level > 1 and rng.random() < 0.4]
     told += [f"{name} has {rng.randint(3, 99)} {things}." for name in unasked]
     rng.shuffle(told)
-    return told, f"How many {things} does {names[level]} have?", plan
+    return told, f"How many {things} does {names[level]} have?", start, steps
 
 
-def generate(level, rng, split=None):
+def generate(level, rng, split):
     found = None
     while not found:
         found = rng.choice((tell_story, tell_riddle))(level, rng)
-    told, question, plan = found
-    (start, value), *steps = plan
-    values = {start: value}
-    lines = []
+    told, question, value, steps = found
     key = str(value)  # the sum alone, whatever the story
-    for label, op, source, k in steps:
-        values[label] = OPS[op](values[source], k)
-        lines.append(f"{label}: {values[source]} {op} {k} = {values[label]}")
+    lines = []
+    for label, op, k in steps:
+        lines.append(f"{label}: {value} {op} {k} = {OPS[op](value, k)}")
         key += f" {op} {k}"
+        value = OPS[op](value, k)
     text = " ".join([*told, question])
-    return record("words", level, text, str(values[label]), lines, key, split, plan=plan)
+    return record("words", level, text, str(value), lines, key, split)
 
+
+# ---- thoughts
 
 LINE = re.compile(r"(.{1,60}): (\d{1,9}) ([-+*/]) (\d{1,9}) = (-?\d{1,9})")
 
 
 def check_steps(problem, thought):
     """Each line is `label: a op b = c`: the label's own operation on known amounts, done right."""
-    (start, value), *steps = problem["plan"]
-    known = {start: value}
-    plan = {label: rest for label, *rest in steps}
+    *lines, _ = problem["solution"].split("\n")
+    steps = {line.partition(": ")[0]: LINE.fullmatch(line).groups() for line in lines}
+    labels = list(steps)
+    known = 0  # how many of them; each needs the one before
 
     def step(line):
+        nonlocal known
         found = LINE.fullmatch(line)
-        if not found or found[1] not in plan:
+        if not found or found[1] not in labels:
             return None, "not a step of this problem"
-        label, op = found[1], found[3]
-        a, b, c = int(found[2]), int(found[4]), int(found[5])
-        wanted_op, source, k = plan[label]
-        if source not in known:
-            return label, f"{source} is not known yet"
-        wanted = (known[source], k)
-        in_order = (a, b) == wanted or wanted_op in "+*" and (b, a) == wanted
-        if op != wanted_op or not in_order:
-            return label, f"it is {known[source]} {wanted_op} {k}"
-        result = OPS[op](*wanted)
-        if c != result:
-            return label, f"{a} {op} {b} is {result}"
-        known[label] = result
+        label, a, op, b, result = steps[found[1]]
+        place = labels.index(label)
+        if place > known:
+            return label, f"{labels[place - 1]} is not known yet"
+        orders = [(a, op, b), (b, op, a)] if op in "+*" else [(a, op, b)]
+        if found.group(2, 3, 4) not in orders:
+            return label, f"it is {a} {op} {b}"
+        if found[5] != result:
+            return label, f"{found[2]} {op} {found[4]} is {result}"
+        known = max(known, place + 1)
         return label, None
 
-    def conclusion():
-        return known.get(steps[-1][0])
-
-    return first_wrong(thought, step, conclusion)
+    return first_wrong(thought, step, lambda: problem["answer"] if known == len(labels) else None)
 
 
-def spoil(line, rng):
+def spoil(line, before, rng):
     """A wrong result, operand (with or without the result that follows from it) or operation."""
     label, a, op, b, c = LINE.fullmatch(line).groups()
     offset = draw_offset(rng, int(c), int(b))
@@ -198,8 +192,3 @@ def spoil(line, rng):
         if kind == "both":
             c = OPS[op](int(a), b)
     return f"{label}: {a} {op} {b} = {c}"
-
-
-problems = partial(sample_family, generate)
-plant_error = partial(families.plant_error, spoil)
-plant_slip = partial(families.plant_slip, spoil)

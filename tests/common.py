@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -311,11 +312,10 @@ def sum_problems(n):
              "subject": "sums"} for i in range(n)]
 
 
-def scripted(reply_fn, calls=None):
+def scripted(reply_fn):
     """A stand-in for generate() that says reply_fn(prompt text, prompt seed, sample) over bytes.
 
-    A reply that does not fit in max_new_tokens is cut off. The list `calls` is given the number of
-    prompts of each call.
+    A reply that does not fit in max_new_tokens is cut off.
     """
     from generate import Completion
 
@@ -329,8 +329,6 @@ def scripted(reply_fn, calls=None):
 
     def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100,
                  on_step=None, **_):
-        if calls is not None:
-            calls.append(len(prompts))
         rows = []
         for i, prompt in enumerate(prompts):
             text = tokenizer.decode(prompt, skip_special_tokens=False)
@@ -343,6 +341,23 @@ def scripted(reply_fn, calls=None):
         return rows
 
     return generate
+
+
+@contextlib.contextmanager
+def answering(reply_fn, script="eval"):
+    """Every model that eval.py, or another script, asks says reply_fn of `scripted`, without bars.
+
+    Yields what is printed.
+    """
+    with (mock.patch(f"{script}.generate", scripted(reply_fn)),
+          contextlib.redirect_stderr(io.StringIO()),
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        yield said
+
+
+def asked(text):
+    """n, of a prompt that asks n+1."""
+    return int(re.search(r"user\n(\d+)\+1", text)[1])
 
 
 def scripted_setup(problems, **options):

@@ -34,7 +34,7 @@ from data import (
     teachers,
     traces,
 )
-from data.families import OFFSETS, REPAIRS, conclude
+from data.families import OFFSETS, REPAIRS, conclude, draw_problems, plant_error, plant_slip
 from data.mixture import load_mixture
 from data.prompts import PRESETS, encode_prompt, render_prompt, respond
 from data.steps import check_text
@@ -72,7 +72,6 @@ def test_data_files_name_line_and_field():
             (good | {"subject": ["algebra"]}, "line 2", "'subject'", "text"),
             (good | {"id": {}}, "line 2", "'id'"), (good | {"solution": True}, "'solution'"),
             (good | {"level": [2]}, "line 2", "level [2]"),
-            (good | {"pass_rate": "half"}, "line 2", "pass_rate 'half'"),
             (good | {"problem": "\ud83d"}, "line 2", "UTF-8"),
             ({"question": "x", "answer": ["####"]}, "line 2", "'problem'"),
         ]:
@@ -245,12 +244,12 @@ def test_data_corpus_says_what_the_prompts_ask():
 
 def test_data_families_splits_share_no_key():
     for name, family in _FAMILY.items():
-        splits = {split: family.problems(split, 20) for split in ("train", "dev", "test")}
+        splits = {split: draw_problems(family, split, 20) for split in ("train", "dev", "test")}
         keys = {split: {p["key"] for p in problems} for split, problems in splits.items()}
         for a, b in itertools.combinations(keys.values(), 2):
             assert len(a) == len(b) == 20 and not a & b, name
-        assert family.problems("dev", 20) == splits["dev"], name
-        assert family.problems("dev", 20, seed=1) != splits["dev"], name
+        assert draw_problems(family, "dev", 20) == splits["dev"], name
+        assert draw_problems(family, "dev", 20, seed=1) != splits["dev"], name
         everything = [p for problems in splits.values() for p in problems]
         assert len({p["id"] for p in everything}) == 60, name
         assert {p["level"] for p in everything} == {1, 2, 3, 4, 5}, name
@@ -266,19 +265,19 @@ def test_data_step_checkers():
     hostile = ("(" * 5000, "9" * 5000, "\N{ARABIC-INDIC DIGIT ONE}\n" * 3)
     for name, family in _FAMILY.items():
         rng = random.Random(name)
-        for p in family.problems("train", 60, seed=3):
+        for p in draw_problems(family, "train", 60, seed=3):
             p = json.loads(json.dumps(p))  # as it comes back from a file
             lines = p["solution"].split("\n")
             assert family.check_steps(p, p["solution"]) is None, p
-            planted = family.plant_error(p, rng)
+            planted = plant_error(family, p, rng)
             right_end = lines[-1].removeprefix("=")  # the answer is still right
             assert planted.split("\n")[-1].endswith(right_end), planted
             index, line, reason = family.check_steps(p, planted)
             assert planted.split("\n")[index] == line and reason, planted
             assert lines[index:index + 1] != [line], planted
-            assert family.check_steps(p, family.plant_slip(p, rng)) is None
+            assert family.check_steps(p, plant_slip(family, p, rng)) is None
             assert family.check_steps(p, "\n".join(lines[:-1])) is not None  # stops short
-            for text in ("", lines[-1], "I think so.\n" + p["solution"],
+            for text in ("", lines[-1], "The answer is None.", "I think so.\n" + p["solution"],
                          p["solution"] + "\nThe answer is 7777.", *hostile):
                 if text != p["solution"]:
                     assert family.check_steps(p, text) is not None, (name, text[:50])
@@ -286,7 +285,7 @@ def test_data_step_checkers():
 
 def test_data_slips_are_forgiven_only_when_repaired_at_once():
     family = _FAMILY["words"]
-    p = next(p for p in family.problems("train", 50) if p["level"] == 3)
+    p = next(p for p in draw_problems(family, "train", 50) if p["level"] == 3)
     one, two, three, last = p["solution"].split("\n")
     wrong = one[:-1] + str((int(one[-1]) + 1) % 10)
 
@@ -306,7 +305,7 @@ def test_data_slips_are_forgiven_only_when_repaired_at_once():
 def test_data_words_by_reading_the_text():
     """The answer, computed from the riddle's sentences by other means than the plan behind them."""
     read = 0
-    for p in _FAMILY["words"].problems("test", 200):
+    for p in draw_problems(_FAMILY["words"], "test", 200):
         *told, question = re.split(r"(?<=[.?]) ", p["problem"])
         values, rules = {}, []
         for sentence in told:
@@ -351,7 +350,7 @@ def test_data_knights_have_one_solution():
         return world[speaker if name == "I" else name] == (kind == "knight")
 
     supposed = 0
-    for p in _FAMILY["knights"].problems("test", 60):
+    for p in draw_problems(_FAMILY["knights"], "test", 60):
         said = re.findall(r'(\w+) says: "([^"]*)\."', p["problem"])
         names = [name for name, _ in said]
         fitting = []
@@ -373,7 +372,7 @@ def test_data_algebra_agrees_with_sympy():
         return sympy.parse_expr(text, local_dict=symbols, evaluate=True)
 
     around = r"^.*(?:for \w: |of |simplify: |constant k is )|\?$| for all \w\?$"
-    for p in _FAMILY["algebra"].problems("test", 60):
+    for p in draw_problems(_FAMILY["algebra"], "test", 60):
         left, _, right = re.sub(around, "", p["problem"]).partition(" = ")
         letter = symbols[p["letter"]]
         if p["problem"].startswith("Expand"):
@@ -387,16 +386,15 @@ def test_data_algebra_agrees_with_sympy():
 
 def test_data_programs_do_what_python_does():
     """The interpreter behind the debugging family against Python itself, on our own programs."""
-    for p in _FAMILY["debugging"].problems("test", 60):
+    for p in draw_problems(_FAMILY["debugging"], "test", 60):
         space = {}
         exec(p["program"], space)
         function = space[p["program"][4:p["program"].index("(")]]
         for arguments, _ in p["tests"]:
             assert function(*arguments) == programs.trace(p["program"], arguments)[1]
-        assert function(*p["arguments"]) != p["wanted"]
-        assert [p["arguments"], p["wanted"]] in p["tests"]
-    for expression in ("1 < n < 9", "n and 0 or 7", "not n", "-n % 4 // 1", "[n, 2, n][1] + n",
-                       "len('abc') + max(n, 4)", "sum(range(n, 9))", "n == 5 and [] == []"):
+        assert any(function(*arguments) != wanted for arguments, wanted in p["tests"])
+    for expression in ("1 < n < 9", "n and 0 or 7", "not n", "-n % 4 // 1", "abs(n) + max(n, 4)",
+                       "sum(range(n, 9))", "len(range(n)) == 5 and range(n)[2] == 2"):
         source = f"def f(n):\n return {expression}"
         for n in (0, 5):
             wanted = eval(expression, {"n": n})
@@ -427,12 +425,10 @@ def test_data_programs_run_nothing_and_stay_small():
     for word, body in (
         ("steps", "while n > 0:\n  n = n + 1"),
         ("large", "while n > 0:\n  n = n * n"),
-        ("large", "n = [1]\n while 1 > 0:\n  n = n + n"),
-        ("large", "n = 'ab'\n while 1 > 0:\n  n = n + n"),
         ("large", "return sum(range(99999999))"),
-        ("list", "while 1 > 0:\n  n = [n, n]"),  # whose text doubles with each step
-        ("numbers", "return '%999999999d' % n"),
-        ("numbers", "return [n] * 999999999"),
+        ("numbers", "return range(9) * 999999999"),
+        ("List", "while 1 > 0:\n  n = [n, n]"),  # whose text would double with each step
+        ("Constant", "return '%999999999d' % n"),
     ):
         with raises(ValueError, word):
             programs.trace(f"def f(n):\n {body}", [9])
@@ -443,7 +439,7 @@ def test_data_programs_run_nothing_and_stay_small():
     assert time.perf_counter() - begin < 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a model's text prints nothing on the terminal
-        assert programs.trace("def f(n):\n return '\\d'", [9])[1] == "\\d"
+        assert not programs.run_tests("def f(n):\n return '\\d'", [[[9], "\\d"]])
 
 
 # ---- steps of free text
@@ -606,8 +602,6 @@ def test_data_traces_curation():
     for n, name in enumerate(names, 3):
         text = story.format(name, name[::-1], n)
         problems[name] = {"id": name, "problem": text, "answer": str(n), "level": 1}
-    problems["easy"] = {"id": "easy", "problem": "What is one and one?", "answer": "2",
-                        "pass_rate": 1.0, "level": 1}
     figs = ("Nobody in the village could remember a year in which the figs fell so late. "
             "Which year was it?")
     problems["figs"]["problem"] = figs
@@ -622,7 +616,6 @@ def test_data_traces_curation():
     pears = rows[0]
     rows += [
         pears | {"sample": 1},
-        pears | {"sample": 2, "text": pears["text"].replace("I call", "i call")},
         pears | {"sample": 3, "finish": "length"},
         pears | {"sample": 3, "text": "doubled"},
     ]
@@ -636,38 +629,13 @@ def test_data_traces_curation():
         with mock.patch.object(teachers, "ask_endpoint"):
             records, card, _, _ = _traces(
                 home, "--data", path, "--split", "test", "--teacher-url", "http://127.0.0.1:9",
-                "--teacher-model", "m", "--max-pass-rate", 0.9, "--decontaminate", held_out)
+                "--teacher-model", "m", "--decontaminate", held_out)
     assert {r["id"] for r in records} == {"pears#0", "walnuts#0", "grapes#0"}, card
     assert r"\boxed" not in records[0]["thought"]
     for cell in ("| outcome | 1 | the answer is wrong 1", "| process | 1 | a wrong equation 1",
-                 "language 1", "repetition 1", "length 1", "cut off 1", "| exact duplicate | 1",
-                 "| near duplicate | 1", "| contamination | 1", "| difficulty | 1"):
+                 "language 1", "repetition 1", "length 1", "cut off 1", "| duplicate | 1",
+                 "| contamination | 1"):
         assert cell in card, (cell, card)
-    lopsided = [{"subject": "a", "level": i % 2} for i in range(10)]
-    lopsided += [{"subject": "b", "level": 1}] * 40
-    gone = traces.balance(lopsided, 2, random.Random(0))
-    assert len(gone) == 30 and all(lopsided[i]["subject"] == "b" for i in gone)
-
-
-def test_data_near_duplicates_are_those_of_the_plain_comparison():
-    rng = random.Random(0)
-    words = [f"w{i}" for i in range(300)]
-    records = []
-    for text in [rng.choices(words, k=60) for _ in range(40)]:
-        for changes in (0, 1, 12):
-            parts = list(text)
-            for place in rng.sample(range(60), changes):
-                parts[place] = "new"
-            records.append({"problem": "", "thought": " ".join(parts)})
-    found = traces.near_duplicates(records, 0.85)
-    sets = [traces.ngrams(r["thought"].split(), 3) for r in records]
-
-    def alike(a, b):
-        return len(a & b) >= 0.85 * len(a | b)
-
-    plain = {i for i, a in enumerate(sets) if any(alike(a, b) for b in sets[:i])}
-    assert len(plain) >= 35
-    assert not found.keys() - plain and len(plain - found.keys()) <= 1  # MinHash may miss one
 
 
 # ---- an endpoint
@@ -794,8 +762,6 @@ def test_data_http_teacher_of_strange_replies():
         records, _, raw, said = _traces(home, *flags)
         assert len(records) == 4 and len(server.log) == 4, "no reply is paid for twice"
         assert raw[0]["text"].startswith("? The sum is 0") and "10 prompt + 7 completion" in said
-        path = Path(home) / "traces.raw.jsonl"
-        path.write_text(path.read_text().replace("? The", "\\ud83d The"))  # as older code left it
         assert _traces(home, *flags)[0] == records and len(server.log) == 4
 
 
@@ -832,17 +798,12 @@ def test_data_http_teacher_says_why_it_fails_and_ends_in_time():
                 _traces(home, *flags)
 
 
-def test_data_http_teacher_keeps_to_the_rate_and_waits_when_told():
-    with tempfile.TemporaryDirectory() as home, _teacher() as (server, flags):
-        flags = ("--data", _sums_file(home, 12), "--split", "test", *flags)
-        _traces(home, *flags, "--requests-per-minute", 600)
-        times = sorted(t for t, *_ in server.log)
-        assert len(times) == 12 and times[-1] - times[0] > 0.9 * 11 * 0.1
-        server.log.clear()
-        server.faults += [429]
-        _traces(home, *flags, "--samples", 2, "--concurrency", 1)
-        (first, fault, *_), (second, *_) = server.log[:2]
-        assert fault == 429 and second - first > 0.95 and len(server.log) == 13
+def test_data_http_teacher_waits_when_told():
+    with tempfile.TemporaryDirectory() as home, _teacher([429]) as (server, flags):
+        flags = ("--data", _sums_file(home, 2), "--split", "test", *flags)
+        _traces(home, *flags, "--concurrency", 1)
+        (first, fault, *_), (second, *_), _ = server.log
+        assert fault == 429 and second - first > 0.95
 
 
 def test_data_http_teacher_that_refuses_or_never_answers():
@@ -899,7 +860,7 @@ def test_data_judge_tells_right_answers_from_right_thoughts():
     settings = {"data": name, "split": "dev", "data_seed": 0, "think_tag": "think"}
     rows, expected = [], []
     for n, p in enumerate(problems):
-        wrong = _FAMILY[p["subject"]].plant_error(p, random.Random(n))
+        wrong = plant_error(_FAMILY[p["subject"]], p, random.Random(n))
         text, columns = [
             (respond(p["solution"], p["answer"]), (True, True, True, False)),
             (respond(wrong, p["answer"]), (True, True, False, True)),

@@ -3,8 +3,6 @@
 import contextlib
 import io
 import json
-import re
-import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +14,8 @@ from data import split_of
 from data.prompts import PRESETS, load_shots, prompt_hash, render_prompt
 from model import save_model
 from tests.common import (
+    answering,
+    asked,
     error_of,
     in_process,
     raises,
@@ -24,12 +24,8 @@ from tests.common import (
     scripted_setup,
     small_model,
     sum_problems,
+    temporary_dir,
 )
-
-
-def _asked(text):
-    """n, of a prompt that asks n+1."""
-    return int(re.search(r"user\n(\d+)\+1", text)[1])
 
 
 def _save_small(folder, name, seed=0):
@@ -41,20 +37,29 @@ def _save_small(folder, name, seed=0):
 
 
 def _evaluate(reply_fn, problems, **options):
-    """evaluate() of a model that replies reply_fn(prompt, prompt seed, sample)."""
-    with mock.patch.object(evaluation, "generate", scripted(reply_fn)):
+    """evaluate() of a model that says reply_fn(prompt, prompt seed, sample)."""
+    with answering(reply_fn):
         return evaluation.evaluate(None, *small_model()[1:], problems, **options)
 
 
-def _collect(setup, reply_fn, calls=None):
-    """collect_records() of such a model, without its progress bar."""
-    with (mock.patch.object(evaluation, "generate", scripted(reply_fn, calls)),
-          contextlib.redirect_stderr(io.StringIO())):
-        return evaluation.collect_records(setup)[0]
+def _collect(setup, reply_fn):
+    """collect_records() of such a model, less what is no part of an answer."""
+    with answering(reply_fn):
+        records, _ = evaluation.collect_records(setup)
+    return [_answer(record) for record in records]
 
 
-def _without_seconds(records):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+def _answer(record):
+    return {k: v for k, v in record.items() if k not in ("seconds", "settings")}
+
+
+def _rates(row):
+    return {name: rate for name, (rate, *_) in row["rates"].items()}
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def test_eval_prompts_to_the_letter():
@@ -87,10 +92,8 @@ def test_eval_prompts_to_the_letter():
 
 
 def test_eval_examples_are_never_problems_asked():
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "own.jsonl"
-        lines = [json.dumps(p | {"solution": "so"}) + "\n" for p in sum_problems(30)]
-        path.write_text("".join(lines), encoding="utf-8")
+    with temporary_dir() as folder:
+        path = _write(folder / "own.jsonl", [p | {"solution": "so"} for p in sum_problems(30)])
         with raises(ValueError, "--shots-from"):
             load_shots(str(path), 2, 0, sum_problems(30))
     few = load_shots("arithmetic", 3, 0, [])
@@ -107,15 +110,13 @@ def test_eval_counts_what_there_is_to_count():
                 for text, reference in pairs]
 
     with mock.patch.object(evaluation, "verify_many", grade):
-        records = _evaluate(lambda text, *_: replies[_asked(text)], sum_problems(5),
+        records = _evaluate(lambda text, *_: replies[asked(text)], sum_problems(5),
                             max_new_tokens=20)
     row = evaluation.summarize(records, method="greedy", grade="strict")
     assert row["accuracy"] == 0.2 and row["n"] == 5, row
-    rates = {name: rate for name, (rate, *_) in row["rates"].items()}
-    assert rates == {"strict": 0.2, "lenient": 0.4, "cut off": 0.2, "no answer": 0.6,
-                     "undecided": 0.2}, rates
-    lenient = evaluation.summarize(records, method="greedy", grade="lenient")
-    assert lenient["accuracy"] == 0.4
+    assert _rates(row) == {"strict": 0.2, "lenient": 0.4, "cut off": 0.2, "no answer": 0.6,
+                           "undecided": 0.2}, row
+    assert evaluation.summarize(records, method="greedy", grade="lenient")["accuracy"] == 0.4
     assert row["tokens_mean"] == sum(min(20, len(reply) + 1) for reply in replies) / 5
     levels = row["levels"]
     assert levels["1"][0] == 1.0 and levels["2"][0] == 0.0 and levels["1"][3] == 1
@@ -128,10 +129,9 @@ def test_eval_votes_pool_equivalent_answers():
     problem = [{"id": "a", "problem": "half?", "answer": "1/2"}]
     [record] = _evaluate(lambda text, seed, sample: replies[sample], problem, num_samples=7,
                          temperature=1.0, max_new_tokens=50)
-    votes, right = evaluation.votes_of(record)
-    assert votes == [0, 0, 0, 1, 1, None, None] and right == {0}
+    assert evaluation.votes_of(record) == ([0, 0, 0, 1, 1, None, None], {0})
     row = evaluation.summarize([record], method="sampled", grade="strict")
-    rates = {name: rate for name, (rate, *_) in row["rates"].items()}
+    rates = _rates(row)
     assert rates["maj@5"] > rates["maj@1"] == row["accuracy"] == 3 / 7
     assert abs(rates["pass@1"] - 3 / 7) < 1e-12 and rates["pass@5"] == 1.0
 
@@ -140,31 +140,29 @@ def test_eval_interrupted_run_ends_with_the_same_records():
     """Killed at its seventh answer, with half a line written, the run goes on: nothing is asked
     twice. Records were written by the hundred: with a real model, a kill lost twenty minutes."""
     setup = scripted_setup(sum_problems(11))
-    asked = []
+    texts = []
 
     def reply(text, seed, sample):
-        asked.append(text)
+        texts.append(text)
         return f"\\boxed{{{seed % 3}}}"
 
     def killed(text, seed, sample):
-        if len(asked) == 6:
+        if len(texts) == 6:
             raise KeyboardInterrupt
         return reply(text, seed, sample)
 
     whole = _collect(setup, reply)
-    asked.clear()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "records.jsonl"
+    texts.clear()
+    with temporary_dir() as folder:
+        path = folder / "records.jsonl"
         setup = setup._replace(records=path)
         with contextlib.suppress(KeyboardInterrupt):
             _collect(setup, killed)
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") == 6
         path.write_text(text + text[:70], encoding="utf-8")  # it died while it wrote a line
-        resumed = _collect(setup, reply)
-        assert _without_seconds(resumed) == _without_seconds(whole) and len(asked) == 11
-        kept = evaluation.read_records(path).values()
-        assert _without_seconds(kept) == _without_seconds(whole)
+        assert _collect(setup, reply) == whole and len(texts) == 11
+        assert list(map(_answer, evaluation.read_records(path).values())) == whole
         other = setup._replace(options=setup.options | {"temperature": 1.0})
         with raises(ValueError, "temperature 0.7, 1.0"):
             _collect(other, reply)
@@ -172,12 +170,13 @@ def test_eval_interrupted_run_ends_with_the_same_records():
 
 def test_eval_keeps_an_engine_and_compiles_its_step():
     """A GPU allotted its cache and captured its graphs anew for each file of records."""
-    setup = scripted_setup(sum_problems(2))._replace(engine=object(), compiled=True)
+    gpu = {"engine": object(), "compiled": True}
+    setup = scripted_setup(sum_problems(2), **gpu)
     with mock.patch.object(evaluation, "generate", wraps=scripted(lambda *_: "?")) as generate:
         for name in ("a", "b"):
             evaluation.collect_records(setup, name)
-    given = [(call.kwargs["engine"], call.kwargs["compiled"]) for call in generate.call_args_list]
-    assert given == [(setup.engine, True)] * 2
+    given = [{name: call.kwargs[name] for name in gpu} for call in generate.call_args_list]
+    assert given == [gpu] * 2
 
 
 def test_eval_a_record_depends_on_its_problem_alone():
@@ -198,66 +197,74 @@ def test_eval_a_record_depends_on_its_problem_alone():
 
 def test_eval_records_do_not_depend_on_the_number_of_processes():
     """One process and three leave the same records; so do three that go on with what one left."""
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_dir() as folder:
         words = ["eval.py", "--model", _save_small(folder, "model"), "--limit", 7,
                  "--num-samples", 2, "--temperature", 0.8, "--max-new-tokens", 9,
-                 "--results", f"{folder}/rows.jsonl"]
-        run(*words, "--processes", 1, "--records", f"{folder}/one.jsonl")
-        out = run(*words, "--processes", 3, "--records", f"{folder}/three.jsonl")
+                 "--results", folder / "rows.jsonl"]
+        one, three, broken = (folder / f"{name}.jsonl" for name in ("one", "three", "broken"))
+        run(*words, "--processes", 1, "--records", one)
+        out = run(*words, "--processes", 3, "--records", three)
         assert out.count("accuracy") == 1, "only one process prints"
-        lines = Path(folder, "one.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        Path(folder, "broken.jsonl").write_text("".join(lines[:3]), encoding="utf-8")
-        run(*words, "--processes", 3, "--records", f"{folder}/broken.jsonl")
-        one, three, broken = (evaluation.read_records(f"{folder}/{name}.jsonl")
-                              for name in ("one", "three", "broken"))
-        for record in (*one.values(), *three.values(), *broken.values()):
-            record.pop("seconds")
-            for sample in record["samples"]:
+        lines = one.read_text(encoding="utf-8").splitlines(keepends=True)
+        broken.write_text("".join(lines[:3]), encoding="utf-8")
+        run(*words, "--processes", 3, "--records", broken)
+        found = []
+        for path in (one, three, broken):
+            found.append({i: _answer(r) for i, r in evaluation.read_records(path).items()})
+            for sample in (sample for record in found[-1].values() for sample in record["samples"]):
                 sample["logprob"] = round(sample["logprob"], 1)  # equal to rounding
-        assert len(one) == 7 and one == three == broken
-        rows = [json.loads(line) for line in open(f"{folder}/rows.jsonl", encoding="utf-8")]
+        assert len(found[0]) == 7 and found[0] == found[1] == found[2]
+        rows = [json.loads(line) for line in open(folder / "rows.jsonl", encoding="utf-8")]
         assert [row["processes"] for row in rows] == [1, 3, 3]
 
 
 def test_eval_compare_is_paired():
-    with tempfile.TemporaryDirectory() as folder:
-        for name, right, count in (("a", 4, 12), ("b", 9, 10)):
+    with temporary_dir() as folder:
+        paths = [folder / "a.jsonl", folder / "b.jsonl"]
+        for path, right, count in zip(paths, (4, 9), (12, 10)):
             setup = scripted_setup(sum_problems(count))
-            setup = setup._replace(records=Path(folder, f"{name}.jsonl"),
-                                   settings=setup.settings | {"model": name})
+            setup.settings["model"] = path.stem
 
             def reply(text, *_, right=right):
-                n = _asked(text)
-                return f"\\boxed{{{n + 1 if n < right else n + 7}}}"
+                return f"\\boxed{{{asked(text) + (1 if asked(text) < right else 7)}}}"
 
-            _collect(setup, reply)
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            evaluation.compare(f"{folder}/a.jsonl", f"{folder}/b.jsonl")
-    text = out.getvalue()
-    assert "(10 of 12) | 40.0" in text and "(10 of 10) | 90.0" in text, text
-    assert "| +50.0 [" in text, text
-    assert "model 'a', 'b'" in text, text
-    assert "5 of 10 problems gained, 0 lost; McNemar's exact p = 0.062" in text, text
+            _collect(setup._replace(records=path), reply)
+        text = in_process("eval", "--compare", *paths)
+    for words in ("(10 of 12) | 40.0", "(10 of 10) | 90.0", "| +50.0 [", "model 'a', 'b'",
+                  "5 of 10 problems gained, 0 lost; McNemar's exact p = 0.062"):
+        assert words in text, (words, text)
 
 
 def test_eval_rows_are_found_by_what_they_are():
     """The report takes the newest row that agrees in every field. Weights are told apart by their
     content, not by their path."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "results.jsonl"
+    with temporary_dir() as folder:
+        path = folder / "results.jsonl"
         assert evaluation.find_row(path) is None
-        for accuracy, weights in ((0.1, "x"), (0.2, "x"), (0.3, "y")):
-            row = {"method": "greedy", "weights": weights, "accuracy": accuracy, "scores": {}}
-            evaluation.append_row(path, row)
+        rows = [{"method": "greedy", "weights": weights, "accuracy": accuracy}
+                for accuracy, weights in ((0.1, "x"), (0.2, "x"), (0.3, "y"))]
+        evaluation.append_rows(path, rows)
         found = evaluation.find_row(path, method="greedy", weights="x")
         assert found["accuracy"] == 0.2 and {"command", "commit", "torch"} <= set(found)
         assert evaluation.find_row(path, method="greedy", weights="z") is None
         hashes = []
         for value in (0.0, 0.0, 1.0):
-            save_file({"w": torch.full((4,), value)}, Path(folder) / "model.safetensors")
+            save_file({"w": torch.full((4,), value)}, folder / "model.safetensors")
             hashes.append(evaluation.weights_hash(folder))
         assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_eval_tells_what_was_trained_on_where_a_row_has_fewer_problems():
+    """Of solved problems first, some prompts were too long; then a trained model's run broke off.
+    """
+    with temporary_dir() as folder, answering(lambda text, *_: f"\\boxed{{{asked(text)}}}") as said:
+        setup = scripted_setup(sum_problems(4))._replace(
+            trained_on={"sum/1"}, results=folder / "rows.jsonl")
+        row = evaluation.measure(setup._replace(problems=setup.problems[:3]), "some")
+        evaluation.publish(setup, [row])
+    said = said.getvalue()
+    assert "trained on 1 of these 4 problems" in said, said
+    assert "some: 0.0 [0.0, 65.8] % without them" in said, said
 
 
 def test_eval_user_errors_are_one_line():
@@ -265,28 +272,33 @@ def test_eval_user_errors_are_one_line():
              "eval --compare no.jsonl no.jsonl": "no.jsonl", "eval --device tpu": "--device tpu",
              "infer_scale --num-samples 4 --votes 5": "--votes",
              "infer_scale --temperature 0": "--temperature"}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_dir() as folder:
         path = _save_small(folder, "model")
+        results = ["--results", folder / "rows.jsonl", "--processes"]
         for command, expected in cases.items():
-            error = error_of(*command.split(), "--model", path, "--results", f"{folder}/rows.jsonl",
-                             "--processes", 1)
+            error = error_of(*command.split(), "--model", path, *results, 1)
             assert expected in error and "\n" not in error, (command, error)
-        assert "none" in run("eval.py", "--model", f"{folder}/none", ok=False)
-        path = Path(folder) / "records.jsonl"
-        path.write_text('{"id": "a", "samples": [], "settings": {"model": "other"}}\n')
-        error = run("eval.py", "--limit", 2, "--records", path, "--processes", 2, "--results",
-                    f"{folder}/rows.jsonl", ok=False)
+        assert "none" in run("eval.py", "--model", folder / "none", ok=False)
+        path = _write(folder / "records.jsonl", [{"id": "a", "samples": [],
+                                                  "settings": {"model": "other"}}])
+        error = run("eval.py", "--limit", 2, "--records", path, *results, 2, ok=False)
         assert "model 'other', 'tiny'" in error and "another --records" in error, error
+        for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
+                     '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
+                     '{"id": 1, "settings": {}, "samples": 3}'):
+            path.write_text(line + "\n", encoding="latin-1")
+            with raises(ValueError, "records.jsonl, line 1: not a record of eval.py"):
+                evaluation.read_records(path, {"seed": 0})
 
 
 def test_eval_report_measures_what_is_missing_and_nothing_else():
     """Rows of other weights, shots or temperatures do not pass for the ones that are asked for.
     Each script runs once for all of its rows; those that sample have a limit of their own."""
     ran = []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_dir() as folder:
         base = _save_small(folder, "base")
         trained = _save_small(folder, "trained", seed=1)
-        results = f"{folder}/results.jsonl"
+        results = folder / "results.jsonl"
         row = {"data": "arithmetic", "split": "test", "data_seed": 0, "seed": 0, "shots": 0,
                "grade": "strict", "seconds": 10.0, "accuracy": 0.5, "low": 0.4, "high": 0.6,
                "tokens_mean": 20.0, "levels": {"1": [0.5, 0.4, 0.6, 5]}, "n": 10,
@@ -297,24 +309,24 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
             flags = dict(word.removeprefix("--").partition("=")[::2] for word in words)
             sampled = "num-samples" in flags
             ran.append((script, Path(flags["model"]).name, flags["prompt"], sampled))
+            n = int(flags["limit"])
+            measured = row | {
+                "weights": evaluation.weights_hash(flags["model"]), "prompt": flags["prompt"],
+                "temperature": float(flags["temperature"]), "n": n,
+                "scores": {str(i): float(n == 4 and i < 2) for i in range(n)}}
             methods = {
                 "eval.py": ["sampled" if sampled else "greedy"],
                 "infer_scale.py": ["one sample", "majority of 10"],
                 "refine.py": ["refine, K = 2", "self-consistency at the tokens of K = 2"]}
-            for method in methods[script]:
-                n = int(flags["limit"])
-                evaluation.append_row(results, row | {
-                    "weights": evaluation.weights_hash(flags["model"]), "prompt": flags["prompt"],
-                    "temperature": float(flags["temperature"]), "method": method, "n": n,
-                    "scores": {str(i): float(n == 4 and i < 2) for i in range(n)}})
+            evaluation.append_rows(results, [measured | {"method": m} for m in methods[script]])
 
         decoy = row | {"weights": evaluation.weights_hash(base), "method": "greedy",
                        "prompt": "plain", "temperature": 0.0, "accuracy": 0.99}
-        for wrong in ({"shots": 4}, {"weights": "other"}, {"temperature": 0.7}, {"n": 4},
-                      {"prompt": "cot", "split": "dev"}):
-            evaluation.append_row(results, decoy | wrong)
+        evaluation.append_rows(results, [decoy | wrong for wrong in (
+            {"shots": 4}, {"weights": "other"}, {"temperature": 0.7}, {"n": 4},
+            {"prompt": "cot", "split": "dev"})])
         words = ["--report", "--model", base, "--trained", trained, "--limit", 10,
-                 "--sampled-limit", 4, "--results", results, "--out", f"{folder}/out", "--compile"]
+                 "--sampled-limit", 4, "--results", results, "--out", folder / "out", "--compile"]
         with mock.patch.object(evaluation, "run_script", run_script):
             in_process("eval", *words)
             assert ran == [
@@ -334,56 +346,51 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
 
 def test_eval_one_long_problem_ends_no_run():
     """It is left out of what is asked, and that is said; one ended every run at its turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "mine.jsonl"
+    with temporary_dir() as folder:
         problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "solution": f"{i} + 1",
                      "level": 1} for i in range(30)]
         long = ("What is " + "1 + " * n + "1?" for n in range(600, 700))
         long = next(text for text in long if split_of(text) == "dev")  # sft.py asks this split
-        problems.append({"problem": long, "answer": "600", "level": 1})
-        data.write_text("".join(json.dumps(p) + "\n" for p in problems))
-        words = ["--data", data, "--results", f"{folder}/rows", "--processes", 1,
-                 "--max-new-tokens", 8]
+        data = _write(folder / "mine.jsonl", [*problems, {"problem": long, "answer": "600",
+                                                          "level": 1}])
+        usual = ["--processes", 1, "--max-new-tokens", 8]
+        words = ["--data", data, "--results", folder / "rows", *usual]
         said = "1 of 31 problems are left out"
         assert said in in_process("eval", *words)
-        assert evaluation.find_row(f"{folder}/rows", asked=31)["n"] == 30, "as the report finds it"
+        assert evaluation.find_row(folder / "rows", asked=31)["n"] == 30, "as the report finds it"
         assert said in in_process("refine", *words, "--rounds", 1, "--temperature", 0)
-        words += ["--shots-from", "arithmetic", "--experiments", "prompts", "--exemplars", 2]
-        assert said in in_process("infer_scale", *words)
-        assert "no prompt leaves room" in error_of("eval", *words[:-6], "--max-new-tokens", 1024)
+        assert said in in_process("infer_scale", *words, "--shots-from", "arithmetic",
+                                  "--experiments", "prompts", "--exemplars", 2)
+        assert "no prompt leaves room" in error_of("eval", *words, "--max-new-tokens", 1024)
         said = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
-                          "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--processes", 1,
-                          "--train-limit", 9, "--refill", 0, "--run-dir", f"{folder}/run")
+                          "--prompts", 2, "--group", 2, *usual, "--train-limit", 9, "--refill", 0,
+                          "--run-dir", folder / "run")
         assert said.count("problems are left out") == 2 and "30 for the result" in said, said
-        rows = [{"problem": p["problem"], "response": "1"} for p in problems[:9]]
-        examples = Path(folder) / "examples.jsonl"
-        examples.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        examples = _write(folder / "examples.jsonl", [
+            {"problem": p["problem"], "response": "1"} for p in problems[:9]])
         said = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,
-                          "--eval-data", f"{data}:1", "--run-dir", f"{folder}/sft",
-                          "--processes", 1, "--max-new-tokens", 8)
+                          "--eval-data", f"{data}:1", "--run-dir", folder / "sft", *usual)
         assert "problems are left out" in said and "val_accuracy" in said
 
 
 def test_eval_on_a_full_or_forbidden_disk():
     """One line instead of a traceback, early where it can be known, and what was measured shown."""
     import resource  # of Unix
-    for flag in ("--results", "--records"):
-        with tempfile.TemporaryDirectory() as folder:
-            words = ["--limit", 2, "--processes", 1, "--results", f"{folder}/rows"]
+    with temporary_dir() as folder:
+        words = ["--limit", 2, "--processes", 1, "--results", folder / "rows"]
+        for flag in ("--results", "--records"):
             error = error_of("eval", *words, flag, f"{__file__}/of.jsonl")
             assert f"{__file__}/of.jsonl: could not be written (" in error, error
-            with (contextlib.redirect_stdout(io.StringIO()) as said,
-                  raises(ValueError, "/dev/full: could not be written (No space left")):
-                args = evaluation.parse_args(list(map(str, [*words, "--results", "/dev/full"])))
-                evaluation.main(args)
-            assert "| greedy |" in said.getvalue()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows"
+        with (contextlib.redirect_stdout(io.StringIO()) as said,
+              raises(ValueError, "/dev/full: could not be written (No space left")):
+            evaluation.main(evaluation.parse_args([*map(str, words), "--results", "/dev/full"]))
+        assert "| greedy |" in said.getvalue()
+        path = folder / "lines"
         evaluation.append_lines(path, [{"a": 1}])
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (12, limits[1]))  # as a disk that fills
         try:
-            with raises(ValueError, "rows: could not be written"):
+            with raises(ValueError, "lines: could not be written"):
                 evaluation.append_lines(path, [{"b": 1}])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -401,14 +408,3 @@ def test_eval_long_tables_fit_a_terminal():
             with mock.patch.dict("os.environ", COLUMNS=str(columns)):
                 evaluation.say_table(text)
         assert said.getvalue() == expected, said.getvalue()
-
-
-def test_eval_records_that_are_none_are_named():
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "records.jsonl"
-        for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
-                     '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
-                     '{"id": 1, "settings": {}, "samples": 3}'):
-            path.write_text(line + "\n", encoding="latin-1")
-            with raises(ValueError, "records.jsonl, line 1: not a record of eval.py"):
-                evaluation.read_records(path, {"seed": 0})

@@ -1,31 +1,13 @@
 """Tests of infer_scale.py."""
 
-import contextlib
-import io
 import itertools
 import random
-import re
 from unittest import mock
 
 import eval as evaluation
 import infer_scale
-from generate import Completion
 from stats import maj_at_k, percent
-from tests.common import bytes_tokenizer, scripted, scripted_setup, sum_problems
-
-
-def _printed(generate, run):
-    """(what run() returns, what it prints) with this generate()."""
-    with (mock.patch.object(evaluation, "generate", generate),
-          contextlib.redirect_stderr(io.StringIO()),
-          contextlib.redirect_stdout(io.StringIO()) as out):
-        found = run()
-    return found, out.getvalue()
-
-
-def _asked(text):
-    """n, of a prompt that asks n+1."""
-    return int(re.search(r"user\n(\d+)\+1", text)[1])
+from tests.common import answering, asked, scripted, scripted_setup, sum_problems
 
 
 def test_scale_majority_vote_by_hand():
@@ -83,45 +65,42 @@ def test_scale_surer_votes_take_longer():
 
 def test_scale_budget_by_level():
     """A model that is right once it may think 10 tokens per level."""
-    tokenizer = bytes_tokenizer()
+    def generate(*request, think_budget=0, temperature, **more):
+        def reply(text, seed, sample):
+            needed = 10 * (asked(text) % 2 + 1)
+            enough = needed <= (think_budget or needed)
+            return f"\\boxed{{{asked(text) + 1 if enough else 99}}}"
 
-    def generate(params, config, prompts, *, think_budget=0, temperature, on_step, **_):
         assert temperature == 0
-        for i, prompt in enumerate(prompts):
-            n = _asked(tokenizer.decode(prompt, skip_special_tokens=False))
-            needed = 10 * (n % 2 + 1)
-            thought = "." * min(needed, think_budget or needed)
-            answer = n + 1 if len(thought) == needed else 99
-            tokens = tokenizer.encode(f"{thought}\\boxed{{{answer}}}").ids
-            on_step([(i, 0, Completion(tokens, [-0.1] * len(tokens), "stop"))], len(tokens))
+        return scripted(reply)(*request, **more)
 
     problems = [p | {"level": i % 2 + 1} for i, p in enumerate(sum_problems(40))]
-    rows, out = _printed(
-        generate, lambda: infer_scale.sweep_budget(scripted_setup(problems), [15, 5, 10]))
+    with mock.patch.object(evaluation, "generate", generate):
+        rows, notes = infer_scale.sweep_budget(scripted_setup(problems), [15, 5, 10])
+    assert [row["method"] for row in rows[:2]] == [
+        "thought of any length", "thought of at most 5 tokens"]
     assert [row["accuracy"] for row in rows] == [1, 0, 0.5, 0.5]
     assert rows[2]["levels"]["1"][0] == 1 and rows[2]["levels"]["2"][0] == 0
-    assert "level 1: 10 tokens of thought are not" in out, out
-    assert "level 2: every budget tried costs" in out, out
-    assert "| thought of at most 10 tokens | 50.0 [" in out, out
-
-
-def _two_of_three(text, seed, sample):
-    """Two of three samples are right, and the wrong ones differ."""
-    return f"\\boxed{{{_asked(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
+    assert notes == ["level 1: 10 tokens of thought are not told apart from any length",
+                     "level 2: every budget tried costs accuracy"]
 
 
 def _pool(num_samples, temperature=0.7):
+    """Records of which two of three samples are right, and the wrong ones differ."""
+    def reply(text, seed, sample):
+        return f"\\boxed{{{asked(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
+
     problems = [p | {"problem": f"{10 + i}+1", "answer": str(11 + i)}
                 for i, p in enumerate(sum_problems(10))]
-    pool, _ = _printed(scripted(_two_of_three), lambda: evaluation.collect_records(
-        scripted_setup(problems, temperature=temperature), num_samples=num_samples))
-    return pool
+    with answering(reply):
+        return evaluation.collect_records(scripted_setup(problems, temperature=temperature),
+                                          num_samples=num_samples)
 
 
 def test_scale_every_method_costs_what_it_draws():
     """From one pool: rows of k votes cost k samples, and the majority is right where one sample
     often is not."""
-    rows, out = _printed(None, lambda: infer_scale.self_consistency(*_pool(9), [3, 9], 0.95))
+    rows, [note] = infer_scale.self_consistency(*_pool(9), [3, 9], 0.95)
     rows = {row["method"]: row for row in rows}
     accuracy = {method: row["accuracy"] for method, row in rows.items()}
     assert abs(accuracy["one sample"] - 7 / 9) < 1e-9, "3 and 6 are wrong, 0 is off by nothing"
@@ -131,17 +110,15 @@ def test_scale_every_method_costs_what_it_draws():
         assert rows[method]["tokens_mean"] == 9 * one and rows[method]["samples"] == 9
     adaptive = rows["adaptive majority, 0.95 sure"]
     assert adaptive["accuracy"] > 0.9 and 4 < adaptive["samples"] < 9
-    assert f"{adaptive['samples']:.1f} of 9; by level 1: " in out, out
+    assert f"{adaptive['samples']:.1f} of 9; by level 1: " in note, note
 
 
 def test_scale_one_vote_among_the_votes():
     """--votes 1 4 8 showed another column's majority in the table of temperatures."""
     assert infer_scale.choose_votes([8, 1, 4, 4], 9) == [1, 4, 8]
     pools = {t: _pool(9, t) for t in (0.4, 1.0)}
-    rows, out = _printed(None, lambda: infer_scale.sweep_temperature(pools, [1, 4, 8]))
+    rows, notes = infer_scale.sweep_temperature(pools, [1, 4, 8])
     assert [(row["method"], row["temperature"], row["samples"]) for row in rows] == [
-        (method, t, k) for t in (0.4, 1.0)
-        for method, k in ((f"majority of {k} at {t:g}", k) for k in (1, 4, 8))]
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("votes ")] == [
-        "votes 1", "votes 4", "votes 8"]
-    assert f"| majority of 4 at 1 | {percent(rows[4]['accuracy'])} [" in out, out
+        (f"majority of {k} at {t:g}", t, k) for t in (0.4, 1.0) for k in (1, 4, 8)]
+    assert [note.split(":")[0] for note in notes] == ["votes 1", "votes 4", "votes 8"]
+    assert f"| majority of 4 at 1 | {percent(rows[4]['accuracy'])} [" in evaluation.table(rows)

@@ -1,12 +1,8 @@
 """Tests of refine.py."""
 
-import contextlib
-import io
 import json
 import math
 import random
-import re
-import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +13,17 @@ import refine
 from data.prompts import encode_prompt
 from engine import sampling_params
 from generate import generate
-from tests.common import bytes_tokenizer, run, scripted, scripted_setup, small_model, sum_problems
+from tests.common import (
+    answering,
+    asked,
+    bytes_tokenizer,
+    in_process,
+    run,
+    scripted_setup,
+    small_model,
+    sum_problems,
+    temporary_dir,
+)
 
 
 def test_refine_finds_the_answer_span():
@@ -63,7 +69,7 @@ def _reply(log):
     numbers and else unchanged."""
     def reply(text, seed, sample):
         log.append(text)
-        n = int(re.search(r"user\n(\d+)\+1", text)[1])
+        n = asked(text)
         turns = text.count("<|im_start|>assistant\n")
         if turns == 2:
             return "Every step is right." if n % 3 == 0 else "Step 1 is wrong."
@@ -72,20 +78,21 @@ def _reply(log):
     return reply
 
 
-def _refine(problems, rounds, accept, log):
+def _refine(rounds, accept, log):
+    """refine() of six problems on such a model."""
     params, config, tokenizer = small_model()
-    prompts = [encode_prompt(tokenizer, "cot", p) for p in problems]
-    with mock.patch.object(refine, "generate", scripted(_reply(log))):
+    prompts = [encode_prompt(tokenizer, "cot", p) for p in sum_problems(6)]
+    with answering(_reply(log), "refine"):
         return refine.refine(
             params, config, tokenizer, prompts, rounds=rounds, accept_fn=lambda *_: accept,
-            max_new_tokens=60, critique_prompt="Check each step.", revise_prompt="Solve it again.",
-            approval="Every step is right.")
+            seeds=range(6), max_new_tokens=60, critique_prompt="Check each step.",
+            revise_prompt="Solve it again.", approval="Every step is right.")
 
 
 def test_refine_rounds_by_hand():
     """Approved, settled and open problems: what each costs, and what the model is shown."""
     log = []
-    history = _refine(sum_problems(6), 2, True, log)
+    history = _refine(2, True, log)
     answers = [[r.attempt.answer for r in rounds] for rounds in history]
     assert answers == [["2", "2", "2"], ["3", "3", "3"], ["4", "3", "3"], ["5", "5", "5"],
                        ["6", "5", "5"], ["7", "7", "7"]], answers
@@ -108,53 +115,41 @@ def test_refine_rounds_by_hand():
 
 
 def test_refine_gate_keeps_the_old_answer():
-    history = _refine(sum_problems(6), 1, False, [])
+    history = _refine(1, False, [])
     assert [rounds[1].attempt.answer for rounds in history] == [str(i + 2) for i in range(6)]
     draft, last = history[2]
     assert last.spent > draft.spent and not last.accepted, "a refused revision is paid for"
 
 
-def _run_main(folder, name, problems, log):
-    """The traces and the rows of the command, on a scripted model."""
-    args = refine.parse_args(["--rounds", "2", "--approval", "Every step is right.", "--traces",
-                              f"{folder}/{name}", "--results", f"{folder}/{name}.rows"])
-    setup = scripted_setup(problems)
-    with (mock.patch.object(evaluation, "load_setup", lambda *_, **__: setup),
-          mock.patch.object(refine, "generate", scripted(_reply(log))),
-          mock.patch.object(evaluation, "generate", scripted(_reply([]))),
-          contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())):
-        refine.main(args)
-    return ([json.loads(line) for line in Path(folder, file).read_text().splitlines()]
-            for file in (name, f"{name}.rows"))
-
-
 def test_refine_loop_never_sees_the_reference():
     """With right and with absurd reference answers, the model is asked and says the very same."""
-    traces = []
-    asked = []
-    with tempfile.TemporaryDirectory() as folder:
+    runs = []
+    with temporary_dir() as folder:
         for name, wrong in (("right", {}), ("absurd", {"answer": "-77"})):
             log = []
-            found, rows = _run_main(folder, name, [p | wrong for p in sum_problems(6)], log)
-            rounds = [[r for r in problem["rounds"]] for problem in found]
-            for r in (r for problem in rounds for r in problem):
-                r.pop("right")
-            traces.append(rounds)
-            calls = len(rounds)  # drafts; then critiques and revisions
-            calls += sum(bool(r["critique"]) + bool(r["revision"]) for p in rounds for r in p)
-            asked.append(log[:calls])
+            setup = scripted_setup([p | wrong for p in sum_problems(6)])._replace(
+                results=folder / f"{name}.rows")
+            with (mock.patch.object(evaluation, "load_setup", lambda *_, **__: setup),
+                  answering(_reply([])), answering(_reply(log), "refine")):
+                in_process("refine", "--rounds", 2, "--approval", "Every step is right.",
+                           "--traces", folder / name)
+            found, rows = ([json.loads(line) for line in path.read_text().splitlines()]
+                           for path in (folder / name, setup.results))
+            rounds = [r | {"right": None} for problem in found for r in problem["rounds"]]
+            calls = 6 + sum(bool(r["critique"]) + bool(r["revision"]) for r in rounds)
+            runs.append((rounds, log[:calls]))
             if name == "right":
                 accuracy = {row["method"]: row["accuracy"] for row in rows}
-    assert traces[0] == traces[1] and asked[0] == asked[1]
+    assert runs[0] == runs[1]
     assert accuracy["refine, K = 2, oracle gate (a bound)"] == 2 / 6, accuracy
 
 
 def test_refine_traces_do_not_depend_on_the_number_of_processes():
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_dir() as folder:
         words = ["refine.py", "--limit", 5, "--rounds", 1, "--max-new-tokens", 60, "--results",
-                 f"{folder}/rows.jsonl"]
+                 folder / "rows.jsonl"]
         for processes in (1, 2):
-            run(*words, "--processes", processes, "--traces", f"{folder}/{processes}")
+            run(*words, "--processes", processes, "--traces", folder / str(processes))
         one, two = (Path(folder, name).read_text(encoding="utf-8") for name in ("1", "2"))
     assert one.count("\n") == 5 and one == two
 
@@ -162,11 +157,7 @@ def test_refine_traces_do_not_depend_on_the_number_of_processes():
 def test_refine_equal_cost_is_equal():
     """Self-consistency beside K rounds costs exactly what they cost, by one sample more on a part
     of the problems."""
-    def reply(text, seed, sample):
-        return f"\\boxed{{{int(re.search('user.([0-9]+)', text, re.S)[1]) + 1 + sample % 2}}}"
-
-    with (mock.patch.object(evaluation, "generate", scripted(reply)),
-          contextlib.redirect_stderr(io.StringIO())):
+    with answering(lambda text, seed, sample: f"\\boxed{{{asked(text) + 1 + sample % 2}}}"):
         found = refine.equal_cost_rows(scripted_setup(sum_problems(9)), [10.0, 24.0, 31.0])
     assert len(found) == 2
     for row, tokens in zip(found, (24.0, 31.0)):

@@ -1,20 +1,17 @@
 """Tests of view.py and of its template."""
 
-import contextlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import metrics
 import view
-from tests.common import raises, skip_unless
+from tests.common import in_process, raises, skip_unless, temporary_dir
 
 # What a model may write to break out of its place in the page.
 HOSTILE = [
@@ -25,43 +22,45 @@ HOSTILE = [
     "\\boxed{" * 9, "<think>" * 99 + "</think>" * 99]
 
 
-def _completion(text, right=True, advantage=0.5):
-    return {"text": text, "tokens": list(range(len(text.split(" ")))),
-            "pieces": re.findall(r"[^ ]* ?", text)[:-1], "logprobs": [-0.5] * len(text.split(" ")),
-            "rewards": {"accuracy": float(right)}, "reward": 1.1 * right, "advantage": advantage,
-            "right": right, "finish": "stop"}
+def _completion(text):
+    words = text.split(" ")
+    return {"text": text, "tokens": list(range(len(words))),
+            "pieces": re.findall(r"[^ ]* ?", text)[:-1], "logprobs": [-0.5] * len(words),
+            "rewards": {"accuracy": 1.0}, "reward": 1.1, "advantage": 0.5, "right": True,
+            "finish": "stop"}
 
 
 def _lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def _run(home, name="run", texts=("<think>no, wait: 2</think> so \\boxed{2}",), steps=3):
+def _run(home, name="run", texts=("<think>no, wait: 2</think> so \\boxed{2}",)):
     """The directory of a run whose groups and held-out answers say these texts."""
-    run_dir = Path(home) / name
+    run_dir = home / name
     run_dir.mkdir()
     (run_dir / "flags.json").write_text(json.dumps({"model": texts[0], "data": ["sums"]}))
     _lines(run_dir / "starts.jsonl", [{"time": 1e9, "command": f"python grpo.py {texts[-1]}"}])
     (run_dir / "results.md").write_text("|  | problems |\n| --- | --- |\n| before | 500 |\n"
                                         "\n341 of 500 problems gained, 12 lost\n")
-    metrics = [{"step": step, "steps": steps, "accuracy": step / steps, "time": 1e9 + 10 * step}
-               for step in range(1, steps + 1)]
+    metrics = [{"step": step, "steps": 3, "accuracy": step / 3, "time": 1e9 + 10 * step}
+               for step in (1, 2, 3)]
     metrics[-1] |= {"dev_accuracy": 0.5, "dev_accuracy_low": 0.25, "dev_accuracy_high": 0.75}
     _lines(run_dir / "metrics.jsonl", metrics)
-    samples = []
-    for step in (0, steps):
-        for kind in ("held_out", "rollout") if step else ("held_out",):
-            completions = [_completion(text) for text in texts]
-            samples.append({"step": step, "kind": kind, "problem": texts[0], "answer": texts[-1],
-                            "prompt": texts[0], "completions": completions})
-    _lines(run_dir / "samples.jsonl", samples)
+    sample = {"problem": texts[0], "answer": texts[-1], "prompt": texts[0],
+              "completions": list(map(_completion, texts))}
+    _lines(run_dir / "samples.jsonl", [
+        sample | {"step": step, "kind": kind}
+        for step, kind in ((0, "held_out"), (3, "held_out"), (3, "rollout"))])
     return run_dir
 
 
-def _data(page):
-    """The runs that a page holds."""
+def _page(*run_dirs):
+    """(the page of these runs, what it holds of them)"""
+    path = run_dirs[0] / "report.html"
+    view.write_page(run_dirs, path)
+    page = path.read_text(encoding="utf-8")
     [data] = re.findall(r'<script type="application/json" id="data">(.*)</script>', page)
-    return json.loads(data)
+    return page, json.loads(data)
 
 
 def test_view_text_cannot_leave_its_place():
@@ -70,22 +69,21 @@ def test_view_text_cannot_leave_its_place():
     for name in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "http:"):
         assert name not in template.replace("http://www.w3.org/2000/svg", ""), name
     assert max(map(len, template.splitlines())) <= 100
-    with tempfile.TemporaryDirectory() as home:
-        run_dir = _run(home, texts=HOSTILE)
-        page = view.render([view.read_run(run_dir)])
-        [run] = _data(page)
-        for name in ("<script", "</script", "<style", "<svg", "<!--"):
-            assert page.count(name) == template.count(name), name
-        assert page.isascii() == template.isascii()
-        shown = [c["text"] for c in run["groups"][-1]["completions"]]
-        assert shown[:8] == HOSTILE[:8]
-        assert "".join(run["groups"][-1]["completions"][0]["pieces"]) == HOSTILE[0]
-        assert "10000 characters are not on this page" in shown[8] and len(shown[8]) < 21_000
+    with temporary_dir() as home:
+        page, [run] = _page(_run(home, texts=HOSTILE))
+    for name in ("<script", "</script", "<style", "<svg", "<!--"):
+        assert page.count(name) == template.count(name), name
+    assert page.isascii() == template.isascii()
+    completions = run["groups"][-1]["completions"]
+    assert [c["text"] for c in completions][:8] == HOSTILE[:8]
+    assert "".join(completions[0]["pieces"]) == HOSTILE[0]
+    long = completions[8]["text"]
+    assert "10000 characters are not on this page" in long and len(long) < 21_000
 
 
 def test_view_is_bounded_and_takes_damaged_files():
     """Long runs, megabyte lines, lines that a kill cut short, numbers that JSON does not have."""
-    with tempfile.TemporaryDirectory() as home:
+    with temporary_dir() as home:
         run_dir = _run(home)
         rows = [{"step": step, "loss": 1 / step} for step in range(1, 9001)]
         rows[-2]["dev_accuracy"] = rows[1234]["dev_accuracy"] = 0.5
@@ -98,37 +96,34 @@ def test_view_is_bounded_and_takes_damaged_files():
         with open(run_dir / "metrics.jsonl", "a") as file:
             file.write('[1]\n{"step": 9001, "loss": NaN, "lr": 1e999}\n{"step": 9002, "lo')
         with mock.patch.object(view, "MAX_SAMPLES", 500_000):
-            view.write_page([run_dir], run_dir / "report.html")
-        page = (run_dir / "report.html").read_text()
-        assert len(page) < 1e6
-        [run] = _data(page)
-        steps = run["metrics"]["step"]
-        assert len(steps) < 2010 and steps[-1] == 9001 and {1235, 8999} <= set(steps)
-        assert run["metrics"]["loss"][-1] is None
-        kept = {sample["step"] for sample in run["groups"]}
-        assert len(kept) + run["left_out"] == 20 and 1 < len(kept) < 19
-        assert {0, 19} <= kept
-        first, *_, last = run["groups"][0]["completions"]
-        assert not first["pieces"] and not first["logprobs"] and first["num_tokens"] == 1
-        assert not last["pieces"] and last["num_tokens"] == 5001
+            page, [run] = _page(run_dir)
+    assert len(page) < 1e6
+    steps = run["metrics"]["step"]
+    assert len(steps) < 2010 and steps[-1] == 9001 and {1235, 8999} <= set(steps)
+    assert run["metrics"]["loss"][-1] is None and run["metrics"]["lr"][-1] is None
+    kept = {sample["step"] for sample in run["groups"]}
+    assert len(kept) + run["left_out"] == 20 and 1 < len(kept) < 19 and {0, 19} <= kept
+    first, *_, last = run["groups"][0]["completions"]
+    assert not first["pieces"] and not first["logprobs"] and first["num_tokens"] == 1
+    assert not last["pieces"] and last["num_tokens"] == 5001
 
 
 def test_view_command_and_errors():
-    with tempfile.TemporaryDirectory() as home, contextlib.redirect_stdout(io.StringIO()) as said:
+    with temporary_dir() as home:
         run_dir = _run(home)
-        view.main(view.parse_args([str(run_dir)]))
-        [run] = _data((run_dir / "report.html").read_text())
+        said = in_process("view", run_dir)
+        assert f"written to {run_dir / 'report.html'}" in said
+        _, [run] = _page(run_dir)
         assert run["seconds"] == 30
         assert run["results"] == {"table": [["", "problems"], ["before", "500"]],
                                   "notes": ["341 of 500 problems gained, 12 lost"]}
-        both = f"{home}/both.html"
-        view.main(view.parse_args([str(run_dir), str(_run(home, "other")), "--out", both]))
-        assert len(_data(Path(both).read_text())) == 2 and both in said.getvalue()
-        with raises(FileNotFoundError, home, "flags.json", "grpo.py"):
-            view.main(view.parse_args([home]))
-        gone = SimpleNamespace(rank=0, dir=Path(home, "gone"))
-        view.write_report(gone)  # ends no training
-        assert "report.html is not written" in said.getvalue()
+        in_process("view", run_dir, _run(home, "other"), "--out", home / "both.html")
+        assert "other" in (home / "both.html").read_text()
+        with raises(FileNotFoundError, str(home), "flags.json", "grpo.py"):
+            in_process("view", home)
+        with mock.patch("builtins.print") as said:
+            view.write_report(SimpleNamespace(rank=0, dir=home / "gone"))  # ends no training
+        assert "report.html is not written" in said.call_args[0][0]
 
 
 def test_view_knows_what_grpo_counts_as_second_thoughts():
@@ -192,23 +187,24 @@ def _click_through(page, home):
 
 def test_view_in_a_browser():
     """No script error, nothing loaded, and each part of a completion where it belongs."""
-    with tempfile.TemporaryDirectory() as home:
-        runs = [view.read_run(_run(home, name)) for name in "ab"]
-        seen = _click_through(view.render(runs), home)
-        assert not seen["found"] and not seen["strange"] and not seen["wide"], seen
-        assert seen["width"] == 390 and seen["box"] == ["\\boxed{2}"], seen
-        assert seen["second"] == ["wait"], seen
-        assert seen["thought"] == ["<think>no, ", "wait", ": 2</think>"], seen
-        assert seen["cards"] == 5 and seen["tinted"] == 7, seen  # two runs, before and after; group
-        assert "step 3" in seen["values"][0] and "held out 0.5 [0.25, 0.75]" in seen["values"][0]
-        for words in ("341 of 500 problems gained, 12 lost", "python grpo.py", "30 s", "--model",
-                      "1 of 1 are right", "A +0.50", "5 tokens, ended by itself", "2001-09-09"):
-            assert words in seen["page"], (words, seen["page"])
+    with temporary_dir() as home:
+        page, _ = _page(_run(home, "a"), _run(home, "b"))
+        seen = _click_through(page, home)
+    assert not seen["found"] and not seen["strange"] and not seen["wide"], seen
+    assert seen["width"] == 390 and seen["box"] == ["\\boxed{2}"], seen
+    assert seen["second"] == ["wait"], seen
+    assert seen["thought"] == ["<think>no, ", "wait", ": 2</think>"], seen
+    assert seen["cards"] == 5 and seen["tinted"] == 7, seen  # two runs, before and after; group
+    assert "step 3" in seen["values"][0] and "held out 0.5 [0.25, 0.75]" in seen["values"][0]
+    for words in ("341 of 500 problems gained, 12 lost", "python grpo.py", "30 s", "--model",
+                  "1 of 1 are right", "A +0.50", "5 tokens, ended by itself", "2001-09-09"):
+        assert words in seen["page"], (words, seen["page"])
 
 
 def test_view_in_a_browser_hostile_text_does_nothing():
-    with tempfile.TemporaryDirectory() as home:
-        seen = _click_through(view.render([view.read_run(_run(home, texts=HOSTILE))]), home)
-        assert seen["hacked"] is None and not seen["strange"] and not seen["found"], seen
-        assert not seen["wide"] and seen["said"][:6] == HOSTILE[:6], seen["said"][:6]
-        assert len(seen["said"]) == len(HOSTILE)
+    with temporary_dir() as home:
+        page, _ = _page(_run(home, texts=HOSTILE))
+        seen = _click_through(page, home)
+    assert seen["hacked"] is None and not seen["strange"] and not seen["found"], seen
+    assert not seen["wide"] and seen["said"][:6] == HOSTILE[:6], seen["said"][:6]
+    assert len(seen["said"]) == len(HOSTILE)
