@@ -20,12 +20,12 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
@@ -237,9 +237,8 @@ def head_weight(params):
 
 def lm_head(hidden, weight, temperature=1.0):
     """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
-    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if hidden.is_cuda and hidden.dtype != torch.float32 and not learns:  # it has no derivative
-        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)  # underivable
         logits = logits.unflatten(0, hidden.shape[:-1])
     else:
         logits = project(hidden, weight).float()
@@ -431,20 +430,29 @@ def resolve_model(name, config_only=False):
                                 f"*.safetensors in {by_hand}, or pass their directory") from None
 
 
-def read_json(path):
-    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
-    path = Path(path)
+@contextmanager
+def reading(path, kind):
+    """Whatever fails in this block is a FileNotFoundError or ValueError that names the file."""
     if not path.is_file():  # a pipe, say, which would never end
         raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json, "
                                 "tokenizer.json and *.safetensors")
     try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the panics of some libraries are no Exceptions
+        raise ValueError(f"{path}: not {kind} ({error})") from None
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
+    path = Path(path)
+    with reading(path, "a JSON object"):
         if path.stat().st_size > 2**26:
             raise ValueError(f"{path.stat().st_size:,} bytes, at most {2**26:,} are read")
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"found a {type(raw).__name__}")
-    except (ValueError, RecursionError) as error:  # not UTF-8, say, or nested without end
-        raise ValueError(f"{path}: expected a JSON object ({error})") from None
     return raw
 
 
@@ -494,21 +502,10 @@ def load_config(model_dir):
     head_dim = raw.get("head_dim", config.head_dim)
     if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
         raise ValueError(f"{path}: hidden_size {config.hidden_size}, {heads} heads of head_dim "
-                         f"{head_dim} and {kv_heads} key/value heads do not go together: expected "
-                         "an even head_dim, and heads that key/value heads can share evenly")
+                         f"{head_dim} and {kv_heads} key/value heads do not go together")
     if config.num_hidden_layers > 1000:  # to list their tensors would take minutes
         raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, at most 1000")
     return config
-
-
-def read_tensors(path):
-    """{name: tensor} of a safetensors file, mapped: what is written into them stays in memory."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
 def check_tensors(tensors, shapes, path):
@@ -526,31 +523,32 @@ def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
 
     adapter: the directory of one to lay over them. On a CPU, tensors that are of `dtype` already
-    stay views of the mapped file. Raises FileNotFoundError, or ValueError that names every missing,
-    extra or misshapen tensor.
+    stay views of the file, which is mapped: what is written into them stays in memory.
+    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
     """
     model_dir = Path(model_dir)
     config = load_config(model_dir)
     tensors = {}
     for path in sorted(model_dir.glob("model*.safetensors")) or [model_dir / "model.safetensors"]:
-        tensors |= read_tensors(path)  # a shard, perhaps
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and None not in (head, embedding):  # stored, although it is tied
-        if torch.equal(head, embedding):
-            del tensors["lm_head.weight"]
+        with reading(path, "a safetensors file"):  # a shard, perhaps
+            tensors |= load_file(path)
+    heads = [tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if config.tie_word_embeddings and None not in heads and torch.equal(*heads):
+        del tensors["lm_head.weight"]  # stored, although it is tied
     shapes = param_shapes(config)
     check_tensors(tensors, shapes, model_dir)
     params = {name: tensors[name].to(device, dtype) for name in shapes}
     return params | load_adapter(adapter, config, device) if adapter else params
 
 
-def write_files(out_dir, config_name, raw, tensors_name, tensors):
-    """Write the JSON file and the tensors of a new directory."""
+def write_files(out_dir, names, raw, tensors):
+    """Write the JSON file and the tensors of a new directory under these two names."""
     out_dir.mkdir(parents=True)
-    (out_dir / config_name).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    config_path, path = (out_dir / name for name in names)
+    config_path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, out_dir / tensors_name, metadata={"format": "pt"})
-    shutil.copymode(out_dir / config_name, out_dir / tensors_name)  # else it is its owner's alone
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(config_path, path)  # else it is for its owner alone
 
 
 def save_model(out_dir, params, config, like):
@@ -572,9 +570,15 @@ def save_model(out_dir, params, config, like):
     if config.rope_scaling:  # for new readers and for old
         raw["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | config.rope_scaling._asdict()
     merged = {name: merged_weight(params, name) for name in param_shapes(config)}
-    write_files(staging, "config.json", raw, "model.safetensors", merged)
-    if lora := {name: tensor for name, tensor in params.items() if ".lora_" in name}:
-        save_adapter(staging / "adapter", lora, like)
+    write_files(staging, ("config.json", "model.safetensors"), raw, merged)
+    lora = {PEFT_PREFIX + name: tensor for name, tensor in params.items() if ".lora_" in name}
+    if lora:
+        rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
+        raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+               "target_modules": sorted({name.split(".")[-3] for name in lora}),
+               "base_model_name_or_path": str(like)}
+        names = "adapter_config.json", "adapter_model.safetensors"
+        write_files(staging / "adapter", names, raw, lora)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                  "chat_template.jinja", "vocab.json", "merges.txt"):
         if (like / name).is_file():
@@ -601,16 +605,6 @@ class AdapterConfig(NamedTuple):
     use_rslora: bool = False
 
 
-def save_adapter(out_dir, lora, base):
-    """Write an adapter of the model in the directory `base` as the peft package reads it."""
-    rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-           "target_modules": sorted({name.split(".")[-3] for name in lora}),
-           "base_model_name_or_path": str(base)}
-    write_files(out_dir, "adapter_config.json", raw, "adapter_model.safetensors",
-                {PEFT_PREFIX + name: tensor for name, tensor in lora.items()})
-
-
 def adapter_config(adapter_dir, rank=None):
     """The AdapterConfig of a saved adapter. Raises ValueError where another `rank` is asked for."""
     path = Path(adapter_dir) / "adapter_config.json"
@@ -623,18 +617,17 @@ def adapter_config(adapter_dir, rank=None):
 
 def load_adapter(adapter_dir, config, device="cpu"):
     """A LoRA adapter in PEFT's format, as `params` takes it: float32, alpha / rank within lora_B.
-
-    It may leave layers out. Raises FileNotFoundError or ValueError, for variants of LoRA, too.
-    """
+    It may leave layers out. Raises FileNotFoundError or ValueError, for variants of LoRA, too."""
     rank, alpha, by_root = adapter_config(adapter_dir)
     path = Path(adapter_dir) / "adapter_model.safetensors"
-    tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in read_tensors(path).items()}
+    with reading(path, "a safetensors file"):
+        tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(path).items()}
     layers = {name.split(".lora_")[0] for name in tensors}
     shapes = {name: shape for name, shape in lora_shapes(config, rank).items()
               if name.split(".lora_")[0] in layers or not layers}
     check_tensors(tensors, shapes, path)
-    lora = {name: tensors[name].to(device, torch.float32) for name in shapes}
     scale = alpha / (math.sqrt(rank) if by_root else rank)
+    lora = {name: tensors[name].to(device, torch.float32) for name in shapes}
     return {name: t * scale if ".lora_B." in name else t for name, t in lora.items()}
 
 
@@ -646,14 +639,8 @@ INSTRUCT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful ass
 def load_tokenizer(model_dir):
     """The tokenizers.Tokenizer of a model directory. Raises FileNotFoundError or ValueError."""
     path = Path(model_dir) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
-    try:
+    with reading(path, "a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the library's panics are no Exceptions
-        raise ValueError(f"{path}: not a tokenizer ({error})") from None
     tokenizer.no_truncation()  # a file may have been saved with them, and prompts be cut in silence
     tokenizer.no_padding()
     return tokenizer

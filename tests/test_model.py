@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -392,7 +392,7 @@ def test_model_adapter_has_the_form_that_peft_reads():
         assert raw["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj",
                                          "up_proj", "v_proj"]
         assert raw["base_model_name_or_path"] == str(home.resolve())
-        tensors = model.read_tensors(out / "adapter" / "adapter_model.safetensors")
+        tensors = load_file(out / "adapter" / "adapter_model.safetensors")
         pre = "base_model.model.model.layers.2."
         assert tensors[pre + "self_attn.k_proj.lora_A.weight"].shape == (2, 64)
         assert tensors[pre + "mlp.down_proj.lora_B.weight"].shape == (64, 2) and len(tensors) == 42
@@ -435,7 +435,7 @@ def test_model_adapters_of_peft():
                 load(wrong, **changes)
         load(tensors)
         file.write_bytes(b"no tensors")
-        with raises(ValueError, "adapter_model.safetensors: cannot be read"):
+        with raises(ValueError, "adapter_model.safetensors: not a safetensors file"):
             model.load_adapter(home, config)
         file.unlink()
         with raises(FileNotFoundError, "adapter_model.safetensors"):
@@ -516,7 +516,7 @@ def test_model_load_names_every_wrong_tensor():
         for part in (whole[:-1], whole[:2000], whole[:5], b"", b"not a checkpoint", b"\xff" * 64):
             file.unlink()
             file.write_bytes(part)
-            with raises(ValueError, "model.safetensors", "cannot be read"):
+            with raises(ValueError, "model.safetensors", "not a safetensors file"):
                 model.load_params(path)
         file.unlink()
         with raises(FileNotFoundError, "model.safetensors", "no such file"):
@@ -578,7 +578,8 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"use_sliding_window": True}, "use_sliding_window is True, expected False"),
             ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
             ({"quantization_config": {"bits": 4}}, "quantization_config", "bits"),
-            ({"hidden_size": None, "vocab_size": None}, "hidden_size is None", "vocab_size is None"),
+            ({"hidden_size": None, "vocab_size": None}, "hidden_size is None, expected a positive",
+             "vocab_size is None"),
             ({"num_hidden_layers": "24"}, "num_hidden_layers is '24', expected a positive int"),
             ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
             ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "at most 1000"),
@@ -592,7 +593,7 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"rms_norm_eps": 10**20}, "rms_norm_eps is 1" + 20 * "0"),
             ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
             ({"hidden_size": 900}, "hidden_size 900, 14 heads"),
-            ({"hidden_size": 14 * 63}, "head_dim 63", "even head_dim"),
+            ({"hidden_size": 14 * 63}, "head_dim 63"),
             ({"head_dim": 128}, "head_dim 128"),
             ({"num_key_value_heads": 4}, "14 heads", "4 key/value heads"),
             ({"eos_token_id": "<|im_end|>"}, "eos_token_id", "<|im_end|>"),
@@ -658,7 +659,7 @@ def test_model_damaged_files_are_named():
                 (os.rmdir if tokens.is_dir() else os.unlink)(tokens)
         for text in ("", "{'a': 1}", '{"vocab_size": 1', "\xff\xfe", "[" * 100000, "[1]"):
             path.write_text(text, encoding="latin-1")
-            with raises(ValueError, "config.json", "expected a JSON object"):
+            with raises(ValueError, "config.json", "not a JSON object"):
                 model.load_config(home)
         with open(home / "tokenizer_config.json", "w") as file:
             file.truncate(2**40)  # a file of holes
