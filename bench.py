@@ -28,6 +28,7 @@ import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
 from launch import all_sum, at_least, gather_objects, rank_and_world, say
+from run import make_trainable
 from stats import markdown
 
 SAMPLE_LOADS = ("fixed", "mixed", "context")
@@ -246,7 +247,8 @@ def bench_step(args, counted=3):
     _, world, device = launch.init_distributed(args.device, args.processes)
     dtype = launch.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
-    params, reference, optimizer = grpo.make_trainable(base, config, args, device)
+    params, optimizer = make_trainable(base, config, args, device)
+    reference = grpo.make_reference(params, config, args)
     del base
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None, Engine())

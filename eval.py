@@ -40,7 +40,7 @@ from engine import Engine, sampling_params
 from generate import add_sampling_flags, completion_text, generate
 from launch import at_least, gather_objects, rank_and_world, run_main, say
 from run import append_lines, code_commit, read_trained_on
-from stats import interval, maj_at_k, markdown, paired_bootstrap, pass_at_k, percent
+from stats import interval, markdown, percent
 from verify import extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
@@ -187,40 +187,33 @@ def list_changes(old, new):
 # ---------------------------------------------------------------------- which problems
 
 
-def drop(items, fits, why, none_left):
-    """The items that fit (a bool each). Says how many do not; ValueError when none does."""
-    kept = list(compress(items, fits))
-    if items and not kept:
-        raise ValueError(none_left)
-    if len(kept) < len(items):
-        say(f"{len(items) - len(kept)} of {len(items)} {why}")
+def drop(problems, fits, why, remedy):
+    """The problems that fit (a bool each). Says how many do not; ValueError when none does."""
+    kept = list(compress(problems, fits))
+    left_out = len(problems) - len(kept)
+    said = f"{left_out} of {len(problems)} {why}"
+    if problems and not kept:
+        raise ValueError(f"{said}; {remedy}")
+    if left_out:
+        say(said)
     return kept
 
 
 def fit_context(problems, prompts, config, reply_tokens):
-    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context.
-
-    Says how many are left out. Raises ValueError when all are.
-    """
-    room = f"room for {reply_tokens} new tokens in the context of {config.max_context}"
+    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context."""
     fits = [len(prompt) + reply_tokens <= config.max_context for prompt in prompts]
-    kept = drop(problems, fits, f"problems are left out: their prompts leave no {room}",
-                f"no prompt leaves {room}; try a smaller --max-new-tokens, or fewer solved "
-                "examples")
+    kept = drop(problems, fits, "problems are left out: their prompts leave no room for "
+                f"{reply_tokens} new tokens in the context of {config.max_context}",
+                "try a smaller --max-new-tokens, or fewer solved examples")
     return kept, list(compress(prompts, fits))
 
 
 def leave_out(problems, keys, held_out, name):
-    """The training problems of the set `name` whose keys are not among `held_out`.
-
-    Says how many are left out. Raises ValueError when all are.
-    """
+    """The training problems of the set `name` whose keys are not among `held_out`."""
     held_out = set(held_out)
     return drop(problems, [key not in held_out for key in keys],
                 f"training problems of {name} are also held out for evaluation: they are left out "
-                "of training",
-                f"every training problem of {name} is also held out for evaluation; expected "
-                "others: change --data or --eval-data")
+                "of training", "change --data or --eval-data")
 
 
 # ---------------------------------------------------------------------- the setup that flags name
@@ -381,8 +374,7 @@ def score_row(records, scores, tokens, seconds, **settings):
 
 
 def cost_row(records, outcomes, **settings):
-    """score_row of a method that uses some samples of each pool: (its success, how many) of each.
-    """
+    """score_row of a method that uses part of each pool: (its success, samples used) of each."""
     scores, drawn = zip(*outcomes)
     tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
     seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
@@ -401,8 +393,8 @@ def rates_of(record, grade):
     correct = sum(s[grade] is True for s in samples)
     for k in (1, 2, 5, 10, 20, 50):
         if 1 < n >= k:
-            rates[f"pass@{k}"] = pass_at_k(n, correct, k)
-            rates[f"maj@{k}"] = maj_at_k(votes, right, k)
+            rates[f"pass@{k}"] = stats.pass_at_k(n, correct, k)
+            rates[f"maj@{k}"] = stats.maj_at_k(votes, right, k)
     return rates
 
 
@@ -468,7 +460,7 @@ def paired(a, b):
 
 def change(row, better):
     """(mean, low, high): how much more `better` has than `row`, on the problems of both."""
-    return paired_bootstrap(*paired(row, better))
+    return stats.paired_bootstrap(*paired(row, better))
 
 
 def gain(row, baseline):

@@ -39,60 +39,20 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import launch
+import losses
+import metrics
 import model
 import optim
+import run
 import view
-from data.mixture import (
-    data_hash,
-    files_of,
-    keys_of,
-    load_held_out,
-    load_mixture,
-    problem_order,
-    split_number,
-)
+from data import mixture
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
 from engine import Engine, cache_slots, sampling_params
 from eval import fit_context, leave_out
 from generate import completion_text, generate
 from launch import at_least, below_one, gather_objects, rank_and_world, say
-from losses import (
-    LOSSES,
-    combined_advantages,
-    group_advantages,
-    loss_total,
-    mismatch_weights,
-    policy_loss,
-)
-from metrics import (
-    DEV_ACCURACY,
-    KL,
-    STEP_LINE,
-    count_right,
-    keep_first_and_best,
-    list_solved,
-    reached,
-    results_row,
-    right_answers,
-    sample_records,
-    save_solved,
-    step_metrics,
-    whether_it_helped,
-    write_results,
-)
-from optim import init_optimizer, optimizer_step
-from run import (
-    Run,
-    claim_run_dir,
-    load_checkpoint,
-    log_samples,
-    log_step,
-    read_trained_on,
-    save_checkpoint,
-    start_run,
-    stop_signals,
-)
+from losses import group_advantages, policy_loss
 from stats import rate_metrics
 from verify import verify_many
 
@@ -123,22 +83,20 @@ def add_flags(parser):
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
-    add("--temperature", type=launch.above(0.0), default=1.0,
-        help="of sampling, and of every log-probability")
+    add("--temperature", type=launch.above(0.0), default=1.0, help="of every log-probability, too")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times to replace a group of equal rewards")
     add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
-    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}; "
-        "mine.py:short is def short(group) in your mine.py "
-        f"(default {' '.join(REWARDED)}, without the format where the prompt asks for no "
-        "box or with --scale mean; with --teacher, none)")
-    add("--combine", default="sum", choices=("sum", "normalise"), help="the rewards: their sum, or "
-        "each normalised in its group before it (GDPO)")
+    add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, or "
+        "mine.py:short, def short(group) in your mine.py (default none with --teacher, accuracy=1 "
+        f"with --scale mean or a prompt that asks for no box, else {' '.join(REWARDED)})")
+    add("--combine", default="sum", choices=("sum", "normalise"),
+        help="rewards: their sum, or each normalised in its group before it (GDPO)")
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", default="dapo", choices=LOSSES)
+    add("--loss", default="dapo", choices=losses.LOSSES)
     add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
         "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
     add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
@@ -147,28 +105,25 @@ def add_flags(parser):
     add("--clip-high", type=at_least(0.0), help="and above 1 + this (default 0.28, of dppo 0.2, "
         "whose bounds are of the probability's change)")
     add("--clip-hard", type=launch.above(1.0), help="and, where the advantage is negative, here")
-    add("--teacher", help="a model whose tokenizer is the same, to learn from: --beta, then 1 "
-        "unless given, weighs the KL divergence from it")
+    add("--teacher", help="a model of the same tokenizer to learn from, by --beta (then 1)")
     add("--beta", type=at_least(0.0), help="weight of the KL divergence from the start (default 0)")
     add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
     add("--entropy-bonus", type=float, default=0.0, help="factor of the entropy")
     add("--updates", type=at_least(1), default=1, help="mu: optimizer steps on each batch")
-    add("--sampler-level", default="token", choices=("token", "sequence"), help="where the sampler "
-        "and the trainer disagree: token truncates what a token counts, sequence leaves out the "
-        "whole completion")
+    add("--sampler-level", default="token", choices=("token", "sequence"), help="where sampler and "
+        "trainer disagree, truncate a token's weight, or leave out the whole completion")
     add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default 2; of sequence 3)")
     add("--mask-truncated", action="store_true", help="completions that were cut off are left out")
     add = parser.add_argument_group("size and length").add_argument
     add("--steps", type=at_least(1), help="batches of rollouts")
-    add("--epochs", type=launch.above(0.0), help="instead of --steps: passes over the "
-        "problems, not counting those of --refill")
+    add("--epochs", type=launch.above(0.0), help="passes over the problems, instead of --steps")
     add("--until", type=launch.between(0.0, 1.0), help="stop at this accuracy on dev, such as 0.9")
     add("--train-limit", type=at_least(1), help="training problems of each set, a random subset")
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
     add("--micro-tokens", type=at_least(1), help="tokens in one packed row of training")
-    add("--free-sampler", action="store_true", help="a GPU's sampler gives back its cache, weights "
-        "and graphs before each update: less memory, more time")
+    add("--free-sampler", action="store_true",
+        help="a GPU's sampler gives its memory back before each update: less memory, more time")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass: less memory, a third more time")
     launch.add_train_flags(parser, lr=None, run_dir="runs/grpo")
@@ -290,8 +245,8 @@ def roll_out_step(policy, orders, step, args):
     return roll_out(as_sampler(policy), problems, args, seed, refills=refills)
 
 
-def with_nan(rows):
-    """Lists of floats as a tensor, with nan for None."""
+def as_tensor(rows):
+    """Lists of floats, [N, G], with nan for None."""
     return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
 
 
@@ -301,15 +256,13 @@ def with_advantages(groups, args):
     A group without spread gets zeros, and does not count towards the deviation of the batch. An
     undecided completion gets None, and does not count towards the baseline of its group.
     """
-    rewards = with_nan([g.rewards for g in groups])  # [N, G]
-    spread = torch.tensor([has_spread(g) for g in groups])  # [N]
+    rewards = as_tensor([g.rewards for g in groups])  # [N, G]
     advantages = torch.zeros_like(rewards)
+    spread = torch.tensor([has_spread(g) for g in groups])  # [N]
     if spread.any() and args.combine == "normalise":
-        parts = {}
-        for name in groups[0].parts:
-            part = with_nan([g.parts[name] for g in groups])
-            parts[name] = torch.where(rewards.isnan(), math.nan, part)[spread]
-        advantages[spread] = combined_advantages(parts, parse_rewards(args.reward), args.scale)
+        coefficients = parse_rewards(args.reward)
+        parts = {name: as_tensor([g.parts[name] for g in groups])[spread] for name in coefficients}
+        advantages[spread] = losses.combined_advantages(parts, coefficients, args.scale)
     elif spread.any():
         advantages[spread] = group_advantages(rewards[spread], args.scale)
     rows = []
@@ -328,59 +281,53 @@ class Sequence(NamedTuple):
     advantage: float
 
 
+def num_tokens(row):
+    """Of a packed row: [(prompt tokens, [Sequence, ...]), ...]."""
+    return sum(len(prompt) + sum(len(s.tokens) for s in piece) for prompt, piece in row)
+
+
 def pack_groups(groups, micro_tokens):
     """[(prompt tokens, [Sequence, ...]), ...] -> rows of groups, of at most `micro_tokens` tokens.
 
-    A group that does not fit the rest of a row is divided; each part pays for the prompt, and the
-    gradient is the same. A completion that is longer by itself has its own row.
+    A group that does not fit the rest of a row begins another; one that is too long for a row is
+    divided, each part pays for the prompt, and the gradient is the same. A completion that is
+    longer by itself has its own row.
     """
     rows = []
-    size = math.inf  # of the last row
+    room = 0  # in the last row
     for prompt, sequences in groups:
-        if size + len(prompt) + sum(len(s.tokens) for s in sequences) > micro_tokens:
-            size = math.inf
-        in_row = False  # the prompt
+        if num_tokens([(prompt, sequences)]) > room:
+            room = 0
+        piece = []
         for sequence in sequences:
-            if size + len(prompt) * (not in_row) + len(sequence.tokens) > micro_tokens:
+            size = len(sequence.tokens)
+            if size + (0 if piece else len(prompt)) > room:
                 rows.append([])
-                size = 0
-                in_row = False
-            if not in_row:
-                rows[-1].append((prompt, []))
-                size += len(prompt)
-                in_row = True
-            rows[-1][-1][1].append(sequence)
-            size += len(sequence.tokens)
+                room = micro_tokens
+                piece = []
+            if not piece:
+                rows[-1].append((prompt, piece))
+                room -= len(prompt)
+            piece.append(sequence)
+            room -= size
     return rows
 
 
 def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
     learned = []
-    lengths = []
-    for g in groups if args.teacher else filter(has_spread, groups):
+    for g in groups:
         sequences = []
         for c, advantage in zip(g.completions, g.advantages):
             masked = args.mask_truncated and c.finish != "stop"
             if advantage is not None and not masked:
                 sequences.append(Sequence(c.tokens, c.logprobs, advantage))
-        learned.append((g.prompt, sequences))
-        lengths += [len(s.tokens) for s in sequences]
-    total = loss_total(args.loss, lengths, args.max_new_tokens)
-    return deal_rows(pack_groups(learned, args.micro_tokens)), total
-
-
-def deal_rows(rows):
-    """This process's share of packed rows: the longest first, each to the least loaded process."""
+        if args.teacher or has_spread(g):
+            learned.append((g.prompt, sequences))
+    lengths = [len(s.tokens) for _, sequences in learned for s in sequences]
     rank, world = rank_and_world()
-    shares = [[] for _ in range(world)]
-    loads = [0] * world
-    sizes = [sum(len(p) + sum(len(s.tokens) for s in piece) for p, piece in row) for row in rows]
-    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
-        least = loads.index(min(loads))
-        shares[least].append(rows[i])
-        loads[least] += sizes[i]
-    return shares[rank]
+    rows = sorted(pack_groups(learned, args.micro_tokens), key=num_tokens, reverse=True)
+    return rows[rank::world], losses.loss_total(args.loss, lengths, args.max_new_tokens)
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False):
@@ -423,7 +370,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     sequences = [s for _, piece in row for s in piece]
     sampled = pad_sequence([new(s.logprobs) for s in sequences], batch_first=True)  # [B, T]
     mismatch = (old_logprobs - sampled) * mask  # [B, T]
-    weights = mismatch_weights(mismatch, args.sampler_cap, args.sampler_level)
+    weights = losses.mismatch_weights(mismatch, args.sampler_cap, args.sampler_level)
     if args.loss == "dppo":  # its bounds are around the sampler itself
         old_logprobs, weights = sampled, torch.ones_like(weights)
     loss, stats = policy_loss(
@@ -445,37 +392,34 @@ def update(policy, reference, optimizer, rows, total, lr, args):
     of the last step, and how many steps were "skipped".
     """
     params, config, *_ = policy
-    settings = (args.temperature, args.checkpointing)
+    how = (args.temperature, args.checkpointing)
     old = ref = [None] * len(rows)
     with torch.no_grad():
         if args.beta:
-            ref = [row_logprobs(*reference[:2], row, *settings)[0] for row in rows]
+            ref = [row_logprobs(*reference[:2], row, *how)[0] for row in rows]
         if args.updates > 1:
-            old = [row_logprobs(params, config, row, *settings)[0] for row in rows]
+            old = [row_logprobs(params, config, row, *how)[0] for row in rows]
     own = Counter()  # of tensors, so that the device is not waited for
     skipped = 0
-    inputs = list(zip(rows, old, ref))
     for _ in range(args.updates):
-        for row, old_logprobs, ref_logprobs in launch.show_phase(inputs, "updating"):
-            loss, stats = row_loss(params, config, row, old_logprobs, ref_logprobs, total, args)
+        for each in launch.show_phase(list(zip(rows, old, ref)), "updating"):
+            loss, stats = row_loss(params, config, *each, total, args)
             loss.backward()
             own.update(stats)
-        norms = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
-                               weight_decay=args.weight_decay)
+        norms = optim.optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
+                                     weight_decay=args.weight_decay)
         skipped += norms["skipped"]
     sums = Counter()
     for share in gather_objects({name: value.item() for name, value in own.items()}):
         sums.update(share)
-    sums["grad_norm"] = norms["grad_norm"]
-    sums["skipped"] = skipped
-    return sums
+    return sums | {"grad_norm": norms["grad_norm"], "skipped": skipped}
 
 
 def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
     """`update`, with rows of half the tokens where a GPU's memory runs out: the same gradient."""
+    if not total.tokens:
+        return Counter()
     before = optimizer.updates.item()
-    if args.free_sampler:
-        policy.engine.release()
 
     def attempt():
         if optimizer.updates.item() > before:
@@ -485,12 +429,14 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
         parts = [part for row in rows for part in pack_groups(row, args.micro_tokens)]
         return update(policy, reference, optimizer, parts, total, lr, args)
 
+    if args.free_sampler:
+        policy.engine.release()
     sums = optim.halve_on_oom(args, "micro_tokens", attempt, policy.engine)
     args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
     return sums
 
 
-# ------------------------------------------------------------ the run
+# ------------------------------------------------------------ what fits the memory
 
 
 def memory_plan(config, args, world=1, device="cpu", prompt=200):
@@ -500,14 +446,13 @@ def memory_plan(config, args, world=1, device="cpu", prompt=200):
     longest = prompt + args.max_new_tokens
     in_all = groups * (prompt + args.group * args.max_new_tokens)
     rows = min(args.max_batch, groups * args.group)
-    prompts = math.ceil(rows / args.group)
-    dtype = launch.compute_dtype(args.dtype, device)
-    slots = cache_slots(rows, prompts, prompt, args.max_new_tokens, device == "cuda")
+    slots = cache_slots(rows, math.ceil(rows / args.group), prompt, args.max_new_tokens,
+                        device == "cuda")
     reference = config if args.beta and not args.lora_rank else None
     if args.teacher:
         reference = model.load_config(model.resolve_model(args.teacher, config_only=True))
     return optim.plan_memory(
-        config, dtype, device, world, longest=longest,
+        config, launch.compute_dtype(args.dtype, device), device, world, longest=longest,
         row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
         lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
         offload=args.offload, keep_sampler=not args.free_sampler)
@@ -519,51 +464,47 @@ def fit_memory(config, args, world, device, there):
     Writes into `args`. No result depends on these three.
     """
     plan = memory_plan(config, args, world, device)
-    if plan.peak > there and device == "cuda":
-        args.free_sampler = True
-        plan = memory_plan(config, args, world, device)
     while plan.peak > there:
         name = "max_batch" if plan.update <= there or args.micro_tokens <= 2048 else "micro_tokens"
-        size = getattr(args, name) // 2
-        if size < 8:
+        if device == "cuda" and not args.free_sampler:
+            args.free_sampler = True
+        elif getattr(args, name) >= 16:
+            setattr(args, name, getattr(args, name) // 2)
+        else:
             break
-        setattr(args, name, size)
         plan = memory_plan(config, args, world, device)
     return plan
 
 
 def fill_defaults(args, config):
-    """Fill in the flags that were left out and depend on the model. Writes into `args`.
+    """Fill in the flags that were left out and depend on the model or on others, in `args`.
 
     Raises ValueError for flags that contradict each other.
     """
     if args.epochs and args.steps:
         raise ValueError(f"--steps is {args.steps}, expected nothing beside --epochs {args.epochs}")
-    defaults = dict(TINY if model.is_tiny(config) else OTHERS)
-    defaults["clip_high"] = 0.2 if args.loss == "dppo" else 0.28
-    defaults["sampler_cap"] = 2.0 if args.sampler_level == "token" else 3.0
-    if args.epochs:
-        del defaults["steps"]
+    defaults = TINY if model.is_tiny(config) else OTHERS
+    boxed = PRESETS[args.prompt or defaults["prompt"]].grade == "strict" and args.scale != "mean"
+    defaults = defaults | {
+        "steps": None if args.epochs else defaults["steps"],
+        "clip_high": 0.2 if args.loss == "dppo" else 0.28,
+        "sampler_cap": 2.0 if args.sampler_level == "token" else 3.0,
+        "beta": 1.0 if args.teacher else 0.0,
+        "reward": [] if args.teacher else REWARDED[:1 + boxed],
+        "eval_data": mixture.split_number((args.data or defaults["data"])[0])[0]}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.beta is None:
-        args.beta = 1.0 if args.teacher else 0.0
+    if args.adapter:
+        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank).r
     if args.teacher and not args.beta:
         raise ValueError("--beta is 0, expected more than 0 beside --teacher, which it weighs")
-    if args.reward is None:
-        boxed = PRESETS[args.prompt].grade == "strict" and args.scale != "mean"
-        args.reward = [] if args.teacher else REWARDED[:1 + boxed]
-    coefficients = parse_rewards(args.reward)
-    if args.scale == "mean" and coefficients.keys() - {"accuracy"}:
-        raise ValueError(f"--scale mean is for rewards of 0 and 1, and --reward is "
+    if parse_rewards(args.reward).keys() - {"accuracy"} and args.scale == "mean":
+        raise ValueError("--scale mean is for rewards of 0 and 1, and --reward is "
                          f"{' '.join(args.reward)}; expected accuracy alone")
     if args.clip_hard and args.clip_hard <= 1 + args.clip_high:
         raise ValueError(f"--clip-hard is {args.clip_hard}, expected more than 1 + --clip-high "
                          f"{args.clip_high}")
-    if args.adapter:
-        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank).r
-    args.eval_data = args.eval_data or split_number(args.data[0])[0]
 
 
 def check_teacher(args):
@@ -590,31 +531,53 @@ def settle_flags(args, config):
     if args.teacher:
         check_teacher(args)
     plan = memory_plan(config, args, world, device)
-    if args.lora_rank is None and plan.peak > there:
+    rank, args.lora_rank = args.lora_rank, args.lora_rank or 0
+    if rank is None and plan.peak > there:
         args.lora_rank = LORA_RANK
         plan = fit_memory(config, args, world, device, there)
-        if plan.peak > there:
-            raise ValueError(
-                f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} "
-                f"GiB at --micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}, and "
-                f"there are {there:.1f}; try a smaller --max-new-tokens, or more GPUs; `python "
-                f"bench.py plan --model {args.model}` shows what fits")
+    sizes = f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
+    if rank is None and plan.peak > there:
+        raise ValueError(
+            f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} GiB "
+            f"at {sizes}, and there are {there:.1f}; try a smaller --max-new-tokens, or more GPUs; "
+            f"`python bench.py plan --model {args.model}` shows what fits")
     trained = "all weights"
-    args.lora_rank = args.lora_rank or 0
     if args.lora_rank:
-        trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with "
-                   f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
-                   + args.free_sampler * " --free-sampler")
         args.lr = lr or LORA_LR
+        trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with {sizes}"
+                   + args.free_sampler * " --free-sampler")
     say(f"training {trained}: {optim.plan_line(plan, there)}")
     if args.processes is None:
         args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
+
+
+# ------------------------------------------------------------ the run
 
 
 def drop_long_prompts(problems, policy, args):
     """The problems whose prompt leaves room for --max-new-tokens in the context."""
     prompts = [encode_problem(policy, problem, args) for problem in problems]
     return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
+
+
+def load_data(policy, args):
+    """(sets of problems to train on, dev, test), with their hash as a flag: --resume must find the
+    same. Those that are held out are not trained on."""
+    sets, _ = mixture.load_mixture(args.data, args.train_limit)
+    held_out = mixture.load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
+    *sets, dev, test = [drop_long_prompts(each, policy, args) for each in (*sets, *held_out)]
+    for path in mixture.files_of(args.data) & mixture.files_of([args.eval_data]):
+        say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
+            "for dev and test alike")
+    shared = set(mixture.keys_of(dev)) & set(mixture.keys_of(test))
+    if shared:
+        say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
+            "checkpoint is chosen by them")
+    held_out = mixture.keys_of(dev + test)
+    sets = [leave_out(problems, mixture.keys_of(problems), held_out, word)
+            for problems, word in zip(sets, args.data)]
+    args.data_sha256 = mixture.data_hash(*sets, dev, test)
+    return sets, dev, test
 
 
 def filter_by_pass_rate(sets, policy, args, counts):
@@ -631,10 +594,10 @@ def filter_by_pass_rate(sets, policy, args, counts):
         seed = zlib.crc32(f"{args.seed} 0".encode())
         for begin in range(0, len(problems), args.prompts):
             batch = problems[begin:begin + args.prompts]
-            count_right(roll_out(sampler, batch, args, seed), counts)
-    rates = {name: right / asked for name, (right, asked) in counts.items()}
-    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
-    solved = list_solved(counts)
+            metrics.count_right(roll_out(sampler, batch, args, seed), counts)
+    kept = [[p for p in each if low <= counts[p["id"]][0] / counts[p["id"]][1] <= high]
+            for each in sets]
+    solved = metrics.list_solved(counts)
     said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
             f"{len(problems)} problems: {len(solved['never'])} were never solved, "
             f"{len(solved['always'])} always")
@@ -644,44 +607,62 @@ def filter_by_pass_rate(sets, policy, args, counts):
     return kept
 
 
-class Data(NamedTuple):
-    """Problems; those that are held out are not trained on."""
-    sets: list[list[dict]]  # to train on
-    proportions: list[float]  # of each set
+class Training(NamedTuple):
+    """A run in hand, from its first step to its last."""
+    policy: Policy
+    reference: Policy
+    optimizer: optim.Optimizer
+    sets: list[list[dict]]  # of problems to train on
     dev: list[dict]
     test: list[dict]
-
-    @property
-    def num_problems(self):
-        return sum(map(len, self.sets))
-
-
-def load_data(policy, args):
-    """The Data that the flags name, with its hash as a flag: --resume must find the same."""
-    sets, proportions = load_mixture(args.data, args.train_limit)
-    sets = [drop_long_prompts(problems, policy, args) for problems in sets]
-    held_out = load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
-    dev, test = [drop_long_prompts(problems, policy, args) for problems in held_out]
-    for path in files_of(args.data) & files_of([args.eval_data]):
-        say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
-            "for dev and test alike")
-    shared = set(keys_of(dev)).intersection(keys_of(test))
-    if shared:
-        say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
-            "checkpoint is chosen by them")
-    held_out = keys_of(dev + test)
-    sets = [leave_out(problems, keys_of(problems), held_out, word)
-            for problems, word in zip(sets, args.data)]
-    args.data_sha256 = data_hash(*sets, dev, test)
-    return Data(sets, proportions, dev, test)
+    progress: dict  # what a checkpoint has to remember beside the weights
+    run: run.Run
+    model_dir: Path  # of the model that it began with
+    trained_on: set[str]  # keys of problems
+    args: argparse.Namespace
 
 
-def load_base(path, args):
-    """The weights to start from. Frozen ones are loaded as they are computed with."""
-    if not args.lora_rank:
-        return model.load_params(path)
-    device = launch.find_device(args.device)
-    return model.load_params(path, device, launch.compute_dtype(args.dtype, device))
+def make_reference(params, config, args):
+    """What --beta holds the policy to, as a Policy: the --teacher, or the weights as they are."""
+    weights = None
+    if args.teacher:
+        path = model.resolve_model(args.teacher)
+        head = model.head_weight(params)
+        config = model.load_config(path)
+        weights = model.load_params(path, head.device, head.dtype)
+    elif args.beta:  # what is frozen is shared
+        weights = {name: tensor.detach().clone() if tensor.requires_grad else tensor
+                   for name, tensor in params.items()}
+    return Policy(weights, config, None, None)
+
+
+def open_training(args):
+    """(the Training that the flags name, the number of steps that it has behind it)."""
+    config = model.load_config(model.resolve_model(args.model, config_only=True))
+    settle_flags(args, config)
+    run.claim_run_dir(args)
+    path = model.resolve_model(args.model)
+    policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path),
+                    Engine())
+    sets, dev, test = load_data(policy, args)
+    base = run.load_base(path, args)  # before this process forks, so that all share what is frozen
+    _, world, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
+    opened, checkpoint = run.start_run(args)
+    params, optimizer = run.make_trainable(base, config, args, device)
+    del base
+    policy = policy._replace(params=params)
+    reference = make_reference(params, config, args)
+    state = run.load_checkpoint(checkpoint, optimizer)
+    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
+    progress |= state["extra"]
+    if args.filter_by_pass_rate:
+        sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
+    problems = sum(sets, [])
+    say(f"{len(problems)} training problems, {len(dev)} held out for choosing and {len(test)} for "
+        f"the result, on {world} x {device}")
+    trained_on = run.read_trained_on(args.adapter).union(mixture.keys_of(problems))
+    return Training(policy, reference, optimizer, sets, dev, test, progress, opened, path,
+                    trained_on, args), state["step"]
 
 
 def count_steps(args, num_problems):
@@ -692,201 +673,123 @@ def count_steps(args, num_problems):
     return args.steps or math.ceil(epochs * epoch), ends
 
 
-def make_trainable(base, config, args, device):
-    """(params, reference, optimizer). The reference is a Policy: --teacher, or the weights before.
-
-    For an adapter these are the base, which is held anyway; for all weights they are a copy, which
-    only --beta makes.
-    """
-    dtype = launch.compute_dtype(args.dtype, device)
-    start = None
-    if args.lora_rank:
-        lora = model.init_lora(config, args.lora_rank, args.seed)
-        start = base
-        if args.adapter:
-            lora = model.load_adapter(args.adapter, config, device)
-            start = base | lora
-        lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-        params = base | lora
-    else:
-        params, optimizer = init_optimizer(base, device, dtype, args.offload)
-        if args.beta and not args.teacher:
-            start = {name: tensor.detach().clone() for name, tensor in params.items()}
-    if args.teacher:
-        path = model.resolve_model(args.teacher)
-        start = model.load_params(path, device, dtype)
-        config = model.load_config(path)
-    return params, Policy(start, config, None, None), optimizer
-
-
-class Training(NamedTuple):
-    """A run in hand, from its first step to its last."""
-    policy: Policy
-    reference: Policy
-    optimizer: optim.Optimizer
-    data: Data
-    progress: dict  # what a checkpoint has to remember beside the weights
-    run: Run
-    model_dir: Path  # of the model that it began with
-    trained_on: set[str]  # keys of problems
-    args: argparse.Namespace
-
-
-def open_training(args):
-    """(the Training that the flags name, the number of steps that it has behind it)."""
-    config = model.load_config(model.resolve_model(args.model, config_only=True))
-    settle_flags(args, config)
-    claim_run_dir(args)
-    path = model.resolve_model(args.model)
-    policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path))
-    data = load_data(policy, args)
-    base = load_base(path, args)  # before this process forks, so that all share what is frozen
-    _, world, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
-    run, checkpoint = start_run(args)
-    params, reference, optimizer = make_trainable(base, config, args, device)
-    del base
-    policy = policy._replace(params=params, engine=Engine())
-    done = 0
-    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
-    if checkpoint:
-        state = load_checkpoint(checkpoint, optimizer)
-        done = state["step"]
-        progress |= state["extra"]
-    if args.filter_by_pass_rate:
-        sets = filter_by_pass_rate(data.sets, policy, args, progress["pass_rates"])
-        data = data._replace(sets=sets)
-    say(f"{data.num_problems} training problems, {len(data.dev)} held out for choosing and "
-        f"{len(data.test)} for the result, on {world} x {device}")
-    trained_on = read_trained_on(args.adapter).union(keys_of(sum(data.sets, [])))
-    training = Training(policy, reference, optimizer, data, progress, run, path, trained_on, args)
-    return training, done
-
-
-def answer(training, problems, preset=None):
-    """A group of one greedy completion for each problem."""
-    return roll_out(as_sampler(training.policy), list(enumerate(problems)), training.args,
-                    preset=preset, greedy=True)
-
-
-def evaluate(training, step, groups=()):
+def evaluate(training, sampler, step, groups=()):
     """rate_metrics of the answers on dev, which are noted in `progress`.
 
     A few groups of the step and of dev go, whole, to samples.jsonl.
     """
-    tokenizer, progress = training.policy.tokenizer, training.progress
-    answered = answer(training, training.data.dev)
-    log_samples(training.run, step, sample_records(groups[:4], "rollout", tokenizer)
-                + sample_records(answered[:8], "held_out", tokenizer))
-    right = right_answers(answered)
-    progress["dev"] = keep_first_and_best([*progress["dev"], [step, right]])
+    progress = training.progress
+    answered = roll_out(sampler, list(enumerate(training.dev)), training.args, greedy=True)
+    shown = (metrics.sample_records(groups[:4], "rollout", sampler.tokenizer)
+             + metrics.sample_records(answered[:8], "held_out", sampler.tokenizer))
+    run.log_samples(training.run, step, shown)
+    right = metrics.right_answers(answered)
+    progress["dev"] = metrics.keep_first_and_best([*progress["dev"], [step, right]])
     return rate_metrics("dev_accuracy", right)
 
 
-def measure(training, method, preset=None):
+def measure(training, sampler, method, preset=None):
     """Add a row on the test split to results.md, unless --test-limit is 0."""
-    if training.data.test:
-        row = results_row(answer(training, training.data.test, preset), method)
+    if training.test:
+        answered = roll_out(sampler, list(enumerate(training.test)), training.args, preset=preset,
+                            greedy=True)
         rows = training.progress["rows"]
-        rows[:] = [other for other in rows if other["method"] != method] + [row]
-        write_results(training.run, rows)
+        rows[:] = [row for row in rows if row["method"] != method]
+        rows.append(metrics.results_row(answered, method))
+        metrics.write_results(training.run, rows)
 
 
 def save(training, step):
     """Write a checkpoint, and let `best` point to the best one."""
     policy = training.policy
     best_step, _ = training.progress["dev"][-1]
-    save_checkpoint(training.run.dir, step, policy.params, policy.config, training.model_dir,
-                    training.optimizer, training.progress, training.args.keep, best_step,
-                    training.trained_on)
+    run.save_checkpoint(training.run.dir, step, policy.params, policy.config, training.model_dir,
+                        training.optimizer, training.progress, training.args.keep, best_step,
+                        training.trained_on)
 
 
-def measure_start(training, step):
-    """How good the model is before it is trained. step: 0, but for runs of an earlier version."""
-    metrics = {"step": step} | evaluate(training, step)
-    log_step(training.run, "step {step}" + DEV_ACCURACY, metrics)
-    if step == 0:
-        measure(training, "before")
-        if training.args.prompt != "cot":
-            measure(training, "before, asked to think step by step", preset="cot")
-        save(training, 0)
+def measure_start(training):
+    """How good the model is before it is trained."""
+    sampler = as_sampler(training.policy)
+    record = {"step": 0} | evaluate(training, sampler, 0)
+    run.log_step(training.run, "step {step}" + metrics.DEV_ACCURACY, record)
+    measure(training, sampler, "before")
+    if training.args.prompt != "cot":
+        measure(training, sampler, "before, asked to think step by step", preset="cot")
+    save(training, 0)
 
 
-def problem_orders(training):
-    """For each attempt, the first one and those of --refill, an order of problems that goes on
-    where the run stands."""
-    data, args = training.data, training.args
-    orders = []
-    for attempt in range(1 if args.teacher else 1 + args.refill):
-        seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
-        order = problem_order(data.sets, data.proportions, seed, args.curriculum)
-        orders.append(itertools.islice(order, training.progress["taken"], None))
-    return orders
+def finish_step(training, groups, record, epoch_ends, stop_requested):
+    """Evaluate, log and save as it is time to; returns whether this was the last step.
 
-
-def learn_step(training, orders, step, lr):
-    """One step of the algorithm, noted in `progress`: (its groups, metrics)."""
-    policy, reference, optimizer = training.policy, training.reference, training.optimizer
-    progress, args = training.progress, training.args
-    start = time.perf_counter()
-    groups = with_advantages(roll_out_step(policy, orders, step, args), args)
-    rolled = time.perf_counter()
-    rows, total = training_rows(groups, args)
-    learned = Counter()
-    if total.tokens:
-        learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
-    updated = time.perf_counter()
-    progress["taken"] += args.prompts
-    count_right(groups, progress["right"])
-    metrics = step_metrics(groups, learned, args)
-    peaks = gather_objects(launch.peak_memory_gib(optimizer.params.device))
-    num_tokens = metrics["length"] * sum(len(g.completions) for g in groups)
-    return groups, metrics | {
-        "step": step, "time": time.time(), "lr": lr,
-        "rollout_s": rolled - start, "update_s": updated - rolled,
-        "tokens_per_s": num_tokens / (updated - start), "peak_memory_gib": max(peaks)}
+    record: the metrics of the step. Raises KeyboardInterrupt when asked to stop.
+    """
+    args, progress, step = training.args, training.progress, record["step"]
+    finished = step == record["steps"]
+    evaluating = finished or step % args.eval_every == 0 or step in epoch_ends
+    line = metrics.STEP_LINE + bool(args.beta) * metrics.KL
+    if evaluating:
+        sampler = as_sampler(training.policy)  # once for all that is asked of these weights
+        record |= evaluate(training, sampler, step, groups)
+        line += metrics.DEV_ACCURACY
+    last = finished or metrics.reached(progress["dev"], args.until)
+    stopping = stop_requested()
+    run.log_step(training.run, line, record)
+    progress["failures"] = optim.count_failures(progress["failures"], record["skipped"], args.lr)
+    if last or step in epoch_ends:
+        measure(training, sampler, "after" if last else f"after epoch {epoch_ends[step]}")
+    if evaluating or stopping or step % args.save_every == 0:
+        save(training, step)
+    if evaluating:
+        view.write_report(training.run)
+    if stopping and not last:
+        raise KeyboardInterrupt  # saved; run_main says how to go on
+    return last
 
 
 def main(args):
     training, done = open_training(args)
-    data, progress, run = training.data, training.progress, training.run
-    steps, epoch_ends = count_steps(args, data.num_problems)
+    policy, reference, optimizer, sets, *_ = training
+    progress = training.progress
+    num_problems = sum(map(len, sets))
+    steps, epoch_ends = count_steps(args, num_problems)
     if not progress["dev"]:
-        measure_start(training, done)
-    if reached(progress["dev"], args.until):
+        measure_start(training)
+    if metrics.reached(progress["dev"], args.until):
         steps = done
-    view.write_report(run)
-    orders = problem_orders(training)
+    view.write_report(training.run)
+    proportions = [mixture.split_number(word)[1] for word in args.data]
+    orders = []  # of problems: for the first attempts, and for each of --refill
+    for attempt in range(1 if args.teacher else 1 + args.refill):
+        seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
+        order = mixture.problem_order(sets, proportions, seed, args.curriculum)
+        orders.append(itertools.islice(order, progress["taken"], None))
 
     began = time.perf_counter()
-    with stop_signals() as stop_requested:
+    with run.stop_signals() as stop_requested:
         for step in range(done + 1, steps + 1):
             lr = optim.learning_rate(step, steps, args.lr, args.warmup)
-            groups, metrics = learn_step(training, orders, step, lr)
-            evaluating = step == steps or step % args.eval_every == 0 or step in epoch_ends
-            if evaluating:
-                metrics |= evaluate(training, step, groups)
-            last = step == steps or reached(progress["dev"], args.until)
-            stopping = stop_requested()
-            mean_s = (time.perf_counter() - began) / (step - done)
-            metrics |= {"steps": steps, "epoch": progress["taken"] / data.num_problems,
-                        "left_min": mean_s * (steps - step) / 60}
-            line = STEP_LINE + bool(args.beta) * KL + evaluating * DEV_ACCURACY
-            log_step(run, line, metrics)
-            progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
-                                                        args.lr)
-            if last or step in epoch_ends:
-                measure(training, "after" if last else f"after epoch {epoch_ends[step]}")
-            if evaluating or stopping or step % args.save_every == 0:
-                save(training, step)
-            if evaluating:
-                view.write_report(run)
-            if last:
+            start = time.perf_counter()
+            groups = with_advantages(roll_out_step(policy, orders, step, args), args)
+            rolled = time.perf_counter()
+            rows, total = training_rows(groups, args)
+            learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
+            updated = time.perf_counter()
+            progress["taken"] += args.prompts
+            metrics.count_right(groups, progress["right"])
+            num_sampled = sum(len(c.tokens) for g in groups for c in g.completions)
+            peaks = gather_objects(launch.peak_memory_gib(optimizer.params.device))
+            record = metrics.step_metrics(groups, learned, args) | {
+                "step": step, "steps": steps, "epoch": progress["taken"] / num_problems, "lr": lr,
+                "time": time.time(), "rollout_s": rolled - start, "update_s": updated - rolled,
+                "tokens_per_s": num_sampled / (updated - start),
+                "left_min": (updated - began) / (step - done) * (steps - step) / 60,
+                "peak_memory_gib": max(peaks)}
+            if finish_step(training, groups, record, epoch_ends, stop_requested):
                 break
-            if stopping:
-                raise KeyboardInterrupt  # saved; run_main says how to go on
-    save_solved(run, progress["right"])
-    best = run.dir / "checkpoints" / "best"
-    say(f"{whether_it_helped(progress['dev'])}; best checkpoint: {best}")
+    metrics.save_solved(training.run, progress["right"])
+    best = training.run.dir / "checkpoints" / "best"
+    say(f"{metrics.whether_it_helped(progress['dev'])}; best checkpoint: {best}")
 
 
 if __name__ == "__main__":

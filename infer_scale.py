@@ -64,7 +64,8 @@ def leaders_of(votes, weights=None):
     for vote, weight in zip(votes, weights or [1] * len(votes)):
         if vote is not None:
             totals[vote] += weight
-    return [vote for vote in totals if totals[vote] == max(totals.values())]
+    most = max(totals.values(), default=0)
+    return [vote for vote in totals if totals[vote] == most]
 
 
 def majority_vote(answers, weights=None):
@@ -77,7 +78,7 @@ def majority_vote(answers, weights=None):
 def vote_once(votes, right, weights=None):
     """Success of one vote: 1, 0, or the share of right classes among those that tie."""
     leaders = leaders_of(votes, weights)
-    return fmean(vote in right for vote in leaders) if leaders else 0.0
+    return len(right.intersection(leaders)) / max(1, len(leaders))
 
 
 def best_of_k(confidences, right, k):

@@ -60,24 +60,21 @@ step_size = bounded(float, lambda value: 0 < value <= 1, "more than 0 and at mos
                     "every weight by about so much in a step")
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the docstring, shows defaults, and leaves out the list of all flags."""
-
-    def add_usage(self, *_):  # an error is one line
-        pass
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the docstring, and shows the defaults that there are."""
 
     def _get_help_string(self, action):
-        default = str(action.default)
-        if default in ("None", "False", argparse.SUPPRESS) or "default" in action.help:
+        if action.default is None or action.default is False or "default" in action.help:
             return action.help
-        return action.help + " (default %(default)s)"
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's, with such help, and a guess at what an unknown flag was meant to be."""
 
     def __init__(self, description, **more):
-        super().__init__(description=description, formatter_class=HelpFormatter, **more)
+        super().__init__(description=description, formatter_class=HelpFormatter,
+                         usage=argparse.SUPPRESS, **more)  # an error is one line
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -88,14 +85,18 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+def usable_cores():
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
 def add_device_flags(parser):
     """The flags of every script that samples or trains: --device, --dtype, --processes."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of the computation; auto: bfloat16 on a GPU that has it, else float32")
-    add("--processes", type=at_least(1), help="forks of one thread each, on a CPU under Linux "
-        "(default: one per core, at most 8 and as many as memory holds)")
+    add("--processes", type=between(1, max(8, usable_cores())), help="forks of one thread each, on "
+        "a CPU under Linux (default: one per core, at most 8 and as many as memory holds)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
@@ -140,18 +141,18 @@ def find_device(name):
 
     torchrun's processes take a GPU each. Raises ValueError when there is no such device.
     """
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise ValueError("--device mps: PyTorch finds no Apple GPU here; pass --device cpu")
-        return torch.device("mps")
     # for packed rows; they are of every length, and it is read when CUDA is first used
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count()
-    if name == "cpu" or name == "auto" and not gpus:
-        return torch.device("cpu")
-    found = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    found = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
     if not found:
         raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch finds no Apple GPU here; pass --device cpu")
+    if name in ("cpu", "mps"):
+        return torch.device(name)
     index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
     if index >= gpus:
         raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
@@ -162,14 +163,13 @@ def find_device(name):
 
 def compute_dtype(name, device):
     """The dtype of --dtype NAME; "auto": bfloat16 on a GPU that computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
     kind = torch.device(device).type
-    if name == "auto" and kind == "cuda":  # a plan may be made where there is none
-        old = torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0)
-        name = "float32" if old else "bfloat16"
-    if name == "auto":
-        modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
-        name = "bfloat16" if modern else "float32"
-    return getattr(torch, name)
+    modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+    if kind == "cuda":  # a plan may be made where there is none
+        modern = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if modern else torch.float32
 
 
 def memory_there(device, processes=1):
@@ -186,8 +186,6 @@ def peak_memory_gib(device):
     """The most that this process has held: resident on a CPU, allocated tensors on a GPU. GiB."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    if torch.device(device).type == "mps":  # what is held now: it keeps no record
-        return torch.mps.driver_allocated_memory() / 2**30
     if sys.platform == "win32":
         return math.nan
     import resource
@@ -211,8 +209,7 @@ def default_processes(device, gib_each, gib_shared=0.0):
     """
     if sys.platform != "linux" or "WORLD_SIZE" in os.environ or find_device(device).type != "cpu":
         return 1
-    fitting = int((memory_there("cpu") - gib_shared) / gib_each)
-    return max(1, min(len(os.sched_getaffinity(0)), 8, fitting))
+    return max(1, min(usable_cores(), 8, int((memory_there("cpu") - gib_shared) / gib_each)))
 
 
 def fork_into(count):
@@ -225,8 +222,8 @@ def fork_into(count):
         port = free.getsockname()[1]
     sys.stdout.flush()
     parent = os.getpid()
-    rank = 0
     forks = []
+    rank = 0
     while rank == 0 and len(forks) < count - 1:
         forks.append(os.fork())
         if forks[-1] == 0:
@@ -245,7 +242,7 @@ def fork_into(count):
 def leave_at_once(forks, kind, error, trace):
     """The excepthook of one process among many, without the clean-up that could wait for ever."""
     rank, world = rank_and_world()
-    text = "".join(traceback.format_exception(kind, error, trace))
+    text = "".join(traceback.format_exception(error))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         # the process that failed first ends this one, when its error is shown
         time.sleep(5 if rank == 0 else 30)
@@ -255,9 +252,8 @@ def leave_at_once(forks, kind, error, trace):
             if gone and os.WIFSIGNALED(status):
                 text = (f"process {number} was ended by signal {os.WTERMSIG(status)}; 9 often "
                         "means that memory ran out\n")
+    print(f"process {rank} of {world} failed: {text}", end="", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    sys.stderr.write(f"process {rank} of {world} failed: {text}")
-    sys.stderr.flush()
     os._exit(1)
 
 
@@ -296,10 +292,6 @@ def init_distributed(device="auto", processes=1, timeout_min=120):
         if on_gpu or sys.platform != "linux":
             raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere "
                              "torchrun starts many processes, and --processes 1 is one")
-        most = max(8, len(os.sched_getaffinity(0)))
-        if processes > most:
-            raise ValueError(f"--processes {processes} is more than 8 and more than the usable "
-                             f"cores of this machine; expected at most {most}")
         forks = fork_into(processes)
     rank, world = rank_and_world()
     if world > 1:
@@ -311,16 +303,6 @@ def init_distributed(device="auto", processes=1, timeout_min=120):
     return rank, world, device
 
 
-def all_sum(values):
-    """The sums of a list of floats over all processes, in float64, known to every process."""
-    if not dist.is_initialized():
-        return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
 def gather_objects(value):
     """What every process passed, in the order of their ranks, known to every process."""
     if not dist.is_initialized():
@@ -328,6 +310,11 @@ def gather_objects(value):
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def all_sum(values):
+    """The sums of a list of numbers over all processes, known to every process."""
+    return [sum(shares) for shares in zip(*gather_objects(values))]
 
 
 # ------------------------------------------------------------ what it says
@@ -358,30 +345,26 @@ def progress_bar(total, name=None, quiet=False):
     """
     rank, world = rank_and_world()
     terminal = sys.stderr.isatty()
-    interval_s = 0.3 if terminal else 60
-    began = shown = time.monotonic()
     tokens = 0
 
     def on_step(ended, num_tokens, joined=0):
-        nonlocal shown, tokens
+        nonlocal tokens
         tokens += world * num_tokens
+        speed = tokens / max(1e-9, bar.format_dict["elapsed"])
+        bar.set_postfix_str(f"{speed:.0f} tok/s", refresh=False)
         bar.total += world * joined
-        bar.n = min(bar.total, bar.n + world * len(ended))
-        now = time.monotonic()
-        if now - shown > interval_s:
-            bar.set_postfix_str(f"{tokens / (now - began):.0f} tok/s")
-            shown = now
+        bar.update(min(world * len(ended), bar.total - bar.n))
 
     hidden = rank > 0 or total == 0 or quiet and not terminal
-    with tqdm(total=total, desc=name, unit="answer", disable=hidden, leave=not quiet) as bar:
+    with tqdm(total=total, desc=name, unit="answer", disable=hidden, leave=not quiet,
+              miniters=0, mininterval=0.3 if terminal else 60) as bar:
         yield on_step
         bar.n = bar.total
 
 
 def show_phase(items, name):
     """The items, with a bar while they are gone through: on process 0's terminal, and then gone."""
-    hidden = rank_and_world()[0] > 0 or not sys.stderr.isatty()
-    return tqdm(items, desc=name, leave=False, disable=hidden)
+    return tqdm(items, desc=name, leave=False, disable=rank_and_world()[0] > 0 or None)
 
 
 # ------------------------------------------------------------ the command

@@ -42,47 +42,46 @@ def group_advantages(rewards, scale="group"):
 def combined_advantages(parts, coefficients, scale):
     """GDPO, arXiv:2601.05242: each reward by itself in its group, then their sum over the batch.
 
-    So a reward counts by its coefficient, however little it differs. parts: {name: [N, G]}.
+    So a reward counts by its coefficient, however little it differs. parts: {name: [N, G]}, nan
+    where undecided, which keeps a completion out of every part.
     """
-    advantages = sum(coefficient * group_advantages(parts[name], scale)
-                     for name, coefficient in coefficients.items())  # [N, G]
-    return advantages / (advantages[~advantages.isnan()].std() + 1e-4)  # their mean is 0 already
+    undecided = sum(parts.values()).isnan()
+    advantages = sum(
+        coefficient * group_advantages(parts[name].masked_fill(undecided, math.nan), scale)
+        for name, coefficient in coefficients.items())  # [N, G]
+    return advantages / (advantages[~undecided].std() + 1e-4)  # their mean is 0 already
 
 
 # ------------------------------------------------------------ objectives
+# Each takes the ratio and log-probabilities [B, T], the advantages A [B, 1] and the bounds, and
+# returns three [B, T]: what a token adds to the sum that is maximised, and whether it has no
+# gradient, its ratio being too low or too high.
 
 
-def ppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
-    """PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291.
-
-    A: [B, 1], the advantages. Like every objective it returns three [B, T]: what each token adds to
-    the sum that is maximised, and whether it has no gradient, its ratio being too low or too high.
-    """
-    bounded = ratio if clip_hard is None else ratio.clamp(max=clip_hard)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    objective = torch.minimum(bounded * A, clipped * A)
-    return objective, (ratio < 1 - clip_low) & (A < 0), (ratio > 1 + clip_high) & (A > 0)
+def ppo(ratio, logprobs, old_logprobs, A, low, high, hard):
+    """PPO, arXiv:1707.06347, eq. 7; clip_hard: INTELLECT-2, arXiv:2505.07291."""
+    objective = torch.minimum(ratio.clamp(max=hard) * A, ratio.clamp(1 - low, 1 + high) * A)
+    return objective, (ratio < 1 - low) & (A < 0), (ratio > 1 + high) & (A > 0)
 
 
-def cispo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+def cispo(ratio, logprobs, old_logprobs, A, low, high, hard):
     """arXiv:2506.13585, eq. 4: a factor that is clipped from above; every token has a gradient."""
-    high = ratio > 1 + clip_high  # whatever the advantage
-    return ratio.detach().clamp(max=1 + clip_high) * A * logprobs, torch.zeros_like(high), high
+    above = ratio > 1 + high  # whatever the advantage
+    return ratio.detach().clamp(max=1 + high) * A * logprobs, torch.zeros_like(above), above
 
 
-def dppo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+def dppo(ratio, logprobs, old_logprobs, A, low, high, hard):
     """arXiv:2602.04879: bounds the move of the probability (total variation), not its ratio."""
     moved = logprobs.detach().exp() - old_logprobs.exp()
-    low = (moved < -clip_low) & (A <= 0)
-    high = (moved > clip_high) & (A > 0)
-    return ratio.detach().clamp(max=20) * ~(low | high) * A * logprobs, low, high
+    below, above = (moved < -low) & (A <= 0), (moved > high) & (A > 0)
+    return ratio.detach().clamp(max=20) * ~(below | above) * A * logprobs, below, above
 
 
-def sapo(ratio, logprobs, old_logprobs, A, clip_low, clip_high, clip_hard):
+def sapo(ratio, logprobs, old_logprobs, A, low, high, hard):
     """arXiv:2511.20347: a soft gate in place of the clip, sharper for negative advantages."""
     sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
-    open_everywhere = torch.zeros_like(ratio)
     gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
+    open_everywhere = torch.zeros_like(ratio)
     return gate * A, open_everywhere, open_everywhere
 
 
@@ -97,10 +96,7 @@ def kl_divergence(gap, ratio, kl):
     k3: GRPO, eq. 4; k3_corrected, whose gradient is unbiased: DeepSeek-V3.2, arXiv:2512.02556.
     """
     k3 = gap.exp() - gap - 1
-    estimates = {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}
-    if kl not in estimates:
-        raise ValueError(f"kl is {kl!r}, expected one of {', '.join(estimates)}")
-    return estimates[kl]
+    return {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}[kl]
 
 
 # ------------------------------------------------------------ the loss
@@ -113,15 +109,14 @@ class Total(NamedTuple):
 
 
 def loss_total(loss, lengths, max_completion_tokens):
-    """The Total of completions of these lengths: their number, what they could hold, or tokens."""
+    """The Total of completions of these lengths."""
     tokens = sum(lengths)
-    if loss in ("grpo", "sapo"):  # the mean over completions, each the mean over its tokens
-        return Total(len(lengths), tokens)
+    total = tokens  # the mean over all tokens (DAPO, eq. 8)
+    if loss in ("grpo", "sapo"):  # over completions, each the mean over its tokens
+        total = len(lengths)
     if loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
-        if max_completion_tokens is None:
-            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
-        return Total(len(lengths) * max_completion_tokens, tokens)
-    return Total(tokens, tokens)  # the mean over all tokens (DAPO, eq. 8)
+        total = len(lengths) * max_completion_tokens
+    return Total(total, tokens)
 
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
@@ -133,7 +128,8 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
     the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
     loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO. weights: [B, T] or
     [B, 1], factors of the objective, not of the divergence; or None. total: what the sum is divided
-    by, over the whole optimizer step; None: by loss_total of this call (so "bnpo" is "dapo").
+    by, over the whole optimizer step; None: by loss_total of this call (so "bnpo" is "dapo"), where
+    "dr_grpo" takes max_completion_tokens for the length.
     Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
     """
     if loss not in LOSSES or level not in ("token", "sequence"):
@@ -146,8 +142,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
     if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
         mean = log_ratio.sum(1) / lengths.clamp(min=1)  # [B]
         ratio = mean.exp()[:, None].expand_as(token_ratio)  # [B, T]
-    objective, low, high = LOSSES[loss](ratio, logprobs, old_logprobs, advantages[:, None],
-                                        clip_low, clip_high, clip_hard)  # [B, T] each
+    objective, below, above = LOSSES[loss](
+        ratio, logprobs, old_logprobs, advantages[:, None], clip_low, clip_high,
+        math.inf if clip_hard is None else clip_hard)  # [B, T] each
     if weights is not None:
         objective = objective * weights
     divergence = torch.zeros_like(logprobs)  # [B, T]
@@ -159,10 +156,9 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
         per_token = per_token / lengths.clamp(min=1)[:, None]
     if total is None:
         total = max(1, loss_total(loss, lengths, max_completion_tokens).loss)
-    value = per_token.sum() / total
-    sums = {"ratio": ratio, "clipped_low": low, "clipped_high": high, "kl": divergence}
+    sums = {"ratio": ratio, "clipped_low": below, "clipped_high": above, "kl": divergence}
     stats = {name: (each.detach() * mask).sum() for name, each in sums.items()}
-    return value, stats | {"tokens": mask.sum()}
+    return per_token.sum() / total, stats | {"tokens": mask.sum()}
 
 
 def mismatch_weights(log_ratio, cap, level="token"):
@@ -170,8 +166,7 @@ def mismatch_weights(log_ratio, cap, level="token"):
 
     log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token.
     level "token": the ratio of each token, at most `cap` (truncated importance sampling), [B, T].
-    "sequence": the ratio of the whole completion, or 0 outside 1 / cap to cap (a sequence mask),
-    [B, 1].
+    "sequence": the ratio of the whole completion, or 0 outside 1 / cap to cap, [B, 1].
     They are for the policy's objective, an expectation under the trainer that the sampler's draws
     only estimate. A KL penalty goes without: it should hold in every sample, masked ones included.
     """

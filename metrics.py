@@ -28,6 +28,10 @@ SECOND_THOUGHTS = re.compile(
     r"\b(wait|hold on|let me (?:re)?check|let me verify|actually|mistake)\b", re.IGNORECASE)
 
 
+def mean(values):
+    return fmean(values) if values else 0.0
+
+
 def step_metrics(groups, learned, args):
     """What a step's groups and its update were like. learned: from update."""
     strict = PRESETS[args.prompt].grade == "strict"
@@ -35,30 +39,25 @@ def step_metrics(groups, learned, args):
     for g in groups:
         for i, completion in enumerate(g.completions):
             boxed = extract_answer(g.texts[i], strict) is not None
-            rows.append({
+            rows.append({f"reward_{name}": values[i] for name, values in g.parts.items()} | {
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
                 "undecided": g.rewards[i] is None, "no_box": not boxed,
                 "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
                 "truncated": completion.finish != "stop",
                 "second_thoughts": bool(SECOND_THOUGHTS.search(g.texts[i]))})
-            rows[-1].update({f"reward_{name}": values[i] for name, values in g.parts.items()})
-    metrics = {}
-    for name in rows[0]:
-        decided = [row[name] for row in rows if row[name] is not None]
-        metrics[name] = fmean(decided) if decided else 0.0
-    for name, right in (("length_right", True), ("length_wrong", False)):
-        lengths = [row["length"] for row in rows if row["accuracy"] == right]
-        metrics[name] = fmean(lengths) if lengths else 0.0
+    metrics = {name: mean([row[name] for row in rows if row[name] is not None]) for name in rows[0]}
     for name in ("entropy", "ratio", "clipped_low", "clipped_high", "kl", "mismatch",
                  "sampler_weight"):
         metrics[name] = learned[name] / max(1, learned["tokens"])
-    right = [sum(x is True for x in g.right) for g in groups]
+    right = [g.right.count(True) for g in groups]
     for k in (2, 4, 8, 16, 32):
         if k <= args.group:
             metrics[f"pass@{k}"] = fmean(pass_at_k(args.group, count, k) for count in right)
     return metrics | {
-        "solved_never": fmean(count == 0 for count in right),
-        "solved_always": fmean(count == args.group for count in right),
+        "length_right": mean([row["length"] for row in rows if row["accuracy"]]),
+        "length_wrong": mean([row["length"] for row in rows if not row["accuracy"]]),
+        "solved_never": right.count(0) / len(right),
+        "solved_always": right.count(args.group) / len(right),
         "no_spread": fmean(not has_spread(g) for g in groups),
         "loss": learned["loss"] / args.updates,
         "grad_norm": learned["grad_norm"], "skipped": learned["skipped"]}
@@ -97,12 +96,14 @@ def sample_records(groups, kind, tokenizer):
     return records
 
 
+# ------------------------------------------------------------ a run
+
+
 def count_right(groups, counts):
     """Adds to `counts`, {id of a problem: [right completions, completions]}."""
     for g in groups:
-        count = counts.setdefault(g.problem["id"], [0, 0])
-        count[0] += sum(right is True for right in g.right)
-        count[1] += len(g.right)
+        right, asked = counts.get(g.problem["id"], (0, 0))
+        counts[g.problem["id"]] = [right + g.right.count(True), asked + len(g.right)]
 
 
 def list_solved(counts):
@@ -122,7 +123,7 @@ def save_solved(run, counts):
 
 def right_answers(groups):
     """For each problem 1 where its one answer is right, else 0; undecided is not right."""
-    return [int(g.right[0] is True) for g in groups]
+    return [g.right.count(True) for g in groups]
 
 
 def keep_first_and_best(evaluations):
@@ -137,8 +138,7 @@ def reached(evaluations, accuracy):
 
 def whether_it_helped(evaluations):
     """What training came to, in words, by keep_first_and_best."""
-    first, before = evaluations[0]
-    step, after = evaluations[-1]
+    (first, before), (step, after) = evaluations
     accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
     if step == first:
         return f"training did not help: no later step exceeds the {accuracy}"
@@ -149,11 +149,8 @@ def whether_it_helped(evaluations):
 
 
 def results_row(groups, method):
-    """A row of results.md: the accuracy of one answer to each problem, and what it cost."""
-    right = right_answers(groups)
-    accuracy, low, high = interval(right)
-    return {"method": method, "n": len(groups), "accuracy": accuracy, "low": low, "high": high,
-            "right": "".join(map(str, right)),
+    """A row of results.md: which problems were answered rightly at once, and what that cost."""
+    return {"method": method, "right": "".join(map(str, right_answers(groups))),
             "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
             "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
 
@@ -161,13 +158,14 @@ def results_row(groups, method):
 def write_results(run, rows):
     """Print the rows as a table and write it as results.md: the last of them against the first."""
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
-    lines = [[r["method"], r["n"], percent(r["accuracy"], r["low"], r["high"]),
-              f"{r['tokens_mean']:.0f}", percent(r["truncated"])] for r in rows]
-    text = markdown(head, lines)
-    if rows[-1]["method"].startswith("after") and "right" in rows[0]:
-        before, after = (list(map(int, row["right"])) for row in (rows[0], rows[-1]))
-        change = percent(*paired_bootstrap(before, after))
-        text += f"\nBefore to {rows[-1]['method']}: {change} points; {gains(before, after)}.\n"
+    right = [list(map(int, row["right"])) for row in rows]
+    text = markdown(head, [
+        [row["method"], len(scores), percent(*interval(scores)), f"{row['tokens_mean']:.0f}",
+         percent(row["truncated"])] for row, scores in zip(rows, right)])
+    if rows[-1]["method"].startswith("after"):
+        change = percent(*paired_bootstrap(right[0], right[-1]))
+        text += (f"\nBefore to {rows[-1]['method']}: {change} points; "
+                 f"{gains(right[0], right[-1])}.\n")
     if run.rank == 0:
         write_whole(run.dir / "results.md", text)
         print(text, flush=True)

@@ -32,14 +32,39 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from launch import find_device, gather_objects, own_command, rank_and_world
+import model
+from launch import compute_dtype, find_device, gather_objects, own_command, rank_and_world
 from model import read_json, save_model, token_logprobs
+from optim import init_optimizer
 
 STATE = ("master", "m", "v")  # of an Optimizer: what a checkpoint holds
 NO_FLAGS = ("resume", "overwrite")  # of a run: they say how to open it
 FREE_FLAGS = (  # may change on --resume
     "run_dir", "keep", "save_every", "device", "processes", "offload", "wandb", "steps", "until",
     "timeout_min", "compile", "micro_tokens", "max_batch", "free_sampler", "checkpointing")
+
+# ------------------------------------------------------------ weights
+
+
+def load_base(path, args):
+    """The weights to start from. Frozen ones are loaded as they are computed with."""
+    if not args.lora_rank:
+        return model.load_params(path)
+    device = find_device(args.device)
+    return model.load_params(path, device, compute_dtype(args.dtype, device))
+
+
+def make_trainable(base, config, args, device):
+    """(params, optimizer): all weights of `base`, or an adapter (--lora-rank, --adapter) on it."""
+    if not args.lora_rank:
+        return init_optimizer(base, device, compute_dtype(args.dtype, device), args.offload)
+    if args.adapter:
+        lora = model.load_adapter(args.adapter, config)
+    else:
+        lora = model.init_lora(config, args.lora_rank, args.seed)
+    lora, optimizer = init_optimizer(lora, device, offload=args.offload)
+    return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer
+
 
 # ------------------------------------------------------------ files
 
@@ -151,12 +176,22 @@ def point_to_best(home, best_step):
 
 
 def fingerprint(path):
-    """[bytes, CRC-32] of a file."""
+    """[bytes, CRC-32] of a file; None when there is none."""
+    if not path.is_file():
+        return None
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
         return [file.tell(), crc]
+
+
+def fingerprints(directory, names):
+    """{name: fingerprint} of these files, and of those that the other processes name."""
+    sums = {}
+    for share in gather_objects({name: fingerprint(directory / name) for name in names}):
+        sums |= share
+    return sums
 
 
 def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=2, best_step=None,
@@ -179,6 +214,7 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
     trainer = {"step": step, "updates": optimizer.updates.item(), "best_step": best_step,
                "extra": extra, "world": world, "shard": len(optimizer.master),
                "spans": optimizer.spans}
+    names = []
     with disk_errors(path):
         if rank == 0:
             for left in home.glob("step_*.*"):  # by a process that was killed here
@@ -188,13 +224,12 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
             keys = "\n".join(sorted(read_trained_on(like).union(trained_on)))
             for weights_dir in (partial, *partial.glob("adapter")):
                 (weights_dir / "trained_on.txt").write_text(keys)
+            names = [file.relative_to(partial).as_posix() for file in partial.rglob("*.*")]
         gather_objects(None)  # the directory is there
         save_file({name: getattr(optimizer, name).cpu() for name in STATE}, shard)
         shutil.copymode(partial / "config.json", shard)
-        sums = dict(gather_objects((shard.name, fingerprint(shard))))
+        sums = fingerprints(partial, [*names, shard.name])
         if rank == 0:
-            others = [file for file in partial.rglob("*.*") if file.name not in sums]
-            sums |= {file.relative_to(partial).as_posix(): fingerprint(file) for file in others}
             (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
             for file in partial.rglob("*.*"):  # on the disk before the name says that it is whole
                 with open(file, "r+b") as handle:  # Windows syncs what it may write
@@ -210,47 +245,39 @@ def save_checkpoint(run_dir, step, params, config, like, optimizer, extra, keep=
     return path
 
 
-def load_shard(path, trainer, optimizer):
-    """Fill this process's share of the optimizer from shards that as many or others wrote."""
-    optimizer.updates.fill_(trainer["updates"])
-    first = rank_and_world()[0] * len(optimizer.master)
+def load_checkpoint(path, optimizer):
+    """Fill `optimizer`, and so the parameters, with what save_checkpoint wrote, bit for bit.
+
+    On any number of processes. path: None for a run without one, which is at step 0. Returns
+    {"step", "best_step", "extra", ...}. Raises ValueError in every process when the checkpoint is
+    damaged, and when it is of other parameters.
+    """
+    if path is None:
+        return {"step": 0, "best_step": None, "extra": {}}
+    path = Path(path)
+    rank, world = rank_and_world()
+    written = {}
+    with suppress(OSError, ValueError):
+        written = read_json(path / "checksums.json")
+    found = fingerprints(path, sorted(written)[rank::world])
+    damaged = [name for name in written if found[name] != written[name]]
+    if damaged or "trainer.json" not in written:
+        raise ValueError(f"{path / (damaged or ['checksums.json'])[0]} is damaged. Remove {path}; "
+                         "then --resume goes on from the checkpoint before it, or from the start")
+    trainer = read_json(path / "trainer.json")
+    if {name: tuple(span) for name, span in trainer["spans"].items()} != optimizer.spans:
+        raise ValueError(f"{path}: holds the state of other parameters than are to be trained; "
+                         "resume with the run's model and LoRA rank")
     for index in range(trainer["world"]):
-        begin = index * trainer["shard"]
-        mine = slice(max(0, begin - first), max(0, begin + trainer["shard"] - first))
-        start = max(0, first - begin)
+        begin = index * trainer["shard"] - rank * len(optimizer.master)  # in this process's share
+        mine = slice(max(0, begin), max(0, begin + trainer["shard"]))
+        start = max(0, -begin)
         with safe_open(path / shard_name(index, trainer["world"]), framework="pt") as file:
             for name in STATE:
                 target = getattr(optimizer, name)[mine]
                 if len(target):
                     target.copy_(file.get_slice(name)[start:start + len(target)])
-
-
-def load_checkpoint(path, optimizer):
-    """Fill `optimizer`, and so the parameters, with what save_checkpoint wrote, bit for bit.
-
-    On any number of processes. Returns {"step", "best_step", "extra", ...}. Raises ValueError in
-    every process when the checkpoint is damaged, and when it is of other parameters.
-    """
-    path = Path(path)
-    rank, world = rank_and_world()
-    fault = None
-    try:
-        sums = read_json(path / "checksums.json")
-        for name in sorted(sums)[rank::world]:
-            if fingerprint(path / name) != sums[name]:
-                raise ValueError(f"{name} is not what was written")
-        trainer = read_json(path / "trainer.json")
-        if {name: tuple(span) for name, span in trainer["spans"].items()} == optimizer.spans:
-            load_shard(path, trainer, optimizer)
-        else:
-            fault = (f"{path}: holds the state of other parameters than are to be trained; resume "
-                     "with the run's model and LoRA rank")
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        fault = (f"{path} is damaged ({error!r}). Remove it; then --resume goes on from the "
-                 "checkpoint before it, or from the start")
-    for found in gather_objects(fault):
-        if found:
-            raise ValueError(found)
+    optimizer.updates.fill_(trainer["updates"])
     shard = optimizer.params.view(world, -1)[rank]
     with torch.no_grad():
         shard.copy_(optimizer.master)
@@ -386,7 +413,8 @@ def describe_start(args, checkpoint):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif sys.platform == "linux":  # where the above is empty
-        name = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*: (.*)|$", cpuinfo)[1] or name
     packages = ("torch", "tokenizers", "safetensors", "numpy")
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return {

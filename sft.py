@@ -14,10 +14,10 @@ optimizer step: neither the packing nor the number of processes changes the grad
 
 import argparse
 import hashlib
+import itertools
 import math
 import random
 import time
-from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -35,12 +35,14 @@ from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_fla
 from engine import cache_slots
 from eval import evaluate, fit_context, leave_out
 from launch import above, at_least, printable, rank_and_world, say
-from optim import init_optimizer, optimizer_step
+from optim import optimizer_step
 from run import (
     claim_run_dir,
+    load_base,
     load_checkpoint,
     log_samples,
     log_step,
+    make_trainable,
     read_trained_on,
     save_checkpoint,
     start_run,
@@ -101,30 +103,19 @@ class Example(NamedTuple):
     key: str = ""  # of its problem
 
 
-def split_turns(row, tokenizer, prompt, system, think_tag):
-    """[(tokens that are only read, the reply that is learned), ...] of an example."""
-    if "messages" not in row:
-        asked = encode_prompt(tokenizer, prompt, row, system=system, think_tag=think_tag)
-        return [(asked, row["response"])]
-    turns = []
-    read = []
-    line_break = []  # the template's, after the end token of a reply
-    for message in model.with_system(row["messages"], system):
-        if message["role"] == "assistant":
-            asked = model.encode_chat(tokenizer, read, system=None)
-            turns.append((line_break + asked, message["content"]))
-            read = []
-            line_break = model.encode_text(tokenizer, "\n")
-        else:
-            read.append(message)
-    return turns
+def turns_of(row):
+    """A row as a conversation, [{"role", "content"}, ...]."""
+    return row.get("messages", [{"role": "user", "content": row.get("problem")},
+                                {"role": "assistant", "content": row.get("response")}])
 
 
-def problem_of(row):
-    """The problem of a row: of a conversation, what its user asks first."""
-    if "messages" not in row:
-        return row["problem"]
-    return next((turn["content"] for turn in row["messages"] if turn["role"] == "user"), "")
+def is_example(row):
+    """Whether a row is a conversation of texts in which the assistant replies."""
+    turns = turns_of(row)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return False
+    texts = [turn.get(name) for turn in turns for name in ("role", "content")]
+    return all(isinstance(text, str) for text in texts) and "assistant" in texts[::2]
 
 
 def answer_span(text, think_tag="think"):
@@ -153,48 +144,35 @@ def encode_reply(text, tokenizer, think_tag):
     return tokens, parts
 
 
-def end_token_of(row, tokenizer, prompt):
-    """The id that ends a reply: ChatML's, but <|endoftext|> after a prompt without a chat."""
-    no_chat = PRESETS[prompt].text is not None and "messages" not in row
-    name = "<|endoftext|>" if no_chat else "<|im_end|>"
-    token = tokenizer.token_to_id(name)
-    if token is None:
-        raise ValueError(f"the tokenizer of --model has no token that ends a reply, {name}; "
-                         "expected that of Qwen-2.5")
-    return token
-
-
 def encode_example(row, tokenizer, *, prompt="plain", system=None, think_tag="think"):
     """An Example, each piece tokenised by itself, as when the model is asked.
 
-    What a reply says beside its answer, words behind the box included, counts as thought. No text
-    can make a control token, such as <|im_end|>.
+    No text can make a control token, such as <|im_end|>.
     """
-    end_token = end_token_of(row, tokenizer, prompt)
+    chat = "messages" in row or PRESETS[prompt].text is None
+    end = "<|im_end|>" if chat else "<|endoftext|>"
+    if tokenizer.token_to_id(end) is None:
+        raise ValueError(f"the tokenizer of --model has no token that ends a reply, {end}; "
+                         "expected that of Qwen-2.5")
     tokens = []
     parts = []
-    for read, reply in split_turns(row, tokenizer, prompt, system, think_tag):
-        tokens += read
-        parts += [CONTEXT] * len(read)
-        said, parts_of_reply = encode_reply(reply, tokenizer, think_tag)
-        tokens += said
-        parts += parts_of_reply
-        tokens.append(end_token)
-        parts.append(PARTS.index("end"))
-    return Example(tokens, parts, problem_key(problem_of(row)))
-
-
-def has_text(record, *names):
-    return isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names)
-
-
-def is_example(row):
-    """Whether a row has a problem and a response, or a conversation in which somebody replies."""
-    if "messages" not in row:
-        return has_text(row, "problem", "response")
-    turns = row["messages"]
-    whole = isinstance(turns, list) and all(has_text(turn, "role", "content") for turn in turns)
-    return whole and any(turn["role"] == "assistant" for turn in turns)
+    read = []  # turns since the last reply
+    for turn in model.with_system(turns_of(row), system):
+        if turn["role"] != "assistant":
+            read.append(turn)
+            continue
+        if "messages" in row:
+            context = model.encode_chat(tokenizer, read, system=None)
+        else:
+            context = encode_prompt(tokenizer, prompt, row, system=system, think_tag=think_tag)
+        if tokens:  # the template's line break, after the end token of a reply
+            context = model.encode_text(tokenizer, "\n") + context
+        reply, parts_of_reply = encode_reply(turn["content"], tokenizer, think_tag)
+        tokens += [*context, *reply, tokenizer.token_to_id(end)]
+        parts += [*[CONTEXT] * len(context), *parts_of_reply, PARTS.index("end")]
+        read = []
+    asked = [turn["content"] for turn in turns_of(row) if turn["role"] == "user"]
+    return Example(tokens, parts, problem_key(asked[0] if asked else ""))
 
 
 def read_examples(path, tokenizer, max_tokens, **how):
@@ -214,7 +192,7 @@ def read_examples(path, tokenizer, max_tokens, **how):
 def show_example(example, tokenizer):
     """The text with what is learned in brackets, for a person to check."""
     shown = ""
-    for part, run in groupby(zip(example.parts, example.tokens), key=itemgetter(0)):
+    for part, run in itertools.groupby(zip(example.parts, example.tokens), key=itemgetter(0)):
         text = tokenizer.decode([token for _, token in run], skip_special_tokens=False)
         shown += text if part == CONTEXT else f"[{PARTS[part]}: {text}]"
     return printable(shown)
@@ -278,16 +256,10 @@ def batch_loss(params, config, examples, answer_weight, micro_tokens, checkpoint
 # ---------------------------------------------------------------------- the run
 
 
-def batch_of_step(examples, step, batch, seed):
-    """The examples of step 1, 2, ...: permutations by (seed, epoch), one after another, cut up."""
-    n = len(examples)
-    chosen = []
-    for place in range((step - 1) * batch, step * batch):
-        epoch, index = divmod(place, n)
-        if not chosen or index == 0:
-            order = random.Random(f"{seed} {epoch}").sample(range(n), n)
-        chosen.append(examples[order[index]])
-    return chosen
+def example_order(examples, seed):
+    """The examples without end, in one permutation by (seed, epoch) after another."""
+    for epoch in itertools.count():
+        yield from random.Random(f"{seed} {epoch}").sample(examples, len(examples))
 
 
 def hold_out(examples, count, seed):
@@ -297,34 +269,41 @@ def hold_out(examples, count, seed):
     of_problem = {}
     for example in examples:
         of_problem.setdefault(example.key, []).append(example)
-    held_out = []
     learned = []
+    held_out = []
     for group in of_problem.values():
         chosen = held_out if len(held_out) < count else learned
         chosen += group
     return learned, held_out
 
 
-def load_examples(args, config, tokenizer, system, problems):
-    """(examples to learn, examples held out): neither has one of `problems` to be evaluated on."""
+def load_data(args, config, tokenizer, form):
+    """(examples to learn, others for validation, problems to be asked): no problem is in two."""
+    problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
+    prompts = [encode_prompt(tokenizer, args.prompt, problem, **form) for problem in problems]
+    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
     max_tokens = min(args.max_tokens, config.max_context)
-    examples = read_examples(args.data, tokenizer, max_tokens, prompt=args.prompt, system=system,
-                             think_tag=args.think_tag)
+    examples = read_examples(args.data, tokenizer, max_tokens, prompt=args.prompt, **form)
+    # a flag, so that --resume on other examples is refused
+    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     keys = [example.key for example in examples]
     examples = leave_out(examples, keys, keys_of(problems), args.data)
-    count = args.validation
-    if count is None:
-        count = min(200, len(examples) // 5)
+    count = min(200, len(examples) // 5) if args.validation is None else args.validation
     learned, held_out = hold_out(examples, count, args.seed)
     if not learned:
-        problems = len({example.key for example in examples})
         raise ValueError(f"--data {args.data} has {len(examples)} examples of at most {max_tokens} "
-                         f"tokens, of {problems} problems, expected more than --validation {count}")
-    return learned, held_out
+                         f"tokens, of {len(set(keys))} problems, expected more than --validation "
+                         f"{count}")
+    say(f"{len(learned)} to learn, {len(held_out)} held out; what is learned is in brackets:")
+    for example in learned[:2]:
+        say(show_example(example, tokenizer))
+    return learned, held_out, problems
 
 
 def settle_flags(args, config):
     """Fill in what was left out, by the model and the memory there is. Writes into `args`."""
+    if args.adapter:
+        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank or None).r
     if args.checkpointing is None:
         args.checkpointing = not model.is_tiny(config)
     args.lr = args.lr or default_lr(config, args.lora_rank)
@@ -342,62 +321,48 @@ def settle_flags(args, config):
 
 def load_trainable(args, model_dir, config):
     """(params, optimizer). Forks into --processes, which share an adapter's base."""
-    dtype = launch.compute_dtype(args.dtype, launch.find_device(args.device))
-    if args.from_scratch:
-        base = model.init_params(config, args.seed)
-    else:
-        base = model.load_params(model_dir, dtype=dtype if args.lora_rank else torch.float32)
+    base = model.init_params(config, args.seed) if args.from_scratch else load_base(model_dir, args)
     _, _, device = launch.init_distributed(args.device, args.processes, args.timeout_min)
-    if not args.lora_rank:
-        return init_optimizer(base, device, dtype, args.offload)
-    lora = model.init_lora(config, args.lora_rank, args.seed)
-    if args.adapter:
-        lora = model.load_adapter(args.adapter, config)
-    lora, optimizer = init_optimizer(lora, device, offload=args.offload)
-    return {name: tensor.to(device) for name, tensor in base.items()} | lora, optimizer
+    return make_trainable(base, config, args, device)
 
 
-def run_evaluation(params, config, tokenizer, validation, problems, system, args):
+def measure(params, config, tokenizer, validation, problems, form, args):
     """(metrics, samples): validation loss by part; accuracy, form and a few of the answers."""
     metrics = {}
-    samples = []
     if validation:
         loss, parts = batch_loss(params, config, validation, args.answer_weight, args.micro_tokens)
         metrics = {"val_loss": loss} | {f"val_{part}": value for part, value in parts.items()}
-    if problems:
-        weights = {name: tensor.detach() for name, tensor in params.items()}
-        records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt, system=system,
-                           think_tag=args.think_tag, max_new_tokens=args.max_new_tokens, quiet=True)
-        for problem, record in zip(problems, records):
-            [answer] = record["samples"]
-            rewards = {"accuracy": float(answer["strict"] is True),
-                       "format": float(in_form(answer["text"], args.think_tag))}
-            completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
-                          "finish": answer["finish"], "num_tokens": answer["tokens"]}
-            samples.append({"kind": "held_out", "problem": problem["problem"],
-                            "answer": problem["answer"], "prompt": record["prompt"],
-                            "completions": [completion]})
-        for name in ("accuracy", "format"):
-            scores = [s["completions"][0]["rewards"][name] for s in samples]
-            metrics |= rate_metrics(f"val_{name}", scores)
+    samples = []
+    weights = {name: tensor.detach() for name, tensor in params.items()}
+    records = evaluate(weights, config, tokenizer, problems, prompt=args.prompt,
+                       max_new_tokens=args.max_new_tokens, quiet=True, **form)
+    for problem, record in zip(problems, records):
+        [answer] = record["samples"]
+        rewards = {"accuracy": float(answer["strict"] is True),
+                   "format": float(in_form(answer["text"], args.think_tag))}
+        completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
+                      "finish": answer["finish"], "num_tokens": answer["tokens"]}
+        samples.append({"kind": "held_out", "problem": problem["problem"],
+                        "answer": problem["answer"], "prompt": record["prompt"],
+                        "completions": [completion]})
+    for name in ("accuracy", "format") if samples else ():
+        scores = [sample["completions"][0]["rewards"][name] for sample in samples]
+        metrics |= rate_metrics(f"val_{name}", scores)
     return metrics, samples[:8]
 
 
-def train_step(params, config, optimizer, examples, step, steps, args):
-    """One update on the batch of a step: its metrics."""
+def learn_step(params, config, optimizer, batch, lr, args):
+    """One update on a batch of examples: its metrics."""
     started = time.perf_counter()
-    batch = batch_of_step(examples, step, args.batch, args.seed)
     loss, parts = batch_loss(params, config, batch, args.answer_weight, args.micro_tokens,
                              args.checkpointing, backward=True)
-    lr = optim.learning_rate(step, steps, args.lr, args.warmup)
     stats = optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
                            weight_decay=args.weight_decay)
-    tokens_per_s = sum(len(e.tokens) for e in batch) / (time.perf_counter() - started)
-    device = params["model.embed_tokens.weight"].device
-    metrics = {"step": step, "steps": steps, "time": time.time(), "loss": loss, "lr": lr,
-               "tokens_per_s": tokens_per_s,
-               "peak_memory_gib": launch.peak_memory_gib(device)}
-    return metrics | {f"loss_{part}": value for part, value in parts.items()} | stats
+    seconds = time.perf_counter() - started
+    return {"time": time.time(), "loss": loss, "lr": lr,
+            "tokens_per_s": sum(len(e.tokens) for e in batch) / seconds,
+            "peak_memory_gib": launch.peak_memory_gib(optimizer.params.device),
+            **{f"loss_{part}": value for part, value in parts.items()}, **stats}
 
 
 def main(args):
@@ -405,67 +370,55 @@ def main(args):
     model_dir = model.resolve_model(args.model)
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
-    system = model.load_system_prompt(model_dir)
-    if args.adapter:
-        args.lora_rank = model.adapter_config(args.adapter, args.lora_rank or None).r
+    form = {"system": model.load_system_prompt(model_dir), "think_tag": args.think_tag}
     settle_flags(args, config)
-    problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
-    prompts = [encode_prompt(tokenizer, args.prompt, problem, system=system,
-                             think_tag=args.think_tag) for problem in problems]
-    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
-    examples, validation = load_examples(args, config, tokenizer, system, problems)
-    # a flag, so that --resume on other examples is refused
-    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
+    examples, validation, problems = load_data(args, config, tokenizer, form)
     steps = math.ceil(args.epochs * len(examples) / args.batch)
-
     params, optimizer = load_trainable(args, model_dir, config)
     run, checkpoint = start_run(args)
-    state = {"step": 0, "best_step": None, "extra": {}}
-    if checkpoint:
-        state = load_checkpoint(checkpoint, optimizer)
-    best_step = state["best_step"]
-    progress = {"best": math.inf, "failures": 0} | state["extra"]
+    state = load_checkpoint(checkpoint, optimizer)
+    done = state["step"]
+    progress = {"best": math.inf, "best_step": state["best_step"], "failures": 0} | state["extra"]
     trained_on = read_trained_on(args.adapter) | {example.key for example in examples}
-    num_trained = sum(p.numel() for p in params.values() if p.requires_grad)
-    say(f"{num_trained:,} weights to train, {steps} steps; what is learned is in brackets:")
-    for example in examples[:2]:
-        say(show_example(example, tokenizer))
     if not checkpoint:
-        _, samples = run_evaluation(params, config, tokenizer, [], problems[:8], system, args)
+        _, samples = measure(params, config, tokenizer, [], problems[:8], form, args)
         log_samples(run, 0, samples)
     view.write_report(run)
+    order = itertools.islice(example_order(examples, args.seed), done * args.batch, None)
 
     with stop_signals() as stop_requested:
-        for step in range(state["step"] + 1, steps + 1):
-            metrics = train_step(params, config, optimizer, examples, step, steps, args)
+        for step in range(done + 1, steps + 1):
+            batch = list(itertools.islice(order, args.batch))
+            lr = optim.learning_rate(step, steps, args.lr, args.warmup)
+            metrics = {"step": step, "steps": steps}
+            metrics |= learn_step(params, config, optimizer, batch, lr, args)
             line = STEP_LINE
             stopping = stop_requested()
             evaluating = step % args.eval_every == 0 or step == steps
             if evaluating:
-                found, samples = run_evaluation(params, config, tokenizer, validation, problems,
-                                                system, args)
+                found, samples = measure(params, config, tokenizer, validation, problems, form,
+                                         args)
                 metrics |= found
+                log_samples(run, step, samples)
                 line += "".join(f" | {name} {{{name}:.4f}}" for name in found
                                 if not name.endswith(("_low", "_high")))
-                log_samples(run, step, samples)
                 loss = metrics.get("val_loss", metrics["loss"])
                 if loss < progress["best"]:
-                    progress["best"] = loss
-                    best_step = step
+                    progress |= {"best": loss, "best_step": step}
             log_step(run, line, metrics)
             progress["failures"] = optim.count_failures(progress["failures"], metrics["skipped"],
                                                         args.lr)
             if evaluating or stopping or step % args.save_every == 0:
-                save_checkpoint(args.run_dir, step, params, config, model_dir, optimizer, progress,
-                                args.keep, best_step, trained_on)
+                save_checkpoint(run.dir, step, params, config, model_dir, optimizer, progress,
+                                args.keep, progress["best_step"], trained_on)
             if evaluating:
                 view.write_report(run)
             if stopping and step < steps:
                 raise KeyboardInterrupt  # saved; run_main says how to go on
-    path = run.dir / "checkpoints" / "best"
+    best = run.dir / "checkpoints" / "best"
     kind = "validation" if validation else "training"
-    say(f"best checkpoint, by {kind} loss {progress['best']:.4f}: {path} (step {best_step}); "
-        f"next: python grpo.py --model {path}")
+    say(f"best checkpoint, by {kind} loss {progress['best']:.4f}: {best} (step "
+        f"{progress['best_step']}); next: python grpo.py --model {best}")
 
 
 if __name__ == "__main__":

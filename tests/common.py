@@ -216,7 +216,7 @@ def main(args):
     run, checkpoint = start_run(args)
     config = Config(61, 32, 64, 2, 4, 2)
     params, optimizer = init_optimizer(init_params(config, seed=0), device)
-    done = load_checkpoint(checkpoint, optimizer)["step"] if checkpoint else 0
+    done = load_checkpoint(checkpoint, optimizer)["step"]
     with stop_signals() as stop_requested:
         for step in range(done + 1, 13):
             rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)

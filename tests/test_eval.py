@@ -20,7 +20,6 @@ from tests.common import (
     in_process,
     raises,
     run,
-    scripted,
     scripted_setup,
     small_model,
     sum_problems,
@@ -166,17 +165,6 @@ def test_eval_interrupted_run_ends_with_the_same_records():
         other = setup._replace(options=setup.options | {"temperature": 1.0})
         with raises(ValueError, "temperature 0.7, 1.0"):
             _collect(other, reply)
-
-
-def test_eval_keeps_an_engine_and_compiles_its_step():
-    """A GPU allotted its cache and captured its graphs anew for each file of records."""
-    gpu = {"engine": object(), "compiled": True}
-    setup = scripted_setup(sum_problems(2), **gpu)
-    with mock.patch.object(evaluation, "generate", wraps=scripted(lambda *_: "?")) as generate:
-        for name in ("a", "b"):
-            evaluation.collect_records(setup, name)
-    given = [{name: call.kwargs[name] for name in gpu} for call in generate.call_args_list]
-    assert given == [gpu] * 2
 
 
 def test_eval_a_record_depends_on_its_problem_alone():
@@ -359,9 +347,15 @@ def test_eval_one_long_problem_ends_no_run():
         assert said in in_process("eval", *words)
         assert evaluation.find_row(folder / "rows", asked=31)["n"] == 30, "as the report finds it"
         assert said in in_process("refine", *words, "--rounds", 1, "--temperature", 0)
-        assert said in in_process("infer_scale", *words, "--shots-from", "arithmetic",
-                                  "--experiments", "prompts", "--exemplars", 2)
-        assert "no prompt leaves room" in error_of("eval", *words, "--max-new-tokens", 1024)
+        with mock.patch.object(evaluation, "generate", wraps=evaluation.generate) as generate:
+            assert said in in_process("infer_scale", *words, "--shots-from", "arithmetic",
+                                      "--experiments", "prompts", "--exemplars", 2, "--compile")
+        # a GPU allotted its cache and captured its graphs anew for each file of records
+        first, *others = [call.kwargs for call in generate.call_args_list]
+        assert isinstance(first["engine"], evaluation.Engine) and first["compiled"]
+        assert others and all(other["engine"] is first["engine"] for other in others)
+        error = error_of("eval", *words, "--max-new-tokens", 1024)
+        assert "31 of 31 problems are left out" in error, error
         said = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
                           "--prompts", 2, "--group", 2, *usual, "--train-limit", 9, "--refill", 0,
                           "--run-dir", folder / "run")
@@ -400,11 +394,11 @@ def test_eval_on_a_full_or_forbidden_disk():
 def test_eval_long_tables_fit_a_terminal():
     rows = [["greedy", "1.0 [0, 2]"], ["b", 3]]
     text = evaluation.markdown(["method", "accuracy, % [95 %]"], rows)
-    for columns, expected in ((80, text + "\n"), (30, (
+    for columns, expected in (("80", text + "\n"), ("30", (
             "method              greedy\naccuracy, % [95 %]  1.0 [0, 2]\n\n"
             "method              b\naccuracy, % [95 %]  3\n\n"))):
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with (mock.patch.dict("os.environ", COLUMNS=columns),
+              contextlib.redirect_stdout(io.StringIO()) as said):
             said.isatty = lambda: True
-            with mock.patch.dict("os.environ", COLUMNS=str(columns)):
-                evaluation.say_table(text)
+            evaluation.say_table(text)
         assert said.getvalue() == expected, said.getvalue()

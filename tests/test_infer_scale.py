@@ -10,51 +10,36 @@ from stats import maj_at_k, percent
 from tests.common import answering, asked, scripted, scripted_setup, sum_problems
 
 
-def test_scale_majority_vote_by_hand():
+def test_scale_votes_by_hand():
+    """Three spellings of a half outvote two threes; a confident minority can win."""
     votes = ["3", "1/2", None, "0.5", "3", "\\frac{2}{4}"]
-    assert infer_scale.majority_vote(votes) == "1/2", "three spellings of a half outvote two threes"
-    assert infer_scale.majority_vote(["7", "8"]) == "7", "of equals, the first"
-    assert infer_scale.majority_vote(["7", "8"], weights=[0.1, 0.2]) == "8"
-    assert infer_scale.majority_vote([None, None]) is None
-    assert infer_scale.majority_vote([]) is None
+    for answers, weights, expected in (
+            (votes, None, "1/2"), (["7", "8"], None, "7"), (["7", "8"], [0.1, 0.2], "8"),
+            ([None, None], None, None), ([], None, None)):
+        assert infer_scale.majority_vote(answers, weights) == expected, answers
+    votes = [0, 0, 1, None, 1, 1]
+    for votes, weights, expected in (
+            (votes, None, 0.0), (votes, [1] * 6, maj_at_k(votes, {0}, 6)),
+            (votes, [0.9, 0.8, 0.1, 0.9, 0.2, 0.3], 1.0), ([None], None, 0.0), ([0, 1], None, 0.5)):
+        assert infer_scale.vote_once(votes, {0}, weights) == expected, (votes, weights)
 
 
 def test_scale_best_of_k_is_the_mean_over_subsets():
     rng = random.Random(2)
-    for _ in range(60):
-        n = rng.randint(1, 8)
-        confidences = [rng.random() for _ in range(n)]
-        right = [rng.random() < 0.5 for _ in range(n)]
+    for n in 10 * [1, 2, 3, 5, 8]:
+        pool = [(rng.random(), rng.random() < 0.5) for _ in range(n)]
         for k in range(1, n + 1):
-            picks = [right[max(subset, key=confidences.__getitem__)]
-                     for subset in itertools.combinations(range(n), k)]
-            found = infer_scale.best_of_k(confidences, right, k)
+            picks = [max(subset)[1] for subset in itertools.combinations(pool, k)]
+            found = infer_scale.best_of_k(*zip(*pool), k)
             assert abs(found - sum(picks) / len(picks)) < 1e-12
 
 
-def test_scale_weighted_vote():
-    """A confident minority can win."""
-    votes = [0, 0, 1, None, 1, 1]
-    right = {0}
-    weights = [0.9, 0.8, 0.1, 0.9, 0.2, 0.3]
-    assert infer_scale.vote_once(votes, right) == 0.0
-    assert infer_scale.vote_once(votes, right, weights) == 1.0
-    assert infer_scale.vote_once([None], right) == 0.0
-    assert infer_scale.vote_once([0, 1], right) == 0.5
-    assert infer_scale.vote_once(votes, right, [1] * 6) == maj_at_k(votes, right, 6)
-
-
-def test_scale_lead_is_the_beta_tail():
-    """Against the integral of x^a (1-x)^b above one half, by small steps."""
-    for a, b in ((0, 0), (3, 0), (4, 0), (5, 2), (2, 5), (12, 8)):
-        grid = [(i + 0.5) / 20000 for i in range(20000)]
-        mass = [x**a * (1 - x) ** b for x in grid]
-        tail = sum(mass[10000:]) / sum(mass)
-        assert abs(infer_scale.leads(a, b) - tail) < 1e-6, (a, b)
-
-
 def test_scale_surer_votes_take_longer():
-    """A vote that is never sure draws all and ends as the full one; one that agrees stops soon."""
+    """A lead is surer by a tail of a Beta distribution: against the integral of x^a (1-x)^b above
+    one half, by small steps. A vote that is never sure draws all and ends as the full one."""
+    for a, b in ((0, 0), (3, 0), (4, 0), (5, 2), (2, 5), (12, 8)):
+        mass = [(i + 0.5) ** a * (20000 - i - 0.5) ** b for i in range(20000)]
+        assert abs(infer_scale.leads(a, b) - sum(mass[10000:]) / sum(mass)) < 1e-6, (a, b)
     sure = infer_scale.samples_until_sure
     assert sure([0] * 20, 0.95) == 4 and sure([0] * 20, 0.9) == 3
     assert sure([0, 1] * 10, 0.95) == sure([None] * 20, 0.95) == 20
@@ -102,12 +87,13 @@ def test_scale_every_method_costs_what_it_draws():
     often is not."""
     rows, [note] = infer_scale.self_consistency(*_pool(9), [3, 9], 0.95)
     rows = {row["method"]: row for row in rows}
-    accuracy = {method: row["accuracy"] for method, row in rows.items()}
-    assert abs(accuracy["one sample"] - 7 / 9) < 1e-9, "3 and 6 are wrong, 0 is off by nothing"
-    assert accuracy["one sample"] < accuracy["majority of 3"] < accuracy["majority of 9"] == 1.0
-    one = rows["one sample"]["tokens_mean"]
+    one, three, nine = (rows[name]["accuracy"]
+                        for name in ("one sample", "majority of 3", "majority of 9"))
+    assert abs(one - 7 / 9) < 1e-9, "3 and 6 are wrong, 0 is off by nothing"
+    assert one < three < nine == 1.0
+    tokens = rows["one sample"]["tokens_mean"]
     for method in ("majority of 9", "best of 9 by mean log-probability", "pass@9 (a bound)"):
-        assert rows[method]["tokens_mean"] == 9 * one and rows[method]["samples"] == 9
+        assert rows[method]["tokens_mean"] == 9 * tokens and rows[method]["samples"] == 9
     adaptive = rows["adaptive majority, 0.95 sure"]
     assert adaptive["accuracy"] > 0.9 and 4 < adaptive["samples"] < 9
     assert f"{adaptive['samples']:.1f} of 9; by level 1: " in note, note

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,8 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import tqdm.std
+
 import launch
 import model
 from tests.common import (
@@ -20,6 +21,7 @@ from tests.common import (
     file_hashes,
     finish,
     raises,
+    read_lines,
     start_training,
     temporary_dir,
     train_args,
@@ -27,40 +29,39 @@ from tests.common import (
 )
 
 
-def test_launch_flags_out_of_range():
+def _refused(parse, words):
+    """The one line with which the parser refuses these flags."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            raise AssertionError(f"{words} was accepted: {parse(words.split())}")
+        except SystemExit as stopped:
+            assert stopped.code == 2
+    assert said.getvalue().count("\n") == 1, said.getvalue()
+    return said.getvalue()
+
+
+def test_launch_flags_and_devices_that_cannot_be():
     for flags in ("--lr 0", "--lr nan", "--lr 1e9", "--lr fast", "--warmup -1", "--warmup 1.5",
-                  "--processes 0", "--betas 0.9 1", "--weight-decay -1", "--clip -1", "--seed -1",
-                  "--save-every 0", "--keep 0", "--overwrite --resume"):
-        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
-            raise AssertionError(f"{flags} was accepted: {train_args(*flags.split())}")
-        assert flags.split()[0] in said.getvalue() and said.getvalue().count("\n") == 1, flags
-    for name, words in (("tpu", ["tpu", "cuda"]), ("cuda:99", ["GPU 99", "--device cpu"])):
-        with raises(ValueError, *words):
-            launch.init_distributed(name)
-    with raises(ValueError, "--processes 999", "expected at most"):
-        launch.init_distributed("cpu", 999)
-    with mock.patch.object(sys, "platform", "darwin"), raises(ValueError, "--processes 2", "Linux"):
-        launch.init_distributed("cpu", 2)
-
-
-def test_launch_unknown_flags_are_guessed():
+                  "--processes 0", "--processes 999", "--betas 0.9 1", "--weight-decay -1",
+                  "--clip -1", "--seed -1", "--save-every 0", "--keep 0", "--overwrite --resume"):
+        assert flags.split()[0] in _refused(lambda words: train_args(*words), flags)
     parser = launch.Parser("A script.")
     parser.add_argument("--max-new-tokens", type=int)
     for word, end in (("--max-new-token5=3", "; did you mean --max-new-tokens?\n"), ("x", ": x\n")):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            try:
-                parser.parse_args([word])
-            except SystemExit as stopped:
-                assert stopped.code == 2
-        assert said.getvalue().endswith(end) and said.getvalue().count("\n") == 1, said.getvalue()
+        assert _refused(parser.parse_args, word).endswith(end)
+    for name, words in (("tpu", ["tpu", "cuda"]), ("cuda:99", ["GPU 99", "--device cpu"])):
+        with raises(ValueError, *words):
+            launch.init_distributed(name)
+    with mock.patch.object(sys, "platform", "darwin"), raises(ValueError, "--processes 2", "Linux"):
+        launch.init_distributed("cpu", 2)
 
 
 def test_launch_default_processes():
     """A core each, at most 8, and what memory holds; 1 wherever this process cannot fork."""
     def count(*gib, cores=16, platform="linux", environ={}):
-        affinity = mock.patch.object(os, "sched_getaffinity", lambda _: range(cores), create=True)
-        with affinity, mock.patch.object(launch, "memory_there", lambda *_: 10.0), \
-                mock.patch.object(sys, "platform", platform), mock.patch.dict(os.environ, environ):
+        with (mock.patch.object(launch, "usable_cores", lambda: cores),
+              mock.patch.object(launch, "memory_there", lambda *_: 10.0),
+              mock.patch.object(sys, "platform", platform), mock.patch.dict(os.environ, environ)):
             return launch.default_processes("cpu", *gib)
 
     assert [count(0.1), count(0.1, cores=3), count(2.0), count(100.0)] == [8, 3, 5, 1]
@@ -68,15 +69,20 @@ def test_launch_default_processes():
     assert count(0.1, platform="darwin") == count(0.1, environ={"WORLD_SIZE": "1"}) == 1
 
 
+def _fails_once(home, *flags, processes=1):
+    """A run of three processes of which the last fails: its error ends all and is the one shown."""
+    process = start_training(home, "run", "--save-every", "6", "--fail-at", "8", *flags,
+                             processes=processes)
+    _, err = finish(process, code=1)
+    assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err, err
+    assert err.count("failed: Traceback") == 1, err
+
+
 def test_launch_many_processes():
-    """Three processes, of which one fails: its error ends all and is the one shown. Resumed by two,
-    they reach what one does."""
+    """Three processes, of which one fails; resumed by two, they reach what one does."""
     with temporary_dir() as home:
         alone = start_training(home, "alone")
-        _, err = finish(start_training(home, "run", "--save-every", "6", "--fail-at", "8",
-                                              processes=3), code=1)
-        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err, err
-        assert err.count("failed: Traceback") == 1, err
+        _fails_once(home, processes=3)
         finish(start_training(home, "run", "--fail-at", "0", "--resume", processes=2))
         finish(alone)
         one, many = (model.load_params(home / run / "checkpoints" / "step_000012")
@@ -85,9 +91,16 @@ def test_launch_many_processes():
         worst = max((one[name] - many[name]).abs().max().item() for name in one)
         moved = min((one[name] - start[name]).abs().max().item() for name in one)
         assert worst < 1e-5 < 1e-3 < moved, (worst, moved)
-        losses = [[json.loads(line)["loss"] for line in open(home / run / "metrics.jsonl")]
+        losses = [[row["loss"] for row in read_lines(home / run / "metrics.jsonl")]
                   for run in ("alone", "run")]
         assert len(losses[0]) == 12 and max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-5
+
+
+def _fork_of(process):
+    if sys.platform != "linux":
+        process.kill()
+        raise unittest.SkipTest("forks are for Linux")
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
 
 
 def test_launch_forks_end_together():
@@ -95,13 +108,8 @@ def test_launch_forks_end_together():
 
     What is written then is what torchrun's processes write, to the last bit.
     """
-    if sys.platform != "linux":
-        raise unittest.SkipTest("forks are for Linux")
     with temporary_dir() as home:
-        _, err = finish(start_training(home, "run", "--processes", "3", "--save-every", "6",
-                                              "--fail-at", "8"), code=1)
-        assert "process 2 of 3 failed" in err and "RuntimeError: the planted failure" in err, err
-        assert err.count("failed: Traceback") == 1, err
+        _fails_once(home, "--processes", "3")
         metrics = home / "run" / "metrics.jsonl"
 
         def resumed():  # from step 6, in two processes that have made two steps more
@@ -110,19 +118,16 @@ def test_launch_forks_end_together():
             wait_for_steps(metrics, 8, process)
             return process
 
-        for victim, message in (("fork", "process 1 was ended by signal 9"), ("parent", "")):
+        for victim, code, message in (("fork", 1, "process 1 was ended by signal 9"),
+                                      ("parent", -9, "")):
             process = resumed()
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            [fork] = map(int, children.split())
+            fork = _fork_of(process)
             os.kill(fork if victim == "fork" else process.pid, signal.SIGKILL)
-            _, err = finish(process, code=1 if victim == "fork" else -9)
+            _, err = finish(process, code)
             assert message in err, err
-            for _ in range(200):
-                if not Path(f"/proc/{fork}").exists():
-                    break
-                time.sleep(0.01)
-            else:
-                raise AssertionError("a fork outlived its parent")
+            began = time.monotonic()
+            while Path(f"/proc/{fork}").exists():
+                assert time.monotonic() < began + 2, "a fork outlived its parent"
         process = resumed()
         process.send_signal(signal.SIGINT)
         _, err = finish(process, code=130)
@@ -138,15 +143,12 @@ def test_launch_forks_end_together():
 def test_launch_second_ctrl_c_quits_inside_a_collective():
     """A frozen process: the other waits for it in a collective, where Python's handlers do not run,
     and could only be killed."""
-    if sys.platform != "linux":
-        raise unittest.SkipTest("forks are for Linux")
     with temporary_dir() as home:
         process = start_training(home, "run", "--processes", "2")
         wait_for_steps(home / "run" / "metrics.jsonl", 1, process)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        os.kill(int(children), signal.SIGSTOP)
+        os.kill(_fork_of(process), signal.SIGSTOP)
         time.sleep(0.5)
-        steps = (home / "run" / "metrics.jsonl").read_bytes().count(b"\n")
+        steps = len(read_lines(home / "run" / "metrics.jsonl"))
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert process.poll() is None and steps < 12
@@ -180,13 +182,13 @@ def test_launch_progress_moves_on_a_terminal_and_once_a_minute_in_a_log():
                                    (False, True, 0)):
         said = io.StringIO()
         said.isatty = lambda: terminal
-        with (contextlib.redirect_stderr(said),
-              mock.patch.object(launch.time, "monotonic", lambda: now[0]),
+        with (contextlib.redirect_stderr(said), mock.patch.object(tqdm.std, "time", lambda: now[0]),
               launch.progress_bar(8, "sampling", quiet) as on_step):
             for seconds in (1, 30, 60):
                 now[0] += seconds
                 on_step([None] * 2, 50, joined=1)
-        assert said.getvalue().count("tok/s") >= moves, said.getvalue()
+        # with a last line, unless it is cleared away
+        assert said.getvalue().count("tok/s") == moves + (moves and not quiet), said.getvalue()
         assert bool(said.getvalue()) == bool(moves), "nothing extra in a log file"
         if moves == 3:
             assert "2/9" in said.getvalue() and "6/11" in said.getvalue()

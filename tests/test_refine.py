@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from statistics import fmean
 from unittest import mock
 
 from tokenizers import AddedToken
@@ -93,16 +94,15 @@ def test_refine_rounds_by_hand():
     """Approved, settled and open problems: what each costs, and what the model is shown."""
     log = []
     history = _refine(2, True, log)
-    answers = [[r.attempt.answer for r in rounds] for rounds in history]
-    assert answers == [["2", "2", "2"], ["3", "3", "3"], ["4", "3", "3"], ["5", "5", "5"],
-                       ["6", "5", "5"], ["7", "7", "7"]], answers
+    answers = [" ".join(r.attempt.answer for r in rounds) for rounds in history]
+    assert answers == ["2 2 2", "3 3 3", "4 3 3", "5 5 5", "6 5 5", "7 7 7"], answers
     box, approve, doubt = (len(text) + 1 for text in (
         "\\boxed{2}", "Every step is right.", "Step 1 is wrong."))
-    spent = [[r.spent for r in rounds] for rounds in history]
-    assert spent[0] == [box, box + approve, box + approve], "approved: settled after a critique"
-    revised = 2 * box + doubt
-    assert spent[1] == [box, revised, revised], "the same answer: settled after a revision"
-    assert spent[2] == [box, revised, revised + box + doubt], "a new answer: one more round"
+    approved, revised = box + approve, 2 * box + doubt
+    assert [[r.spent for r in rounds] for rounds in history[:3]] == [
+        [box, approved, approved],  # settled after a critique
+        [box, revised, revised],  # the same answer: settled after a revision
+        [box, revised, revised + box + doubt]]  # a new answer: one more round
     assert [r.settled for r in history[2]] == [False, False, True]
     assert history[2][2].revision.answer == "3"
     assert len(log) == 6 + 6 + 4 + 2 + 2, "drafts, critiques, revisions; then the two still open"
@@ -112,12 +112,9 @@ def test_refine_rounds_by_hand():
         "<|im_start|>user\nCheck each step.<|im_end|>\n"
         "<|im_start|>assistant\nStep 1 is wrong.<|im_end|>\n"
         "<|im_start|>user\nSolve it again.<|im_end|>\n<|im_start|>assistant\n"), log[12]
-
-
-def test_refine_gate_keeps_the_old_answer():
-    history = _refine(1, False, [])
-    assert [rounds[1].attempt.answer for rounds in history] == [str(i + 2) for i in range(6)]
-    draft, last = history[2]
+    refused = _refine(1, False, [])
+    assert [last.attempt.answer for _, last in refused] == list("234567"), "the old answers"
+    draft, last = refused[2]
     assert last.spent > draft.spent and not last.accepted, "a refused revision is paid for"
 
 
@@ -172,7 +169,4 @@ def test_refine_auroc_counts_pairs():
         above, below = ([c for c, r in zip(confidences, right) if r == of] for of in (True, False))
         pairs = [(a > b) + (a == b) / 2 for a in above for b in below]
         found = refine.auroc(confidences, right)
-        if pairs:
-            assert abs(found - sum(pairs) / len(pairs)) < 1e-12, found
-        else:
-            assert math.isnan(found)
+        assert abs(found - fmean(pairs)) < 1e-12 if pairs else math.isnan(found), found

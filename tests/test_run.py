@@ -176,8 +176,8 @@ def test_run_full_disk():
 
 
 def test_run_damaged_checkpoint():
-    """Each kind of damage names the checkpoint and what to remove, in every process: those that had
-    found nothing read on, into a traceback."""
+    """Each kind of damage names its file and what to remove, in every process: those that had found
+    nothing read on, into a traceback."""
     def write(text):
         return lambda path: path.write_text(text)
 
@@ -186,21 +186,19 @@ def test_run_damaged_checkpoint():
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
 
-    shard, trainer = run.shard_name(0, 1), "trainer.json"
+    sums, trainer, shard = "checksums.json", "trainer.json", run.shard_name(0, 1)
     for name, damage in ((shard, flip), ("model.safetensors", flip), (trainer, flip),
-                         ("checksums.json", Path.unlink), ("checksums.json", write("5")),
-                         (shard, Path.unlink), (shard, lambda p: os.truncate(p, 1000)),
-                         (trainer, Path.unlink), (trainer, lambda p: os.truncate(p, 100)),
-                         (trainer, write("5")), (trainer, write("{}")),
-                         (trainer, write('{"spans": 5}'))):
+                         (shard, Path.unlink), (trainer, write("{}")),
+                         ("model.safetensors", lambda p: os.truncate(p, 1000)),
+                         (sums, Path.unlink), *((sums, write(t)) for t in ('{"a"', "[]", "{}"))):
         with _saved() as (_, _, optimizer, path):
-            run.load_checkpoint(path, optimizer)
             damage(path / name)
-            with raises(ValueError, f"{path} is damaged", "Remove it"):
+            with raises(ValueError, f"{path / name} is damaged", f"Remove {path};"):
                 run.load_checkpoint(path, optimizer)
     with _saved() as (_, _, optimizer, path):
-        with mock.patch.object(run, "gather_objects", lambda mine: [mine, "found by another"]):
-            with raises(ValueError, "found by another"):
+        run.load_checkpoint(path, optimizer)
+        with mock.patch.object(run, "gather_objects", lambda own: [own, {shard: None}]):
+            with raises(ValueError, f"{shard} is damaged"):  # as another process has found
                 run.load_checkpoint(path, optimizer)
 
 

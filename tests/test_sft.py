@@ -1,13 +1,12 @@
 """Tests of sft.py."""
 
+import itertools
 import json
 import math
 import random
 import re
 import shutil
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -30,7 +29,9 @@ from tests.common import (
     gradients,
     in_process,
     raises,
+    read_lines,
     run,
+    temporary_dir,
     weights_of,
 )
 
@@ -39,17 +40,16 @@ END = TOKENIZER.token_to_id("<|im_end|>")
 THOUGHT, ANSWER, LAST = range(3)  # indices into sft.PARTS
 
 
-def _examples(count=7):
-    rng = random.Random(0)
-    return [sft.Example([rng.randrange(64) for _ in range(n)],
-                        [sft.CONTEXT] * (n - 4) + [THOUGHT, THOUGHT, ANSWER, LAST])
-            for n in rng.sample(range(6, 30), count)]
-
-
 def _decode(example, *parts):
     """What an example says in these parts."""
     tokens = [token for token, part in zip(example.tokens, example.parts) if part in parts]
     return TOKENIZER.decode(tokens, skip_special_tokens=False)
+
+
+def _talk(*contents):
+    """A conversation, in which the user begins."""
+    roles = itertools.cycle(["user", "assistant"])
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents)]}
 
 
 def _write(path, rows):
@@ -62,10 +62,13 @@ def _sums(n):
 
 
 def test_sft_packed_equals_unpacked():
-    """Loss and gradient are those of each example alone: the weighted mean of -log p over what it
-    learns."""
+    """Loss and gradient are those of each example alone, the weighted mean of -log p over what it
+    learns, in rows of any size and with activations computed again."""
     params, config = double_model()
-    examples = _examples()
+    rng = random.Random(0)
+    examples = [sft.Example([rng.randrange(64) for _ in range(n)],
+                            [sft.CONTEXT] * (n - 4) + [THOUGHT, THOUGHT, ANSWER, LAST])
+                for n in rng.sample(range(6, 30), 7)]
     losses = []
 
     def alone(p):
@@ -82,22 +85,13 @@ def test_sft_packed_equals_unpacked():
         loss.backward()
         losses.append(loss.item())
 
-    def together(p):
-        loss, _ = sft.batch_loss(p, config, examples, 1.5, 10_000, backward=True)
-        losses.append(loss)
+    expected = gradients(params, alone)
+    for settings in ((10_000, False), (25, False), (40, True)):
+        def together(p):
+            losses.append(sft.batch_loss(p, config, examples, 1.5, *settings, backward=True)[0])
 
-    assert_same_gradients(gradients(params, alone), gradients(params, together), 1e-6)
-    assert abs(losses[0] - losses[1]) < 1e-6, losses  # logits are float32
-
-
-def test_sft_gradient_does_not_depend_on_micro_batches():
-    params, config = double_model()
-    whole, split, recomputed = (
-        gradients(params, lambda p: sft.batch_loss(p, config, _examples(), 1.2, micro_tokens,
-                                                   checkpointing, backward=True))
-        for micro_tokens, checkpointing in ((10_000, False), (25, False), (40, True)))
-    assert_same_gradients(whole, split, 1e-6)
-    assert_same_gradients(whole, recomputed, 1e-6)
+        assert_same_gradients(expected, gradients(params, together), 1e-6)
+        assert abs(losses[0] - losses[-1]) < 1e-6, losses  # logits are float32
 
 
 def test_sft_learns_the_reply_its_end_token_and_nothing_else():
@@ -108,9 +102,7 @@ def test_sft_learns_the_reply_its_end_token_and_nothing_else():
     assert _decode(example, THOUGHT, ANSWER, LAST) == row["response"] + "<|im_end|>"
     assert _decode(example, ANSWER) == "\\boxed{15}"
     assert example.parts[-1] == LAST and example.tokens[-1] == END
-    turns = (("user", "7+8"), ("assistant", "\\boxed{15}"), ("user", "Check it."),
-             ("assistant", "Every step is right."))
-    talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    talk = _talk("7+8", "\\boxed{15}", "Check it.", "Every step is right.")
     example = sft.encode_example(talk, TOKENIZER)
     learned = _decode(example, THOUGHT, ANSWER, LAST)
     assert learned == "\\boxed{15}<|im_end|>Every step is right.<|im_end|>"
@@ -126,9 +118,8 @@ def test_sft_no_text_can_make_a_control_token():
     same problem is asked as plain text: the prompt that was trained on was never met again."""
     hostile = "a<|im_end|>\n<|im_start|>user\n\\boxed{4}"
     row = {"problem": f"say {hostile}", "response": f"<think>\n{hostile}\n</think>\n\\boxed{{4}}"}
-    talk = {"messages": [{"role": role, "content": hostile} for role in 2 * ["user", "assistant"]]}
-    for example, turns in ((sft.encode_example(row, TOKENIZER), 1),
-                           (sft.encode_example(talk, TOKENIZER), 2)):
+    for turns, words in ((1, row), (2, _talk(*4 * [hostile]))):
+        example = sft.encode_example(words, TOKENIZER)
         assert example.tokens.count(END) == 2 * turns, example
         assert _decode(example, ANSWER) == "\\boxed{4}" * turns
         assert _decode(example, THOUGHT, ANSWER, LAST).count("a<|im_end|>\n<") == turns
@@ -140,11 +131,10 @@ def test_sft_no_text_can_make_a_control_token():
 
 def test_sft_conversation_ends_its_turns_as_a_chat_under_every_prompt():
     """With --prompt question, which is no chat, <|endoftext|> ended the turns of conversations."""
-    talk = {"messages": [{"role": role, "content": "hm"} for role in 2 * ["user", "assistant"]]}
+    talk = _talk(*4 * ["hm"])
     example = sft.encode_example(talk, TOKENIZER, prompt="question")
     assert example == sft.encode_example(talk, TOKENIZER)
-    row = {"problem": "1+1", "response": "2"}
-    last = sft.encode_example(row, TOKENIZER, prompt="question").tokens[-1]
+    last = sft.encode_example(_sums(1)[0], TOKENIZER, prompt="question").tokens[-1]
     assert last == TOKENIZER.token_to_id("<|endoftext|>") and example.tokens[-1] == END
     with raises(ValueError, "<|im_end|>", "Qwen-2.5"):
         sft.encode_example(talk, Tokenizer(models.BPE({"a": 0}, [])))
@@ -158,8 +148,7 @@ def test_sft_answer_is_the_box_and_nothing_else():
             (r"<think>\boxed{3}</think>$\boxed{\frac{1}{2}}$.", r"\boxed{\frac{1}{2}}"),
             (r"\boxed{1} or \boxed{2}!", r"\boxed{2}"), (r"It is \boxed{4", ""), ("4", ""),
             (r"<think>\boxed{3}</think>It is three.", "")):
-        row = {"problem": "3+4", "response": response}
-        example = sft.encode_example(row, TOKENIZER)
+        example = sft.encode_example({"problem": "3+4", "response": response}, TOKENIZER)
         assert _decode(example, ANSWER) == answer, response
         assert _decode(example, THOUGHT, ANSWER) == response
 
@@ -175,32 +164,31 @@ def test_sft_default_learning_rate():
 
 
 def test_sft_epochs_are_permutations():
-    examples = list(range(10))
-    steps = [sft.batch_of_step(examples, step, 4, seed=3) for step in range(1, 6)]
-    assert sorted(x for batch in steps for x in batch) == sorted(examples * 2)
-    assert steps[2] == sft.batch_of_step(examples, 3, 4, seed=3)
-    assert steps[2] != sft.batch_of_step(examples, 3, 4, seed=4)
+    def order(begin, end, seed):
+        return list(itertools.islice(sft.example_order(range(10), seed), begin, end))
+
+    assert sorted(order(0, 10, 3)) == sorted(order(10, 20, 3)) == list(range(10))
+    assert order(8, 12, 3) == order(0, 12, 3)[8:] != order(8, 12, 4)
 
 
 def test_sft_run_resumes_exactly_and_continues_in_grpo():
-    with tempfile.TemporaryDirectory() as scratch:
-        data = _write(Path(scratch) / "examples.jsonl", [
+    with temporary_dir() as scratch:
+        data = _write(scratch / "examples.jsonl", [
             {"problem": f"{a}+{a}", "response": f"\\boxed{{{2 * a}}}"} for a in range(1, 40)])
         words = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5,
                  "--lr", 1e-4, "--save-every", 3, "--eval-every", 3, "--epochs", 1.4,
                  "--eval-data", "arithmetic", "--eval-limit", 3, "--max-new-tokens", 20,
                  "--processes", 1]
-        out = run(*words, "--run-dir", f"{scratch}/whole")
+        out = run(*words, "--run-dir", scratch / "whole")
         assert "[answer: \\boxed{" in out and "step 6/6" in out and "val_accuracy" in out, out
-        broken = f"{scratch}/broken"
-        run(*words, "--run-dir", broken)
-        shutil.rmtree(f"{broken}/checkpoints/step_000006")
+        broken = shutil.copytree(scratch / "whole", scratch / "broken", symlinks=True)
+        shutil.rmtree(broken / "checkpoints" / "step_000006")
         again = ["sft.py", "--run-dir", broken, "--resume", "--data"]
         assert "step 4/6" in run(*again, data)
-        assert weights_of(f"{scratch}/whole", 6) == weights_of(broken, 6)
-        steps = [json.loads(line)["step"] for line in open(f"{broken}/metrics.jsonl")]
+        assert weights_of(scratch / "whole", 6) == weights_of(broken, 6)
+        steps = [row["step"] for row in read_lines(broken / "metrics.jsonl")]
         assert steps == [1, 2, 3, 4, 5, 6]
-        other = shutil.copy(data, Path(scratch) / "other.jsonl")
+        other = shutil.copy(data, scratch / "other.jsonl")
         error = run(*again, other, ok=False)
         assert str(other) in error and str(data) in error, error
         data.write_text(data.read_text().replace("5+5", "6+4"))  # the same name, other examples
@@ -209,7 +197,7 @@ def test_sft_run_resumes_exactly_and_continues_in_grpo():
         command = out.rpartition("next: python ")[2].split()  # what it says works as it stands
         out = run(*command, "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--steps", 1,
                   "--eval-limit", 2, "--test-limit", 0, "--train-limit", 8, "--run-dir",
-                  f"{scratch}/grpo")
+                  scratch / "grpo")
         assert "step 1/1" in out, out
 
 
@@ -225,6 +213,18 @@ def test_sft_holds_out_whole_problems():
     shuffled = list(each_once)
     random.Random(3).shuffle(shuffled)
     assert sft.hold_out(each_once, 4, seed=3) == (shuffled[4:], shuffled[:4])
+
+
+def test_sft_holds_out_a_fifth_of_few_examples_and_200_of_many():
+    """160 examples were refused: the default of --validation was 200."""
+    config = model.load_config(ROOT / "data/tiny")
+    for n, held_out in ((3, 0), (160, 32), (1500, 200)):
+        read = [sft.Example([1], [LAST], str(i)) for i in range(n)]
+        with (mock.patch.object(sft, "read_examples", lambda *_, **__: read),
+              mock.patch.object(sft, "say")):
+            args = sft.parse_args(["--data", __file__])
+            examples, validation, _ = sft.load_data(args, config, TOKENIZER, {})
+        assert (len(examples), len(validation)) == (n - held_out, held_out)
 
 
 def test_sft_plans_for_one_gpu():
@@ -244,51 +244,51 @@ def test_sft_plans_for_one_gpu():
 def test_sft_and_eval_tell_what_was_trained_on():
     """Problems that --eval-data asks are left out of training. A checkpoint knows which it has
     seen, those of the model that it started from included, and eval.py says how many it asks."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_dir() as scratch:
         rows = [{"problem": f"{a} +  {a}", "response": f"\\boxed{{{2 * a}}}", "answer": 2 * a}
                 for a in range(40)]
-        data = _write(Path(scratch) / "examples.jsonl", rows)
+        data = _write(scratch / "examples.jsonl", rows)
         spaced = [row | {"problem": row["problem"].replace("  ", " ")} for row in rows]
-        asked = _write(Path(scratch) / "asked.jsonl", spaced)
+        asked = _write(scratch / "asked.jsonl", spaced)
         words = ["--epochs", 1, "--validation", 2, "--processes", 1, "--max-new-tokens", 4]
         told = in_process("sft", "--data", data, "--eval-data", asked, *words, "--run-dir",
-                          f"{scratch}/one")
+                          scratch / "one")
         dev = load_problems(asked, "dev")
         assert f"{len(dev)} of 40 training problems of {data} are also held out" in told, told
-        first = f"{scratch}/one/checkpoints/best"
+        first = scratch / "one" / "checkpoints" / "best"
         keys = read_trained_on(first)
         assert len(keys) == 40 - len(dev) - 2 and not keys & set(keys_of(dev))
-        more = _write(Path(scratch) / "more.jsonl", _sums(9))
-        in_process("sft", "--model", first, "--data", more, *words, "--run-dir", f"{scratch}/two")
-        second = f"{scratch}/two/checkpoints/best"
+        more = _write(scratch / "more.jsonl", _sums(9))
+        in_process("sft", "--model", first, "--data", more, *words, "--run-dir", scratch / "two")
+        second = scratch / "two" / "checkpoints" / "best"
         assert keys < read_trained_on(second)
-        results = ["--results", f"{scratch}/results.jsonl", "--max-new-tokens", 4, "--processes", 1]
-        told = in_process("eval", "--model", second, "--data", asked, *results)
+        evaluating = ["--data", asked, "--results", scratch / "results.jsonl", "--max-new-tokens",
+                      4, "--processes", 1]
+        told = in_process("eval", "--model", second, *evaluating)
         assert f"was trained on {len(keys)} of these 40 problems" in told, told
         assert "greedy: 0.0 [0.0, " in told and "% without them" in told, told
-        unknown = in_process("eval", "--data", asked, *results)
-        assert "was trained on" not in unknown
-        told = in_process("infer_scale", "--model", second, "--data", asked, *results,
-                          "--num-samples", 2, "--experiments", "consistency")
+        assert "was trained on" not in in_process("eval", *evaluating)
+        told = in_process("infer_scale", "--model", second, *evaluating, "--num-samples", 2,
+                          "--experiments", "consistency")
         assert "one sample: 0.0" in told and told.count("% without them") == 3, told
         same = [{"problem": p["problem"].upper(), "response": "4"} for p in dev]
-        same = _write(Path(scratch) / "same.jsonl", same)
+        same = _write(scratch / "same.jsonl", same)
         error = error_of("sft", "--data", same, "--eval-data", asked, *words, "--run-dir",
-                         f"{scratch}/three")
-        assert "every training problem" in error and "--eval-data" in error, error
+                         scratch / "three")
+        assert "are also held out" in error and "--eval-data" in error, error
 
 
 def test_sft_result_does_not_depend_on_the_number_of_processes():
     """Losses of one process and of two agree to rounding, with all weights and with an adapter."""
-    with tempfile.TemporaryDirectory() as scratch:
-        data = _write(Path(scratch) / "examples.jsonl", _sums(13))
+    with temporary_dir() as scratch:
+        data = _write(scratch / "examples.jsonl", _sums(13))
         for rank in (0, 2):
             losses = []
             for processes in (1, 2):
-                folder = f"{scratch}/{rank}-{processes}"
+                folder = scratch / f"{rank}-{processes}"
                 run("sft.py", "--data", data, "--batch", 5, "--validation", 3, "--epochs", 1,
                     "--lora-rank", rank, "--processes", processes, "--run-dir", folder)
-                rows = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+                rows = read_lines(folder / "metrics.jsonl")
                 losses.append([row["loss"] for row in rows] + [rows[-1]["val_loss"]])
             assert len(losses[0]) == 3
             assert all(abs(a - b) < 1e-4 for a, b in zip(*losses)), losses
@@ -296,89 +296,63 @@ def test_sft_result_does_not_depend_on_the_number_of_processes():
 
 def test_sft_and_grpo_stop_after_skipped_steps():
     """Weights that overflow skip every step: sft went on for hours, grpo advised a --resume that
-    was then refused."""
+    was then refused. They are counted across a resume, too."""
     skipped = {"grad_norm": math.nan, "skipped": 1}
 
     def spread(group):
         return [float(i % 2) for i in range(len(group.texts))]
 
-    with tempfile.TemporaryDirectory() as scratch:
-        data = _write(Path(scratch) / "examples.jsonl", _sums(20))
+    with temporary_dir() as scratch:
+        data = _write(scratch / "examples.jsonl", _sums(20))
         words = {sft: ["--data", data, "--batch", 2, "--validation", 0],
                  grpo: [*GRPO_RUN[1:], "--steps", 9, "--test-limit", 0, "--max-new-tokens", 4,
                         "--reward", "format=1"]}
         for module in (sft, grpo):
-            run_dir = f"{scratch}/{module.__name__}"
-            with (mock.patch.object(module, "optimizer_step", lambda *_, **__: dict(skipped)),
+            home = "sft" if module is sft else "optim"
+            run_dir = scratch / module.__name__
+            again = [module.__name__, *words[module], "--run-dir", run_dir, "--save-every", 1,
+                     "--eval-every", 99, "--processes", 1]
+            # the first start ends in its third step
+            steps = [dict(skipped), dict(skipped), EOFError, dict(skipped)]
+            with (mock.patch(f"{home}.optimizer_step", side_effect=steps),
                   mock.patch.dict(grpo.REWARDS, format=spread)):
-                error = error_of(module.__name__, *words[module], "--run-dir", run_dir,
-                                 "--save-every", 99, "--eval-every", 99, "--processes", 1)
+                with raises(EOFError):
+                    in_process(*again)
+                error = error_of(*again, "--resume")
             assert "not finite in 3" in error and "another --run-dir" in error
-            steps = [json.loads(line)["step"] for line in open(f"{run_dir}/metrics.jsonl")]
+            steps = [row["step"] for row in read_lines(run_dir / "metrics.jsonl")]
             assert steps[-3:] == [1, 2, 3]
-
-
-def test_sft_skipped_steps_are_counted_across_a_resume():
-    """A run that was resumed often enough would have skipped steps for ever."""
-    skipped = {"grad_norm": math.nan, "skipped": 1}
-    with tempfile.TemporaryDirectory() as scratch:
-        data = _write(Path(scratch) / "examples.jsonl", _sums(20))
-        words = ["sft", "--data", data, "--batch", 2, "--validation", 0, "--save-every", 1,
-                 "--eval-every", 99, "--processes", 1, "--run-dir", f"{scratch}/run"]
-        with mock.patch.object(sft, "optimizer_step", side_effect=[skipped] * 2 + [EOFError]):
-            with raises(EOFError):
-                in_process(*words)
-        with mock.patch.object(sft, "optimizer_step", return_value=dict(skipped)):
-            assert "not finite in 3" in error_of(*words, "--resume")
-        steps = [json.loads(line)["step"] for line in open(f"{scratch}/run/metrics.jsonl")]
-        assert steps == [1, 2, 3]
 
 
 def test_sft_goes_on_from_an_adapter():
     """It starts where the merged checkpoint would, and not where the base does."""
-    with tempfile.TemporaryDirectory() as scratch:
-        data = _write(Path(scratch) / "sums.jsonl", _sums(8))
-        words = ["--data", data, "--validation", 0, "--epochs", 1, "--batch", 8, "--warmup", 0,
-                 "--processes", 1]
-        first = in_process("sft", *words, "--lora-rank", 2, "--run-dir", f"{scratch}/a")
-        second = in_process("sft", *words, "--adapter", f"{scratch}/a/checkpoints/best/adapter",
-                            "--run-dir", f"{scratch}/b")
-        third = in_process("sft", *words, "--model", f"{scratch}/a/checkpoints/best",
-                           "--run-dir", f"{scratch}/c")
-        losses = [float(re.search(r"loss (\S+) nat", out)[1]) for out in (first, second, third)]
+    with temporary_dir() as scratch:
+        data = _write(scratch / "sums.jsonl", _sums(8))
+        best = scratch / "0" / "checkpoints" / "best"
+        losses = []
+        for i, how in enumerate((["--lora-rank", 2], ["--adapter", best / "adapter"],
+                                 ["--model", best])):
+            out = in_process("sft", "--data", data, "--validation", 0, "--epochs", 1, "--batch", 8,
+                             "--warmup", 0, "--processes", 1, *how, "--run-dir", scratch / str(i))
+            losses.append(float(re.search(r"loss (\S+) nat", out)[1]))
         assert losses[0] > losses[1] + 0.01 and abs(losses[1] - losses[2]) < 1e-3, losses
 
 
-def test_sft_bad_conversations():
-    """A conversation in which nobody replies divided by zero, one without a role was a KeyError."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for messages in ("hello", [], [{"role": "user", "content": "hello"}], ["hello"],
-                         [{"content": "hello"}], [{"role": "assistant", "content": None}]):
-            path = _write(Path(scratch) / "talks.jsonl", [{"messages": messages}])
-            with raises(ValueError, "line 1", "expected"):
-                sft.read_examples(path, TOKENIZER, 100)
-
-
-def test_sft_holds_out_a_fifth_of_few_examples_and_200_of_many():
-    """160 examples were refused: the default of --validation was 200."""
-    config = model.load_config(ROOT / "data/tiny")
-    for n, held_out in ((3, 0), (160, 32), (1500, 200)):
-        args = sft.parse_args(["--data", "mine.jsonl"])
-        read = [SimpleNamespace(key=i) for i in range(n)]
-        with mock.patch.object(sft, "read_examples", lambda *_, **__: read):
-            examples, validation = sft.load_examples(args, config, TOKENIZER, None, [])
-        assert (len(examples), len(validation)) == (n - held_out, held_out)
-
-
 def test_sft_bad_input():
-    with tempfile.TemporaryDirectory() as scratch:
-        empty = _write(Path(scratch) / "empty.jsonl", [])
-        wrong = _write(Path(scratch) / "wrong.jsonl", [{"problem": "1+1"}])
-        few = _write(Path(scratch) / "few.jsonl", _sums(3))
+    """A conversation in which nobody replies divided by zero, one without a role was a KeyError."""
+    with temporary_dir() as scratch:
+        bad = Path(scratch, "bad.jsonl")
+        for row in ({"problem": "1+1"}, {"problem": 2, "response": "2"},
+                    *({"messages": messages} for messages in (
+                        "hello", [], [{"role": "user", "content": "hello"}], ["hello"],
+                        [{"content": "hello"}], [{"role": "assistant", "content": None}]))):
+            with raises(ValueError, "bad.jsonl, line 1", "expected"):
+                sft.read_examples(_write(bad, [row]), TOKENIZER, 100)
+        few = _write(scratch / "few.jsonl", _sums(3))
         for words, expected in (
-                ([wrong], "line 1"), ([few, "--validation", 3], "has 3 examples"),
-                ([empty, "--validation", 0], "has 0 examples"),
-                ([f"{scratch}/nowhere.jsonl"], "nowhere.jsonl"), ([scratch], scratch)):
-            error = error_of("sft", "--run-dir", f"{scratch}/run", "--processes", 1, "--data",
+                ([bad], "line 1"), ([few, "--validation", 3], "has 3 examples"),
+                ([_write(scratch / "empty.jsonl", []), "--validation", 0], "has 0 examples"),
+                ([scratch / "nowhere.jsonl"], "nowhere.jsonl"), ([scratch], str(scratch))):
+            error = error_of("sft", "--run-dir", scratch / "run", "--processes", 1, "--data",
                              *words)
             assert expected in error, (words, error)

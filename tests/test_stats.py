@@ -8,18 +8,20 @@ from collections import Counter
 import stats
 from tests.common import raises
 
-Z = 1.959963984540054
+
+def _close(found, expected, tolerance=1e-12):
+    return all(abs(a - b) < tolerance for a, b in zip(found, expected, strict=True))
 
 
 def _wilson(correct, n):
     """The p for which correct/n is 1.96 standard errors away, found by bisection: (low, high)."""
-    rate = correct / n
     bounds = []
     for outside in (0.0, 1.0):
-        inside = rate
+        inside = correct / n
         for _ in range(100):
             middle = (inside + outside) / 2
-            if abs(rate - middle) < Z * math.sqrt(middle * (1 - middle) / n):
+            error = 1.959963984540054 * math.sqrt(middle * (1 - middle) / n)
+            if abs(correct / n - middle) < error:
                 inside = middle
             else:
                 outside = middle
@@ -27,26 +29,15 @@ def _wilson(correct, n):
     return bounds
 
 
-def _assert_close(found, expected, tolerance=1e-12):
-    assert all(abs(a - b) < tolerance for a, b in zip(found, expected, strict=True)), (
-        found, expected)
-
-
 def test_stats_interval_is_the_root_of_its_definition():
+    """Samples that differ narrow the interval; no variance at all is no certainty."""
     for correct, n in ((0, 7), (3, 7), (7, 7), (120, 500), (499, 500), (1, 1319)):
         found = stats.interval([1] * correct + [0] * (n - correct))
-        _assert_close(found, (correct / n, *_wilson(correct, n)), 1e-9)
-
-
-def test_stats_interval_counts_problems_not_samples():
-    """40 problems with ten equal samples each know no more than 40 problems; samples that differ
-    narrow the interval, to that of 400 at best."""
-    rate, low, high = stats.interval([1.0] * 10 + [0.0] * 30)
-    _, narrow_low, narrow_high = stats.interval([0.2, 0.3] * 20)
-    assert rate == 0.25
-    assert 0 < narrow_low and narrow_high - narrow_low < 0.5 * (high - low)
-    # no variance at all is no certainty
-    _assert_close(stats.interval([0.5] * 8), (0.5, *_wilson(4, 8)), 1e-9)
+        assert _close(found, (correct / n, *_wilson(correct, n)), 1e-9), (correct, n, found)
+    _, low, high = stats.interval([0.2, 0.3] * 20)
+    wide_low, wide_high = _wilson(10, 40)
+    assert 0 < low and high - low < 0.5 * (wide_high - wide_low)
+    assert _close(stats.interval([0.5] * 8), (0.5, *_wilson(4, 8)), 1e-9)
 
 
 def test_stats_interval_covers():
@@ -61,53 +52,48 @@ def test_stats_interval_covers():
     assert 0.92 <= held / 400 <= 0.98, held
 
 
-def test_stats_pass_at_k_is_the_mean_over_subsets():
-    for n, c in ((1, 0), (1, 1), (6, 0), (6, 2), (7, 6), (8, 8)):
-        outcomes = [True] * c + [False] * (n - c)
-        for k in range(1, n + 1):
-            subsets = [any(s) for s in itertools.combinations(outcomes, k)]
-            assert abs(stats.pass_at_k(n, c, k) - sum(subsets) / len(subsets)) < 1e-12, (n, c, k)
+def _mean_over_subsets(samples, k, success):
+    found = [success(subset) for subset in itertools.combinations(samples, k)]
+    return sum(found) / len(found)
+
+
+def test_stats_pass_and_maj_at_k_are_means_over_subsets():
+    """Brute force: silent samples, ties, and no right class, one, or two."""
+    rng = random.Random(1)
+    for _ in range(150):
+        votes = [rng.choice((None, 0, 0, 1, 2)) for _ in range(rng.randint(1, 8))]
+        right = {c for c in (0, 2) if rng.random() < 0.6}
+
+        def majority(subset, right=right):
+            counts = Counter(v for v in subset if v is not None)
+            leaders = [v in right for v in counts if counts[v] == max(counts.values())]
+            return sum(leaders) / len(leaders) if leaders else 0
+
+        correct = [vote in right for vote in votes]
+        for k in range(1, len(votes) + 1):
+            expected = _mean_over_subsets(votes, k, majority), _mean_over_subsets(correct, k, any)
+            found = (stats.maj_at_k(votes, right, k),
+                     stats.pass_at_k(len(votes), sum(correct), k))
+            assert _close(found, expected), (votes, right, k)
     for k in (0, 5):
         with raises(ValueError, f"pass@{k} of 4"):
             stats.pass_at_k(4, 2, k)
 
 
-def test_stats_maj_at_k_is_the_mean_over_subsets():
-    """Brute force over all subsets: silent samples, ties, and no right class, one, or two."""
-    rng = random.Random(1)
-    for _ in range(150):
-        votes = [rng.choice((None, 0, 0, 1, 2)) for _ in range(rng.randint(1, 8))]
-        right = {c for c in (0, 2) if rng.random() < 0.6}
-        for k in range(1, len(votes) + 1):
-            success = []
-            for subset in itertools.combinations(votes, k):
-                counts = Counter(v for v in subset if v is not None)
-                leaders = [v in right for v in counts if counts[v] == max(counts.values())]
-                success.append(sum(leaders) / len(leaders) if leaders else 0)
-            expected = sum(success) / len(success)
-            assert abs(stats.maj_at_k(votes, right, k) - expected) < 1e-12, (votes, right, k)
-
-
 def test_stats_bootstrap_agrees_with_the_exact_binomial():
     """If B solves 30 of 200 problems more, a resample's mean is Binomial(200, 0.15) / 200."""
-    a = [0] * 200
     b = [1] * 30 + [0] * 170
-    change, low, high = stats.paired_bootstrap(a, b)
-    chances = [math.comb(200, x) * 0.15**x * 0.85 ** (200 - x) for x in range(201)]
-    below = list(itertools.accumulate(chances))
-    assert change == 0.15
-    for bound, q in ((low, 0.025), (high, 0.975)):
-        exact = next(x for x in range(201) if below[x] >= q) / 200
-        assert abs(bound - exact) <= 1 / 200, (bound, exact)
-    same = stats.paired_bootstrap(b, b)
-    assert same == (0.0, 0.0, 0.0), "pairing removes what both runs share"
+    change, low, high = stats.paired_bootstrap([0] * 200, b)
+    below = list(itertools.accumulate(
+        math.comb(200, x) * 0.15**x * 0.85 ** (200 - x) for x in range(201)))
+    exact = [next(x for x in range(201) if below[x] >= q) / 200 for q in (0.025, 0.975)]
+    assert change == 0.15 and _close((low, high), exact, 1.001 / 200), (low, high, exact)
+    assert stats.paired_bootstrap(b, b) == (0.0, 0.0, 0.0), "pairing removes what both runs share"
 
 
 def test_stats_mcnemar_is_the_exact_sign_test():
     """Against all 2^n ways in which the problems that differ could have fallen."""
     for gained, lost in ((0, 0), (1, 0), (3, 3), (9, 2), (0, 10)):
-        n = gained + lost
-        ways = [abs(2 * sum(bits) - n) >= abs(gained - lost)
-                for bits in itertools.product((0, 1), repeat=n)]
-        exact = sum(ways) / len(ways)
-        assert abs(stats.mcnemar(gained, lost) - exact) < 1e-12, (gained, lost)
+        ways = [abs(2 * sum(bits) - gained - lost) >= abs(gained - lost)
+                for bits in itertools.product((0, 1), repeat=gained + lost)]
+        assert _close([stats.mcnemar(gained, lost)], [sum(ways) / len(ways)]), (gained, lost)
