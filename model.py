@@ -31,7 +31,6 @@ from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 import attention
-from attention import causal_attention, padded_length
 
 # ------------------------------------------------------------ config
 
@@ -195,12 +194,10 @@ def block(params, config, layer, x, cos, sin, attend_fn):
     return x + linear(params, pre + "mlp.down_proj", F.silu(gate) * up)
 
 
-def hidden_states(params, config, tokens, positions=None, attend_fn=causal_attention,
+def hidden_states(params, config, tokens, positions=None, attend_fn=attention.causal_attention,
                   checkpointing=False):
     """What the head reads: tokens [B, T] at positions [B, T] (default 0, 1, ...) -> [B, T, D].
-
-    checkpointing: the backward pass finds each layer's input alone kept (arXiv:1604.06174).
-    """
+    checkpointing: the backward pass finds only each layer's input kept (arXiv:1604.06174)."""
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     x = F.embedding(tokens, params["model.embed_tokens.weight"])  # [B, T, D]
@@ -220,7 +217,7 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
 def packed_hidden_states(params, config, tokens, groups, checkpointing=False):
     """hidden_states of one packed row: tokens [T], groups as for packed_attention -> [T, D]."""
     T = len(tokens)
-    extra = padded_length(T) - T if tokens.device.type == "cpu" else 0
+    extra = attention.padded_length(T) - T if tokens.device.type == "cpu" else 0
     if extra:
         groups = [*groups, (0, [extra])]  # a text of its own that nothing reads
     dtype = params["model.embed_tokens.weight"].dtype
@@ -237,8 +234,9 @@ def head_weight(params):
 
 def lm_head(hidden, weight, temperature=1.0):
     """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
+    # such a product has no derivative
     if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
-        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)  # underivable
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
         logits = logits.unflatten(0, hidden.shape[:-1])
     else:
         logits = project(hidden, weight).float()
@@ -255,13 +253,12 @@ def init_cache(config, batch, slots, device="cpu", dtype=torch.float32):
 def forward(params, config, tokens, positions=None, cache=None):
     """Logits of every position: tokens [B, T] -> [B, T, V] float32.
 
-    positions: [B, T], absolute; default 0, 1, ..., or with a cache, on from what each row holds.
-    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what
-    lies behind a row's real end is never seen once `positions` says where the row really goes on.
-    Raises ValueError when the tokens outgrow the context or the cache.
+    positions: [B, T]; default 0, 1, ..., or on from what each row of the cache holds. cache: from
+    init_cache, written in place; what lies behind a row's real end is never seen once `positions`
+    says where the row goes on. Raises ValueError when the tokens outgrow the context or the cache.
     """
     T = tokens.shape[1]
-    attend_fn = causal_attention
+    attend_fn = attention.causal_attention
     if cache is None and T > config.max_context:
         raise ValueError(f"{T} tokens do not fit the context of {config.max_context}")
     if cache:
@@ -287,8 +284,8 @@ class HeadLogprobs(torch.autograd.Function):
     """What `head_logprobs` returns, slice by slice; the backward pass makes the logits again.
 
     Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32
-    logits and their gradient would take 9.3 GiB. Where all positions are one slice, the backward
-    pass, which begins here, finds its probabilities kept; no peak is higher for it.
+    logits and their gradient would take 9.3 GiB. The probabilities of an only slice are kept: the
+    backward pass begins here, and no peak is higher for it.
     """
 
     @staticmethod
@@ -331,11 +328,10 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def head_logprobs(params, config, hidden, targets, temperature=1.0):
-    """log p(targets) and the entropy of the distribution, in nats: [N, D], [N] -> [N], [N] float32.
-
-    The logits are divided by `temperature`."""
+    """log p(targets) and entropy of softmax(logits / temperature), in nats: [N, D], [N] -> [N], [N]
+    float32."""
     n = len(targets)
-    extra = padded_length(n) - n
+    extra = attention.padded_length(n) - n
     hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
     size = head_slice(config.vocab_size, hidden.device.type)
     pair = HeadLogprobs.apply(hidden, head_weight(params), targets, temperature, size)
@@ -388,11 +384,10 @@ def merged_weight(params, name):
 # ------------------------------------------------------------ a model's directory
 
 ROOT = Path(__file__).resolve().parent
-SIZES = {"": "0.5B 1.5B 3B 7B 14B 32B 72B", "Math-": "1.5B 7B 72B",
-         "Coder-": "0.5B 1.5B 3B 7B 14B 32B"}
-HUB_NAMES = [f"Qwen2.5-{kind}{size}{tuned}" for kind, sizes in SIZES.items()
-             for size in sizes.split() for tuned in ("", "-Instruct")]
-HUB_IDS = {name.lower(): f"Qwen/{name}" for name in HUB_NAMES}
+SIZES = {"": "0.5b 1.5b 3b 7b 14b 32b 72b", "math-": "1.5b 7b 72b",
+         "coder-": "0.5b 1.5b 3b 7b 14b 32b"}
+NAMES = [f"qwen2.5-{kind}{size}{tuned}" for kind, sizes in SIZES.items()
+         for size in sizes.split() for tuned in ("", "-instruct")]
 
 
 def did_you_mean(word, known):
@@ -411,12 +406,12 @@ def resolve_model(name, config_only=False):
     path = ROOT / "data" / "tiny" if name.lower() == "tiny" else Path(name).expanduser()
     if path.is_dir():
         return path
-    hub_id = HUB_IDS.get(name.lower(), name)
+    hub_id = f"Qwen/{name.title()}" if name.lower() in NAMES else name
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
         raise FileNotFoundError(
             f"no model {name!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, tiny, "
-            f"or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of {SIZES[''].lower()}"
-            f"{did_you_mean(name, ['tiny', *HUB_IDS])}")
+            f"or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of {SIZES['']}"
+            f"{did_you_mean(name, ['tiny', *NAMES])}")
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
@@ -434,8 +429,7 @@ def resolve_model(name, config_only=False):
 def reading(path, kind):
     """Whatever fails in this block is a FileNotFoundError or ValueError that names the file."""
     if not path.is_file():  # a pipe, say, which would never end
-        raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json, "
-                                "tokenizer.json and *.safetensors")
+        raise FileNotFoundError(f"{path}: no such file, which a directory of this kind holds")
     try:
         yield
     except KeyboardInterrupt:
@@ -456,55 +450,50 @@ def read_json(path):
     return raw
 
 
-def read_record(record, raw, only, path):
-    """The NamedTuple `record` of the fields of a JSON object. Raises ValueError, naming `path`, for
-    one of another type or not positive, and where a field of `only` has none of its values."""
+def read_record(record, raw, only):
+    """The NamedTuple `record` of the fields of a JSON object. Raises ValueError for a number of
+    another type or not positive, and where a field of `only` has none of its values."""
     found = record._field_defaults | {name: raw[name] for name in raw if raw[name] is not None}
     wrong = [f"{name} is {found[name]!r:.40}, expected {' or '.join(map(repr, values)) or 'none'}"
              for name, values in only.items() if found.get(name) not in (None, *values)]
     for name, kind in record.__annotations__.items():
         value = found.get(name)
-        if kind is bool and type(value) is not bool:
-            wrong.append(f"{name} is {value!r:.40}, expected true or false")
         fits = type(value) in (int, kind) and 0 < value < 2**31
         if kind in (int, float) and not fits:
             wrong.append(f"{name} is {value!r:.40}, expected a positive {kind.__name__} < 2**31")
     if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong)}: nothing else is implemented")
+        raise ValueError("; ".join(wrong))
     return record(**{name: found.get(name) for name in record._fields})
 
 
 QWEN2 = {"model_type": ["qwen2"], "hidden_act": ["silu"], "use_sliding_window": [False],
-         "quantization_config": []}
-YARN = {"rope_type": ["yarn"], "type": ["yarn"], "beta_fast": [32], "beta_slow": [1],
-        "mscale": [], "mscale_all_dim": [], "truncate": [True]}
+         "tie_word_embeddings": [True, False], "quantization_config": []}
+YARN = {"rope_type": ["yarn"], "type": ["yarn"], "beta_fast": [32], "beta_slow": [1]}
 
 
 def load_config(model_dir):
     """The Config of a model directory. Raises FileNotFoundError, or ValueError for what is damaged
-    or not computed here exactly."""
+    or not computed here."""
     path = Path(model_dir) / "config.json"
     raw = {name: value for name, value in read_json(path).items() if value is not None}
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the latter: transformers 5
-    ends = raw.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
-    if not isinstance(rope, dict) or not all(type(end) is int for end in ends):
-        raise ValueError(f"{path}: eos_token_id is {ends!r:.40} and rope_scaling {rope!r:.40}, "
-                         "expected integers and an object")
-    # what a file leaves out is what transformers takes it for
-    raw = {"rope_theta": 10000.0, "tie_word_embeddings": False} | raw | rope
-    raw |= {"eos_token_id": tuple(sorted(ends)), "rope_scaling": None}
-    config = read_record(Config, raw, QWEN2, path)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        trained = {"original_max_position_embeddings": config.max_position_embeddings}
-        config = config._replace(rope_scaling=read_record(Yarn, trained | rope, YARN, path))
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = raw.get("head_dim", config.head_dim)
-    if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size}, {heads} heads of head_dim "
-                         f"{head_dim} and {kv_heads} key/value heads do not go together")
-    if config.num_hidden_layers > 1000:  # to list their tensors would take minutes
-        raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, at most 1000")
+    with reading(path, "a config of Qwen-2.5"):
+        ends = raw.get("eos_token_id", [])
+        ends = ends if isinstance(ends, list) else [ends]
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # of transformers 5
+        # what a file leaves out is what transformers takes it for
+        raw = {"rope_theta": 10000.0, "tie_word_embeddings": False} | raw | rope
+        raw |= {"eos_token_id": tuple(sorted(map(int, ends))), "rope_scaling": None}
+        config = read_record(Config, raw, QWEN2)
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            trained = {"original_max_position_embeddings": config.max_position_embeddings}
+            config = config._replace(rope_scaling=read_record(Yarn, trained | rope, YARN))
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = raw.get("head_dim", config.head_dim)
+        if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
+            raise ValueError(f"hidden_size {config.hidden_size}, {heads} heads of head_dim "
+                             f"{head_dim} and {kv_heads} key/value heads do not go together")
+        if config.num_hidden_layers > 1000:  # to list their tensors would take minutes
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, at most 1000")
     return config
 
 
@@ -590,12 +579,12 @@ def save_model(out_dir, params, config, like):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ------------------------------------------------------------ adapters, in PEFT's format
+# ------------------------------------------------------------ an adapter's, in PEFT's format
 
 PEFT_PREFIX = "base_model.model."
 PLAIN_LORA = {"peft_type": ["LORA"], "init_lora_weights": [True, False, "gaussian"],
               "alpha_pattern": [{}], "layer_replication": [], "alora_invocation_tokens": [],
-              "use_qalora": [False], "use_bdlora": [False]}
+              "use_qalora": [False], "use_bdlora": [False], "use_rslora": [False, True]}
 
 
 class AdapterConfig(NamedTuple):
@@ -608,7 +597,8 @@ class AdapterConfig(NamedTuple):
 def adapter_config(adapter_dir, rank=None):
     """The AdapterConfig of a saved adapter. Raises ValueError where another `rank` is asked for."""
     path = Path(adapter_dir) / "adapter_config.json"
-    found = read_record(AdapterConfig, read_json(path), PLAIN_LORA, path)
+    with reading(path, "an adapter of plain LoRA, which PEFT can merge into --model"):
+        found = read_record(AdapterConfig, read_json(path), PLAIN_LORA)
     if rank not in (None, found.r):
         raise ValueError(f"--lora-rank is {rank}, and {adapter_dir} holds an adapter of rank "
                          f"{found.r}; leave --lora-rank out, or pass a merged model as --model")
@@ -712,10 +702,8 @@ def plain_pieces(text):
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
     text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
-    ids = []
-    for piece in plain_pieces(text):
-        ids += tokenizer.encode(piece, add_special_tokens=False).ids
-    return ids
+    pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in plain_pieces(text)]
+    return [token for piece in pieces for token in piece.ids]
 
 
 def encode_chat(tokenizer, messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):

@@ -596,15 +596,14 @@ def test_model_config_refuses_what_it_cannot_compute():
             ({"hidden_size": 14 * 63}, "head_dim 63"),
             ({"head_dim": 128}, "head_dim 128"),
             ({"num_key_value_heads": 4}, "14 heads", "4 key/value heads"),
-            ({"eos_token_id": "<|im_end|>"}, "eos_token_id", "<|im_end|>"),
-            ({"eos_token_id": [1, [2]]}, "eos_token_id", "[2]"),
+            ({"eos_token_id": "<|im_end|>"}, "'<|im_end|>'"),
+            ({"eos_token_id": [1, [2]]}, "not a config of Qwen-2.5"),
             ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', expected 'yarn'"),
             ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-            ({"rope_scaling": ["yarn"]}, "rope_scaling ['yarn'], expected", "object"),
+            ({"rope_scaling": ["yarn"]}, "not a config of Qwen-2.5"),
             ({"rope_scaling": {"type": "yarn"}}, "factor is None"),
             ({"rope_scaling": yarn | {"factor": "4"}}, "factor is '4'"),
-            ({"rope_scaling": yarn | {"beta_fast": -1}}, "beta_fast is -1, expected 32"),
-            ({"rope_scaling": yarn | {"mscale": 1.0}}, "mscale is 1.0, expected none")):
+            ({"rope_scaling": yarn | {"beta_fast": -1}}, "beta_fast is -1, expected 32")):
         with raises(ValueError, "config.json", *words):
             _config_of(changes)
 
@@ -612,10 +611,7 @@ def test_model_config_refuses_what_it_cannot_compute():
 def test_model_names_and_the_hub():
     """Names become hub ids. Without the hub, the error says where to put which files, and a model
     that is put there is found."""
-    assert len(model.HUB_IDS) == 2 * (7 + 3 + 6)
-    assert model.HUB_IDS["qwen2.5-math-1.5b-instruct"] == "Qwen/Qwen2.5-Math-1.5B-Instruct"
-    assert model.HUB_IDS["qwen2.5-72b"] == "Qwen/Qwen2.5-72B"
-    assert model.HUB_IDS["qwen2.5-coder-0.5b-instruct"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    assert len(model.NAMES) == 2 * (7 + 3 + 6)
     hub = mock.patch("huggingface_hub.snapshot_download",
                      side_effect=OSError("Cannot reach the hub\nand a long story"))
     with temporary_dir() as home, mock.patch.object(model, "ROOT", home), hub as download:
@@ -637,8 +633,8 @@ def test_model_names_and_the_hub():
         assert model.resolve_model("qwen2.5-1.5b") == place
         assert model.resolve_model(str(home)) == home
     with mock.patch("huggingface_hub.snapshot_download", lambda hub_id, **_: f"/cache/{hub_id}"):
-        found = model.resolve_model("qwen2.5-0.5b-instruct")
-        assert found == Path("/cache/Qwen/Qwen2.5-0.5B-Instruct")
+        for name in ("Qwen2.5-Math-1.5B-Instruct", "Qwen2.5-72B", "Qwen2.5-Coder-0.5B-Instruct"):
+            assert model.resolve_model(name.lower()) == Path(f"/cache/Qwen/{name}")
     for name in ("tiny", "Tiny"):
         assert model.resolve_model(name) == model.ROOT / "data" / "tiny"
 
