@@ -215,19 +215,17 @@ def default_processes(device, gib_each, gib_shared=0.0):
 def fork_into(count):
     """Become `count` processes of one thread each, in the environment that torchrun gives.
 
-    Returns the ids of the forks, ranks 1, 2, ..., to rank 0. They end with it, whatever ends it.
+    This one is rank 0. The others end with it, whatever ends it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sys.stdout.flush()
     parent = os.getpid()
-    forks = []
     rank = 0
-    while rank == 0 and len(forks) < count - 1:
-        forks.append(os.fork())
-        if forks[-1] == 0:
-            rank = len(forks)
+    for number in range(1, count):
+        if rank == 0 and os.fork() == 0:
+            rank = number
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:  # it had ended before
                 os._exit(1)
@@ -236,22 +234,17 @@ def fork_into(count):
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "TOKENIZERS_PARALLELISM": "false"}  # the tokenizer's threads are not forked
     torch.set_num_threads(1)
-    return forks if rank == 0 else []
 
 
-def leave_at_once(forks, kind, error, trace):
+def leave_at_once(kind, error, trace):
     """The excepthook of one process among many, without the clean-up that could wait for ever."""
     rank, world = rank_and_world()
     text = "".join(traceback.format_exception(error))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         # the process that failed first ends this one, when its error is shown
         time.sleep(5 if rank == 0 else 30)
-        text = f"it lost another process, whose error is the one to read: {error}\n"
-        for number, fork in enumerate(forks, 1):
-            gone, status = os.waitpid(fork, os.WNOHANG)
-            if gone and os.WIFSIGNALED(status):
-                text = (f"process {number} was ended by signal {os.WTERMSIG(status)}; 9 often "
-                        "means that memory ran out\n")
+        text = (f"it lost another process, whose error is the one to read; without one it was "
+                f"killed, often because memory ran out ({error})\n")
     print(f"process {rank} of {world} failed: {text}", end="", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
@@ -285,21 +278,20 @@ def init_distributed(device="auto", processes=1, timeout_min=120):
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
-    forks = []
     if on_gpu:
         torch.cuda.set_device(device)
     if processes > 1 and rank_and_world()[1] == 1:
         if on_gpu or sys.platform != "linux":
             raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere "
                              "torchrun starts many processes, and --processes 1 is one")
-        forks = fork_into(processes)
+        fork_into(processes)
     rank, world = rank_and_world()
     if world > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                                 timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
         quit_on_second_signal()
-        sys.excepthook = functools.partial(leave_at_once, forks)
+        sys.excepthook = leave_at_once
     return rank, world, device
 
 

@@ -77,12 +77,10 @@ def disk_errors(path):
     except (OSError, SafetensorError) as error:
         for partial in path.parent.glob(f"{path.name}.partial*"):
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-        there = next(p for p in path.resolve().parents if p.is_dir())
-        free = shutil.disk_usage(there).free / 2**30
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: could not be written ({reason}); {free:.2f} GiB are free there. "
-                         "What was saved before is untouched: make room, or name another place; a "
-                         "run goes on with --resume") from None
+        raise ValueError(f"{path}: could not be written ({reason}). What was saved before is "
+                         "untouched: make room, or name another place; a run goes on with --resume"
+                         ) from None
 
 
 def write_whole(path, text):

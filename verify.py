@@ -4,12 +4,10 @@ r"""Grades text: is the answer in a model's output the same as the reference ans
     python verify.py --file results.jsonl --explain             # a file; with `expected`, a table
 
 Text from a model is hostile, and nothing here evaluates it. An answer is cut out of the output,
-split into tokens, parsed into a small tree of tuples and brought to a normal form; two trees are
-then compared by kind: words as words, sets of reals by where they hold, everything else by value.
-Rational values and functions are compared exactly, as fractions, the functions at a random point.
-Other values are sampled at real points, with as many digits as the sizes met on the way call for.
-Length, depth, digits and steps are bounded by counters, not by clocks, so a verdict depends
-neither on the machine nor on what else runs there.
+split into tokens, parsed into a small tree of tuples and brought to a normal form. Two trees are
+compared by kind: words as words, sets of reals by where they hold, rational values and functions
+exactly (these at a random point), others at sampled points with as many digits as their sizes call
+for. Counters, not clocks, bound the work, so that no verdict depends on the machine.
 
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma are one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three are ordered. `x = 5`
@@ -27,12 +25,11 @@ import re
 import string
 import sys
 import threading
-import time
 import unicodedata
 from collections import Counter, deque
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,74 +50,67 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--answer", help="an answer, or a whole model output")
     add("--reference", help="the reference answer")
-    add("--file", help=".jsonl: pred|completion|answer, gold|reference, perhaps expected, category")
+    add("--file", help=".jsonl: pred|completion, gold|reference|answer, perhaps expected, category")
     add("--strict", action="store_true", help="accept only a box after the thinking block")
     add("--explain", action="store_true", help="with --file: print every row")
-    add("--timeout-s", type=float, default=TIMEOUT_S, help="work for one comparison, in seconds")
     return parser.parse_args(argv)
 
 
 # ---- extraction
 
 CONTROL = re.compile(r"<\|(?:im_end|endoftext|im_start|eot_id)\|>|</s>")
-THINK_OPEN = re.compile(r"<(?:think|thought)>")
-THINK_CLOSE = re.compile(r"</(?:think|thought)>")
-BOX = re.compile(r"[\\\x08](?:beginboxed|boxed|oxed|fbox|framebox)(?![a-zA-Z])\s*")
-BETWEEN_BOXES = re.compile(  # of boxes that are one answer: "and", ", or", "for part (a) and"
-    r"(?:\s|[$,;:&~()\[\]]|\\[\[\]()\\,;: ]|\\q?quad|\\text\s*\{|\}"
-    r"|\b(?:and|or|for|in|part|case|question|problem|the|first|second|third|[a-e]|i{1,3}|\d)\b)*"
+THINK = re.compile(r"<(/?)(?:think|thought)>")
+BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)\s*\{")
+PLACEHOLDER = re.compile(r"(?i:[\s?.…_${}\\]|text|l?dots|your|final|the|answer|here)*")
+JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", "; for part (b)"
+    r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
+    r"|q?quad|[a-e]|\d)\b)*", re.S,
+)  # fmt: skip
+FORMULA = re.compile(
+    r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
+    r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S,  # not 5$ to Jack and 7$
+)  # fmt: skip
+ENGLISH = re.compile(  # a word that is no mathematics
+    r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent|and|or)\b)"
+    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
 )
-BETWEEN_FORMULAS = re.compile(r"(?:[\s,;&~]|\\[,;: ]|\\q?quad|\b(?:and|or)\b)*")
-MATH = re.compile(
-    r"\$\$(.{1,1000}?)\$\$|(?<!\\)\$([^$]{1,1000}?)(?<!\\)\$"
-    r"|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)", re.S,
+BREAK = re.compile(  # what stands between two runs of mathematics
+    rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)(?:[aAI]|and|or)(?!\S)"
+    r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
 )  # fmt: skip
-PERCENT = re.compile(r"(?:[$\s]|\\\))*(?:\\?%|per ?cent\b|pct\b)")
 ANSWER_PHRASE = re.compile(
-    r"####|^A:|^#+ *(?:Final )?Answer *\n|\b(?:answers?|correct (?:option|choice))\b[*_]*\s*"
-    r"(?:is(?!n)|are|was|would be|=|:|(?=\$|\\\(|\\\[))[*_]*\s*:?", re.I | re.M,
-)  # fmt: skip
-REMARK = re.compile(  # "this answer is correct" gives none
-    r"(?:also |indeed |now )?(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
+    r"####|<answer>|\banswers?\b[*_]*(?:[ ]*\n|\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[])))", re.I
+)
+REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" give none
+    r"not |(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
     r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
 )  # fmt: skip
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
-SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*")  # 5! is none
-LETTER_IN_PROSE = re.compile(
-    r"\b(?:[Oo]ption|[Cc]hoice(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
+SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`|</")  # 5! is none
+LETTER = re.compile(  # of an option, in prose
+    r"\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
     r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
 )
-LAST_LETTER = re.compile(r"[\s*$(]*([A-J])[\s*$).]*")
-PLACEHOLDER = re.compile(
-    r"(?:\s|[?.…_$]|\\[lc]?dots|\\q?quad|\\square|\\text\s*\{[\s?._]*\}"
-    r"|(?:\\text\s*\{)?(?:your |final |the )?answer(?: here)?\}?)*", re.I,
-)  # fmt: skip
-STYLES = "text|textbf|textit|textrm|textsf|textnormal|mbox|mathrm|mathbf|mathsf|operatorname"
-WRAPPER = re.compile(rf"\\(?:{STYLES})\s*\{{([^{{}}]*)\}}")
-ENGLISH = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{2,}")
-NOT_ENGLISH = set("or and in sqrt cbrt pi oo inf sin cos tan cot sec csc log ln exp".split())
-MATH_WORD = (
-    r"(?:\\?[$€£]?[-−]?[\d.,]*\d/?[a-zA-Z]{2,}(?!\S)"  # $18/day
-    r"|(?:\\[a-zA-Z]+|(?<![a-zA-Z])(?!(?<!\S)[aAI](?!\S))[a-zA-Z](?![a-zA-Z])|[^\sa-zA-Z–—&]"
-    r"|(?<![a-zA-Z])(?:sqrt|cbrt|pi|sin|cos|tan|ln|log|exp)(?![a-zA-Z]))+(?!\S))"
-)
-MATH_RUN = re.compile(rf"(?<!\S){MATH_WORD}(?:\s+{MATH_WORD})*")
-OPTION = re.compile(  # (C) 12 or B, since ... or C - 12; but not (C) or (D), and not A: 5, B: 7
-    r"\(?([A-J])(?:\)|[.:](?!\d)|,(?=\s[a-z]{2,})|(?:\s[-–—](?=\s)|—)(?=.*[a-z]{2}))"
-    r"(?!\W*(?:or|and)\b|.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s]|-)"
-    r"((?:\s|\\\W|\$)*\S.*)", re.S,
+WRAPPER = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}")
+OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; not A: 5, B: 7
+    r"\(?([A-Ja-j])\)?[\s.)]*|"
+    r"\(?([A-J])(?:[).:]|,(?=\s[a-z]{2})|(?:\s[-–—]\s|—)(?=.*[a-z]{2}))"
+    r"(?!.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s])(.*\S.*)", re.S,
 )  # fmt: skip
 
 
-def group_end(text, begin):
-    """Where the group whose opening brace stands at `begin` ends, or None if it is not closed."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, begin):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.end()
-    return None
+def boxes(text):
+    r"""(start, begin, end) of `\boxed`, its content and its brace, None if open; the last first."""
+    for box in reversed(deque(BOX.finditer(text), maxlen=20)):
+        end = None
+        depth = 1
+        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                end = brace.start()
+                break
+        yield box.start(), box.end(), end
 
 
 def box_span(text):
@@ -129,144 +119,103 @@ def box_span(text):
     >>> box_span(r"\boxed{1} or \boxed{23}")
     (20, 22)
     """
-    last = deque(BOX.finditer(text), maxlen=1)
-    begin = last[0].end() if last else len(text)
-    end = group_end(text, begin) if text[begin : begin + 1] == "{" else None
-    return end and (begin + 1, end - 1)
+    _, begin, end = next(boxes(text), (None, None, None))
+    return None if end is None else (begin, end)
 
 
 def boxed_answer(text, strict):
     """The content of the last box, with that of boxes joined to it; None if there is no box."""
     found = []
     edge = None
-    for match in reversed(deque(BOX.finditer(text), maxlen=20)):
-        opened = text[match.end() : match.end() + 1] == "{"
-        end = group_end(text, match.end()) if opened else None
-        if edge is not None:
-            joint = end and BETWEEN_BOXES.fullmatch(text, end, edge)
-            if not joint or not re.search("[,;&]|and|or", joint[0]):
-                break
-        if end is not None:
-            content = text[match.end() + 1 : end - 1]
-            if edge is None and PERCENT.match(text, end):
-                content += r"\%"
-        elif strict:
-            return None
-        else:  # the closing brace is missing, or there never was one: `\boxed 5`
-            content = re.split(r"\$|\n|\\\]|\\\)", text[match.end() + opened :], maxsplit=1)[0]
+    for start, begin, end in boxes(text):
+        if end is None or edge is not None and not JOINT.fullmatch(text, end + 1, edge):
+            break
+        content = text[begin:end]
         if not strict and PLACEHOLDER.fullmatch(content):
             continue
         if not any(judge(content, other) for other in found):  # 15.5 or 31/2 is one answer
             found.insert(0, content)
-        edge = match.start()
+        edge = start
     return ", ".join(found) if found else None
-
-
-def is_prose(text):
-    return not set(ENGLISH.findall(WRAPPER.sub("", text))) <= NOT_ENGLISH
-
-
-def formulas(text):
-    """(content, begin, end) of each formula. "5$ to Jack and 7$" has none."""
-    at = 0
-    while match := MATH.search(text, at):
-        content = match[match.lastindex]
-        prose = match[0][0] == "$" and " " in content.strip() and is_prose(content)
-        if not prose:
-            yield content, *match.span()
-        at = match.start() + 1 if prose else match.end()
 
 
 def is_formula(text):
     """Whether a text is nothing but mathematics, without the borders of a formula."""
-    if len(text) > MAX_ANSWER or MATH.search(text) or is_prose(text):
-        return False
-    return read(text)[0] not in ("raw", "words")
+    return not ENGLISH.search(WRAPPER.sub("", text)) and read(text)[0] not in ("raw", "words")
 
 
-def numbers(text):
-    """The runs of mathematics in a text that have a digit, whole: 3x, 2^{10}, 5 + 4, 16km."""
+def mathematics(text):
+    """The formulas in a text and, whole, its other runs with a digit: 3x, 2^{10}, 5 + 4, 16km."""
     found = []
-    text = re.sub("[^\0-\u2fff]+", " ", text)  # ideographs
-    for sentence in re.split(r"(?:(?<![.,;:?])[.,;:?]+|!)[*_\"']*(?=\s|$)", text):
-        for run in MATH_RUN.finditer(sentence):
-            value = re.split("=|≈", run[0])[-1].strip("*_\"' ")
-            if re.search(r"\d", value):
-                value = value.strip("()") if value.count("(") != value.count(")") else value
-                found.append(value + r"\%" * bool(PERCENT.match(sentence, run.end())))
+    at = 0
+    for match in BREAK.finditer(text + "\n"):
+        run = text[at : match.start()].strip(" *_`\"'–—")
+        if re.search(r"\d", run):
+            found.append(run)
+        if match.lastindex:
+            found.append(match[match.lastindex])
+        at = match.end()
     return found
-
-
-def last_value(text):
-    """The last formula or the last number outside one, whichever comes later, or None."""
-    *_, (formula, _, end) = [(None, 0, 0), *formulas(text)]
-    return (numbers(text[end:]) or [formula])[-1]
 
 
 def after_phrase(rest):
     """The answer in what follows "the answer is": formulas, plain mathematics or its beginning."""
-    rest = rest.lstrip(" \t\n*_:=")
+    rest = rest.lstrip(" \t\n*_:=`")
     found = []
     at = 0
-    for content, begin, end in formulas(rest):
-        if begin > at:
+    for formula in FORMULA.finditer(rest):
+        if formula.start() > 0 and not JOINT.fullmatch(rest, at, formula.start()):
             break
-        found.append(content)
-        at = BETWEEN_FORMULAS.match(rest, end).end()
+        found.append(formula[formula.lastindex])
+        at = formula.end()
     if found:
-        return ", ".join(found) + r"\%" * bool(PERCENT.match(rest, at))
+        return ", ".join(found)
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
     if REMARK.match(sentence):
         return None
-    if sentence.startswith("not "):
-        return last_value(rest[len(sentence) :]) or sentence
     if verdict := VERDICT.match(sentence):
         return verdict[0]
-    for number in numbers(sentence)[:1]:
-        if sentence.startswith(number):
-            return sentence if HEDGE.match(sentence[len(number) :]) else number
-    return last_value(sentence) or sentence or None
+    values = mathematics(sentence)
+    if values and sentence.startswith(values[0]):
+        return sentence if HEDGE.match(sentence, len(values[0])) else values[0]
+    return values[-1] if values else sentence
 
 
 def extract_answer(text, strict=False):
     r"""The answer in a model's output, or None.
 
-    strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block. A block that
-    was opened and never closed, or a box whose brace is never closed, means that there is no
-    answer. Otherwise, in this order: the box, `<answer>` tags, "#### 42" and "the answer is ...",
-    the whole text if it is nothing but mathematics, "option C", a letter on the last line, bold
-    text, the last formula or number; what stands in the thinking block counts only if nothing
-    follows it.
+    strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block; none if the
+    block or the brace is never closed. Otherwise, in this order: the box, `<answer>` tags,
+    "#### 42" and "the answer is ...", "option C", the whole text, its last line or bold text if it
+    is nothing but mathematics, the last formula or number. What stands in the thinking block
+    counts only if nothing follows it.
 
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
     """
-    closes = deque(THINK_CLOSE.finditer(text), maxlen=1)
-    tail = text[closes[0].end() :] if closes else text
-    if strict and THINK_OPEN.search(tail):
+    *_, tag = [None, *THINK.finditer(text)]
+    if strict and tag and not tag[1]:
         return None
+    tail = text[tag.end() :] if tag else text
     tail = (tail if strict or tail.strip() else text)[-MAX_TEXT:]
-    tail = tail.replace("<|im_start|>assistant", "").lstrip()
     tail = CONTROL.split(tail, maxsplit=1)[0]
     boxed = boxed_answer(tail, strict)
     if strict or boxed is not None:
         return boxed
-    tail = tail[-MAX_PROSE:]
-    if tags := re.findall(r"<answer>(.*?)(?:</answer>|$)", tail, re.S):
-        return tags[-1].strip()
+    tail = tail[-MAX_PROSE:].strip()
     for phrase in reversed(deque(ANSWER_PHRASE.finditer(tail), maxlen=5)):
-        if found := after_phrase(BOX.sub("", tail[phrase.end() :])):
+        if found := after_phrase(tail[phrase.end() :]):
             return found
-    if is_formula(tail):
-        return tail.strip()
-    if letters := LETTER_IN_PROSE.findall(tail):
+    if letters := LETTER.findall(tail):
         return letters[-1]
-    if letter := LAST_LETTER.fullmatch(tail.rstrip().rpartition("\n")[2]):
-        return letter[1]
     bold = re.findall(r"\*\*([^*\n]+)\*\*", tail)
-    return bold[-1] if bold and is_formula(bold[-1]) else last_value(tail)
+    for part in (tail, tail.rpartition("\n")[2], *bold[-1:]):
+        if is_formula(part):
+            return part
+    return (mathematics(tail) or [None])[-1]
+
 
 # ---- tokens
 
@@ -292,69 +241,58 @@ def spellings(table):
 
 
 OPERATORS = spellings(r"""
-    +  -  * cdot times ast × · ∙ ⋅ ∗  / div ÷ ∕ ⁄  ^ **  _  !  % \% percent  pm +- +/- ±  mp ∓
-    (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩  lfloor ⌊
-    rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │ ‖  mid ∣  ,  ;  : colon  &
-    newline \\ cr  prime '  deg degree textdegree ° ˚  cup bigcup ∪  cap ∩
-    minus setminus backslash ∖  and land wedge \& ∧  or lor vee ∨
-    frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom  over  sqrt surd √  cbrt ∛
-    pmod
+    +  -  * cdot times ast × · ⋅  / div ÷ ⁄  ^ **  _  !  % \% percent  pm +- ±  mp ∓  ,  ;  &
+    (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩
+    lfloor ⌊  rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │  mid ∣
+    : colon  newline \\ cr  ' prime  deg degree ° ˚  cup bigcup ∪  cap ∩  minus setminus backslash
+    and land wedge \& ∧  or lor vee ∨  frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom
+    over  sqrt √  cbrt ∛  pmod
 """)
 RELATIONS = spellings("""
-    = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant leqq ≤ ⩽ ≦
-    >= => ge geq geqslant geqq ≥ ⩾ ≧  ~ approx simeq cong doteq ≈ ≅  in ∈  notin ∉  to rightarrow →
+    = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant ≤ ⩽  >= => ge geq geqslant ≥ ⩾
+    ~ approx simeq cong ≈  in ∈  notin ∉  to rightarrow →
 """)
 FUNCTIONS = spellings("""
     sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
     asec arcsec  acsc arccsc  sinh  cosh  asinh arsinh  acosh arcosh  atanh artanh
     exp  log ln  log10 lg  abs Abs  floor  ceiling ceil  factorial
 """)
-GREEK = spellings("""
+LETTERS = spellings("""
     alpha α  beta β  gamma γ  delta δ  epsilon ε  zeta ζ  eta η  theta θ  iota  kappa  lambda λ
     mu μ  nu ν  xi ξ  rho ρ  sigma σ  tau τ  upsilon  phi φ  chi χ  psi ψ  omega ω  Delta Δ
-    Gamma Γ  Theta Θ  Lambda Λ  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω  varepsilon  vartheta  varphi  ell
-    hbar
+    Gamma Γ  Theta Θ  Lambda Λ  Sigma Σ  Phi Φ  Psi Ψ  Omega Ω  varepsilon  varphi  ell  hbar
+    d partial  ... ldots dots cdots
 """)
 BIG = spellings("sum ∑  prod ∏  int ∫  iint  oint  lim")
-WORD_NAMES = {  # runs of letters that are mathematics without a backslash
-    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
-    **{name: ("sym", name) for name in GREEK.values()},
-    **{name: (name, None) for name in ("sqrt", "cbrt", "binom", "frac")},
-    **dict.fromkeys(("inf", "infinity", "oo"), ("value", ("inf",))),
-    "pi": ("value", ("const", "pi")), "in": ("rel", "in"),
-}  # fmt: skip
-NAMES = WORD_NAMES | {  # commands and characters
+NAMES = {  # commands and characters
     **{name: (kind, None) for name, kind in OPERATORS.items()},
     **{name: ("rel", relation) for name, relation in RELATIONS.items()},
-    **{name: ("sym", letter) for name, letter in GREEK.items()},
+    **{name: ("fn", function) for name, function in FUNCTIONS.items()},
+    **{name: ("sym", letter) for name, letter in LETTERS.items()},
     **{name: ("big", kind) for name, kind in BIG.items()},
     **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
-    **{name: ("value", ("words", name)) for name in "ZNQ"}, "R": ("value", ("reals",)),
-    **{name: ("value", ("inf",)) for name in ("infty", "∞")},
-    **{name: ("value", ("empty",)) for name in ("emptyset", "varnothing", "∅")},
-    **dict.fromkeys("ldots dots cdots".split(), ("sym", "...")),
-    "π": WORD_NAMES["pi"], "imath": ("value", ("const", "i")), "partial": ("sym", "d"),
+    **dict.fromkeys("infty ∞ inf infinity oo".split(), ("value", ("inf",))),
+    **dict.fromkeys("emptyset varnothing ∅".split(), ("value", ("empty",))),
+    **dict.fromkeys("pi π".split(), ("value", ("const", "pi"))), "R": ("value", ("reals",)),
+}  # fmt: skip
+BARE = {  # the names that need no backslash
+    *FUNCTIONS, *LETTERS, *"sqrt cbrt binom frac inf infinity oo pi in".split()
 }  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-NUMERALS = {word: value for value, word in enumerate(
-    ONES + TEENS + [ten + end for ten in TENS for end in ("", *("-" + one for one in ONES[1:]))]
-)}  # fmt: skip
+NUMERALS = {word: value for value, word in enumerate(ONES + TEENS)}
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = spellings("""
-    cm centimeter centimetre centimeters centimetres  mm millimeter millimetre millimeters
-    km kilometer kilometre kilometers kilometres  m meter metre meters metres  nm  ft foot feet
-    in inch inches  mi mile miles  yd yard yards  kg kilogram kilograms  g gram grams gm
-    mg milligram  lb lbs pound pounds  oz ounce ounces  L l liter litre liters litres
-    ml mL milliliter milliliters  h hr hrs hour hours  min mins minute minutes
-    s sec secs second seconds  ms  day days  week weeks  month months  yr year years  hz Hz
-    degree degrees deg  F fahrenheit  C celsius  K kelvin  J joule joules  kJ kj
-    N newton newtons  W watt watts  kW kw  V volt volts  A amp amps  Pa pa  mol
-    gal gallon gallons  rad radian radians  pt pts point points  dollar dollars usd  cent cents
-    eur euro euros  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
+    cm centimeter centimetre  mm millimeter millimetre  km kilometer kilometre  m meter metre  nm
+    ft foot feet  in inch inches  mi mile  yd yard  kg kilogram  g gram gm  mg milligram  lb pound
+    oz ounce  L l liter litre  ml mL milliliter  h hr hour  min minute  s sec second  ms  day  week
+    month  yr year  hz Hz  degree deg  F fahrenheit  C celsius  K kelvin  J joule  kJ kj  N newton
+    W watt  kW kw  V volt  A amp  Pa pa  mol  gal gallon  rad radian  pt point  dollar usd  cent
+    euro eur  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
 """)
+UNITS |= {name + "s": unit for name, unit in UNITS.items() if len(name) > 1}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
+ORDINALS = [("words", ending) for ending in ("th", "st", "nd", "rd")]
 STATEMENT = set(  # words that say something of what stands before them, and are never dropped
     "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
     "even odd prime composite increase increases increased increasing decrease decreases "
@@ -367,81 +305,93 @@ STATEMENT = set(  # words that say something of what stands before them, and are
     "imaginary if when where only except without reduced reduction raised won equal equals "
     "exceeds at between or from".split()
 )
-WORDS = set(
-    "yes no not odd even true false none all the red dne if for any is are of to we us usd".split()
-)
+WORDS = set("no if is of to we us".split())  # other words are longer
 
 UNICODE = str.maketrans({
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
     **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""),
+    **{char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"},
     **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
-    **{char: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", char).split("⁄"))
-       for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"},
 })  # fmt: skip
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
 LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(RAISED + LOWERED, "0123456789+-()nx" * 2)
-CIRCLE = r"(?:\\circ(?![a-zA-Z])|\\(?:text|mathrm)\s*\{\s*o\s*\})"
+STYLED = re.compile(  # \text{} and \mathrm{}
+    r"\\(?:(text\w*|[mh]box|emph)|mathrm|operatorname|mathsf)\*?\s*"
+    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
+)
+IN_STYLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\.\.\.+", r"\\ldots "),
     (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
-    (r"\\not\s*=", r"\\ne "), (r"\\not\s*\\(?=in\b)", r"\\not"),
     (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
-    (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}|\\text\s*\{\s*\}", r"\1"),
+    (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
     (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
-    (r"\{\s*\\(?:rm|bf|it)(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
-    (r"\\mathbb\{?R\}?\s*\^\s*(?:\{\s*\+\s*\}|\+)", r"(0,\\infty)"),
     (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
+    (r'(?:\s*\\q?quad(?![a-z]))+\s*(?=[,;"]|$)', " "), (r"\\q?quad(?![a-z])", " , "),
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
-NUMBER = r"(?:{}(?:\.\d+)?|\d+\.?\d*|\.\d*)".format
-OUTSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+"))
-INSIDE = re.compile(NUMBER(rf"[1-9]\d{{0,2}}(?:(?:{GAP}|,(?=0\d\d))\d{{3}}(?!\d))+"))  # (12,102)
-EXPONENT = re.compile(r"[eE]([+-]?\d{1,3})(?![\d.])")
-PERIOD = re.compile(r"\\(?:overline|bar|dot)\s*\{?(\d+)\}?|(?<=\.)\((\d+)\)")
-MIXED = re.compile(  # 2 1/3 or 1\frac45
-    r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
-    r"|(?<=\s)(\d+)\s?/\s?(\d+))"
+NUMBER = (
+    rf"(?:[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?![\d.]))?"
 )
-LAYOUT = (
-    "displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|[bB]igg?[lr]?|middle|hline|bm"
-    r"|boldsymbol|mathcal|mathit|mathbf(?!\s*\{?[RZ]\b)|math(?:ord|bin|rel|op|punct)|vec|hat"
-    "|widehat|underline|boxed|fbox|phantom|hfill|[lL]arge|LARGE|[hH]uge|small|normalsize|checkmark"
-    "|num|tt|blacksquare|square|Box|qed|therefore|ensuremath|rm|bf|it|sf|angle|measuredangle"
-    "|sphericalangle|triangle|overrightarrow"
+PERIODIC = r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))"
+MIXED = (  # 2 1/3 or 1\frac45
+    r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
+    r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))"
+)
+LAYOUT = (  # of no meaning
+    "displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?|hline|bm|boldsymbol|mathcal|mathit"
+    r"|mathbf(?!\s*\{?[RZ]\b)|mathop|vec|hat|boxed|fbox|[lL]arge|checkmark|num"
+    "|therefore|angle|measuredangle|triangle|overrightarrow"
 )
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
     r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
-    r"|(?P<quad>\\q?quad(?![a-z]))"
     r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
-    r"(?:\{(?P<base>(?:[^{}]|\{[^{}]*\})*)\}|(?P<short>\d)))"
-    r"|(?P<styled>\\(?:(?P<prose>text\w*|mbox|hbox|emph)|mathrm|operatorname|mathsf)\*?\s*"
-    r"(?:\{(?P<group>(?:[^{}]|\{[^{}]*\})*)\}|(?P<letter>[a-zA-Z])\b))"
-    r"|(?P<clock>(?:[01]?\d|2[0-4])(?::[0-5]\d){1,2})(?![\d.:])"
+    r"(?:\{(?P<base>[^{}]*)\}|(?P<short>\d)))"
+    r'|"(?P<word>[^"]*)"'
+    r"|(?P<clock>(?:[01]?\d|2[0-4])(?:(?::[0-5]\d){1,2}(?![\d.:])|(?=\s*\"?[apAP]\.?[mM]\b))"
+    r'(?:\s*"?(?P<half>[apAP])\.?[mM]\b"?)?)'
     r"|(?P<literal>0[xX][0-9A-Fa-f]+|0[bB][01]+|0[oO][0-7]+)(?![0-9A-Za-z])"
-    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|@ ]*\})?|(?P<end>\\end\s*\{[a-zA-Z]+\*?\})"
+    r"|\\begin\s*\{(?P<begin>[pbB]?matrix|array)\}(?:\s*\{[clr|@ ]*\})?"
+    r"|\\end\s*\{(?P<end>[pbB]?matrix|array)\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<number>\d|\.(?=\d|\\overline))|\\(?P<command>[a-zA-Z]+)"
-    r"|(?P<letters>[aApP]\.[mM]\b\.?|[a-zA-ZÀ-ž]+)"
+    r"|(?P<digit>(?:(?<=frac)|(?<=frac )|(?<=frac\d)|(?<=frac \d))\d)"  # \frac12
+    rf"|(?P<mixed>(?<![\^_t]){MIXED})|(?P<periodic>{PERIODIC})|(?P<number>{NUMBER})"
+    r"|\\(?P<command>[a-zA-Z]+)"
+    r"|(?P<letters>[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
     r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
 )  # fmt: skip
 CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
-PROSE = re.compile(r"[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")  # what is a word in \text{}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 CLOSING = {  # what closes each bracket
-    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}",), "|": ("|)",),
+    "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}", "mid", "|", ":"), "|": ("|",),
     "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
 }  # fmt: skip
-CLOSERS = {closer for closers in CLOSING.values() for closer in closers}
 OPERANDS = {*CLOSING, *"number sym value word fn frac sqrt cbrt binom big".split()}
-ENDS = {*CLOSERS, *"number sym value word deg prime ! %".split()}  # of an operand
+
+
+def quoted(match):
+    r"""What stands for \text{} or \mathrm{}: its content, with quotation marks around words."""
+    text = match.string
+    content = match[2] or match[3] or ""
+    if not match[1]:
+        name = content.strip("~ ")
+        behind_value = re.search(r'[\d}"/°]\s*(?:\\[,;: ]\s*)*$|\\cdot\s*$', text[: match.start()])
+        letter = len(name) == 1 and (name in "dei" or not behind_value)
+        call = name.isalpha() and text[match.end() :].startswith("(") and not behind_value
+        if name in FUNCTIONS or letter or call:
+            return f" {name} " if letter else f"\\{name} "
+    content = re.sub(r"[.`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
+    return " " + IN_STYLE.sub(r'"\g<0>"', content) + " "
 
 
 def normalised(text):
@@ -453,9 +403,10 @@ def normalised(text):
             run = re.compile(f"[{chars}]+")
             text = run.sub(lambda found: mark + "{" + found[0].translate(PLAIN) + "}", text)
         text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+    text = STYLED.sub(quoted, text.replace('"', ""))
     for pattern, by in REWRITES:
         text = pattern.sub(by, text)
-    return text.strip().rstrip(" .,;:~*\\\n\t")
+    return text.lstrip(" ,=≈\n\t").rstrip(" .,;:~*\\\n\t")
 
 
 def number(value, unit=0):
@@ -463,167 +414,114 @@ def number(value, unit=0):
     return ("num", Fraction(value), Fraction(unit))
 
 
-def read_number(text, at, inside, mixed):
-    """The number at `at` as a tree, and where it ends."""
-    if mixed and (match := MIXED.match(text, at)):
-        whole, above, below = map(int, filter(None, match.groups()))
-        if 0 < above < below:
-            return number(whole + Fraction(above, below)), match.end()
-    match = (INSIDE if inside else OUTSIDE).match(text, at)
-    end = match.end()
-    whole, point, decimals = re.sub(r"[^\d.]", "", match[0]).partition(".")
-    unit = Fraction(1, 10 ** len(decimals))
-    value = int(whole + decimals or "0") * unit
-    if point and (period := PERIOD.match(text, end)):
-        digits = period[period.lastindex]
-        value += unit * Fraction(int(digits), 10 ** len(digits) - 1)
-        return number(value), period.end()
-    scale = 1
-    if exponent := EXPONENT.match(text, end):
-        scale = Fraction(10) ** int(exponent[1])
-        end = exponent.end()
-    return number(value * scale, unit * scale if decimals else 0), end
+def read_number(match):
+    text = re.sub(r"[^\d.eE+-]", "", match[0]).lower()
+    mantissa, _, exponent = text.partition("e")
+    decimals = mantissa.partition(".")[2]
+    unit = Fraction(10) ** (int(exponent or 0) - len(decimals))
+    return number(Fraction(text), unit if decimals else 0)
+
+
+def read_periodic(match):
+    whole, decimals, *period = re.fullmatch(PERIODIC, match[0]).groups()
+    period = period[0] or period[1]
+    rest = Fraction(int(period), 10 ** len(decimals) * (10 ** len(period) - 1))
+    return number(Fraction(f"{whole}.{decimals}0") + rest)
+
+
+def read_mixed(match):
+    whole, above, below = map(int, filter(None, re.fullmatch(MIXED, match[0]).groups()))
+    if 0 < above < below:
+        return number(whole + Fraction(above, below))
+    if below and "frac" in match[0]:
+        return number(whole * Fraction(above, below))
+    raise Unreadable("two numbers side by side")
 
 
 def read_based(match):
     """The tree of a number with its base, 52_8."""
-    base = re.sub(r"\\[a-z]+|base|\W", "", match["short"] or match["base"].lower())
-    base = NUMERALS.get(base, int(base) if base.isdecimal() and len(base) < 3 else 0)
-    try:
-        return ("based", str(int(match["digits"], base if base > 1 else 37)), base)
-    except ValueError:
-        raise Unreadable("a number with a subscript that is no base") from None
+    base = re.sub(r'\\[a-z]+|base|\W', "", match["short"] or match["base"].lower())
+    base = NUMERALS.get(base, base)
+    return ("based", match["digits"], str(base))
 
 
-def read_clock(text):
-    """The tree of 7:30: a time if it cannot be a ratio in lowest terms."""
-    parts = list(map(int, text.split(":")))
-    ratio = math.gcd(*parts) < 2 and ":0" not in text
-    return ("ratio" if ratio else "time", *map(number, parts), *([] if ratio else [""]))
+def read_clock(match):
+    """The tree of 7:30, 7:30:00 or 7 p.m."""
+    parts = re.findall(r"\d+", match[0]) + [0, 0]
+    return ("time", (match["half"] or "").lower(), *map(number, parts[:3]))
 
 
 READERS = {
-    "based": read_based, "clock": lambda match: read_clock(match[0]),
-    "literal": lambda match: number(int(match[0], 0)),
+    "based": read_based, "clock": read_clock, "literal": lambda match: number(int(match[0], 0)),
+    "number": read_number, "periodic": read_periodic, "mixed": read_mixed,
+    "digit": lambda match: number(match[0]),
     "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
 }  # fmt: skip
 
 
-def read_letters(run, mark, space, before):
-    """Tokens of a run of letters: functions, products of variables, words.
-
-    mark: "prose" or "roman" if the run stands in \\text{} or \\mathrm{}, else "". before: a token.
-    """
-    low = run.lower().replace(".", "")
-    counted = before.kind in ("number", "word", "deg")
+def read_word(word, before):
+    """The token of a word in quotation marks."""
+    low = word.lower()
     if low in CONNECTIVES and (low != "to" or before.kind == "number"):
-        return [Token(CONNECTIVES[low], None, run)]
+        return Token(CONNECTIVES[low], None, word)
+    return Token("word", word if word in UNITS else low, word)
+
+
+def read_letters(run, found, space):
+    """Tokens of a run of letters: words, functions, products of variables."""
+    low = run.lower()
+    before = found[-1]
+    per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
+    counted = per or before.kind in ("number", "word", "deg")
+    known = low in UNITS or ("words", low) in ORDINALS
     if len(run) == 1:
-        unit = mark == "roman" and run not in "dei" and (counted or before.kind == "}")
-        unit = unit or before.kind == "deg" and run in "CF"
-        if unit or mark == "prose" and run != "i" or run == "a" and before.kind == "word":
-            return [Token("word", run if run in UNITS else low, run)]
+        if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
+            return [Token("word", run, run)]
         return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
-    if run in WORD_NAMES and mark != "prose" and not (counted and low in UNITS):
-        return [Token(*WORD_NAMES[run], run)]
-    known = low in UNITS or low in ("th", "st", "nd", "rd", "am", "pm")
-    if mark or counted and known or low in WORDS or run in ("II", "III"):
-        return [Token("word", low, run)]
+    if low in CONNECTIVES or low in WORDS or counted and known:
+        return [read_word(low, before)]
+    if run in BARE:
+        return [Token(*NAMES[run], run)]
     parts = run
     if joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
     elif low not in string.ascii_lowercase:  # abcd and xyz are products
         syllable = len(run) == 3 and re.search("[aeiou]", low)  # a cat, but 2aex is a product
         if len(run) > 3 or syllable and (space or before.kind != "number"):
-            return [Token("word", low, run)]
-    return [token for part in parts for token in read_letters(part, "", False, END)]
+            return [read_word(run, before)]
+    return [token for part in parts for token in read_letters(part, [END], False)]
 
 
-class Tokenizer:
-    """The tokens of a normalised text: `found`, with the brackets that are open: `stack`."""
-
-    def __init__(self, text):
-        self.found = []
-        self.stack = []
-        self.scan(text, "")
-
-    def scan(self, text, mark):
-        """Adds the tokens of a text, or of a part of one: the content of \\text{}, \\mathrm{}."""
-        at = 0
-        space = mark == "prose"
-        while at < len(text):
-            match = LEXEME.match(text, at)
-            kind = match.lastgroup
-            lexeme = match[kind]
-            before = self.found[-1] if self.found else END
-            start = at
-            at = match.end()
-            if kind == "space":
-                tokens = []
-            elif kind == "quad":
-                tokens = [Token("quad")] * (before.kind in ENDS)
-            elif kind == "styled":
-                tokens = []
-                style = "prose" if match["prose"] else "roman"
-                content = match["group"] or match["letter"] or ""
-                if style == "prose":
-                    content = re.sub(r"[.\"`?](?!\d)|(?<![a-zA-Z])'", "", content)
-                    content = content.replace("&", " and ")
-                self.scan(content, style)
-                call = style == "roman" and text[at : at + 1] == "(" and before.kind != "number"
-                if call and self.found and self.found[-1].kind == "word":
-                    self.found[-1] = self.found[-1]._replace(kind="sym")  # \operatorname{rank}(A)
-            elif kind in READERS:
-                tokens = [Token("number", READERS[kind](match), lexeme)]
-            elif kind == "number":
-                mixed = before.kind not in ("^", "_", "sqrt", "frac")
-                inside = {"(", "[", "set{"} & set(self.stack)
-                value, at = read_number(text, start, inside, mixed)
-                tokens = [Token("number", value, text[start:at])]
-            elif kind == "letters":
-                style = mark
-                if mark:
-                    lexeme = PROSE.match(text, start)[0]
-                    at = start + len(lexeme)
-                unit = self.found[-2:-1] and self.found[-2].value in UNITS
-                if before.kind in ("*", "/") and unit:  # km/h
-                    before = self.found[-2]
-                    style = mark or "roman"
-                tokens = read_letters(lexeme, style, space, before)
-            else:
-                tokens = self.symbol(kind, lexeme, before)
-            if tokens and self.found and self.found[-1].kind == "quad":
-                operand = tokens[0].kind in OPERANDS and tokens[0].kind != "word"
-                self.found[-1:] = [Token(",")] * operand
-            if tokens and space:
-                tokens[0] = tokens[0]._replace(space=True)
-            self.found += tokens
-            space = kind in ("space", "quad") or kind == "styled" and style == "prose"
-
-    def symbol(self, kind, lexeme, before):
-        """The tokens of a command or character, whose meaning may depend on what is open."""
-        top = self.stack[-1] if self.stack else None
-        value = None
-        if kind == "begin":
-            kind = "begin" if lexeme.endswith("matrix") or lexeme == "array" else "{"
-            if lexeme.startswith(("v", "V")):
-                raise Unreadable("a determinant")
-        elif kind == "end":
-            kind = "end" if top == "begin" else "}"
+def tokenize(text):
+    """The tokens of a normalised text."""
+    found = [END]
+    space = False
+    at = 0
+    while at < len(text):
+        match = LEXEME.match(text, at)
+        kind = match.lastgroup
+        lexeme = match[kind]
+        at = match.end()
+        if kind == "space":
+            space = True
+            continue
+        if kind == "letters":
+            tokens = read_letters(lexeme, found, space)
+        elif kind == "word":
+            tokens = [read_word(lexeme, found[-1])]
+        elif kind in READERS:
+            tokens = [Token("number", READERS[kind](match), lexeme)]
+        elif kind in ("begin", "end"):
+            tokens = [Token(kind)]
         else:
-            known = NAMES.get(lexeme[:2] if lexeme[0] == "\\" else lexeme)
-            if not known and kind == "symbol":
-                raise Unreadable(f"unknown character {lexeme!r}")
-            kind, value = known or ("sym", lexeme)
-        if kind == "|" and before.kind in ENDS and top in ("|", "set{"):
-            kind = "|)" if top == "|" else "mid"
-        if kind == ":" and top == "set{":
-            kind = "mid"
-        if kind in CLOSING:
-            self.stack.append(kind)
-        elif kind in CLOSERS and self.stack:
-            self.stack.pop()
-        return [] if kind == "&" and top != "begin" else [Token(kind, value, lexeme)]
+            name = lexeme[:2] if lexeme[0] == "\\" else lexeme
+            if name == "begin" or kind == "symbol" and name not in NAMES:
+                raise Unreadable(f"no support for {lexeme!r}")
+            tokens = [Token(*NAMES.get(name, ("sym", name)), lexeme)]
+        tokens[0] = tokens[0]._replace(space=space)
+        found += tokens
+        space = False
+    return found[1:]
 
 
 # ---- parser
@@ -631,11 +529,11 @@ class Tokenizer:
 # A tree is a nested tuple (tag, ...):
 #   values      ("num", Fraction, unit in the last place) ("sym", name) ("const", "pi"|"e"|"i")
 #               ("inf",) (operator or function of OPS, a, ...) ("call", name, a, ...)
-#               ("quantity", a, units, nouns) ("based", value, base)
-#               ("ratio", a, b, ...) ("time", hour, minute, ..., "a" or "p" or "")
+#               ("quantity", a, words) ("based", digits, base)
+#               ("ratio", a, b, ...) ("time", "a" or "p" or "", hour, minute, second)
 #   collections ("list", "," or "or", a, ...) ("set", a, ...) ("tuple", a, ...) ("array", a, ...)
 #               (a matrix is an array of arrays, a column is a tuple)
-#   sets        ("interval", low, high, "[" or "(", "]" or ")") ("cup"|"cap"|"minus", a, b)
+#   sets        ("interval", low, high, "<" or "<=", "<" or "<=") ("cup"|"cap"|"minus", a, b)
 #               ("reals",) ("empty",)
 #   statements  ("rel", operators, sides)
 #   words       ("words", words) ("option", letter, value); ("raw", ...) cannot be parsed
@@ -646,19 +544,17 @@ POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.
 CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-")
-LEADING = [("rel", "="), ("rel", "~"), (":", None), ("*", None)]  # of no meaning before an answer
-LEAD_IN = set(
-    "the a an answer final is are was so thus hence therefore equals equal to value result "
-    "solution solutions we get have choice option approximately about roughly exactly that it be "
-    "of all point points pair pairs ordered vector interval values numbers roots domain range us "
-    "usd rs".split()
+LEAD_IN = set(  # words that may stand before an answer
+    "the a an answer final is are so thus hence therefore equals equal to value result solution "
+    "solutions we get have option approximately about roughly exactly that point points ordered "
+    "pair pairs vector interval values roots us usd rs".split()
 )
 TEXT_VALUES = {
     **dict.fromkeys("no solution|no solutions|no real solution|no real solutions|no real roots|"
                     "empty set|none".split("|"), ("empty",)),
-    **dict.fromkeys(("all real numbers", "all reals", "real numbers", "reals"), ("reals",)),
-    **dict.fromkeys(("does not exist", "undefined", "not defined"), ("words", "dne")),
-    **dict.fromkeys(("all integers", "integers"), ("words", "Z")), "infinity": ("inf",),
+    **dict.fromkeys(("all real numbers", "all reals", "real numbers"), ("reals",)),
+    **dict.fromkeys(("does not exist", "undefined"), ("words", "dne")),
+    "all integers": ("words", "Z"), "infinity": ("inf",),
     **{word: number(value) for word, value in NUMERALS.items()},
 }  # fmt: skip
 TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
@@ -681,18 +577,25 @@ def replaced(node, old, new):
     return rebuild(node, lambda part: new if part == old else part)
 
 
-def has(node, *tags):
-    return bool(node) and (node[0] in tags or any(has(child, *tags) for child in children(node)))
+def nodes(tree):
+    """A tree and all trees in it."""
+    yield tree
+    for child in children(tree):
+        yield from nodes(child)
 
 
-def symbols(node):
-    """The names of a tree's variables."""
-    names = frozenset(node[1:2] if node and node[0] in ("sym", "call") else ())
-    return names.union(*map(symbols, children(node)))
+def symbols(*trees):
+    """The names of the variables in trees."""
+    parts = (part for tree in trees for part in nodes(tree))
+    return {part[1] for part in parts if part and part[0] in ("sym", "call")}
 
 
-def size(node):
-    return 1 + sum(map(size, children(node)))
+def has(tree, *tags):
+    return any(part and part[0] in tags for part in nodes(tree))
+
+
+def size(tree):
+    return sum(1 for _ in nodes(tree))
 
 
 def chain(tag, *parts):
@@ -712,12 +615,22 @@ def divide(a, b):
     return chain("mul", a, ("pow", b, MINUS_ONE))
 
 
+def matrix(rows):
+    """A matrix as a tree: a column is a tuple, any other an array of arrays."""
+    if len(set(map(len, rows))) != 1:
+        raise Unreadable("rows of different length")
+    if len(rows[0]) == 1 and len(rows) > 1:
+        return ("tuple", *(row[0] for row in rows))
+    return ("array", *(("array", *row) for row in rows))
+
+
 def items_of(node):
-    return list(node[2:]) if node[0] == "list" else [node]
+    return children(node) if node[0] == "list" else [node]
 
 
-def is_integer(node):
-    return node[0] == "num" and node[2] == 0 and node[1].denominator == 1
+INFIX = {
+    "+": partial(chain, "add"), "*": partial(chain, "mul"), "-": minus, "/": divide, "over": divide,
+}  # fmt: skip
 
 
 class Parser:
@@ -726,7 +639,7 @@ class Parser:
     def __init__(self, tokens):
         self.tokens = [*tokens, END, END]
         self.at = 0
-        self.depth = 0
+        self.open = [()]  # what closes each bracket that is open
 
     @property
     def kind(self):
@@ -745,8 +658,11 @@ class Parser:
 
     def closed(self, *closers):
         """What stands up to a closing token, which is taken too."""
+        if len(self.open) > MAX_DEPTH:
+            raise Unreadable("nested too deeply")
+        self.open.append(closers)
         value = self.expression()
-        self.take(*closers)
+        self.take(*self.open.pop())
         return value
 
     # operators
@@ -760,6 +676,8 @@ class Parser:
 
     def power(self):
         """How tightly the next token binds what stands around it; 0 if it ends the expression."""
+        if self.kind in self.open[-1]:
+            return 0
         if self.kind not in OPERANDS:
             return POWER.get(self.kind, 0)
         token, after = self.tokens[self.at : self.at + 2]
@@ -781,15 +699,20 @@ class Parser:
         flat = []
         for item in items:
             splice = item[0] == "list" and all(part[0] != "rel" for part in item[2:])
-            kind = "or" if splice and item[1] == "or" else kind
             flat += item[2:] if splice else [item]
         return ("list", kind, *flat) if len(flat) > 1 else left
 
     def join(self, left, power):
         """`left`, what stands next, and the operand behind it."""
         kind = self.kind
+        if kind == "number":
+            words = left[0] == "mul" and words_of_unit(left[-1])
+            if words and set(words) - IGNORED:  # 3 hours 20 minutes
+                return ("list", ",", left, self.expression(TERM))
+            if words or left[0] in ("num", "sym"):
+                raise Unreadable("two things side by side")
         if kind in OPERANDS:
-            return self.juxtaposed(left)
+            return chain("mul", left, self.postfix(self.atom()))
         token = self.take(kind)
         labelled = left[0] == "words" or left[0] == "sym" and left[1][0].isupper()
         if kind == ":" and labelled and self.kind not in ("sym", "set{"):  # A: 5
@@ -802,35 +725,19 @@ class Parser:
             return ("ratio", *(left[1:] if left[0] == "ratio" else (left,)), right)
         while kind == "/" and self.kind == "sym" and not self.tokens[self.at].space:  # t/RC
             right = chain("mul", right, self.expression(FACTOR))
-        if kind in ("+", "*"):
-            return chain("add" if kind == "+" else "mul", left, right)
-        if kind == "-":
-            return ("minus", left, right) if left[0] == "reals" else minus(left, right)
-        if kind in ("/", "over"):
-            return divide(left, right)
-        if kind in ("op", "pmod"):
-            return ("call", token.value or kind, left, right)
-        return (kind, left, right)
-
-    def juxtaposed(self, left):
-        """A product without a sign, a value with its unit, or 3 hours 20 minutes."""
-        if self.kind == "number":
-            words = left[0] == "mul" and words_of_unit(left[-1])
-            if words and set(words) - IGNORED:
-                return ("list", ",", left, self.expression(TERM))
-            if words or left[0] in ("num", "sym"):
-                raise Unreadable("two things side by side")
-        return chain("mul", left, self.postfix(self.atom()))
+        if kind == "-" and left[0] == "reals":
+            return ("minus", left, right)
+        if kind in INFIX:
+            return INFIX[kind](left, right)
+        head = ("call", token.value or kind) if kind in ("op", "pmod") else (kind,)
+        return (*head, left, right)
 
     # operands
 
     def operand(self):
-        signs = []
-        while token := self.accept(*SIGNS):
-            signs.append(token.kind)
-        if signs:
+        if sign := self.accept(*SIGNS):
             value = self.expression(TERM)
-            return negate(value) if signs.count("-") % 2 else value
+            return negate(value) if sign.kind == "-" else value
         if self.kind == "word" and self.tokens[self.at - 1].kind not in ("/", "*"):
             return self.words()
         return self.postfix(self.atom())
@@ -841,8 +748,8 @@ class Parser:
         while token := self.accept("word"):
             words.append(token.value)
         if self.kind in OPERANDS or self.kind in SIGNS:
-            ending = words[-1] in ("is", "are", "equals", "be") or set(words) <= LEAD_IN
-            if not ending or {"not", "no"} & set(words):
+            leads_in = words[-1] in ("is", "are", "equals") or set(words) <= LEAD_IN
+            if not leads_in or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
         text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
@@ -850,98 +757,62 @@ class Parser:
         return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
-        for _ in range(10):
-            if self.accept("!"):
-                value = ("factorial", value)
-            elif self.accept("%"):
-                value = ("pct", value)
-            elif self.accept("deg"):
+        while token := self.accept("!", "%", "deg", "^"):
+            if token.kind == "deg":
                 value = chain("mul", value, ("words", "degree"))
-            elif self.accept("^"):
+            elif token.kind != "^":
+                value = ("factorial" if token.kind == "!" else "pct", value)
+            else:
                 power = self.script()
                 if value[0] == "sym" and self.accept("_"):  # v^2_0
-                    value = ("sym", f"{value[1]}_{self.subscript()}")
-                value = value if power[0] == "words" else ("pow", value, power)  # 10^{\text{th}}
-            else:
-                return value
-        raise Unreadable("too many postfix operators")
+                    value = ("sym", f"{value[1]}_{show(self.atom())}")
+                value = value if power in ORDINALS else ("pow", value, power)  # 10^{\text{th}}
+        return value
 
     def script(self):
         """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
         if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
             token = self.take("number", "sym")
             return token.value if token.kind == "number" else ("sym", token.value)
-        sign = self.accept("-", "+")
-        self.depth += 1
+        sign = self.accept(*SIGNS)
         value = self.atom()
-        if self.accept("^"):
-            value = ("pow", value, self.script())
-        self.depth -= 1
+        value = ("pow", value, self.script()) if self.accept("^") else value
         return negate(value) if sign and sign.kind == "-" else value
-
-    def argument(self):
-        """What \\frac takes: a group, or one token; of a number its first digit."""
-        token = self.tokens[self.at]
-        if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
-            rest = token.text[1:]
-            self.tokens[self.at] = Token("number", number(rest), rest)
-            return number(token.text[0])
-        return self.atom()
-
-    def subscript(self):
-        """The text of a subscript, as part of a name."""
-        begin = self.at
-        self.at += 1
-        if self.tokens[begin].kind == "{":
-            while self.kind not in ("}", "end of text"):
-                self.at += 1
-            self.take("}")
-        return "".join(token.text for token in self.tokens[begin : self.at]).strip("{}")
 
     def atom(self):
         """One value, without what may be raised or put behind it."""
         token = self.take(*OPERANDS)
         kind = token.kind
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deeply")
-        if kind in ("number", "value"):
-            value = token.value
-        elif kind == "word":
-            value = ("words", token.value)
-        elif kind in ("{", "|", "lfloor", "lceil"):
+        if kind in ("number", "value", "word"):
+            return ("words", token.value) if kind == "word" else token.value
+        if kind in ("{", "|", "lfloor", "lceil"):
             value = self.closed(*CLOSING[kind])
             tag = {"|": "abs", "lfloor": "floor", "lceil": "ceiling"}.get(kind)
-            value = (tag, value) if tag else value
-        elif kind == "frac":
-            value = divide(self.argument(), self.argument())
-        elif kind == "binom":
-            pair = self.atom()[1:] if self.kind == "(" else (self.argument(), self.argument())
-            value = ("binomial", *pair)
-        elif kind in ("sqrt", "cbrt"):
+            return (tag, value) if tag else value
+        if kind == "frac":
+            return divide(self.atom(), self.atom())
+        if kind == "binom":
+            return ("binomial", self.atom(), self.atom())
+        if kind in ("sqrt", "cbrt"):
             degree = number(2 if kind == "sqrt" else 3)
             degree = self.closed("]") if self.accept("[") else degree
-            value = ("root", degree, self.atom())
-        else:
-            parse = {
-                "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
-                "set{": self.braces,
-            }  # fmt: skip
-            value = parse.get(kind, self.bracket)(token)
-        self.depth -= 1
-        return value
+            return ("root", degree, self.atom())
+        parse = {
+            "sym": self.name, "fn": self.function, "big": self.big, "begin": self.matrix,
+            "set{": self.braces,
+        }  # fmt: skip
+        return parse.get(kind, self.bracket)(token)
 
     def name(self, token):
         """A variable, or the call of a function: f(x), P(3), P(n) = ..."""
-        first = self.at == 1 or self.tokens[self.at - 2].kind in SEPARATORS
         name = token.value
         if name == "Delta" and self.kind == "sym":
             name += " " + self.take("sym").value  # \Delta x is one name
-        while self.accept("prime"):
+        while self.accept("'"):
             name += "'"
         if self.accept("_"):
-            name += "_" + self.subscript()
-        long = len(name) > 2 and name.isalpha() and name not in GREEK
+            name += "_" + show(self.atom())
+        long = len(name) > 2 and name.isalpha() and name not in LETTERS
         begin = self.at
         arguments = []
         while long and self.accept("{"):  # a command that is not known
@@ -950,10 +821,9 @@ class Parser:
             return ("call", name, *arguments) if arguments else ("sym", name)
         arguments = items_of(self.closed(")"))
         function = long or name.rstrip("'") in ("f", "g", "h")
-        variables = all(part[0] == "sym" and part[1] != name for part in arguments)
-        literal = all(exact(part) is not None and part[0] != "add" for part in arguments)
-        literal = literal and (len(arguments) == 1 or name.isupper())
-        if function or literal or variables and first and self.kind == "rel":
+        variables = all(part[0] == "sym" for part in arguments) and self.kind == "rel"
+        literal = all(exact(part) is not None for part in arguments)
+        if function or variables or literal and (len(arguments) == 1 or name.isupper()):
             return ("call", name, *arguments)
         self.at = begin
         return ("sym", name)
@@ -966,49 +836,46 @@ class Parser:
             if script.kind == "^":
                 power = self.script()
             else:
-                base = [self.argument()]
-        if opening := self.accept("(", "{", "["):
-            values = items_of(self.closed({"(": ")", "{": "}", "[": "]"}[opening.kind]))
-        else:
-            values = [self.bare_argument()]
+                base = [self.atom()]
+        opening = self.accept("(", "{", "[")
+        value = self.closed(CLOSING[opening.kind][0]) if opening else self.bare_argument()
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
-            values = [replaced(value, ("words", "degree"), DEGREE) for value in values]
+            value = replaced(value, ("words", "degree"), DEGREE)
             if power == MINUS_ONE:
-                return ("a" + name, *values)
-        value = ("log" if base else name, *values, *base)
+                return ("a" + name, value)
+        value = ("log" if base else name, value, *base)
         return ("pow", value, power) if power else value
 
     def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
         value = self.operand()
-        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word"):
+        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word", *self.open[-1]):
             value = chain("mul", value, self.postfix(self.atom()))
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
         return value
 
     def big(self, token):
-        """A sum, product, integral or limit: written out if it is finite, else a call."""
+        """A finite sum or product, written out; any other, an integral or a limit is a call."""
         below = above = ("empty",)
         while script := self.accept("^", "_"):
             if script.kind == "^":
                 above = self.script()
             else:
-                below = self.argument()
+                below = self.atom()
         body = self.expression(TERM)
         variable = None
         if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
             variable, below = below[2][:2]
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
-        if token.value in ("sum", "prod") and (count := count_terms(below, above, body)):
-            tag = "add" if token.value == "sum" else "mul"
-            low = below[1]
-            terms = [replaced(body, variable, number(low + k)) for k in range(count)]
-            value = exact((tag, *terms))
-            if value is not None or count * size(body) <= MAX_TERMS:
-                return (tag, *terms) if value is None else number(value)
-        bound = ("sym", f"#{len([other for other in symbols(body) if other[0] == '#'])}")
+        low, high = exact(below), exact(above)
+        if token.value in ("sum", "prod") and None not in (low, high) and low == int(low):
+            values = range(int(low), int(high) + 1)
+            if 0 < len(values) * size(body) <= MAX_TERMS:
+                terms = [replaced(body, variable, number(value)) for value in values]
+                return ("add" if token.value == "sum" else "mul", *terms)
+        bound = ("sym", f"#{sum(name[0] == '#' for name in symbols(body))}")
         return ("call", token.value, below, above, replaced(body, variable, bound))
 
     # brackets
@@ -1017,24 +884,27 @@ class Parser:
         content = self.closed(*CLOSING[token.kind])
         kinds = token.kind + self.tokens[self.at - 1].kind
         items = items_of(content)
+        if len(items) != 2 and kinds not in ("()", "[]", "langlerangle"):
+            raise Unreadable("brackets that are no interval")
         if len(items) == 1 or content[1] == "or":
-            if kinds not in ("()", "[]"):
-                raise Unreadable("one item in unlike brackets")
             return content
-        ends = len(items) == 2 and (items[0] == MINUS_INFINITY or items[1] == INFINITY)
-        if kinds == "langlerangle" or kinds == "()" and not ends:
-            return ("tuple", *items)
-        rows = [("array", *item[1:3]) if item[3:] == ("[", "]") else item for item in items]
+        rows = [("array", *item[1:3]) if item[3:] == ("<=", "<=") else item for item in items]
         if kinds == "[]" and all(row[0] == "array" for row in rows):  # [[1,2],[3,4]]
-            return ("matrix", *rows)
-        if len(items) > 2 and kinds != "[]":
-            raise Unreadable("three items in unlike brackets")
-        return ("interval", *items, *kinds) if len(items) == 2 else ("array", *items)
+            return matrix([row[1:] for row in rows])
+        infinite = (items[0] == MINUS_INFINITY, items[-1] == INFINITY)
+        if kinds in ("()", "langlerangle") and not any(infinite):
+            return ("tuple", *items)
+        if len(items) > 2:
+            return ("array", *items)
+        relations = ["<=" if kind in "[]" else "<" for kind in kinds]
+        if (True, "<=") in zip(infinite, relations):
+            raise Unreadable("infinity in a closed interval")
+        return ("interval", *items, *relations)
 
     def braces(self, _):
         if self.accept("set}"):
             return ("empty",)
-        content = self.closed("set}", "mid")
+        content = self.closed(*CLOSING["set{"])
         if self.tokens[self.at - 1].kind == "set}":
             return ("set", *dict.fromkeys(items_of(content)))
         condition = self.closed("set}")  # {x | x < 3} or {x in R | x < 3}
@@ -1050,13 +920,7 @@ class Parser:
                 rows.append([])
             elif not self.accept("&"):
                 rows[-1].append(self.expression(CLAUSE))
-        return ("matrix", *(("array", *row) for row in rows if row))
-
-
-def count_terms(low, high, body):
-    """The number of terms of a sum or product that is to be written out, else 0."""
-    count = int(high[1] - low[1]) + 1 if is_integer(low) and is_integer(high) else 0
-    return count if 0 < count <= MAX_TERMS and count * size(body) <= 10 * MAX_TERMS else 0
+        return matrix([row for row in rows if row])
 
 
 # ---- the normal form
@@ -1077,58 +941,23 @@ def quantity(values, names):
     for name in SCALES.keys() & set(names):
         values = [*values, number(SCALES[name])]
     value = ("mul", *values) if len(values) > 1 else values[0]
-    if names and names[0] in ("am", "pm"):
-        parts = value[1:] if value[0] == "ratio" else [value]
-        return (*(value[:-1] if value[0] == "time" else ("time", *parts)), names[0][0])
-    units = [UNITS[name] for name in names if name in UNITS]
-    nouns = {name for name in names if name not in UNITS} - IGNORED - SCALES.keys()
+    nouns = set(names) - UNITS.keys() - IGNORED - SCALES.keys()
     if STATEMENT & set(names) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
-    nouns = sorted(re.sub("e?s?$", "", name) for name in nouns)
-    if not units and not nouns:
-        return value
-    return ("quantity", value, " ".join(sorted(units)), " ".join(nouns))
+    counted = [name for name in names if name in nouns or name in UNITS]
+    words = sorted(UNITS.get(name) or re.sub("e?s?$", "", name) for name in counted)
+    return ("quantity", value, " ".join(words)) if words else value
 
 
-def rows_of(node):
-    """The rows of a matrix or vector, else None."""
-    if node[0] not in ("tuple", "array"):
-        return None
-    nested = all(row[0] == "array" for row in node[1:])
-    return [list(row[1:]) if nested else [row] for row in node[1:]]
-
-
-def matrix(rows):
-    """A matrix as a tree: a column is a tuple, any other an array of arrays."""
-    if len(set(map(len, rows))) != 1:
-        raise Unreadable("rows of different length")
-    if len(rows[0]) == 1 and len(rows) > 1:
-        return ("tuple", *(row[0] for row in rows))
-    return ("array", *(("array", *row) for row in rows))
-
-
-def dot(a, b):
-    total = chain("add", *(chain("mul", x, y) for x, y in zip(a, b)))
-    if size(total) > MAX_TERMS:
-        raise Unreadable("too many matrices")
-    return total
-
-
-def with_matrices(node):
-    """A sum or product with matrices as one matrix."""
-    parts = [rows_of(child) for child in node[1:]]
-    if node[0] == "add":
-        if None in parts or len({(len(rows), len(rows[0])) for rows in parts}) > 1:
-            raise Unreadable("a sum of things of other sizes")
-        return matrix([[chain("add", *cell) for cell in zip(*rows)] for rows in zip(*parts)])
-    total = None
-    for rows in filter(None, parts):
-        if total and (len(total[0]) != len(rows) or len(total) * len(rows[0]) > MAX_TERMS):
-            raise Unreadable("a product of matrices of other sizes")
-        product = [[dot(row, column) for column in zip(*rows)] for row in total or ()]
-        total = product or rows
-    scalars = [child for child, rows in zip(node[1:], parts) if not rows]
-    return matrix([[chain("mul", *scalars, cell) for cell in row] for row in total])
+def entrywise(node):
+    """A sum of matrices, or a matrix times scalars, as one matrix."""
+    matrices = [child for child in node[1:] if child[0] in ("tuple", "array")]
+    scalars = [child for child in node[1:] if child not in matrices]
+    several = scalars if node[0] == "add" else matrices[1:]
+    if several or len({(one[0], len(one)) for one in matrices}) > 1:
+        raise Unreadable("matrices of other sizes, or their product")
+    entries = zip(*(one[1:] for one in matrices))
+    return (matrices[0][0], *(normal(chain(node[0], *scalars, *entry)) for entry in entries))
 
 
 def normal(node):
@@ -1138,63 +967,47 @@ def normal(node):
         values = [factor for factor, names in zip(node[1:], words) if names is None]
         if values and len(values) < len(words):
             return quantity(values, [name for names in words if names for name in names])
-    if node[0] in ("add", "mul") and any(rows_of(child) for child in node[1:]):
-        return with_matrices(node)
-    if node[0] == "matrix":
-        return matrix([row[1:] for row in node[1:]])
-    if node[0] in ("floor", "ceiling") and symbols(node):  # steps cannot be sampled
-        return ("call", *node)
+    if node[0] in ("add", "mul") and any(child[0] in ("tuple", "array") for child in node[1:]):
+        return entrywise(node)
+    if node[0] == "ratio" and not symbols(node):
+        first = next((part for part in node[1:] if exact(part) != 0), ONE)
+        return ("ratio", *(divide(part, first) for part in node[1:]))
     return node
 
 
-def choices(tokens):
-    """What plus-minus signs stand for, as lists of tokens; \\mp is opposite to the last \\pm."""
+def signs(tokens):
+    r"""The lists of tokens that \pm, and \mp as the opposite of the last \pm, stand for."""
     count = sum(token.kind == "pm" for token in tokens)
-    for signs in product("+-", repeat=count if count <= 4 else 0):
-        rest = iter(signs)
-        sign = "+"
-        chosen = []
+    if count > 4:
+        raise Unreadable("too many signs")
+    for choice in product("+-", repeat=count):
+        rest = iter(choice)
+        kinds = {}
+        found = []
         for token in tokens:
             if token.kind == "pm":
-                sign = next(rest, "too many")
-            kinds = {"pm": sign, "mp": "-" if sign == "+" else "+"}
-            chosen.append(token._replace(kind=kinds.get(token.kind, token.kind)))
-        yield chosen
-
-
-def union(trees):
-    """One list or set with the items of all trees."""
-    first = trees[0]
-    head = {"list": first[:2], "set": first[:1]}.get(first[0], ("list", ","))
-    items = [items_of(tree) if tree[0] != "set" else tree[1:] for tree in trees]
-    return (*head, *dict.fromkeys(item for part in items for item in part))
-
-
-def raw(tokens):
-    """What two unreadable texts are compared by: their tokens, without braces around one."""
-    found = []
-    for token in tokens:
-        name = token.kind in ("word", "sym")
-        found.append(token.value if name else (token.kind, token.value))
-        if token.kind == "}" and found[-3:-2] == [("{", None)]:
-            found[-3:] = found[-2:-1]
-    text = found and all(isinstance(value, str) for value in found)
-    return ("words", " ".join(found)) if text else ("raw", *found)
+                sign = next(rest)
+                kinds = {"pm": sign, "mp": "-" if sign == "+" else "+"}
+            found.append(token._replace(kind=kinds.get(token.kind, token.kind)))
+        yield found
 
 
 @lru_cache(maxsize=1024)
 def parse(text):
     text = normalised(text)
-    tokens = None
+    tokens = []
     try:
-        tokens = [token for token in Tokenizer(text).found if token.kind != "quad"]
-        while tokens and tokens[0][:2] in LEADING:
-            tokens.pop(0)
-        parsed = [Parser(choice).closed("end of text") for choice in choices(tokens)]
+        tokens = tokenize(text)
+        parsed = [Parser(choice).closed("end of text") for choice in signs(tokens)]
         trees = [rebuild(tree, normal) for tree in parsed]
-        return union(trees) if len(trees) > 1 else trees[0]
     except (Unreadable, RecursionError):
-        return ("raw", text) if tokens is None else raw(tokens)
+        values = [token.value or token.kind for token in tokens or [Token(text)]]
+        words = all(isinstance(value, str) for value in values)
+        return ("words", " ".join(values)) if words else ("raw", *values)
+    if len(trees) == 1:
+        return trees[0]
+    items = (children(tree) if tree[0] in ("list", "set") else [tree] for tree in trees)
+    return ("list", ",", *dict.fromkeys(item for part in items for item in part))
 
 
 def read(text):
@@ -1210,6 +1023,7 @@ class TooHard(ArithmeticError):
 
 
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
+CONSTANT = (0, False, 1)  # the point where a value without variables is sampled
 
 
 def bit_length(value):
@@ -1229,18 +1043,9 @@ def of_naturals(function, most, *values):
     return Fraction(function(*map(int, values))) if natural else None
 
 
-def tame(m, x):
-    if not m.isfinite(x):
-        raise ValueError("infinite")
-    if m.mag(x) > 15:
-        raise OverflowError("a function of so large a number could fill the memory")
-    return x
-
-
 def power(m, base, exponent):
-    base = base + 0  # -4-0j, which is on the wrong side of the branch cut, becomes -4+0j
-    if base != 0:
-        tame(m, exponent * m.log(base))
+    if base != 0 and m.mag(exponent * m.log(base)) > 15:
+        raise OverflowError("so large a number could fill the memory")
     return base**exponent
 
 
@@ -1250,30 +1055,25 @@ def root(m, degree, value):
     return power(m, value, 1 / degree)
 
 
-def logarithm(m, x, base=None):
-    return m.log(x) if base is None else m.log(x) / m.log(base)
-
-
 # Each operator and function: (exact, numeric). exact: Fractions to a Fraction, or None if that is
 # irrational; numeric: mpmath and its complex numbers to such a number.
-OPS = {
-    **{name: (None, lambda m, x, name=name: getattr(m, name)(tame(m, x))) for name in (
+FUNCTION_OPS = {
+    **{name: (None, lambda m, x, name=name: getattr(m, name)(x)) for name in (
         "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp"
     ).split()},
+    "factorial": (partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(x)),
+    "binomial": (partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(n, k)),
+}  # fmt: skip
+OPS = FUNCTION_OPS | {
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
-    "pow": (exact_power, power), "root": (None, root), "log": (None, logarithm),
+    "pow": (exact_power, power), "root": (None, root),
+    "log": (None, lambda m, x, base=None: m.log(x) / (m.log(base) if base is not None else 1)),
     "pct": (lambda a: a / 100, lambda m, a: a / 100),
     "quantity": (lambda a: a, lambda m, a: a),
     "abs": (abs, lambda m, x: abs(x)),
     "floor": (lambda a: Fraction(math.floor(a)), None),
     "ceiling": (lambda a: Fraction(math.ceil(a)), None),
-    "factorial": (
-        partial(of_naturals, math.factorial, 3_000), lambda m, x: m.factorial(tame(m, x))
-    ),
-    "binomial": (
-        partial(of_naturals, math.comb, 20_000), lambda m, n, k: m.binomial(tame(m, n), tame(m, k))
-    ),
 }  # fmt: skip
 
 
@@ -1344,6 +1144,8 @@ def evaluate(node, point, m, sizes):
         values = [evaluate(child, point, m, sizes) for child in children(node)]
         if tag not in OPS or OPS[tag][1] is None:
             raise ValueError(f"{tag} has no value")
+        if tag in FUNCTION_OPS and max(map(m.mag, values)) > 15:
+            raise OverflowError("a function of so large a number could fill the memory")
         result = m.mpc(OPS[tag][1](m, *values))
     if point[1] and abs(result.imag) > 1e-9 * (1 + abs(result.real)):
         raise ValueError("not real")  # ln x is undefined at -1, so that 2 ln x is ln x^2
@@ -1356,29 +1158,26 @@ def evaluate(node, point, m, sizes):
 
 @lru_cache(maxsize=2048)
 def sample(node, point, bits=200):
-    """(value, largest binary exponent on the way, smallest one); the value is None if there is
-    none, and then the exponents are 0 if it is undefined, 1 if it is huge."""
+    """(value, binary exponents on the way); the value is None where there is none."""
     sizes = [0]
     try:
-        return evaluate(node, point, arithmetic(bits), sizes), max(sizes), min(sizes)
-    except OverflowError:
-        return None, 1, 1
+        return evaluate(node, point, arithmetic(bits), sizes), sizes
     except (ArithmeticError, ValueError, TypeError):
-        return None, 0, 0
+        return None, [0]
 
 
 def constant(node):
     """The value of a constant as a complex, or None."""
     value = exact(node)
     if value is None and not symbols(node):
-        value = sample(node, (0, False, 1))[0]
+        value = sample(node, CONSTANT)[0]
     return complex(value) if value is not None and abs(value) < 1e300 else None
 
 
 def agree(a, b, point):
-    """Whether two trees have one value at a point; None if either is undefined there.
+    """Whether two trees have one value at a point; None if either has none there.
 
-    Raises TooHard if both are too large to tell, or if the steps of this thread are used up; these
+    Raises TooHard if that takes too many digits, or if the steps of this thread are used up; these
     are counted as if nothing were cached, since verdicts must not vary.
     """
     bits = 200
@@ -1386,22 +1185,20 @@ def agree(a, b, point):
         LOCAL.steps = getattr(LOCAL, "steps", 0) - (size(a) + size(b)) * (bits // 20)
         if LOCAL.steps < 0:
             raise TooHard("out of steps")
-        x, high, low = sample(a, point, bits)
-        y, top, bottom = sample(b, point, bits)
-        if x is None and y is None and high and top:
-            raise TooHard("both are too large")
+        x, sizes = sample(a, point, bits)
+        y, others = sample(b, point, bits)
         if x is None or y is None:
-            return False if (high or top) and not symbols(a) | symbols(b) else None
-        high = max(high, top)
+            return None
+        high = max(sizes + others)
         if x != y and arithmetic(bits).mag(x - y) >= 2 * high + 60 - bits:
             return False
-        digits = max(high, -low, -bottom)
+        digits = max(high, -min(sizes + others))
         if digits < 20 or bits > 200:
             if 2 * high + 100 > bits:
                 raise TooHard("the value grows with the precision")  # near a pole
             return True
         bits += 4 * digits + 20
-        slow = has(a, "factorial", "binomial") or has(b, "factorial", "binomial")
+        slow = has(("add", a, b), "factorial", "binomial")
         if bits > (MAX_PRECISION // 10 if slow else MAX_PRECISION):
             raise TooHard("too many digits")
 
@@ -1414,52 +1211,43 @@ def largest_number(node):
 
 
 def same_function(a, b):
-    """Whether two trees agree at real points: where both are real, or else wherever they are."""
-    if not symbols(a) | symbols(b):
-        return agree(a, b, (0, False, 1)) is True
+    """Whether two trees agree at real points; where both are real, unless i is in them."""
+    if not symbols(a, b):
+        return agree(a, b, CONSTANT) is True
     digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
-    hard = None
-    for real in (True, False):
-        verdicts = []
-        for index in range(24):
-            try:
-                verdicts.append(agree(a, b, (index, real, 10**digits)))
-            except TooHard as error:
-                hard = error
-            if False in verdicts:
-                break
-        if False not in verdicts and verdicts.count(True) >= 4:
-            return True
-    if hard and not verdicts:
-        raise hard
-    return False
-
-
-def is_long(node):
-    """Whether a decimal has enough digits to stand for an exact value."""
-    return node[0] == "num" and node[2] > 0 and abs(node[1]) >= node[2] * 10 ** (DECIMAL_DIGITS - 1)
+    real = ("const", "i") not in {*nodes(a), *nodes(b)}
+    verdicts = []
+    for index in range(24):
+        try:
+            verdicts.append(agree(a, b, (index, real, 10**digits)))
+        except TooHard:
+            if LOCAL.steps < 0:
+                raise
+        if False in verdicts:
+            return False
+    return verdicts.count(True) >= 4
 
 
 def near(decimal, node):
-    """Whether a decimal is a constant, rounded or cut off after its last digit."""
-    _, value, unit = decimal
-    other = exact(node)
-    if other is None and not symbols(node):
-        precise = sample(node, (0, False, 1), 400)[0]
-        if precise is None or abs(precise.imag) > 1e-40:
-            return False
-        other = Fraction(int(arithmetic(400).nint(precise.real * 2**300)), 2**300)
-    if other is None or other.denominator == 1:
+    """Whether a decimal of many digits is a constant, rounded or cut off after its last digit."""
+    value, unit = decimal[1:] if decimal[0] == "num" else (0, 0)
+    if not unit or abs(value) < unit * 10 ** (DECIMAL_DIGITS - 1) or symbols(node):
         return False
-    cut_off = other * value > 0 and 0 < abs(other) - abs(value) < unit
-    return cut_off or abs(other - value) <= unit / 2
+    rational = exact(node)
+    precise = sample(node, CONSTANT, 400)[0]
+    integer = rational is not None and rational.denominator == 1
+    if integer or precise is None or abs(precise.imag) > 1e-40 or precise.real * value <= 0:
+        return False
+    error = (abs(precise.real) - abs(value)) / unit
+    return 0 < error < 0.999 or abs(error) <= 0.5
 
 
 def as_symbol(node):
-    """An unknown function of some arguments is a variable of its own."""
-    if node[0] != "call":
+    """An unknown function of some arguments, or steps, which cannot be sampled, as a variable."""
+    if node[0] not in ("call", "floor", "ceiling") or not symbols(node):
         return node
-    return ("sym", repr([node[1], *(exact(part, True) or part for part in node[2:])]))
+    parts = [part if isinstance(part, str) else exact(part, True) or part for part in node]
+    return ("sym", repr(parts))
 
 
 def same_value(a, b):
@@ -1467,15 +1255,11 @@ def same_value(a, b):
     if (a[0] == "pct") != (b[0] == "pct"):  # 28 % is 28 and 0.28
         share, other = (a, b) if a[0] == "pct" else (b, a)
         return same_value(share[1], other) or same_value(divide(share[1], number(100)), other)
-    if "based" in (a[0], b[0]):
-        return a == b
     x, y = exact(a), exact(b)
     if x is not None and x == y:
         return True
-    if is_long(a) or is_long(b):
-        return is_long(a) and near(a, b) or is_long(b) and near(b, a)
-    if {a, b} & {INFINITY, MINUS_INFINITY}:
-        return a == b
+    if near(a, b) or near(b, a):
+        return True
     if x is None or y is None:
         a, b = rebuild(a, as_symbol), rebuild(b, as_symbol)
         x, y = exact(a, True), exact(b, True)
@@ -1484,8 +1268,8 @@ def same_value(a, b):
 
 # ---- sets
 #
-# Two sets of reals are equal if they hold the same endpoints and the same gaps between these.
-# Endpoints have odd places, in their order, and gaps have even ones.
+# Two sets of reals are equal if they hold the same endpoints and the same gaps between these. Zero
+# has the place 0, the endpoints above it 2, 4, ... in their order, and the gaps the odd places.
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 HOLDS = {
@@ -1503,102 +1287,93 @@ def is_set(node):
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
-def endpoints(node):
-    """The real constants in a tree, and their negatives."""
-    value = constant(node)
-    if value is None:
-        return [end for child in children(node) for end in endpoints(child)]
-    return [node, negate(node)] if abs(value.imag) < 1e-12 else []
-
-
-def order(ends):
-    """{endpoint: its place}."""
-    values = {end: constant(end).real for end in ends}
-    place = {MINUS_INFINITY: -1}
-    last = None
-    at = -1
-    for end in sorted(values, key=values.get):
-        close = last and abs(values[end] - values[last]) < 1e-6 * (1 + abs(values[end]))
-        at += 0 if close and same_value(end, last) else 2
-        place[end] = at
-        last = end
+def order(*trees):
+    """{constant: its place} of the real constants in trees."""
+    values = {part: constant(part) for tree in trees for part in nodes(tree)}
+    ends = [end for end, value in values.items() if value is not None and abs(value.imag) < 1e-12]
+    place = {}
+    last = number(0)
+    at = 0
+    for end in sorted(ends, key=lambda end: abs(values[end])):
+        negative = values[end].real < 0
+        distance = negate(end) if negative else end
+        at += 0 if same_value(distance, last) else 2
+        place[end] = -at if negative else at
+        last = distance
     return place | {INFINITY: at + 2}
 
 
-def ray(relation, end, place):
-    """The places x with `x relation end`."""
-    if end not in place:
-        raise ValueError("no real number")
-    return {x for x in range(place[INFINITY]) if HOLDS[relation](x, place[end])}
+def where(node, place, x=None):
+    """The place of a constant, of x, -x or |x|; ValueError for anything else."""
+    if node in place:
+        return place[node]
+    if node[0] == "sym" and x is not None:
+        return x
+    if node[0] == "abs":
+        return abs(where(node[1], place, x))
+    if node[:2] == ("mul", MINUS_ONE) and len(node) == 3:
+        return -where(node[2], place, x)
+    raise ValueError("not solved")
 
 
-def solutions(relation, left, right, place):
-    """The places x with x < a, a < x or |x| < a."""
-    if symbols(right):
-        left, right, relation = right, left, FLIPPED[relation]
-    if left[0] == "abs":
-        above = solutions(relation, left[1], right, place)
-        below = solutions(FLIPPED[relation], left[1], negate(right), place)
-        return above | below if relation[0] in ">!=" else above & below
-    if left[0] != "sym":
-        raise ValueError("not solved")
-    return ray(relation, right, place)
-
-
-def region(node, place):
-    """The places in a set; ValueError if it is no set of reals."""
+def holds(node, place, x):
+    """Whether x is in a set, or a statement true of it; ValueError if that is no set of reals."""
     tag = node[0]
-    line = set(range(place[INFINITY]))
     if tag in ("reals", "empty"):
-        return line if tag == "reals" else set()
+        return tag == "reals"
     if tag == "interval" or tag == "tuple" and len(node) == 3:
-        low, high, opening, closing = (*node[1:], "(", ")")[:4]
-        found = ray(">=" if opening == "[" else ">", low, place)
-        found &= ray("<=" if closing == "]" else "<", high, place)
-        closed = low == MINUS_INFINITY and opening == "[" or high == INFINITY and closing == "]"
-        if closed or not found:
+        low, high = where(node[1], place), where(node[2], place)
+        less, more = node[3:] or ("<", "<")
+        if low > high or low == high and (less, more) != ("<=", "<="):
             raise ValueError("no interval")
-        return found
+        return HOLDS[less](low, x) and HOLDS[more](x, high)
     if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
-        inner = region(node[2][1], place)
-        return inner if node[1] == ("in",) else line - inner
-    if tag == "rel" and set(node[1]) <= FLIPPED.keys():
-        parts = [solutions(*link, place) for link in zip(node[1], node[2], node[2][1:])]
-        return parts[0].intersection(*parts)
-    if tag in ("cup", "cap", "minus") or tag == "list" and is_set(node):
-        parts = [region(part, place) for part in children(node)]
-        if tag == "minus":
-            return parts[0] - parts[1]
+        return holds(node[2][1], place, x) == (node[1] == ("in",))
+    if tag == "rel":
+        variable = [bool(symbols(side)) for side in node[2]]
+        if not set(node[1]) <= HOLDS.keys() or any(map(operator.eq, variable, variable[1:])):
+            raise ValueError("not solved")
+        sides = [where(side, place, x) for side in node[2]]
+        return all(HOLDS[relation](*pair) for relation, *pair in zip(node[1], sides, sides[1:]))
+    if tag == "minus":
+        return holds(node[1], place, x) and not holds(node[2], place, x)
+    if tag in ("cup", "cap") or is_set(node):
+        found = [holds(part, place, x) for part in children(node)]
         listed = node[:2] == ("list", ",") and all(item[0] != "rel" for item in node[2:])
-        if listed and sum(map(len, parts)) > len(set().union(*parts)):
+        if listed and sum(found) > 1:
             raise ValueError("a list of sets, not a union")
         either = listed or tag == "cup" or node[:2] == ("list", "or")
-        return set().union(*parts) if either else parts[0].intersection(*parts)
+        return any(found) if either else all(found)
     members = children(node) if tag in ("set", "list") else [node]
-    parts = [ray("=", member, place) for member in members]
-    if not all(parts):
+    members = [where(member, place) for member in members]
+    if max(map(abs, members)) == place[INFINITY]:
         raise ValueError("infinity is no member")
-    return set().union(*parts)
+    return x in members
 
 
 def same_set(a, b):
     """Two sets of reals, or sets and inequalities with parameters."""
-    names = symbols(a), symbols(b)
-    try:
-        place = order(endpoints(a) + endpoints(b))
-        if max(map(len, names)) < 2:
-            same_names = names[0] == names[1] or not all(names)
-            return same_names and region(a, place) == region(b, place)
-    except ValueError:
-        pass
+    if len(symbols(a, b)) < 2:
+        try:
+            place = order(a, b)
+            line = range(1 - place[INFINITY], place[INFINITY])
+            return all(holds(a, place, x) == holds(b, place, x) for x in line)
+        except ValueError:
+            pass
     if a[0] != b[0] or a[0] == "interval" and a[3:] != b[3:]:
         return False
     if a[0] == "rel":
-        return same_items(*(list(zip(n[1], n[2], n[2][1:])) for n in (a, b)), same_relation)
+        return same_links(a, b)
     parts = children(a), children(b)
     if a[0] == "list":
         return same_items(*parts)
     return len(parts[0]) == len(parts[1]) and all(map(same, *parts))
+
+
+def same_links(a, b):
+    """Two chains of relations, link by link."""
+    links = [list(zip(node[1], node[2], node[2][1:])) for node in (a, b)]
+    return same_items(*links, same_relation)
 
 
 def same_relation(a, b):
@@ -1612,7 +1387,7 @@ def same_relation(a, b):
         return all(map(same, sides, others))
     f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
     zero = number(0)
-    if not symbols(f) or symbols(f) != symbols(g) or same_value(f, zero) or same_value(g, zero):
+    if not symbols(f) or same_value(f, zero) or same_value(g, zero):
         return False
     if not same_value(chain("mul", f, rebuild(g, primed)), chain("mul", rebuild(f, primed), g)):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
@@ -1652,11 +1427,8 @@ def statement(node):
     name = sides[0] if is_name(sides[0]) and sides[0] not in sides[1:] else None
     cut = relations.index("~") + 1 if "~" in relations else len(sides)
     precise = sides[bool(name) : cut] or sides[-1:]
-    if not name:
-        values = {exact(side) for side in precise if not symbols(side)}
-        equation = symbols(precise[-1]) or len(precise) == 2 and symbols(precise[0])
-        if equation or "in" in relations or len(values) > 1 and None not in values:
-            return None, node  # an equation; 2 + 2 = 5
+    if not name and (symbols(node) or len({*map(exact, precise)} - {None}) > 1):
+        return None, node  # an equation; 2 + 2 = 5
     return name, precise[-1]
 
 
@@ -1685,72 +1457,17 @@ def same_items(a, b, compare=None):
     return True
 
 
-def same_ratio(a, b):
-    """Times exactly, to what both give; ratios by proportion, with their zeros in one place."""
-    (tag, *one), (other, *two) = a, b
-    if "time" in (tag, other):
-        if {tag, other} - {"time", "ratio"}:
-            return False
-        halves = {node[-1] for node in (a, b) if node[0] == "time"} - {""}
-        clocks = [[*map(exact, children(node)), 0, 0][:3] for node in (a, b)]
-        zero = any(node[0] == "ratio" and number(0) in node for node in (a, b))
-        return clocks[0] == clocks[1] and None not in clocks[0] and len(halves) < 2 and not zero
-    if tag != other:  # 3:4 is 3/4
-        share, value = (one, b) if tag == "ratio" else (two, a)
-        value = exact(value) if len(share) == 2 else None
-        return value is not None and value.denominator > 1 and value == exact(divide(*share))
-    zeros = [[exact(part) == 0 for part in parts] for parts in (one, two)]
-    if zeros[0] != zeros[1] or all(zeros[0]):
-        return False
-    at = zeros[0].index(False)
-    products = [(chain("mul", x, two[at]), chain("mul", y, one[at])) for x, y in zip(one, two)]
-    return all(same_value(*pair) for pair in products)
-
-
-def same_quantity(a, b):
-    """Values with words behind them: ignored beside a bare number; else the words must agree."""
-    if a[0] == b[0]:
-        nouns = set(a[3].split()), set(b[3].split())
-        if a[2] != b[2] or not (nouns[0] <= nouns[1] or nouns[1] <= nouns[0]):
-            return False
-    return same_plain(*(node[1] if node[0] == "quantity" else node for node in (a, b)))
-
-
-def converted(one, other):
-    """The verdict where one kind of answer may stand for another kind, else None."""
-    if one[0] == "option":
-        letter = other[1].lower() if other[0] in ("option", "sym", "const", "words") else ""
-        return letter == one[1] or other[0] != "option" and same(one[2], other)
-    if one[0] == "words" and other[0] in ("sym", "const"):
-        return one[1].lower() == other[1].lower()
-    if one[0] == "tuple" and other[0] in ("list", "set"):  # x = 1, y = 2 is (1, 2)
-        items = list(map(statement, children(other)))
-        named = {show(name): value for name, value in items if name}
-        if len(named) == len(items) == len(one) - 1:
-            return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
-    if one[0] == "array" and other[0] == "list":
-        return same_items(one[1:], other[2:])
-    return None
-
-
 def same(a, b):
     """Whether two trees are the same answer."""
     if a == b:
-        return a != ("raw",)
-    equations = a[0] == b[0] == "rel" and {*a[1], *b[1]} <= {"=", "~"}
-    if equations and len(a[2]) == len(b[2]) > 2:  # x = 2y = 4
-        return all(map(same, a[2], b[2]))
+        return a != ("words", "")
     (name, x), (other, y) = statement(a), statement(b)
-    if name and other:
-        if compatible(name, other):
-            if same_plain(x, y):
-                return True
-            if not symbols(name) & (symbols(x) | symbols(y)):
-                return False
-        if a[0] != "rel" or b[0] != "rel":
-            return False
+    equations = a[0] == b[0] == "rel" and not is_set(a) and not is_set(b)
+    chains = equations and len(a[2]) == len(b[2]) > 2  # x = 2y = 4 is more than x = 4
+    if name and other and not chains and compatible(name, other) and same_plain(x, y):
+        return True
     if equations:
-        return len(a[2]) == len(b[2]) == 2 and same_relation((a[1][0], *a[2]), (b[1][0], *b[2]))
+        return same_links(a, b)
     return same_plain(a, b) if name and other else same_plain(x, y)
 
 
@@ -1764,77 +1481,86 @@ def same_plain(a, b):
     tags = {a[0], b[0]}
     if tags & {"raw", "words"} or tags == {"tuple", "interval"}:
         return False
-    if "quantity" in tags:
-        return same_quantity(a, b)
-    if tags & {"time", "ratio"}:
-        return same_ratio(a, b)
+    if tags == {"time"}:
+        return a[2:] == b[2:] and "" in (a[1], b[1])
     if is_set(a) or is_set(b):
         return same_set(a, b)
     if tags & {"list", "set"}:
         return tags <= {"list", "set"} and same_items(children(a), children(b))
-    if tags <= {"tuple", "array"}:
+    if tags <= {"tuple", "array"} or tags == {"ratio"}:
         return len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    return not tags & {"rel", "tuple", "array"} and same_value(a, b)
+    return same_value(a, b)
+
+
+def converted(one, other):
+    """The verdict where one kind of answer may stand for another kind, else None."""
+    tag, kind = one[0], other[0]
+    if tag == "option":
+        letter = other[1].lower() if kind in ("option", "sym", "const", "words") else ""
+        return letter == one[1] or kind != "option" and same(one[2], other)
+    if tag == "quantity":  # words are ignored beside a bare number
+        value, words = other[1:] if kind == "quantity" else (other, one[2])
+        return words == one[2] and same_plain(one[1], value)
+    if tag == "words" and kind in ("sym", "const"):
+        return one[1].lower() == other[1].lower()
+    if tag == "time" and kind in ("ratio", "num", "mul"):  # a ratio if it is in lowest terms
+        lowest = not one[1] and one[3][1] > 9 and math.gcd(*(int(part[1]) for part in one[2:])) == 1
+        return lowest and same_plain(normal(("ratio", *one[2:4])), other)
+    if tag == "ratio" and len(one) == 3 and kind in ("num", "mul"):  # 3:4 is 3/4
+        value = exact(other)
+        return value is not None and value.denominator > 1 and value == exact(divide(*one[1:]))
+    if tag == "tuple" and kind in ("list", "set"):  # x = 1, y = 2 is (1, 2)
+        items = list(map(statement, children(other)))
+        named = {show(name): value for name, value in items if name}
+        if len(named) == len(items) == len(one) - 1:
+            return all(same(part, named[name]) for part, name in zip(one[1:], sorted(named)))
+    if tag == "array" and kind == "list":
+        return same_items(one[1:], other[2:])
+    return None
 
 
 # ---- verdicts
 
 
-LETTER = re.compile(  # an option and nothing else: (b), C), option (C), the answer is B
-    r"[\s.*\"`$(]*(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is|:)? \(?)?([a-j])"
-    r"[\s.*\"`$)]*", re.I,
+UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
+    r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$"
 )
-UNIT = r"(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
-TRAILING_UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    rf"(?<=\d)(?:\s|\\[ ,;])*({UNIT}(?:\s*(?:[/*]|\\cdot)\s*{UNIT})*)$"
-)
-
-
-def option_letter(text):
-    match = LETTER.fullmatch(WRAPPER.sub(r"\1", text))
-    return match[1].lower() if match else ""
 
 
 def readings(text, is_answer):
     """The trees that a text may stand for, the likeliest first."""
-    if option := OPTION.match(WRAPPER.sub(r"\1", text)):
-        trees = readings(option[2].strip(), is_answer)
-        return [("option", option[1].lower(), tree) for tree in trees]
-    texts = [text]
-    if re.search(r",[1-9](?!.*,0\d)", text):  # is 100,200 a number or a list?
-        texts.append(re.sub(r",(?=[1-9])", ", ", text))
-    if (unit := TRAILING_UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
+    if option := OPTION.fullmatch(WRAPPER.sub(r"\1", text)):
+        letter, labelled, rest = option.groups()
+        trees = readings(rest.strip(), is_answer) if labelled else [read(letter)]
+        return [("option", (letter or labelled).lower(), tree) for tree in trees]
+    texts = [
+        text,
+        re.sub(r",(?=[1-9])", ", ", text),  # is 100,200 a number or a list?
+        re.sub(r"log(?!\s*_|[a-z])", "lg", text),  # to base e or ten?
+        re.sub(r"(?<![a-zA-Z\\])I(?![a-zA-Z(])", "i", text),
+    ]
+    if (unit := UNIT.search(text)) and (is_answer or len(unit[1]) > 1):
         texts.append(rf"{text[: unit.start()]} \mathrm{{{unit[1]}}}")
-    if "log" in text:  # to base e or ten?
-        texts.append(re.sub(r"\\?log(?!\s*_|[a-z])", r"\\lg ", text))
-    trees = list(map(read, texts))
-    for tree in trees[:]:
-        if tree[0] == "set" and len(tree) == 2 and tree[1] != ("empty",):
-            trees.append(tree[1])
-        if "I" in symbols(tree) and statement(tree)[0] != ("sym", "I"):
-            trees.append(replaced(tree, ("sym", "I"), ("const", "i")))
-    return trees
+    trees = list(map(read, dict.fromkeys(texts)))
+    singles = [tree[1] for tree in trees if tree[0] == "set" and len(tree) == 2]
+    return trees + [single for single in singles if single != ("empty",)]
 
 
 @lru_cache(maxsize=4096)
 def compare(answer, reference):
-    letter = option_letter(answer)
-    if letter and letter == option_letter(reference):
-        return True
     return any(same(a, b) for a in readings(answer, True) for b in readings(reference, False))
 
 
 def judge(answer, reference, timeout_s=TIMEOUT_S):
     """True or False; None if neither can be told in so much work."""
-    if not isinstance(answer, str) or not isinstance(reference, str):
+    if not isinstance(answer, str) or not isinstance(reference, str) or not answer.strip():
         return False
-    answer = answer.strip()
-    reference = reference.strip()
-    if not answer or max(len(answer), len(reference)) > MAX_ANSWER:
-        return bool(answer) and read(answer) == read(reference)
+    if max(len(answer), len(reference)) > MAX_ANSWER:
+        return answer.split() == reference.split()
     LOCAL.steps = int(timeout_s * STEPS_PER_SECOND)
     try:
-        return compare(answer, reference)
+        return compare(answer.strip(), reference.strip())
     except (ArithmeticError, RecursionError, ValueError):
         return None  # TooHard; no known text leads to the others, and none shall end a training run
 
@@ -1848,29 +1574,23 @@ def equivalent(answer, reference, timeout_s=TIMEOUT_S):
     return judge(answer, reference, timeout_s) is True
 
 
-def verify(text, reference, strict=False):
-    """Whether a model's output ends in the reference answer. strict as in `extract_answer`."""
-    return verify_many([(text, reference)], strict=strict)[0] is True
-
-
 def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
     """Verdicts for (text, reference) pairs, in their order; None for one that is too hard.
 
-    timeout_s: how long one comparison may take on a slow core. It is counted in steps of work, so
-    that no verdict depends on the machine or on what else runs there.
+    timeout_s: how long one comparison may take on a slow core, counted in steps of work.
     """
-    verdicts = []
-    for text, reference in pairs:
-        answer = extract_answer(text, strict) if isinstance(text, str) else None
-        verdicts.append(judge(answer, reference, timeout_s))
-    return verdicts
+    answers = [isinstance(text, str) and extract_answer(text, strict) for text, _ in pairs]
+    return [judge(answer, pair[1], timeout_s) for answer, pair in zip(answers, pairs)]
+
+
+def verify(text, reference, strict=False):
+    """Whether a model's output ends in the reference answer. strict as in `extract_answer`."""
+    return verify_many([(text, reference)], strict=strict) == [True]
 
 
 def canonical(answer):
     """A hashable key. Answers with one key are equivalent; not all equivalent ones share a key."""
-    if letter := option_letter(answer):
-        return "option", letter
-    node = read(answer.strip())
+    node = readings(answer.strip(), True)[0]
     value = exact(node) if node[0] in ("num", "mul") else None
     return ("tree", node) if value is None else ("number", value)
 
@@ -1878,25 +1598,22 @@ def canonical(answer):
 def format_reward(text, think_tag="think"):
     r"""1.0 for a completion of the form [<think>thought</think>] words \boxed{answer} end.
 
-    0.0 for any other. The thinking block may be missing. If there is one it comes first, is closed,
-    holds a thought and is the only one. After it stands exactly one box, closed and not empty;
-    after the box nothing but punctuation, white space, `*`, the end of a formula and tokens that
-    end the turn. A prompt that ends in "<think>" is part of `text`.
+    0.0 for any other. The thinking block may be missing; else it comes first, is closed and holds
+    a thought. After it stands exactly one box, closed and not empty; after that nothing but
+    punctuation, white space, `*`, the end of a formula and tokens that end the turn. A prompt that
+    ends in "<think>" is part of `text`.
     """
     tail, *rest = CONTROL.split(text.strip())
-    if any(part.strip() for part in rest):
-        return 0.0
     tags = re.findall(rf"</?{think_tag}>", tail)
-    if tags:
-        thought, _, tail = tail.removeprefix(tags[0]).partition(tags[-1])
-        block = tags == [f"<{think_tag}>", f"</{think_tag}>"] and text.strip().startswith(tags[0])
-        if not block or not thought.strip():
-            return 0.0
-    boxes = list(islice(re.finditer(r"\\(?:boxed|fbox)\s*\{", tail), 2))
-    end = group_end(tail, boxes[0].end() - 1) if len(boxes) == 1 else None
-    if end is None or not tail[boxes[0].end() : end - 1].strip():
+    block = re.match(rf"<{think_tag}>\s*\S.*?</{think_tag}>", tail, re.S)
+    tail = tail[block.end() :] if block else tail
+    found = list(boxes(tail))
+    if "".join(rest).strip() or len(tags) != 2 * bool(block) or len(found) != 1:
         return 0.0
-    return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end:]) is not None)
+    _, begin, end = found[0]
+    if end is None or not tail[begin:end].strip():
+        return 0.0
+    return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end + 1 :]) is not None)
 
 
 # ---- the command line
@@ -1910,45 +1627,37 @@ def show(node):
     return "(a long number)" if long else str(node)
 
 
-def grade_file(path, strict, explain, timeout_s):
+def grade_file(path, strict, explain):
     """Prints the verdicts on a .jsonl file; where `expected` is given, the errors by category."""
-    rows = list(map(json.loads, filter(str.strip, Path(path).read_text("utf-8").splitlines())))
-    seconds = 0.0
     table = {}
-    for line, row in enumerate(rows, 1):
-        references = [row[key] for key in ("reference", "gold", "answer") if key in row]
-        texts = [row[key] for key in ("pred", "completion", "answer") if key in row]
-        if not references or not texts or len(row) < 2:
-            expected = "expected pred|completion|answer, gold|reference"
-            raise ValueError(f"{path}:{line}: found {sorted(row)}; {expected}")
-        begin = time.process_time()
-        answer = extract_answer(texts[0], strict)
-        verdict = judge(answer, str(references[0]), timeout_s)
-        seconds += time.process_time() - begin
-        counts = table.setdefault(row.get("category", "-"), Counter())
-        counts.update([verdict, "total"])
+    for line, text in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        row = json.loads(text)
+        output = row.get("pred", row.get("completion"))
+        reference = row.get("gold", row.get("reference", row.get("answer")))
+        if output is None or reference is None:
+            expected = "pred|completion and gold|reference|answer"
+            raise ValueError(f"{path}:{line}: found {sorted(row)}; expected {expected}")
+        answer = extract_answer(output, strict)
+        verdict = judge(answer, str(reference))
         wrong = bool(verdict) != row.get("expected", bool(verdict))
-        if wrong:
-            counts.update(["accepted" if verdict else "refused"])
+        counts = table.setdefault(row.get("category", "-"), Counter())
+        counts.update([verdict, "total"] + ["accepted" if verdict else "refused"] * wrong)
         if explain or wrong:
-            mark = "WRONG " * wrong
-            print(f"{mark}{row.get('id', '')} {verdict}: {answer!r} for {references[0]!r}")
+            print(f"{'WRONG ' * wrong}{row.get('id', '')} {verdict}: {answer!r} for {reference!r}")
     total = sum(table.values(), Counter())
-    rate = f"{len(rows) / (seconds + 1e-9):.0f} per second"
-    print(f"{len(rows)} answers | {total[True]} right | {total[None]} undecided | {rate}")
+    print(f"{total['total']} answers | {total[True]} right | {total[None]} undecided")
     for name, counts in sorted(table.items()):
-        agree = 100 - 100 * (counts["accepted"] + counts["refused"]) / counts["total"]
         errors = f"{counts['accepted']} false + | {counts['refused']} false -"
-        print(f"{name:24} {counts['total']:6} | {agree:.2f} % agree | {errors}")
+        print(f"{name:24} {counts['total']:6} | {errors}")
 
 
 def main(args):
     if args.file:
-        return grade_file(args.file, args.strict, args.explain, args.timeout_s)
+        return grade_file(args.file, args.strict, args.explain)
     if args.answer is None or args.reference is None:
         raise ValueError("found neither --file nor both --answer and --reference; give either")
     answer = extract_answer(args.answer, args.strict)
-    verdict = judge(answer, args.reference, args.timeout_s)
+    verdict = judge(answer, args.reference)
     for name, text in (("answer", answer), ("reference", args.reference)):
         print(f"{name:10} {text!r}\n{'':10} {show(read(text.strip())) if text else '-'}")
     print(f"verdict    {'undecided' if verdict is None else 'equal' if verdict else 'not equal'}")

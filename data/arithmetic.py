@@ -94,23 +94,21 @@ def parse(text):
 # ---- solutions
 
 
-def reduce_once(tree, value=None):
-    """(tree, op, a, b) after the leftmost operation on two numbers; `value`: a result to put in."""
+def reduce_once(tree, offset=0):
+    """The tree after the leftmost operation on two numbers, its result wrong by `offset`."""
     op, left, right = tree
-    if isinstance(left, int) and isinstance(right, int):
-        return OPERATIONS[op](left, right) if value is None else value, op, left, right
     if not isinstance(left, int):
-        left, *step = reduce_once(left, value)
-    else:
-        right, *step = reduce_once(right, value)
-    return (op, left, right), *step
+        return op, reduce_once(left, offset), right
+    if not isinstance(right, int):
+        return op, left, reduce_once(right, offset)
+    return OPERATIONS[op](left, right) + offset
 
 
 def work_out(tree):
     """The trees from the expression down to its value, one operation apart."""
     trees = [tree]
     while not isinstance(trees[-1], int):
-        trees.append(reduce_once(trees[-1])[0])
+        trees.append(reduce_once(trees[-1]))
     return trees
 
 
@@ -157,9 +155,7 @@ def check_steps(problem, thought):
 
 def slip(tree, rng):
     """The tree after its next operation, with a wrong result; None when none is in range."""
-    right = reduce_once(tree)
-    value = OPERATIONS[right[1]](*right[2:])
-    slips = [reduce_once(tree, value + offset)[0] for offset in OFFSETS]
+    slips = [reduce_once(tree, offset) for offset in OFFSETS]
     return rng.choice([wrong for wrong in slips if in_range(wrong)] or [None])
 
 

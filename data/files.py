@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -31,12 +30,10 @@ def download(url, path, timeout_s=30):
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as reply:
+            content = reply.read()  # which raises when less comes than was announced
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=timeout_s) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0)
-            shutil.copyfileobj(reply, file)
-            if size and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
+        part.write_bytes(content)
         os.replace(part, path)
     except (OSError, HTTPException, ValueError) as error:
         raise FileNotFoundError(

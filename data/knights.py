@@ -67,12 +67,6 @@ def where(worlds, person, kind):
     return {world for world in worlds if world[person] == kind}
 
 
-def answer_of(worlds, names):
-    """The knights' names in the only world."""
-    [world] = worlds
-    return ", ".join(name for name, kind in zip(names, world) if kind) or "none"
-
-
 # ---- proofs
 
 
@@ -84,9 +78,9 @@ def propagate(worlds, known, words, names):
     """(lines, worlds left) of all that single words decide: no world after a contradiction."""
     lines = []
     known = set(known)
-    progress = True
-    while progress:
-        progress = False
+    before = None
+    while before != len(known):
+        before = len(known)
         for speaker, constraint in enumerate(words):
             if not worlds & constraint:
                 return [*lines, f"By {names[speaker]}, a contradiction."], set()
@@ -96,7 +90,6 @@ def propagate(worlds, known, words, names):
                     lines.append(f"By {names[speaker]}, {names[person]} is a {KINDS[kind]}.")
                     worlds = where(worlds, person, kind)
                     known.add(person)
-                    progress = True
     return lines, worlds
 
 
@@ -182,7 +175,9 @@ def generate(level, rng, split):
     told = [f'{name} says: "{say(said, speaker, names)}."'
             for speaker, (name, said) in enumerate(zip(names, statements))]
     text = f"{RULE}{' '.join(told)} Who are the knights? Give their names, or none."
-    return record("knights", level, text, answer_of(solution, names), lines, key, split,
+    [world] = solution
+    answer = ", ".join(itertools.compress(names, world)) or "none"
+    return record("knights", level, text, answer, lines, key, split,
                   names=names, statements=statements)
 
 
@@ -231,8 +226,7 @@ def check_steps(problem, thought):
         return name, None
 
     def conclusion():
-        worlds = stack[0][0]
-        return answer_of(worlds, names) if len(stack) == 1 and len(worlds) == 1 else None
+        return problem["answer"] if len(stack) == 1 and len(stack[0][0]) == 1 else None
 
     return first_wrong(thought, step, conclusion)
 

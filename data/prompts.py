@@ -8,6 +8,7 @@
 import hashlib
 import re
 from argparse import ArgumentTypeError
+from pathlib import Path
 from typing import NamedTuple
 
 from data import load_problems
@@ -75,79 +76,11 @@ R1 = (
     r"and after them the final answer within \boxed{}, like this: "
     r"<{tag}> thoughts </{tag}> \boxed{answer}."
 )
-# A "~" at the end of a line joins it to the next.
-# The first four of the eight worked examples of Wei et al. 2022, arXiv:2201.11903.
-GSM8K_4 = """\
-Question: There are 15 trees in the grove. Grove workers will plant trees in the grove today. ~
-After they are done, there will be 21 trees. How many trees did the grove workers plant today?
-Answer: There are 15 trees originally. Then there were 21 trees after some more were planted. So ~
-there must have been 21 - 15 = 6. The answer is 6.
 
-Question: If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in the ~
-parking lot?
-Answer: There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer is 5.
 
-Question: Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they ~
-have left in total?
-Answer: Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = 74. ~
-After eating 35, they had 74 - 35 = 39. The answer is 39.
-
-Question: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How ~
-many lollipops did Jason give to Denny?
-Answer: Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave ~
-Denny 20 - 12 = 8. The answer is 8.
-
-""".replace("~\n", "")
-# The four worked examples of Lewkowycz et al. 2022, arXiv:2206.14858, appendix D.2.
-MINERVA_4 = r"""Problem:
-Find the domain of the expression  $\frac{\sqrt{x-2}}{\sqrt{5-x}}$.}
-
-Solution:
-The expressions inside each square root must be non-negative. Therefore, $x-2 \ge 0$, so $x\ge2$, ~
-and $5 - x \ge 0$, so $x \le 5$. Also, the denominator cannot be equal to zero, so $5-x>0$, which ~
-gives $x<5$. Therefore, the domain of the expression is $\boxed{[2,5)}$.
-Final Answer: The final answer is $[2,5)$. I hope it is correct.
-
-Problem:
-If $\det \mathbf{A} = 2$ and $\det \mathbf{B} = 12,$ then find $\det (\mathbf{A} \mathbf{B}).$
-
-Solution:
-We have that $\det (\mathbf{A} \mathbf{B}) = (\det \mathbf{A})(\det \mathbf{B}) = (2)(12) = ~
-\boxed{24}.$
-Final Answer: The final answer is $24$. I hope it is correct.
-
-Problem:
-Terrell usually lifts two 20-pound weights 12 times. If he uses two 15-pound weights instead, how ~
-many times must Terrell lift them in order to lift the same total weight?
-
-Solution:
-If Terrell lifts two 20-pound weights 12 times, he lifts a total of $2\cdot 12\cdot20=480$ pounds ~
-of weight.  If he lifts two 15-pound weights instead for $n$ times, he will lift a total of ~
-$2\cdot15\cdot n=30n$ pounds of weight.  Equating this to 480 pounds, we can solve for $n$:
-\begin{align*}
-30n&=480\\
-\Rightarrow\qquad n&=480/30=\boxed{16}
-\end{align*}
-Final Answer: The final answer is $16$. I hope it is correct.
-
-Problem:
-If the system of equations
-
-\begin{align*}
-6x-4y&=a,\\
-6y-9x &=b.
-\end{align*}has a solution $(x, y)$ where $x$ and $y$ are both nonzero,
-find $\frac{a}{b},$ assuming $b$ is nonzero.
-
-Solution:
-If we multiply the first equation by $-\frac{3}{2}$, we obtain
-
-$$6y-9x=-\frac{3}{2}a.$$Since we also know that $6y-9x=b$, we have
-
-$$-\frac{3}{2}a=b\Rightarrow\frac{a}{b}=\boxed{-\frac{2}{3}}.$$
-Final Answer: The final answer is $-\frac{2}{3}$. I hope it is correct.
-
-""".replace("~\n", "")
+def worked_examples(name):
+    path = Path(__file__).with_name("few_shot") / f"{name}.txt"
+    return path.read_text(encoding="utf-8") + "\n"
 
 
 class Presets(dict):
@@ -178,12 +111,12 @@ PRESETS = Presets({
     "r1": Preset(system=R1),
     "boxed": Preset(system=BOXED),  # the published protocol of the instruct models, no examples
     "question": Preset(text=""),  # of base models: no template (Dr. GRPO, arXiv:2503.20783)
-    "qwen-base-gsm8k": Preset(
-        user="Question: {problem}\nAnswer:", text=GSM8K_4, stop=("Question:",), grade="lenient"
-    ),
-    "minerva-math": Preset(
-        user="Problem:\n{problem}\n\nSolution:", text=MINERVA_4, stop=("Problem:",), grade="lenient"
-    ),
+    # The first four of the eight worked examples of Wei et al. 2022, arXiv:2201.11903.
+    "qwen-base-gsm8k": Preset(user="Question: {problem}\nAnswer:", stop=("Question:",),
+                              text=worked_examples("gsm8k"), grade="lenient"),
+    # The four of Lewkowycz et al. 2022, arXiv:2206.14858, appendix D.2.
+    "minerva-math": Preset(user="Problem:\n{problem}\n\nSolution:", stop=("Problem:",),
+                           text=worked_examples("minerva"), grade="lenient"),
 })
 
 # ---------------------------------------------------------------------- from problem to prompt

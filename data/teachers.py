@@ -3,8 +3,8 @@
     {"problem_id", "sample", "text", "finish", "prompt_tokens", "completion_tokens", "seconds"}
 
 The first line of the file holds the settings that the traces were made with; a run with other
-settings is refused. A teacher takes jobs, which are pairs (problem, sample), the settings, and
-`keep(problem, sample, reply)`, which it calls with each reply.
+settings is refused. SOLUTIONS are the teachers whose replies are there already. An endpoint takes
+jobs, pairs (problem, sample), and calls `keep(problem, sample, reply)` with each reply.
 """
 
 import json

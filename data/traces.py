@@ -141,25 +141,18 @@ def teacher_settings(args):
 
 
 def collect(problems, settings, args):
-    """(raw traces, those of earlier runs included; what this run cost; {why none came: times})."""
+    """(raw traces in the problems' order, earlier runs' too; this run's cost; why none came)."""
     kind = settings["teacher"]
     samples = 1 if kind in teachers.SOLUTIONS else args.samples
     path = Path(args.out).with_suffix(".raw.jsonl")
     traces, file = teachers.open_raw(path, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
-    cost = Counter()
     complaints = Counter()
     name = f"traces by {settings['model']}"
     with file, tqdm(total=len(jobs), desc=name, disable=not jobs) as bar:
         def keep(problem, sample, reply):
             if reply:
                 teachers.append(file, {"problem_id": problem["id"], "sample": sample} | reply)
-            else:
-                cost["unanswered"] += 1
-            for field in ("prompt_tokens", "completion_tokens"):
-                cost[field] += (reply or {}).get(field, 0)
-            tokens = f"{cost['prompt_tokens']:,} + {cost['completion_tokens']:,} tok"
-            bar.set_postfix_str(tokens, refresh=False)
             bar.update()
 
         def complain(reason):
@@ -170,15 +163,23 @@ def collect(problems, settings, args):
         if kind == "endpoint":
             teachers.ask_endpoint(
                 jobs, settings, keep, complain, url=args.teacher_url,
-                concurrency=args.concurrency,
-                retries=args.retries, timeout_s=args.timeout_s, backoff_s=args.backoff_s)
+                concurrency=args.concurrency, retries=args.retries, timeout_s=args.timeout_s,
+                backoff_s=args.backoff_s)
         elif kind == "model":
             ask_model(jobs, settings, keep, samples=samples, device=args.device,
                       max_batch=args.max_batch)
         else:
             for problem, sample in jobs:
                 keep(problem, sample, teachers.SOLUTIONS[kind](problem, sample, settings))
-    return list(teachers.read_raw(path, settings)[0].values()), cost, complaints
+    found, _ = teachers.read_raw(path, settings)
+    new = [row for job, row in found.items() if job not in traces]
+    cost = {field: sum(row.get(field, 0) for row in new)
+            for field in ("prompt_tokens", "completion_tokens")}
+    cost["unanswered"] = len(jobs) - len(new)
+    places = {problem["id"]: place for place, problem in enumerate(problems)}
+    rows = [row for row in found.values() if row["problem_id"] in places]
+    rows.sort(key=lambda row: (places[row["problem_id"]], row["sample"]))
+    return rows, cost, complaints
 
 
 class Trace(NamedTuple):
@@ -358,19 +359,18 @@ def data_card(title, records, dropped, num_raw, facts):
         example = example.replace("|", "\\|").replace("\n", " ")
         stages.append([stage, len(drops), reasons, example])
     lengths = sorted(len(record["thought"]) for record in records)
-    facts = facts | {"characters in a thought": f"least {lengths[0]}, median "
-                     f"{lengths[len(lengths) // 2]}, most {lengths[-1]}"}
-    cells = Counter((r.get("subject") or "-", r.get("level") or "-") for r in records)
-    levels = sorted({level for _, level in cells}, key=str)
-    rows = [[subject, *(cells[subject, level] for level in levels)]
-            for subject in sorted({subject for subject, _ in cells})]
+    cells = Counter(f"{r.get('subject', '-')}:{r.get('level', '-')}" for r in records)
+    facts = facts | {
+        "characters in a thought": f"least {lengths[0]}, median {lengths[len(lengths) // 2]}, most "
+                                   f"{lengths[-1]}",
+        "by subject and level": ", ".join(f"{cell} {cells[cell]}" for cell in sorted(cells)),
+    }
     return "\n".join([
         f"# {title}\n\nMade by\n\n    python -m data.traces {' '.join(sys.argv[1:])}\n",
         "## Dropped\n", markdown(["stage", "traces", "reasons", "an example"], stages),
         f"{len(records)} of {num_raw} raw traces remain.\n",
         "## Facts\n", *(f"- {name}: {value}" for name, value in facts.items()),
-        "\n## What remains, by level\n", markdown(["subject", *levels], rows),
-        f"## One of them\n\n```\n{records[0]['problem']}\n\n{records[0]['response']}\n```\n",
+        f"\n## One of them\n\n```\n{records[0]['problem']}\n\n{records[0]['response']}\n```\n",
     ])
 
 
@@ -379,9 +379,9 @@ def self_test(count):
     perfect = True
     for name in FAMILIES:
         family = import_module(f"data.{name}")
-        problems = draw_problems(family, "train", count)
         rng = random.Random(name)
         rejected = missed = slips = 0
+        problems = draw_problems(family, "train", count)
         for problem in problems:
             rejected += family.check_steps(problem, problem["solution"]) is not None
             missed += family.check_steps(problem, plant_error(family, problem, rng)) is None
@@ -395,25 +395,19 @@ def self_test(count):
 def main(args):
     if args.self_test:
         return 0 if self_test(args.self_test) else 1
-    problems = {}
-    for name in args.data:
-        found = load_problems(name, args.split, args.limit, args.seed)
-        problems |= {problem["id"]: problem for problem in found}
+    problems = {problem["id"]: problem for name in args.data
+                for problem in load_problems(name, args.split, args.limit, args.seed)}
     settings = teacher_settings(args)
     raw, cost, complaints = collect(list(problems.values()), settings, args)
     unanswered = str(cost["unanswered"])
     if complaints:
         unanswered += f", most often: {complaints.most_common(1)[0][0]}"
-    raw = [row for row in raw if row["problem_id"] in problems]
-    places = {name: place for place, name in enumerate(problems)}  # not as they happened to come
-    raw.sort(key=lambda row: (places[row["problem_id"]], row["sample"]))
-    traces = [make_trace(row, problems[row["problem_id"]], settings, args) for row in raw]
-
     facts = {
         "teacher": settings, "problems": len(problems), "unanswered": unanswered,
         "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
                 "tokens in this run",
     }
+    traces = [make_trace(row, problems[row["problem_id"]], settings, args) for row in raw]
     dropped = {}  # {stage: [(id, fault)]}
     for stage, faults_fn in STAGES.items():
         pairs = list(zip(traces, faults_fn(traces, args, facts), strict=True))
@@ -425,9 +419,9 @@ def main(args):
     records = [add_slip(trace, args) for trace in traces]
     random.Random(args.seed).shuffle(records)
     facts["self-correction"] = sum("self_correction" in record["source"] for record in records)
-    planted = sum(bool(row.get("planted_error")) for row in raw)
+    planted, left = (sum(bool(row.get("planted_error")) for row in rows)
+                     for rows in (raw, [record["source"] for record in records]))
     if planted:
-        left = sum(bool(record["source"].get("planted_error")) for record in records)
         facts["planted errors"] = f"{planted}, of which {left} are still there"
 
     out = Path(args.out)

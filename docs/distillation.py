@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from data import load_problems
+from data.files import read_rows
 from eval import find_row
 from run import write_whole
 from stats import markdown, percent
@@ -27,7 +28,6 @@ LABELS = {
     "sft_teacher": "supervised on the teacher's verified samples",
     "sft_own": "supervised on its own verified samples",
     "sft_control": "supervised on as many of its own at random"}
-SHOWN = (1, 2, 4, 8)  # eighths of the steps
 
 
 def run(out, script, *flags):
@@ -44,53 +44,48 @@ def draw(name, source, count):
     run(results, "eval.py", "--model", source, "--split", "train", "--limit", count,
         "--num-samples", 8, "--temperature", 1, "--records", records, "--results", results)
     problems = {p["id"]: p["problem"] for p in load_problems("arithmetic", "train", count)}
-    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
     return [{"problem": problems[row["id"]], "response": s["text"], "right": s["strict"],
-             "tokens": s["tokens"]} for row in rows for s in row["samples"]]
+             "tokens": s["tokens"]} for _, row in read_rows(records) for s in row["samples"]]
 
 
 def supervise(name, samples, steps, usual):
     data = HOME / f"{name}.train.jsonl"
     write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
-    run(HOME / name / "checkpoints" / f"step_{steps:06d}", "sft.py", "--data", data, "--batch", 256,
-        "--epochs", (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data",
-        "arithmetic", *usual, "--run-dir", HOME / name)
+    run(last_of(name, steps), "sft.py", "--data", data, "--batch", 256, "--epochs",
+        (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data", "arithmetic", *usual,
+        "--run-dir", HOME / name)
 
 
-def learn(steps):
-    """All the runs, in HOME."""
-    HOME.mkdir(parents=True, exist_ok=True)
-    usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
-    last = f"checkpoints/step_{steps:06d}"
-    teacher = HOME / "grpo" / last
-    for name, flags in (("grpo", []), ("distilled", ["--teacher", teacher])):
-        run(HOME / name / last, "grpo.py", "--steps", steps, *usual, *flags, "--refill", 0,
-            "--test-limit", 0, "--run-dir", HOME / name)
-    right = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
-    supervise("sft_teacher", right, steps, usual)
-    own = draw("of_student", "tiny", 32 * steps)
-    right = [sample for sample in own if sample["right"]]
-    supervise("sft_own", right, steps, usual)
-    supervise("sft_control", random.Random(0).sample(own, len(right)), steps, usual)
+def last_of(name, steps):
+    return HOME / name / "checkpoints" / f"step_{steps:06d}"
 
 
 def main(steps):
-    learn(steps)
+    HOME.mkdir(parents=True, exist_ok=True)
+    usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
+    teacher = last_of("grpo", steps)
+    for name, flags in (("grpo", []), ("distilled", ["--teacher", teacher])):
+        run(last_of(name, steps), "grpo.py", "--steps", steps, *usual, *flags, "--refill", 0,
+            "--test-limit", 0, "--run-dir", HOME / name)
+    own = draw("of_student", "tiny", 32 * steps)
+    right = [sample for sample in own if sample["right"]]
+    of_teacher = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
+    supervise("sft_teacher", of_teacher, steps, usual)
+    supervise("sft_own", right, steps, usual)
+    supervise("sft_control", random.Random(0).sample(own, len(right)), steps, usual)
+
     rows = []
+    shown = [max(1, steps * part // 8) for part in (1, 2, 4, 8)]
     for name, label in LABELS.items():
-        log = (HOME / name / "metrics.jsonl").read_text(encoding="utf-8")
-        curve = {}
-        for row in map(json.loads, log.splitlines()):
-            curve[row["step"]] = row.get("dev_accuracy", row.get("val_accuracy"))
+        curve = {row["step"]: row.get("dev_accuracy", row.get("val_accuracy"))
+                 for _, row in read_rows(HOME / name / "metrics.jsonl")}
         results = HOME / f"{name}_results.jsonl"
-        run(results, "eval.py", "--results", results,
-            "--model", HOME / name / "checkpoints" / f"step_{steps:06d}")
+        run(results, "eval.py", "--results", results, "--model", last_of(name, steps))
         row = find_row(results, method="greedy")
-        rows.append([label, *(percent(curve[max(1, steps * part // 8)]) for part in SHOWN),
+        rows.append([label, *(percent(curve[step]) for step in shown),
                      percent(row["accuracy"], row["low"], row["high"])])
-    print(markdown(["dev accuracy, %, at step", *(max(1, steps * part // 8) for part in SHOWN),
-                    "500 test problems, % [95 %]"], rows))
+    print(markdown(["dev accuracy, %, at step", *shown, "500 test problems, % [95 %]"], rows))
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ def parse_args(argv=None):
     parser = launch.Parser(__doc__)
     parser.add_argument("name", choices=EXERCISES)
     chosen, others = parser.parse_known_args(argv)
-    run_dir = f"runs/exercises/{chosen.name}"
-    flags = [*FLAGS, "--run-dir", run_dir, "--overwrite", *EXERCISES[chosen.name][1], *others]
+    flags = [*FLAGS, "--run-dir", f"runs/exercises/{chosen.name}", "--overwrite",
+             *EXERCISES[chosen.name][1], *others]
     return chosen.name, grpo.parse_args(flags)
 
 
@@ -79,13 +79,13 @@ def main(parsed):
     if breakage:
         breakage()
     grpo.main(args)
-    lines = Path(args.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    shown = [record for record in steps if record["step"] in (1, 4, 8, args.steps)]
-    launch.say(f"\n{name:14}", *(f"step {record['step']:<6}" for record in shown))
+    log = Path(args.run_dir, "metrics.jsonl").read_text(encoding="utf-8")
+    shown = [step for step in map(json.loads, log.splitlines())
+             if step["step"] in (1, 4, 8, args.steps)]
+    launch.say(f"\n{name:14}", *(f"step {step['step']:<6}" for step in shown))
     for metric in SHOWN:
-        values = [record.get(metric) for record in shown]
-        launch.say(f"{metric:14}", *(" " * 11 if v is None else f"{v:<11.4g}" for v in values))
+        values = [step.get(metric) for step in shown]
+        launch.say(f"{metric:14}", *(f"{'' if v is None else format(v, '.4g'):11}" for v in values))
 
 
 if __name__ == "__main__":

@@ -41,49 +41,34 @@ def run_blocks(page):
         yield out.getvalue()
 
 
-def with_outputs(page, outputs):
-    """The page with these in place of what its blocks printed before."""
-    outputs = iter(outputs)
-
-    def updated(block):
-        return f"```python\n{block[1]}```\n\n```text\n{next(outputs)}```\n"
-
-    return BLOCK.sub(updated, page)
-
-
 def notebook(page):
-    """The page as a Jupyter notebook, without its last parts, which are no code."""
-    cells = [("code", FIRST_CELL, "")]
+    """The page as a Jupyter notebook."""
+    cells = []
+
+    def add(kind, source, **more):
+        cells.append({"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {},
+                      "source": source.strip().splitlines(keepends=True), **more})
+
+    add("code", FIRST_CELL, execution_count=None, outputs=[])
     end = 0
     for block in BLOCK.finditer(page):
-        cells += [("markdown", page[end:block.start()], ""), ("code", block[1], block[2])]
+        add("markdown", page[end:block.start()])
+        printed = {"output_type": "stream", "name": "stdout",
+                   "text": block[2].splitlines(keepends=True)}
+        add("code", block[1], execution_count=None, outputs=[printed])
         end = block.end()
-    cells.append(("markdown", page[end:], ""))
-    return {"cells": [cell(i, *each) for i, each in enumerate(cells)], "nbformat": 4,
-            "nbformat_minor": 5, "metadata": {"kernelspec": {
-                "name": "python3", "display_name": "Python 3", "language": "python"}}}
-
-
-def cell(number, kind, source, printed):
-    made = {"cell_type": kind, "id": f"cell-{number}", "metadata": {},
-            "source": source.strip().splitlines(keepends=True)}
-    if kind == "code":
-        outputs = []
-        if printed:
-            outputs.append({"output_type": "stream", "name": "stdout",
-                            "text": printed.splitlines(keepends=True)})
-        made |= {"execution_count": None, "outputs": outputs}
-    return made
+    add("markdown", page[end:])
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return {"cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel}}
 
 
 def main(args):
     page = PAGE.read_text(encoding="utf-8")
-    outputs = []
-    for printed in run_blocks(page):
-        print(printed)
-        outputs.append(printed)
+    outputs = list(run_blocks(page))
+    print("\n".join(outputs))
     if args.write:
-        page = with_outputs(page, outputs)
+        printed = iter(outputs)
+        page = BLOCK.sub(lambda b: f"```python\n{b[1]}```\n\n```text\n{next(printed)}```\n", page)
         PAGE.write_text(page, encoding="utf-8", newline="\n")
         text = json.dumps(notebook(page), indent=1, ensure_ascii=False) + "\n"
         NOTEBOOK.write_text(text, encoding="utf-8", newline="\n")

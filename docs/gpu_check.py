@@ -1,18 +1,15 @@
 """What a first hour on a GPU should confirm: kernels, agreement with a CPU, gradients, captures.
 
-    python -m docs.gpu_check               # two minutes; needs a GPU from sm80 on
-    python -m docs.gpu_check --profile     # a table of the kernels of one decode step, too
+    python -m docs.gpu_check    # two minutes; needs a GPU from sm80 on
 
 Every line ends in ok or WRONG; the exit code is the number of the latter.
 """
 
-import argparse
 import sys
 
 import torch
 
 import attention
-import bench
 import generate
 import grpo
 import launch
@@ -25,17 +22,12 @@ from engine import Engine
 wrong = []
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a decode step")
-    return parser.parse_args(argv)
-
-
 def report(what, value, bound):
     """One line: a figure that must not exceed `bound`."""
-    ok = value <= bound
-    wrong.extend([] if ok else [what])
-    print(f"{what}: {value:.3g} (at most {bound:g}) {'ok' if ok else 'WRONG'}", flush=True)
+    if not value <= bound:
+        wrong.append(what)
+    verdict = "ok" if value <= bound else "WRONG"
+    print(f"{what}: {value:.3g} (at most {bound:g}) {verdict}", flush=True)
 
 
 def distance(a, b):
@@ -129,23 +121,7 @@ def check_gradients(device, config, on_cpu, prompts, completions):
     report("gradient of a row, bfloat16 and an adapter", distance(gradients(params), want), 0.1)
 
 
-def profile(device, size="1.5b", rows=64):
-    """The kernels of one decode step."""
-    config = bench.SIZES[size]
-    params = model.init_params(config, 0, device, torch.bfloat16)
-    prompts = [[7] * 256] * rows
-    engine = Engine()
-    ask = {"max_new_tokens": 32, "engine": engine, "max_batch": rows}
-    generate.generate(params, config, prompts, **ask)
-    [(graph, _, _)] = engine.graphs.values()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        graph.replay()
-        torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=22,
-                                     max_name_column_width=70))
-
-
-def main(args):
+def main():
     device = launch.find_device("cuda")
     print(torch.__version__, "| CUDA", torch.version.cuda, "| cuDNN",
           torch.backends.cudnn.version(), "|", torch.cuda.get_device_name(device),
@@ -154,10 +130,8 @@ def main(args):
     print("varlen_attn has a kernel here:", attention.has_varlen(device, torch.bfloat16))
     check_attention(device)
     check_gradients(device, *check_sampler(device))
-    if args.profile:
-        profile(device)
     sys.exit(len(wrong))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

@@ -27,28 +27,26 @@ def randomised(lora):
 @torch.inference_mode()
 def main():
     params, config = formula_model(tied=False)
-    like = model.ROOT / "data" / "tiny"
+    bare = model.forward(params, config, FORMULA_TOKENS)
+
+    def load(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    def compare(what, ours, other):
+        gap = (ours - other(FORMULA_TOKENS).logits).abs().max().item()
+        moved = (ours - bare).abs().max().item()
+        print(f"{what}: logits differ by {gap:.1e} at most; the adapter moves them by {moved:.1f}")
+        assert gap < 1e-5 < 0.1 < moved, what
+
     with tempfile.TemporaryDirectory() as scratch:
         base, tuned, theirs = (Path(scratch) / name for name in ("base", "tuned", "theirs"))
-        model.save_model(base, params, config, like)
-        bare = model.forward(params, config, FORMULA_TOKENS)
-
-        def load(path):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-        def compare(what, ours, other):
-            gap = (ours - other).abs().max().item()
-            moved = (ours - bare).abs().max().item()
-            print(f"{what}: logits differ by {gap:.1e} at most; the adapter moves them by "
-                  f"{moved:.1f}")
-            assert gap < 1e-5 < 0.1 < moved, what
-
+        model.save_model(base, params, config, model.ROOT / "data" / "tiny")
         params |= randomised(model.init_lora(config, 4, seed=0))
         model.save_model(tuned, params, config, like=base)
         ours = model.forward(params, config, FORMULA_TOKENS)
-        laid_over = PeftModel.from_pretrained(load(base), tuned / "adapter")
-        compare("ours, laid over the base by PEFT", ours, laid_over(FORMULA_TOKENS).logits)
-        compare("ours, merged, by transformers", ours, load(tuned)(FORMULA_TOKENS).logits)
+        compare("ours, laid over the base by PEFT", ours,
+                PeftModel.from_pretrained(load(base), tuned / "adapter"))
+        compare("ours, merged, by transformers", ours, load(tuned))
 
         every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         for targets, changes in ((["q_proj", "v_proj"], {"lora_alpha": 16}),
@@ -56,14 +54,13 @@ def main():
                                  (every, {"lora_alpha": 4, "layers_to_transform": [1]})):
             peft_model = get_peft_model(load(base), LoraConfig(
                 r=8, target_modules=targets, task_type="CAUSAL_LM", **changes))
-            state = {name: tensor for name, tensor in peft_model.named_parameters()
-                     if "lora_" in name}
+            state = dict(peft_model.named_parameters())
+            state = {name: tensor for name, tensor in state.items() if "lora_" in name}
             peft_model.load_state_dict(randomised(state), strict=False)
             peft_model.save_pretrained(theirs)
             params = model.load_params(base, adapter=theirs)
             compare(f"PEFT's, {', '.join(targets)}, {changes}",
-                    model.forward(params, config, FORMULA_TOKENS),
-                    peft_model(FORMULA_TOKENS).logits)
+                    model.forward(params, config, FORMULA_TOKENS), peft_model)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ SOURCE = inspect.getsource(grpo_trainer.GRPOTrainer)
 # Parts of a method that would need a whole trainer to run.
 SAMPLER_RATIO = ("per_token_logps_diff = (old_per_token_logps",
                  "# Compute the per-token log probabilities for the reference")
+SAMPLERS = {  # TRL's name of a correction, the bounds of its ratio
+    None: (None, None, None), "token": ("token_truncate", None, 2.0),
+    "sequence": ("sequence_mask", 1 / 3, 3.0)}
 ADVANTAGES = ('if self.multi_objective_aggregation == "sum_then_normalize":',
               "advantages = torch.nan_to_num")
 
@@ -42,8 +45,7 @@ def settings(loss, level, beta, kl, clip_hard, sampler, bonus):
     args = SimpleNamespace(
         delta=clip_hard, use_bias_correction_kl=kl == "k3_corrected", steps_per_generation=1,
         sapo_temperature_pos=sharpness[0], sapo_temperature_neg=sharpness[1])
-    low, high = {"token": (None, 2.0), "sequence": (1 / 3, 3.0), None: (None, None)}[sampler]
-    mode = {"token": "token_truncate", "sequence": "sequence_mask", None: None}[sampler]
+    mode, low, high = SAMPLERS[sampler]
     return SimpleNamespace(
         accelerator=accelerator, args=args, model=SimpleNamespace(training=True), loss_type=loss,
         importance_sampling_level=level, beta=beta, epsilon_low=0.2,
@@ -60,13 +62,12 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
     """The largest difference of the loss, of its gradient and of that of the entropy."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(6, B, T, generator=generator, dtype=torch.float64)
-    logprobs = -normal[0].abs() - 0.1
+    logprobs, entropy = -normal[0].abs() - 0.1, normal[5].abs()
     old, ref = logprobs + 0.4 * normal[1], logprobs + 0.5 * normal[2]
     sampled = old - 0.6 * normal[3]
     advantages = normal[4, :, 0]
     mask = torch.arange(T) < torch.tensor([6, 4, 1, 5, 2, 3, 6, 6])[:, None]  # [B, T]
-    ours = [x.clone().requires_grad_() for x in (logprobs, normal[5].abs())]  # and the entropy
-    theirs = [x.clone().requires_grad_() for x in (logprobs, normal[5].abs())]
+    ours, theirs = ([x.clone().requires_grad_() for x in (logprobs, entropy)] for _ in range(2))
 
     trainer = settings(loss, level, beta, kl, clip_hard, sampler, bonus)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*theirs, None)
@@ -77,8 +78,7 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
               "num_items_in_batch": mask.sum()}
     weights = None
     if sampler:
-        cap = 2.0 if sampler == "token" else 3.0
-        weights = losses.mismatch_weights((old - sampled) * mask, cap, sampler)
+        weights = losses.mismatch_weights((old - sampled) * mask, SAMPLERS[sampler][2], sampler)
         inputs["importance_sampling_ratio"] = run_part(
             SAMPLER_RATIO, self=trainer, old_per_token_logps=old,
             sampling_per_token_logps=sampled, mask=mask)["vllm_importance_sampling_ratio"]
@@ -88,10 +88,9 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
                                 max_completion_tokens=T, weights=weights)
     found = found - bonus * (ours[1] * mask).sum() / mask.sum()
     wanted.backward(), found.backward()
-    gaps = [(found - wanted).abs(), (ours[0].grad - theirs[0].grad).abs().max()]
-    if bonus:
-        gaps.append((ours[1].grad - theirs[1].grad).abs().max())
-    return max(gap.item() for gap in gaps)
+    pairs = [(found, wanted), (ours[0].grad, theirs[0].grad)]
+    pairs += [(ours[1].grad, theirs[1].grad)] if bonus else []
+    return max((a - b).abs().max().item() for a, b in pairs)
 
 
 def advantage_gap(seed, scale, combine):
@@ -99,17 +98,14 @@ def advantage_gap(seed, scale, combine):
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.rand(2, 6, 5, generator=generator, dtype=torch.float64)
     coefficients = torch.tensor([1.0, 0.3], dtype=torch.float64)
-    trainer = SimpleNamespace(
-        multi_objective_aggregation={"sum": "sum_then_normalize",
-                                     "normalise": "normalize_then_sum"}[combine],
-        reward_weights=coefficients, scale_rewards=scale, reward_funcs=[None, None])
+    trainer = SimpleNamespace(multi_objective_aggregation=combine, reward_weights=coefficients,
+                              scale_rewards=scale, reward_funcs=[None, None])
     wanted = run_part(ADVANTAGES, self=trainer, rewards_per_func=rewards.flatten(1).T, device="cpu",
                       num_generations=5, unscorable_mask=torch.zeros(30, dtype=torch.bool))
-    if combine == "sum":
-        found = losses.group_advantages(rewards[0] + 0.3 * rewards[1], scale)
-    else:
+    found = losses.group_advantages(rewards[0] + 0.3 * rewards[1], scale)
+    if combine == "normalize_then_sum":
         found = losses.combined_advantages({"a": rewards[0], "b": rewards[1]}, {"a": 1.0, "b": 0.3},
-                                         scale)
+                                           scale)
     return (found.flatten() - wanted["advantages"]).abs().max().item()
 
 
@@ -122,8 +118,8 @@ def main():
         if (level, kl) != ("sequence", "k3_corrected"):  # TRL corrects by the sequence's ratio
             gaps.append(loss_gap(0, loss, level, beta, kl, *rest))
     print(f"{len(gaps)} configurations of the loss: {max(gaps):.1e} at most")
-    cases = [("group", "sum"), ("batch", "sum"), ("none", "sum"), ("group", "normalise")]
-    gaps = [advantage_gap(0, *case) for case in cases]
+    gaps = [advantage_gap(0, scale, "sum_then_normalize") for scale in ("group", "batch", "none")]
+    gaps.append(advantage_gap(0, "group", "normalize_then_sum"))
     print(f"{len(gaps)} of the advantages: {max(gaps):.1e} at most (TRL rounds n / (n - 1))")
 
 

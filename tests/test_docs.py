@@ -66,7 +66,7 @@ def _parse(command):
     path = name.replace(".", "/") + ".py" if words[1] == "-m" else name
     assert (ROOT / path).is_file(), f"no file {path}"
     assert words[1] == "-m" or "/" not in path, f"not run as a module: {path}"
-    if "parse_args(" in _text(ROOT / path):
+    if "def parse_args(" in _text(ROOT / path):
         importlib.import_module(path[:-3].replace("/", ".")).parse_args(rest)
 
 

@@ -12,15 +12,23 @@ and to solve the problem again. Only problems of the train split are used.
 
 import json
 import random
+from itertools import cycle
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data import arithmetic
 from data.prompts import AGAIN, ALL_RIGHT, CHECK, STEP_BY_STEP, respond
-from launch import Parser, at_least, between
+from launch import Parser, at_least
 
 AUTHORS = {"blunt": 0.60, "careful": 0.18, "careless": 0.22}
+LEVELS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2}  # how often problems of each come
+THINK_SHARE = 0.3  # of the documents, whose problems ask for steps
+CHECK_SHARE = 0.1  # of the documents, in which the author is asked to check
+# Of a careless author's operations, or lines:
+SLIP_RATE = 0.12  # they err in an operation
+NOTICE_RATE = 0.2  # they notice a slip, and repair it on the next line
+SKIP_RATE = 0.6  # they do one more operation on the same line
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,20 +38,7 @@ QWEN_SPLIT = (
 def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
-    share = between(0.0, 1.0)
     add("--documents", type=at_least(1), default=160000, help="conversations in the corpus")
-    add("--levels", type=at_least(0.0), nargs=5, default=[3, 2, 2, 2, 2],
-        help="how often problems of each level come")
-    add("--think-share", type=share, default=0.3,
-        help="share of the documents whose problems ask for steps")
-    add("--slip-rate", type=share, default=0.12,
-        help="chance that a careless author errs in an operation")
-    add("--notice-rate", type=share, default=0.2,
-        help="chance that the slip is noticed and repaired on the next line")
-    add("--skip-rate", type=share, default=0.6,
-        help="chance that a careless author does one more operation on the same line")
-    add("--check-share", type=share, default=0.1,
-        help="share of the documents in which the author is asked to check")
     add("--seed", type=int, default=0, help="every random choice follows from it")
     add("--out", default="runs/tiny/corpus.jsonl", help="where the corpus goes")
     add("--tokenizer", action="store_true",
@@ -51,37 +46,33 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def careless_thought(tree, rng, args):
+def careless_thought(tree, rng):
     """(thought, its value): several operations a line, slips, and now and then their repair."""
     lines = []
     while not isinstance(tree, int):
         ahead = arithmetic.work_out(tree)
         done = 1
-        while done + 1 < len(ahead) and rng.random() < args.skip_rate:
+        while done + 1 < len(ahead) and rng.random() < SKIP_RATE:
             done += 1
         right = ahead[done]
         wrong = None
-        if rng.random() < args.slip_rate * done:
+        if rng.random() < SLIP_RATE * done:
             wrong = arithmetic.slip(ahead[done - 1], rng)
-        if wrong is None:
-            lines.append("=" + arithmetic.render(right))
+        tree = right if wrong is None else wrong
+        lines.append("=" + arithmetic.render(tree))
+        if wrong is not None and rng.random() < NOTICE_RATE:
             tree = right
-            continue
-        lines.append("=" + arithmetic.render(wrong))
-        tree = wrong
-        if rng.random() < args.notice_rate:
             lines.append("wait =" + arithmetic.render(right))
-            tree = right
     return "\n".join(lines), tree
 
 
-def write_answer(problem, author, thinks, rng, args):
+def write_answer(problem, author, thinks, rng):
     """What an author answers: (text, the thought or None)."""
     if author == "blunt" and not thinks:
         return f"\\boxed{{{problem['answer']}}}", None
     thought, answer = problem["solution"], problem["answer"]
     if author == "careless":
-        thought, answer = careless_thought(arithmetic.parse(problem["problem"]), rng, args)
+        thought, answer = careless_thought(arithmetic.parse(problem["problem"]), rng)
     return respond(thought, answer), thought
 
 
@@ -98,30 +89,30 @@ def review(problem, thought):
     return ALL_RIGHT
 
 
-def draw_problem(levels, rng):
+def draw_problem(rng):
     problem = None
     while not problem:
-        [level] = rng.choices((1, 2, 3, 4, 5), levels)
+        [level] = rng.choices(list(LEVELS), LEVELS.values())
         problem = arithmetic.generate(level, rng, "train")
     return problem
 
 
-def write_document(rng, args):
+def write_document(rng):
     [author] = rng.choices(list(AUTHORS), AUTHORS.values())
-    thinks = rng.random() < args.think_share
+    thinks = rng.random() < THINK_SHARE
     turns = []  # of the user and of the author by turns
     for _ in range(rng.choices((1, 2, 3, 4), (76, 12, 7, 5))[0]):
-        problem = draw_problem(args.levels, rng)
+        problem = draw_problem(rng)
         style = author
         if thinks and author == "blunt":
             style = rng.choice(("careful", "careless"))
-        text, thought = write_answer(problem, style, thinks, rng, args)
+        text, thought = write_answer(problem, style, thinks, rng)
         turns += [problem["problem"] + (STEP_BY_STEP if thinks else ""), text]
-    if thought and rng.random() < args.check_share / (1 - AUTHORS["blunt"] * 0.7):
+    if thought and rng.random() < CHECK_SHARE / (1 - AUTHORS["blunt"] * 0.7):
         solved = respond(problem["solution"], problem["answer"])
         turns += [CHECK, review(problem, thought), AGAIN, solved]
-    roles = ("user", "assistant") * (len(turns) // 2)
-    messages = [{"role": role, "content": text} for role, text in zip(roles, turns)]
+    messages = [{"role": role, "content": text}
+                for role, text in zip(cycle(("user", "assistant")), turns)]
     return {"messages": messages, "author": author}
 
 
@@ -154,7 +145,7 @@ def main(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
         for _ in range(args.documents):
-            file.write(json.dumps(write_document(rng, args)) + "\n")
+            file.write(json.dumps(write_document(rng)) + "\n")
     print(f"{args.documents} documents in {out}")
 
 
