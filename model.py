@@ -39,7 +39,6 @@ class Yarn(NamedTuple):
     """rope_scaling as Qwen-2.5 documents it for contexts beyond the trained one."""
     factor: float
     original_max_position_embeddings: int
-    attention_factor: float | None = None  # of cos and sin; None: as in the paper
 
 
 class Config(NamedTuple):
@@ -131,8 +130,7 @@ def rope_frequencies(config, device="cpu"):
     low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
     keep = 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)  # 0: interpolated
     stretched = 1 / (yarn.factor * periods) * (1 - keep) + 1 / periods * keep
-    scale = yarn.attention_factor or 0.1 * math.log(max(1, yarn.factor)) + 1  # equation 22
-    return stretched, scale
+    return stretched, 0.1 * math.log(max(1, yarn.factor)) + 1  # equation 22
 
 
 def rope_table(config, positions, dtype):
@@ -234,9 +232,8 @@ def head_weight(params):
 
 def lm_head(hidden, weight, temperature=1.0):
     """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
-    # such a product has no derivative
     if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
-        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)  # no derivative
         logits = logits.unflatten(0, hidden.shape[:-1])
     else:
         logits = project(hidden, weight).float()
@@ -252,11 +249,9 @@ def init_cache(config, batch, slots, device="cpu", dtype=torch.float32):
 
 def forward(params, config, tokens, positions=None, cache=None):
     """Logits of every position: tokens [B, T] -> [B, T, V] float32.
-
     positions: [B, T]; default 0, 1, ..., or on from what each row of the cache holds. cache: from
     init_cache, written in place; what lies behind a row's real end is never seen once `positions`
-    says where the row goes on. Raises ValueError when the tokens outgrow the context or the cache.
-    """
+    says where the row goes on. Raises ValueError where the context or the cache is too short."""
     T = tokens.shape[1]
     attend_fn = attention.causal_attention
     if cache is None and T > config.max_context:
@@ -282,11 +277,9 @@ def head_slice(vocab_size, device):
 
 class HeadLogprobs(torch.autograd.Function):
     """What `head_logprobs` returns, slice by slice; the backward pass makes the logits again.
-
     Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32
     logits and their gradient would take 9.3 GiB. The probabilities of an only slice are kept: the
-    backward pass begins here, and no peak is higher for it.
-    """
+    backward pass begins here, and no peak is higher for it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, size):
@@ -328,8 +321,8 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def head_logprobs(params, config, hidden, targets, temperature=1.0):
-    """log p(targets) and entropy of softmax(logits / temperature), in nats: [N, D], [N] -> [N], [N]
-    float32."""
+    """log p(targets) and the entropy, in nats, of softmax(logits / temperature).
+    hidden [N, D], targets [N] -> [N], [N] float32."""
     n = len(targets)
     extra = attention.padded_length(n) - n
     hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
@@ -398,10 +391,8 @@ def did_you_mean(word, known):
 
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
-
     Hub models are taken from models/NAME beside this file where they are there, else downloaded;
-    config_only: without their weights. Raises FileNotFoundError, with how to place them by hand.
-    """
+    config_only: without their weights. Raises FileNotFoundError, with how to place them by hand."""
     name = str(name)
     path = ROOT / "data" / "tiny" if name.lower() == "tiny" else Path(name).expanduser()
     if path.is_dir():
@@ -429,7 +420,7 @@ def resolve_model(name, config_only=False):
 def reading(path, kind):
     """Whatever fails in this block is a FileNotFoundError or ValueError that names the file."""
     if not path.is_file():  # a pipe, say, which would never end
-        raise FileNotFoundError(f"{path}: no such file, which a directory of this kind holds")
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right directory?")
     try:
         yield
     except KeyboardInterrupt:
@@ -439,8 +430,7 @@ def reading(path, kind):
 
 
 def read_json(path):
-    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
-    path = Path(path)
+    """The object in a JSON file, a Path. Raises FileNotFoundError or ValueError that name it."""
     with reading(path, "a JSON object"):
         if path.stat().st_size > 2**26:
             raise ValueError(f"{path.stat().st_size:,} bytes, at most {2**26:,} are read")
@@ -458,8 +448,7 @@ def read_record(record, raw, only):
              for name, values in only.items() if found.get(name) not in (None, *values)]
     for name, kind in record.__annotations__.items():
         value = found.get(name)
-        fits = type(value) in (int, kind) and 0 < value < 2**31
-        if kind in (int, float) and not fits:
+        if kind in (int, float) and not (type(value) in (int, kind) and 0 < value < 2**31):
             wrong.append(f"{name} is {value!r:.40}, expected a positive {kind.__name__} < 2**31")
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -468,12 +457,12 @@ def read_record(record, raw, only):
 
 QWEN2 = {"model_type": ["qwen2"], "hidden_act": ["silu"], "use_sliding_window": [False],
          "tie_word_embeddings": [True, False], "quantization_config": []}
-YARN = {"rope_type": ["yarn"], "type": ["yarn"], "beta_fast": [32], "beta_slow": [1]}
+YARN = {"rope_type": ["yarn"], "type": ["yarn"], "beta_fast": [32], "beta_slow": [1],
+        "attention_factor": [0.1 * math.log(4) + 1]}  # of the documented factor
 
 
 def load_config(model_dir):
-    """The Config of a model directory. Raises FileNotFoundError, or ValueError for what is damaged
-    or not computed here."""
+    """The Config of a model directory. Raises FileNotFoundError or ValueError."""
     path = Path(model_dir) / "config.json"
     raw = {name: value for name, value in read_json(path).items() if value is not None}
     with reading(path, "a config of Qwen-2.5"):
@@ -504,17 +493,14 @@ def check_tensors(tensors, shapes, path):
               for name, tensor in tensors.items()
               if tensor.shape != shapes.get(name) or not tensor.is_floating_point()]
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit config.json: "
-                         f"{'; '.join(wrong[:50])}")
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:50])}")
 
 
 def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
-
     adapter: the directory of one to lay over them. On a CPU, tensors that are of `dtype` already
     stay views of the file, which is mapped: what is written into them stays in memory.
-    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
-    """
+    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor."""
     model_dir = Path(model_dir)
     config = load_config(model_dir)
     tensors = {}
@@ -530,10 +516,10 @@ def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     return params | load_adapter(adapter, config, device) if adapter else params
 
 
-def write_files(out_dir, names, raw, tensors):
-    """Write the JSON file and the tensors of a new directory under these two names."""
+def write_files(out_dir, raw, tensors, prefix=""):
+    """Write the config and the tensors of a new directory."""
     out_dir.mkdir(parents=True)
-    config_path, path = (out_dir / name for name in names)
+    config_path, path = out_dir / f"{prefix}config.json", out_dir / f"{prefix}model.safetensors"
     config_path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -542,11 +528,9 @@ def write_files(out_dir, names, raw, tensors):
 
 def save_model(out_dir, params, config, like):
     """Write a directory that transformers, and every script here, loads as it is.
-
     like: the directory whose tokenizer, chat template and generation settings to copy. An adapter
     in `params` is merged, and kept in the subdirectory `adapter`, for PEFT. The directory appears
-    whole, and only then replaces a model of its name; ValueError where something else has it.
-    """
+    whole, and only then replaces a model of its name; ValueError where something else has it."""
     out_dir, like = Path(out_dir).resolve(), Path(like).resolve()
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "config.json").is_file():
         raise ValueError(f"{out_dir} exists and is no model directory; name another, or remove it")
@@ -559,15 +543,14 @@ def save_model(out_dir, params, config, like):
     if config.rope_scaling:  # for new readers and for old
         raw["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | config.rope_scaling._asdict()
     merged = {name: merged_weight(params, name) for name in param_shapes(config)}
-    write_files(staging, ("config.json", "model.safetensors"), raw, merged)
+    write_files(staging, raw, merged)
     lora = {PEFT_PREFIX + name: tensor for name, tensor in params.items() if ".lora_" in name}
     if lora:
         rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
         raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
                "target_modules": sorted({name.split(".")[-3] for name in lora}),
                "base_model_name_or_path": str(like)}
-        names = "adapter_config.json", "adapter_model.safetensors"
-        write_files(staging / "adapter", names, raw, lora)
+        write_files(staging / "adapter", raw, lora, "adapter_")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                  "chat_template.jinja", "vocab.json", "merges.txt"):
         if (like / name).is_file():

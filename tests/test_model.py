@@ -519,9 +519,7 @@ def test_model_config_of_published_files():
     yarn = _config_of({"rope_scaling": documented})
     assert yarn.max_context == 131072 and yarn.rope_scaling == model.Yarn(4.0, 32768)
     usual = {"attention_factor": 0.1 * math.log(4) + 1, "beta_fast": 32.0, "beta_slow": 1}
-    spelled_out = _config_of({"rope_scaling": documented | usual})
-    scales = [model.rope_frequencies(c)[1] for c in (yarn, spelled_out)]
-    assert scales[0] == scales[1]
+    assert _config_of({"rope_scaling": documented | usual}) == yarn
     # transformers 5 has one dict, which takes precedence over the old field
     new = {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 4.0}
     moved = _config_of({"rope_parameters": new})
@@ -700,7 +698,7 @@ def test_model_system_prompt_of_a_template():
                                ("{{ 'x' * 10**11 }}", "does not render (MemoryError)")):
             with raises(ValueError, "tokenizer_config.json", said):
                 found(template)
-        assert found("<|im_start|>system\nA\nB<|im_end|>{{ 'x' * 10**8 }}") == "A\nB"
+        assert found("<|im_start|>system\nA\nB<|im_end|>{{ 'x' * 10**7 }}") == "A\nB"
         loop = "{% for i in range(99999) %}"
         with raises(ValueError, "not within 1 s"):
             found(loop + loop + 2 * "{% endfor %}", timeout_s=1)
