@@ -27,7 +27,7 @@ import launch
 import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
-from launch import all_sum, at_least, gather_objects, rank_and_world, say
+from launch import at_least, gather_objects, rank_and_world, say
 from run import make_trainable
 from stats import markdown
 
@@ -114,7 +114,8 @@ def machine_ceiling(like, repeat=5):
     gather_objects(None)
     read_s = median_s(big.sum, repeat)
     product_s = median_s(functools.partial(model.project, x, weight), repeat)
-    return all_sum([big.nbytes / read_s, 2 * size**3 / product_s])
+    rates = gather_objects((big.nbytes / read_s, 2 * size**3 / product_s))
+    return [sum(of_all) for of_all in zip(*rates)]
 
 
 def step_floor_s(config, like, rows, context, ceiling):

@@ -247,10 +247,12 @@ def weights_hash(*directories):
     return digest.hexdigest()[:8]
 
 
-def chosen_flags(args, config):
-    """The flags by name, with this model's defaults for those that were left out."""
+def fill_defaults(args, config):
+    """Fill in the flags that were left out and depend on the model. Writes into `args`."""
     defaults = TINY | {"prompt": args.tiny_prompt} if model.is_tiny(config) else OTHERS
-    return defaults | {name: value for name, value in vars(args).items() if value is not None}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def settings_of(setup, **changes):
@@ -276,19 +278,19 @@ def load_setup(args, replies=1):
     path = model.resolve_model(args.model)
     config = model.load_config(path)
     tokenizer = model.load_tokenizer(path)
-    flags = chosen_flags(args, config)
-    preset = PRESETS[flags["prompt"]]
-    asked = load_problems(flags["data"], args.split, args.limit or None, args.data_seed)
-    shots = load_shots(args.shots_from or flags["data"], flags.get("shots", preset.shots),
-                       args.data_seed, asked)
+    fill_defaults(args, config)
+    preset = PRESETS[args.prompt]
+    asked = load_problems(args.data, args.split, args.limit or None, args.data_seed)
+    shots = load_shots(args.shots_from or args.data,
+                       preset.shots if args.shots is None else args.shots, args.data_seed, asked)
     form = {"system": model.load_system_prompt(path), "shots": shots, "think_tag": args.think_tag}
-    prompts = [encode_prompt(tokenizer, flags["prompt"], p, **form) for p in asked]
-    problems, prompts = fit_context(asked, prompts, config, replies * flags["max_new_tokens"])
+    prompts = [encode_prompt(tokenizer, args.prompt, p, **form) for p in asked]
+    problems, prompts = fit_context(asked, prompts, config, replies * args.max_new_tokens)
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
-    options = {name: flags[name] for name in names} | form | {
+    options = {name: getattr(args, name) for name in names} | form | {
         "num_samples": 1, "engine": Engine(), "compiled": args.compile}
     settings = {"model": args.model, "weights": weights_hash(path, args.adapter),
-                "data": flags["data"], "split": args.split, "data_seed": args.data_seed,
+                "data": args.data, "split": args.split, "data_seed": args.data_seed,
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
     if len(problems) < len(asked):
         settings["asked"] = len(asked)
@@ -298,8 +300,8 @@ def load_setup(args, replies=1):
     params = sampling_params(params, config, device=device)
     # Weights count as float32, as they are read; caches count twice, for growing one copies it.
     slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    context = max(map(len, prompts)) + replies * flags["max_new_tokens"]
-    own = flags["max_batch"] * (context * slot + config.vocab_size)
+    context = max(map(len, prompts)) + replies * args.max_new_tokens
+    own = args.max_batch * (context * slot + config.vocab_size)
     shared = sum(tensor.shape.numel() for tensor in params.values())
     default = launch.default_processes(args.device, 0.25 + own / 2**27, shared / 2**27)
     launch.init_distributed(args.device, args.processes or default)
@@ -429,7 +431,7 @@ def append_rows(path, rows):
 
 def publish(setup, rows):
     """Print rows as a table, with their accuracy without what was trained on, and keep them."""
-    say_table(table(rows))
+    say_table(*table(rows))
     if setup.trained_on:
         say(f"warning: the model was trained on {len(setup.trained_on)} of these "
             f"{len(setup.problems)} problems")
@@ -440,13 +442,12 @@ def publish(setup, rows):
     append_rows(setup.results, rows)
 
 
-def say_table(text):
-    """Print a table of `markdown`; on a terminal too narrow, its rows one below the other."""
-    lines = text.splitlines()
+def say_table(head, rows):
+    """Print a table as Markdown; on a terminal too narrow, its rows one below the other."""
+    text = markdown(head, rows)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
-    if max(map(len, lines)) <= width:
+    if max(map(len, text.splitlines())) <= width:
         return say(text)
-    head, _, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
     longest = max(map(len, head))
     for row in rows:
         say("".join(f"{name:{longest}}  {cell}\n" for name, cell in zip(head, row)))
@@ -469,19 +470,19 @@ def gain(row, baseline):
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def table(rows, extra=None):
-    """Rows of results as Markdown. extra: {header: a cell for each row}, columns to add."""
-    columns = {"method": [row["method"] for row in rows],
-               "accuracy, % [95 %]": [percent(row["accuracy"], row["low"], row["high"])
-                                      for row in rows],
-               "points over the first": [gain(row, rows[0]) for row in rows]}
-    for level in rows[0]["levels"]:
-        columns[f"level {level}"] = [percent(row["levels"].get(level, [math.nan])[0])
-                                     for row in rows]
-    columns["tokens per problem"] = [round(row["tokens_mean"]) for row in rows]
-    columns["seconds per problem"] = [f"{row['seconds'] / row['n']:.3f}" for row in rows]
-    columns |= extra or {}
-    return markdown(list(columns), zip(*columns.values()))
+def table(rows):
+    """Rows of results as a table: (its head, lists of cells)."""
+    lines = []
+    for row in rows:
+        levels = {f"level {level}": percent(row["levels"].get(level, [math.nan])[0])
+                  for level in rows[0]["levels"]}
+        lines.append({
+            "method": row["method"],
+            "accuracy, % [95 %]": percent(row["accuracy"], row["low"], row["high"]),
+            "points over the first": gain(row, rows[0]), **levels,
+            "tokens per problem": round(row["tokens_mean"]),
+            "seconds per problem": f"{row['seconds'] / row['n']:.3f}", **row.get("cells", {})})
+    return list(lines[0]), [list(line.values()) for line in lines]
 
 
 def compare(paths, grade=None):
@@ -490,12 +491,14 @@ def compare(paths, grade=None):
     shared = [i for i in runs[0] if i in runs[1]]
     if not shared:
         raise ValueError(f"{' and '.join(paths)} have no problem in common")
-    settings = [records[shared[0]]["settings"] for records in runs]
-    rows = [summarize([records[i] for i in shared], grade=grade or PRESETS[of_run["prompt"]].grade,
-                      method=f"{path} ({len(shared)} of {len(records)})")
-            for path, records, of_run in zip(paths, runs, settings)]
-    say_table(table(rows))
-    say(f"settings that differ: {list_changes(*settings) or 'none'}")
+    rows = []
+    for path, records in zip(paths, runs):
+        settings = records[shared[0]]["settings"]
+        rows.append(summarize([records[i] for i in shared], settings=settings,
+                              grade=grade or PRESETS[settings["prompt"]].grade,
+                              method=f"{path} ({len(shared)} of {len(records)})"))
+    say_table(*table(rows))
+    say(f"settings that differ: {list_changes(*[row['settings'] for row in rows]) or 'none'}")
     a, b = paired(*rows)
     if {*a, *b} <= {0, 1}:
         say(stats.gains(a, b))
@@ -560,11 +563,11 @@ def report(args):
     models = {"base": args.model, "trained": args.trained}
     weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
     config = model.load_config(model.resolve_model(args.model))
-    data = chosen_flags(args, config)["data"]
     usual = vars(parse_args([]))
     shared = [f"--{name.replace('_', '-')}={value}".removesuffix("=True")
               for name, value in vars(args).items()
               if name not in OF_REPORT and value != usual[name]]
+    fill_defaults(args, config)
     rows = []
     for label, name, prompt, script, method in REPORT:
         if not model.is_tiny(config):  # grpo.py asks it for steps, as the sampled rows do
@@ -572,21 +575,23 @@ def report(args):
         greedy = method == "greedy"
         temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
         limit = args.limit if greedy else args.sampled_limit or args.limit
-        wanted = {"data": data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
-                  "asked": len(load_problems(data, args.split, limit or None, args.data_seed)),
+        wanted = {"data": args.data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
+                  "asked": len(load_problems(args.data, args.split, limit or None, args.data_seed)),
                   "weights": weights[name], "prompt": prompt, "method": method, "seed": args.seed,
                   "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature}
         if not find_row(args.results, **wanted):
             flags = ["--num-samples=10"] if method == "sampled" else []
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
                        f"--limit={limit}", f"--temperature={temperature}", *flags, *shared)
-        rows.append(find_row(args.results, **wanted) | {"method": label})
-    pass_10 = [row.get("rates", {}).get("pass@10", ()) for row in rows]
-    text = table(rows, {"problems": [row["n"] for row in rows],
-                        "pass@10": [percent(*rate) if rate else "" for rate in pass_10],
-                        "command": [f"`{row['command']}`" for row in rows]})
-    (out / "results.md").write_text(f"{args.model} on {data}/{args.split}\n\n{text}", "utf-8")
-    say_table(text)
+        row = find_row(args.results, **wanted)
+        pass_10 = row.get("rates", {}).get("pass@10")
+        rows.append(row | {"method": label, "cells": {
+            "problems": row["n"], "pass@10": percent(*pass_10) if pass_10 else "",
+            "command": f"`{row['command']}`"}})
+    head, lines = table(rows)
+    title = f"{args.model} on {args.data}/{args.split}\n\n"
+    (out / "results.md").write_text(title + markdown(head, lines), "utf-8")
+    say_table(head, lines)
     print(f"written to {out}/results.md")
     draw_cost(rows, out / "report.png")
 

@@ -83,22 +83,19 @@ def add_flags(parser):
     add("--prompts", type=at_least(1), default=32, help="N: problems in a step")
     add("--group", type=at_least(2), default=8, help="G: completions of each")
     add("--max-new-tokens", type=at_least(1), help="tokens of the longest completion")
-    add("--temperature", type=launch.above(0.0), default=1.0, help="of every log-probability, too")
+    add("--temperature", type=launch.above(0.0), default=1.0, help="of sampling and of scoring")
     add("--max-batch", type=at_least(1), default=128, help="rows that decode at once")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
     add("--refill", type=at_least(0), default=2, help="times to replace a group of equal rewards")
-    add("--curriculum", action="store_true", help="in each epoch, easier problems first (by level)")
     add("--filter-by-pass-rate", type=launch.between(0.0, 1.0), nargs=2, metavar=("LOW", "HIGH"),
         help="before training, ask each problem G times and keep those solved this often")
     add("--reward", nargs="+", metavar="NAME=COEFFICIENT", help=f"of {', '.join(REWARDS)}, or "
         "mine.py:short, def short(group) in your mine.py (default none with --teacher, accuracy=1 "
         f"with --scale mean or a prompt that asks for no box, else {' '.join(REWARDED)})")
-    add("--combine", default="sum", choices=("sum", "normalise"),
-        help="rewards: their sum, or each normalised in its group before it (GDPO)")
+    add("--combine", default="sum", choices=("sum", "normalise"), help="normalise: GDPO")
     add = parser.add_argument_group("loss").add_argument
     add("--loss", default="dapo", choices=losses.LOSSES)
-    add("--level", default="token", choices=("token", "sequence"), help="of the ratio; GSPO is "
-        "sequence with --loss grpo --clip-low 3e-4 --clip-high 4e-4")
+    add("--level", default="token", choices=("token", "sequence"), help="sequence: GSPO's ratio")
     add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="of the "
         "advantages: by whose standard deviation, or by the group's mean (MaxRL), they are divided")
     add("--clip-low", type=below_one, default=0.2, help="the ratio is clipped below 1 - this")
@@ -122,8 +119,7 @@ def add_flags(parser):
     add("--lora-rank", type=at_least(0), help="train an adapter of this rank; 0: all weights "
         f"(default 0 where memory allows, else {LORA_RANK}, with --lr {LORA_LR})")
     add("--micro-tokens", type=at_least(1), help="tokens in one packed row of training")
-    add("--free-sampler", action="store_true",
-        help="a GPU's sampler gives its memory back before each update: less memory, more time")
+    add("--free-sampler", action="store_true", help="a GPU's sampler makes room for each update")
     add("--checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations in the backward pass: less memory, a third more time")
     launch.add_train_flags(parser, lr=None, run_dir="runs/grpo")
@@ -162,58 +158,54 @@ class Policy(NamedTuple):
     engine: Engine | None = None  # the sampler's, which a GPU keeps
 
 
-def encode_problem(policy, problem, args, preset=None):
-    return encode_prompt(policy.tokenizer, preset or args.prompt, problem, system=policy.system,
+def encode_problem(policy, problem, args):
+    return encode_prompt(policy.tokenizer, args.prompt, problem, system=policy.system,
                          think_tag=args.think_tag)
 
 
-def grade(policy, asked, prompt, completions, args, preset):
-    """The Group of these completions. asked: (place, problem)."""
-    place, problem = asked
-    form = PRESETS[preset]
+def grade(policy, place, problem, prompt, completions, args):
+    """The Group of these completions, rewarded."""
+    preset = PRESETS[args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
-    texts = [completion_text(policy.tokenizer, c, ends, form.stop) for c in completions]
+    texts = [completion_text(policy.tokenizer, c, ends, preset.stop) for c in completions]
     pairs = [(text, problem["answer"]) for text in texts]
-    right = verify_many(pairs, strict=form.grade == "strict")
-    group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag,
-                  place)
+    group = Group(problem, prompt, texts, completions,
+                  verify_many(pairs, strict=preset.grade == "strict"), args.max_new_tokens,
+                  args.think_tag, place)
     return reward_group(group, parse_rewards(args.reward))
 
 
-def roll_out(policy, problems, args, seed=0, preset=None, greedy=False, refills=()):
+def roll_out(policy, problems, args, seed=0, refills=()):
     """A Group for each (place, problem); each process samples its share, and all get every group.
 
-    A completion's noise derives from (seed, place, sample) alone. preset: instead of --prompt.
-    greedy: one completion each, without noise.
+    A completion's noise derives from (seed, place, sample) alone.
     refills: lists as long as `problems`. A group without spread is replaced, while others are still
     being sampled: by what stands at its index in the first list, then in the next.
     """
     rank, world = rank_and_world()
-    G = 1 if greedy else args.group
-    preset = preset or args.prompt
-    shares = [batch[rank::world] for batch in (problems, *refills)]
-    first = len(shares[0])
-    asked = list(itertools.chain(*shares))
-    prompts = [encode_problem(policy, problem, args, preset) for _, problem in asked]
+    asked = [(place, problem, encode_problem(policy, problem, args))
+             for batch in (problems, *refills) for place, problem in batch[rank::world]]
+    first = len(problems[rank::world])
 
     def sample():
         groups = []
 
         def on_done(i, completions):
-            groups.append(grade(policy, asked[i], prompts[i], completions, args, preset))
+            groups.append(grade(policy, *asked[i], completions, args))
             if has_spread(groups[-1]) or i + first >= len(asked):
                 return None
-            on_step([], 0, joined=G)
+            on_step([], 0, joined=args.group)
             return i + first
 
-        name = "answering" if greedy else "sampling"
-        with launch.progress_bar(len(problems) * G, name, quiet=True) as on_step:
+        name = "sampling" if args.temperature else "answering"
+        with launch.progress_bar(len(problems) * args.group, name, quiet=True) as on_step:
             generate(
-                policy.params, policy.config, prompts, num_samples=G, seed=seed, first=first,
-                seeds=[place for place, _ in asked], max_new_tokens=args.max_new_tokens,
-                temperature=0.0 if greedy else args.temperature, max_batch=args.max_batch,
+                policy.params, policy.config, [prompt for _, _, prompt in asked],
+                num_samples=args.group, seed=seed, first=first,
+                seeds=[place for place, _, _ in asked], max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, max_batch=args.max_batch,
                 stop_tokens=model.end_tokens(policy.tokenizer, policy.config),
-                stop_strings=PRESETS[preset].stop, tokenizer=policy.tokenizer,
+                stop_strings=PRESETS[args.prompt].stop, tokenizer=policy.tokenizer,
                 engine=policy.engine, compiled=args.compile, on_step=on_step, on_done=on_done)
         return groups
 
@@ -238,15 +230,14 @@ def roll_out_step(policy, orders, step, args):
     one that is depends neither on who ends first nor on the number of processes.
     """
     N = args.prompts
+    problems, *refills = [list(enumerate(itertools.islice(order, N), i * N))
+                          for i, order in enumerate(orders)]
     seed = zlib.crc32(f"{args.seed} {step}".encode())
-    attempts = [list(zip(itertools.count(i * N), itertools.islice(order, N)))
-                for i, order in enumerate(orders)]
-    problems, *refills = attempts
-    return roll_out(as_sampler(policy), problems, args, seed, refills=refills)
+    return roll_out(as_sampler(policy), problems, args, seed, refills)
 
 
 def as_tensor(rows):
-    """Lists of floats, [N, G], with nan for None."""
+    """Lists of floats as [N, G], with nan for None."""
     return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
 
 
@@ -256,19 +247,18 @@ def with_advantages(groups, args):
     A group without spread gets zeros, and does not count towards the deviation of the batch. An
     undecided completion gets None, and does not count towards the baseline of its group.
     """
-    rewards = as_tensor([g.rewards for g in groups])  # [N, G]
-    advantages = torch.zeros_like(rewards)
-    spread = torch.tensor([has_spread(g) for g in groups])  # [N]
-    if spread.any() and args.combine == "normalise":
+    learned = [g for g in groups if has_spread(g)]
+    found = torch.empty(0)
+    if learned and args.combine == "normalise":
         coefficients = parse_rewards(args.reward)
-        parts = {name: as_tensor([g.parts[name] for g in groups])[spread] for name in coefficients}
-        advantages[spread] = losses.combined_advantages(parts, coefficients, args.scale)
-    elif spread.any():
-        advantages[spread] = group_advantages(rewards[spread], args.scale)
-    rows = []
-    for g, row in zip(groups, advantages.tolist()):
-        rows.append([None if r is None else a for r, a in zip(g.rewards, row)])
-    return [g._replace(advantages=row) for g, row in zip(groups, rows)]
+        parts = {name: as_tensor([g.parts[name] for g in learned]) for name in coefficients}
+        found = losses.combined_advantages(parts, coefficients, args.scale)
+    elif learned:
+        found = group_advantages(as_tensor([g.rewards for g in learned]), args.scale)
+    rows = iter(found.tolist())
+    advantages = [next(rows) if has_spread(g) else [0.0] * len(g.rewards) for g in groups]
+    return [g._replace(advantages=[None if r is None else a for r, a in zip(g.rewards, row)])
+            for g, row in zip(groups, advantages)]
 
 
 # ------------------------------------------------------------ learning
@@ -337,7 +327,6 @@ def row_logprobs(params, config, row, temperature, checkpointing=False):
     """
     device = params["model.embed_tokens.weight"].device
     groups = [(len(prompt), [len(s.tokens) for s in piece]) for prompt, piece in row]
-    sequences = [s for _, piece in row for s in piece]  # B of them
     tokens, reads, targets = [], [], []  # the head reads, and so predicts a target
     for prompt, piece in row:
         tokens += prompt
@@ -350,11 +339,9 @@ def row_logprobs(params, config, row, temperature, checkpointing=False):
     tokens = torch.tensor(tokens, device=device)  # [row]
     hidden = model.packed_hidden_states(params, config, tokens, groups, checkpointing)  # [row, D]
     flat = model.head_logprobs(params, config, hidden[reads], tokens[targets], temperature)
-    lengths = [len(s.tokens) for s in sequences]
-    logprobs, entropy = (pad_sequence(x.split(lengths), batch_first=True) for x in flat)  # [B, T]
-    steps = torch.arange(logprobs.shape[1], device=device)
-    mask = steps < torch.tensor(lengths, device=device)[:, None]  # [B, T]
-    return logprobs, entropy, mask
+    counted = torch.ones_like(flat[0], dtype=torch.bool)
+    lengths = [length for _, piece in groups for length in piece]  # B of them
+    return [pad_sequence(x.split(lengths), batch_first=True) for x in (*flat, counted)]
 
 
 def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
@@ -376,8 +363,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
     loss, stats = policy_loss(
         logprobs, old_logprobs, ref_logprobs, new([s.advantage for s in sequences]), mask,
         loss=args.loss, level=args.level, clip_low=args.clip_low, clip_high=args.clip_high,
-        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss,
-        max_completion_tokens=args.max_new_tokens, weights=weights)
+        clip_hard=args.clip_hard, beta=args.beta, kl=args.kl, total=total.loss, weights=weights)
     if args.entropy_bonus:  # the mean over the step's tokens, whatever the loss divides by
         loss = loss - args.entropy_bonus * (entropy * mask).sum() / total.tokens
     return loss, stats | {"loss": loss.detach(), "mismatch": mismatch.abs().sum(),
@@ -409,10 +395,10 @@ def update(policy, reference, optimizer, rows, total, lr, args):
         norms = optim.optimizer_step(optimizer, lr, betas=args.betas, clip=args.clip,
                                      weight_decay=args.weight_decay)
         skipped += norms["skipped"]
-    sums = Counter()
+    sums = Counter(grad_norm=norms["grad_norm"], skipped=skipped)
     for share in gather_objects({name: value.item() for name, value in own.items()}):
         sums.update(share)
-    return sums | {"grad_norm": norms["grad_norm"], "skipped": skipped}
+    return sums
 
 
 def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
@@ -511,10 +497,9 @@ def check_teacher(args):
     """Raises ValueError unless the teacher reads the student's tokens as the student means them."""
     paths = [model.resolve_model(name, config_only=True) for name in (args.model, args.teacher)]
     student, teacher = (model.load_tokenizer(path).get_vocab() for path in paths)
-    if differing := len(dict(student.items() ^ teacher.items())):
-        raise ValueError(f"--teacher {args.teacher}: {differing} tokens of its tokenizer are not "
-                         f"those of --model {args.model}, expected none; take a teacher of the "
-                         "student's family")
+    if student != teacher:
+        raise ValueError(f"--teacher {args.teacher}: the tokens of its tokenizer are not those of "
+                         f"--model {args.model}; take a teacher of the student's family")
 
 
 def settle_flags(args, config):
@@ -587,7 +572,7 @@ def filter_by_pass_rate(sets, policy, args, counts):
     Raises ValueError when nothing is left of a set.
     """
     low, high = args.filter_by_pass_rate
-    problems = list(enumerate(itertools.chain(*sets)))
+    problems = list(enumerate(sum(sets, [])))
     if not counts:
         say(f"asking {len(problems)} problems {args.group} times each")
         sampler = as_sampler(policy)
@@ -595,12 +580,11 @@ def filter_by_pass_rate(sets, policy, args, counts):
         for begin in range(0, len(problems), args.prompts):
             batch = problems[begin:begin + args.prompts]
             metrics.count_right(roll_out(sampler, batch, args, seed), counts)
-    kept = [[p for p in each if low <= counts[p["id"]][0] / counts[p["id"]][1] <= high]
-            for each in sets]
-    solved = metrics.list_solved(counts)
-    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of "
-            f"{len(problems)} problems: {len(solved['never'])} were never solved, "
-            f"{len(solved['always'])} always")
+    rates = {name: right / asked for name, (right, asked) in counts.items()}
+    kept = [[p for p in problems if low <= rates[p["id"]] <= high] for problems in sets]
+    said = (f"--filter-by-pass-rate {low:g} {high:g} keeps {sum(map(len, kept))} of {len(rates)} "
+            f"problems: {[*rates.values()].count(0)} were never solved, "
+            f"{[*rates.values()].count(1)} always")
     if not all(kept):
         raise ValueError(f"{said}. Nothing is left of a set: widen the bounds")
     say(said)
@@ -665,6 +649,14 @@ def open_training(args):
                     trained_on, args), state["step"]
 
 
+def problem_orders(sets, taken, args):
+    """For each attempt, the first one and those of --refill, an order of problems, from `taken`."""
+    proportions = [mixture.split_number(word)[1] for word in args.data]
+    for attempt in range(1 if args.teacher else 1 + args.refill):
+        seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
+        yield itertools.islice(mixture.problem_order(sets, proportions, seed), taken, None)
+
+
 def count_steps(args, num_problems):
     """(steps of the run, {last step of an epoch: which one}, but for the last epoch)."""
     epoch = num_problems / args.prompts  # in steps
@@ -673,13 +665,19 @@ def count_steps(args, num_problems):
     return args.steps or math.ceil(epochs * epoch), ends
 
 
+def answer(sampler, problems, args, prompt=None):
+    """A Group of one greedy completion for each problem. prompt: instead of --prompt."""
+    once = {"group": 1, "temperature": 0.0, "prompt": prompt or args.prompt}
+    return roll_out(sampler, list(enumerate(problems)), argparse.Namespace(**vars(args) | once))
+
+
 def evaluate(training, sampler, step, groups=()):
     """rate_metrics of the answers on dev, which are noted in `progress`.
 
     A few groups of the step and of dev go, whole, to samples.jsonl.
     """
     progress = training.progress
-    answered = roll_out(sampler, list(enumerate(training.dev)), training.args, greedy=True)
+    answered = answer(sampler, training.dev, training.args)
     shown = (metrics.sample_records(groups[:4], "rollout", sampler.tokenizer)
              + metrics.sample_records(answered[:8], "held_out", sampler.tokenizer))
     run.log_samples(training.run, step, shown)
@@ -688,15 +686,11 @@ def evaluate(training, sampler, step, groups=()):
     return rate_metrics("dev_accuracy", right)
 
 
-def measure(training, sampler, method, preset=None):
+def measure(training, sampler, method, prompt=None):
     """Add a row on the test split to results.md, unless --test-limit is 0."""
     if training.test:
-        answered = roll_out(sampler, list(enumerate(training.test)), training.args, preset=preset,
-                            greedy=True)
-        rows = training.progress["rows"]
-        rows[:] = [row for row in rows if row["method"] != method]
-        rows.append(metrics.results_row(answered, method))
-        metrics.write_results(training.run, rows)
+        answered = answer(sampler, training.test, training.args, prompt)
+        metrics.add_result(training.run, training.progress["rows"], method, answered)
 
 
 def save(training, step):
@@ -715,7 +709,7 @@ def measure_start(training):
     run.log_step(training.run, "step {step}" + metrics.DEV_ACCURACY, record)
     measure(training, sampler, "before")
     if training.args.prompt != "cot":
-        measure(training, sampler, "before, asked to think step by step", preset="cot")
+        measure(training, sampler, "before, asked to think step by step", "cot")
     save(training, 0)
 
 
@@ -758,12 +752,7 @@ def main(args):
     if metrics.reached(progress["dev"], args.until):
         steps = done
     view.write_report(training.run)
-    proportions = [mixture.split_number(word)[1] for word in args.data]
-    orders = []  # of problems: for the first attempts, and for each of --refill
-    for attempt in range(1 if args.teacher else 1 + args.refill):
-        seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
-        order = mixture.problem_order(sets, proportions, seed, args.curriculum)
-        orders.append(itertools.islice(order, progress["taken"], None))
+    orders = list(problem_orders(sets, progress["taken"], args))
 
     began = time.perf_counter()
     with run.stop_signals() as stop_requested:

@@ -304,11 +304,6 @@ def gather_objects(value):
     return values
 
 
-def all_sum(values):
-    """The sums of a list of numbers over all processes, known to every process."""
-    return [sum(shares) for shares in zip(*gather_objects(values))]
-
-
 # ------------------------------------------------------------ what it says
 
 

@@ -1,8 +1,6 @@
 """Advantages and losses: what a completion's reward says of its tokens.
 
-GRPO by default is group_advantages, ppo and policy_loss. The rest are the options of grpo.py: other
-objectives (--loss), divergences (--kl), advantages (--scale, --combine), and weights where the
-sampler and the trainer disagree (--sampler-level).
+GRPO is group_advantages, ppo and policy_loss; the rest are options of grpo.py.
 """
 
 import math

@@ -72,7 +72,8 @@ def token_texts(tokenizer, tokens):
         text = tokenizer.decode(begun, skip_special_tokens=False)
         whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
         texts.append(text if whole else "")
-        begun = [] if whole else begun
+        if whole:
+            begun = []
     return texts
 
 
@@ -106,19 +107,15 @@ def count_right(groups, counts):
         counts[g.problem["id"]] = [right + g.right.count(True), asked + len(g.right)]
 
 
-def list_solved(counts):
-    """{"never": [id, ...], "always": [id, ...]}: the problems that were never or always solved."""
-    return {"never": [name for name, (right, _) in counts.items() if right == 0],
-            "always": [name for name, (right, asked) in counts.items() if right == asked]}
-
-
 def save_solved(run, counts):
-    """Write list_solved as problems.json, and say how many these are."""
-    solved = list_solved(counts)
+    """Write which problems were never or always solved as problems.json, and say how many."""
+    never = [name for name, (right, _) in counts.items() if right == 0]
+    always = [name for name, (right, asked) in counts.items() if right == asked]
+    path = run.dir / "problems.json"
     if run.rank == 0:
-        write_whole(run.dir / "problems.json", json.dumps(solved, indent=1))
-    say(f"of {len(counts)} problems asked, {len(solved['never'])} were never solved and "
-        f"{len(solved['always'])} always: {run.dir / 'problems.json'} lists them")
+        write_whole(path, json.dumps({"never": never, "always": always}, indent=1))
+    say(f"of {len(counts)} problems asked, {len(never)} were never solved and {len(always)} "
+        f"always: {path} lists them")
 
 
 def right_answers(groups):
@@ -148,24 +145,24 @@ def whether_it_helped(evaluations):
             f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
 
 
-def results_row(groups, method):
-    """A row of results.md: which problems were answered rightly at once, and what that cost."""
-    return {"method": method, "right": "".join(map(str, right_answers(groups))),
-            "tokens_mean": fmean(len(g.completions[0].tokens) for g in groups),
-            "truncated": fmean(g.completions[0].finish != "stop" for g in groups)}
+def add_result(run, rows, method, groups):
+    """Add a row to `rows`: one answer to each problem, which of them are right, and what they cost.
 
-
-def write_results(run, rows):
-    """Print the rows as a table and write it as results.md: the last of them against the first."""
+    All rows are printed as a table and written as results.md, the last of them against the first.
+    """
+    completions = [g.completions[0] for g in groups]
+    row = {"method": method, "right": "".join(map(str, right_answers(groups))),
+           "tokens_mean": fmean(len(c.tokens) for c in completions),
+           "truncated": fmean(c.finish != "stop" for c in completions)}
+    rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
     right = [list(map(int, row["right"])) for row in rows]
     text = markdown(head, [
         [row["method"], len(scores), percent(*interval(scores)), f"{row['tokens_mean']:.0f}",
          percent(row["truncated"])] for row, scores in zip(rows, right)])
-    if rows[-1]["method"].startswith("after"):
+    if method.startswith("after"):
         change = percent(*paired_bootstrap(right[0], right[-1]))
-        text += (f"\nBefore to {rows[-1]['method']}: {change} points; "
-                 f"{gains(right[0], right[-1])}.\n")
+        text += f"\nBefore to {method}: {change} points; {gains(right[0], right[-1])}.\n"
     if run.rank == 0:
         write_whole(run.dir / "results.md", text)
         print(text, flush=True)

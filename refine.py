@@ -33,7 +33,7 @@ from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
 from run import append_lines, write_whole
-from stats import maj_at_k, markdown, percent
+from stats import maj_at_k, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
 CHATS = [name for name, preset in PRESETS.items() if preset.text is None]
@@ -60,25 +60,25 @@ def parse_args(argv=None):
 
 def token_span(tokenizer, tokens, begin, end):
     """The tokens that write the characters from begin to end of their text: (first, last + 1)."""
-    written = [len(tokenizer.decode(tokens[:n], skip_special_tokens=False))
-               for n in range(len(tokens) + 1)]
-    return bisect_right(written, begin) - 1, bisect_left(written, end)
+    def written(n):
+        return len(tokenizer.decode(tokens[:n], skip_special_tokens=False))
+
+    places = range(len(tokens) + 1)
+    return bisect_right(places, begin, key=written) - 1, bisect_left(places, end, key=written)
 
 
 @torch.inference_mode()
 def response_logprobs(params, config, prompts, responses, max_batch=64):
     """Log-probabilities, at temperature 1, of the tokens of each response behind its prompt."""
     device = params["model.embed_tokens.weight"].device
-    pairs = list(zip(prompts, responses))
+    rows = [torch.tensor(prompt + response, device=device)
+            for prompt, response in zip(prompts, responses)]
     found = []
-    for begin in range(0, len(pairs), max_batch):
-        part = pairs[begin:begin + max_batch]
-        rows = [torch.tensor(prompt + response, device=device) for prompt, response in part]
-        logprobs = token_logprobs(params, config, pad_sequence(rows, batch_first=True))
-        for (prompt, response), line in zip(part, logprobs.tolist()):
-            first = len(prompt) - 1
-            found.append(line[first:first + len(response)])
-    return found
+    for begin in range(0, len(rows), max_batch):
+        batch = pad_sequence(rows[begin:begin + max_batch], batch_first=True)
+        found += token_logprobs(params, config, batch).tolist()
+    return [line[len(prompt) - 1:][:len(response)]
+            for line, prompt, response in zip(found, prompts, responses)]
 
 
 def score_response(tokenizer, tokens, logprobs, text, think_tag):
@@ -183,14 +183,11 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
 
 
 def auroc(confidences, right):
-    """Chance that a right answer has more confidence than a wrong one, ties half, from their ranks;
-    nan unless there are both."""
-    order = sorted(confidences)
-    ranks = [(bisect_left(order, c) + bisect_right(order, c) - 1) / 2 for c in confidences]
-    positive = sum(right)
-    pairs = positive * (len(right) - positive)
-    above = sum(rank for rank, r in zip(ranks, right) if r) - positive * (positive - 1) / 2
-    return above / pairs if pairs else math.nan
+    """Chance that a right answer has more confidence than a wrong one, ties half; nan unless there
+    are both."""
+    wins = [(a > b) + (a == b) / 2 for a, a_right in zip(confidences, right) if a_right
+            for b, b_right in zip(confidences, right) if not b_right]
+    return fmean(wins) if wins else math.nan
 
 
 def equal_cost_rows(setup, spent):
@@ -236,7 +233,7 @@ def table_of_rounds(rows):
         moves = Counter(zip(*eval.paired(before, after)))
         counts = [moves[move] for move in ((1, 1), (1, 0), (0, 1), (0, 0))]
         lines.append([k, *counts, eval.gain(after, before)])
-    return markdown(["round", "right to right", "right to wrong", "wrong to right",
+    return (["round", "right to right", "right to wrong", "wrong to right",
                      "wrong to wrong", "points gained [95 %]"], lines)
 
 
@@ -289,7 +286,7 @@ def main(args):
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
     eval.publish(setup, rows)
-    eval.say_table(table_of_rounds(own))
+    eval.say_table(*table_of_rounds(own))
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]
     for name in SCORES:

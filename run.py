@@ -432,7 +432,7 @@ def start_wandb(args):
     run_dir = Path(args.run_dir)
     known = run_dir / "wandb_id"
     if not (args.resume and known.is_file()):
-        known.write_text(wandb.util.generate_id())
+        known.write_text(os.urandom(4).hex())
     return wandb.init(project=args.wandb, name=run_dir.name, dir=run_dir, config=vars(args),
                       resume="allow", id=known.read_text())
 

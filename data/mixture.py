@@ -63,7 +63,7 @@ def data_hash(*problem_lists):
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
-def problem_order(sets, proportions, seed, curriculum=False):
+def problem_order(sets, proportions, seed):
     """Endless problems: sets drawn by proportion, each in permutations by (seed, epoch)."""
     taken = [0] * len(sets)
     orders = [None] * len(sets)
@@ -71,9 +71,6 @@ def problem_order(sets, proportions, seed, curriculum=False):
         i = random.Random(f"{seed} {place}").choices(range(len(sets)), proportions)[0]
         epoch, index = divmod(taken[i], len(sets[i]))
         if index == 0:
-            rng = random.Random(f"{seed} {i} {epoch}")
-            orders[i] = rng.sample(sets[i], len(sets[i]))
-            if curriculum:  # by level, blurred by one
-                orders[i].sort(key=lambda problem: problem.get("level", 3) + rng.random())
+            orders[i] = random.Random(f"{seed} {i} {epoch}").sample(sets[i], len(sets[i]))
         taken[i] += 1
         yield orders[i][index]

@@ -219,17 +219,15 @@ def main(args):
     done = load_checkpoint(checkpoint, optimizer)["step"]
     with stop_signals() as stop_requested:
         for step in range(done + 1, 13):
-            rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step)).split(1)
-            losses = [-token_logprobs(params, config, row).sum() / 48 for row in rows[rank::world]]
-            for loss in losses:
-                loss.backward()
+            rows = torch.randint(61, (6, 9), generator=torch.Generator().manual_seed(step))
+            loss = -token_logprobs(params, config, rows[rank::world]).sum() / 48
+            loss.backward()
             time.sleep(0.02)
             if step == args.fail_at and rank == world - 1:
                 raise RuntimeError("the planted failure")
             lr = learning_rate(step, 12, args.lr, args.warmup)
-            stats = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
-            loss = all_sum([sum(loss.item() for loss in losses)])[0]
-            metrics = {"step": step, "loss": loss} | stats
+            metrics = optimizer_step(optimizer, lr, weight_decay=0.1, clip=0.5)
+            metrics |= {"step": step, "loss": sum(gather_objects(loss.item()))}
             log_step(run, "step {step}/12 | loss {loss:.4f} nat", metrics)
             stopping = stop_requested()
             if stopping or step % args.save_every == 0 or step == 12:
@@ -270,6 +268,12 @@ def wait_for_steps(path, steps, process):
     """Until the run has logged that many steps."""
     while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < steps):
         time.sleep(0.005)
+
+
+def write_lines(path, rows):
+    """Make a .jsonl file of the rows: its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def read_lines(path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from unittest import mock
 
@@ -19,11 +18,13 @@ from tests.common import (
     error_of,
     in_process,
     raises,
+    read_lines,
     run,
     scripted_setup,
     small_model,
     sum_problems,
     temporary_dir,
+    write_lines,
 )
 
 
@@ -54,11 +55,6 @@ def _answer(record):
 
 def _rates(row):
     return {name: rate for name, (rate, *_) in row["rates"].items()}
-
-
-def _write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def test_eval_prompts_to_the_letter():
@@ -92,7 +88,7 @@ def test_eval_prompts_to_the_letter():
 
 def test_eval_examples_are_never_problems_asked():
     with temporary_dir() as folder:
-        path = _write(folder / "own.jsonl", [p | {"solution": "so"} for p in sum_problems(30)])
+        path = write_lines(folder / "own.jsonl", [p | {"solution": "so"} for p in sum_problems(30)])
         with raises(ValueError, "--shots-from"):
             load_shots(str(path), 2, 0, sum_problems(30))
     few = load_shots("arithmetic", 3, 0, [])
@@ -196,14 +192,13 @@ def test_eval_records_do_not_depend_on_the_number_of_processes():
         lines = one.read_text(encoding="utf-8").splitlines(keepends=True)
         broken.write_text("".join(lines[:3]), encoding="utf-8")
         run(*words, "--processes", 3, "--records", broken)
-        found = []
-        for path in (one, three, broken):
-            found.append({i: _answer(r) for i, r in evaluation.read_records(path).items()})
-            for sample in (sample for record in found[-1].values() for sample in record["samples"]):
+        found = [{i: _answer(record) for i, record in evaluation.read_records(path).items()}
+                 for path in (one, three, broken)]
+        for record in (record for records in found for record in records.values()):
+            for sample in record["samples"]:
                 sample["logprob"] = round(sample["logprob"], 1)  # equal to rounding
         assert len(found[0]) == 7 and found[0] == found[1] == found[2]
-        rows = [json.loads(line) for line in open(folder / "rows.jsonl", encoding="utf-8")]
-        assert [row["processes"] for row in rows] == [1, 3, 3]
+        assert [row["processes"] for row in read_lines(folder / "rows.jsonl")] == [1, 3, 3]
 
 
 def test_eval_compare_is_paired():
@@ -267,7 +262,7 @@ def test_eval_user_errors_are_one_line():
             error = error_of(*command.split(), "--model", path, *results, 1)
             assert expected in error and "\n" not in error, (command, error)
         assert "none" in run("eval.py", "--model", folder / "none", ok=False)
-        path = _write(folder / "records.jsonl", [{"id": "a", "samples": [],
+        path = write_lines(folder / "records.jsonl", [{"id": "a", "samples": [],
                                                   "settings": {"model": "other"}}])
         error = run("eval.py", "--limit", 2, "--records", path, *results, 2, ok=False)
         assert "model 'other', 'tiny'" in error and "another --records" in error, error
@@ -339,7 +334,7 @@ def test_eval_one_long_problem_ends_no_run():
                      "level": 1} for i in range(30)]
         long = ("What is " + "1 + " * n + "1?" for n in range(600, 700))
         long = next(text for text in long if split_of(text) == "dev")  # sft.py asks this split
-        data = _write(folder / "mine.jsonl", [*problems, {"problem": long, "answer": "600",
+        data = write_lines(folder / "mine.jsonl", [*problems, {"problem": long, "answer": "600",
                                                           "level": 1}])
         usual = ["--processes", 1, "--max-new-tokens", 8]
         words = ["--data", data, "--results", folder / "rows", *usual]
@@ -360,7 +355,7 @@ def test_eval_one_long_problem_ends_no_run():
                           "--prompts", 2, "--group", 2, *usual, "--train-limit", 9, "--refill", 0,
                           "--run-dir", folder / "run")
         assert said.count("problems are left out") == 2 and "30 for the result" in said, said
-        examples = _write(folder / "examples.jsonl", [
+        examples = write_lines(folder / "examples.jsonl", [
             {"problem": p["problem"], "response": "1"} for p in problems[:9]])
         said = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,
                           "--eval-data", f"{data}:1", "--run-dir", folder / "sft", *usual)
@@ -392,13 +387,12 @@ def test_eval_on_a_full_or_forbidden_disk():
 
 
 def test_eval_long_tables_fit_a_terminal():
-    rows = [["greedy", "1.0 [0, 2]"], ["b", 3]]
-    text = evaluation.markdown(["method", "accuracy, % [95 %]"], rows)
-    for columns, expected in (("80", text + "\n"), ("30", (
+    table = ["method", "accuracy, % [95 %]"], [["greedy", "1.0 [0, 2]"], ["b", 3]]
+    for columns, expected in (("80", evaluation.markdown(*table) + "\n"), ("30", (
             "method              greedy\naccuracy, % [95 %]  1.0 [0, 2]\n\n"
             "method              b\naccuracy, % [95 %]  3\n\n"))):
         with (mock.patch.dict("os.environ", COLUMNS=columns),
               contextlib.redirect_stdout(io.StringIO()) as said):
             said.isatty = lambda: True
-            evaluation.say_table(text)
+            evaluation.say_table(*table)
         assert said.getvalue() == expected, said.getvalue()

@@ -91,17 +91,21 @@ def test_losses_every_loss_equals_its_formula():
     assert checked == 280
 
 
-def test_losses_negative_advantage_keeps_its_gradient_above_the_clip():
+def test_losses_clip_what_they_say():
     """A max() where PPO takes min() left bad completions that had become likelier without a
-    gradient, in other code."""
+    gradient, in other code. CISPO clips from above only, whatever the advantage: it counted PPO's
+    regions as clipped."""
+    logprobs = torch.tensor([[0.9, 0.0], [0.9, -0.9]], dtype=torch.float64, requires_grad=True)
+    case = logprobs, torch.zeros(2, 2), None, torch.tensor([1.0, -1.0]), torch.ones(2, 2)
+    for loss, clipped in (("dapo", (1, 1)), ("cispo", (0, 2))):
+        _, stats = losses.policy_loss(*case, loss=loss)
+        assert (stats["clipped_low"], stats["clipped_high"]) == clipped
     # ratio e^0.9, far above 1.28
-    logprobs = torch.tensor([[0.9]], dtype=torch.float64, requires_grad=True)
-    case = logprobs, torch.zeros(1, 1), None, torch.tensor([-1.0]), torch.ones(1, 1)
+    case = [x[1:, :1] for x in case[:2]] + [None, torch.tensor([-1.0]), torch.ones(1, 1)]
     loss, stats = losses.policy_loss(*case)
-    loss.backward()
-    assert logprobs.grad.item() > 1 and stats["clipped_high"] == 0
-    bounded = losses.policy_loss(*case, clip_hard=1.5)[0]
-    assert abs(bounded.item() - 1.5) < 1e-9
+    gradient, = torch.autograd.grad(loss, logprobs)
+    assert gradient[1, 0] > 1 and stats["clipped_high"] == 0
+    assert abs(losses.policy_loss(*case, clip_hard=1.5)[0].item() - 1.5) < 1e-9
 
 
 def test_losses_survives_degenerate_rows():
@@ -125,36 +129,25 @@ def test_losses_survives_degenerate_rows():
 
 def test_losses_k1_in_the_loss_has_no_mean_gradient():
     """Why k1 is no penalty: over the policy's samples, log p - log ref has that of log p, which is
-    0 in the mean."""
-    logits = torch.randn(8, dtype=torch.float64,
-                         generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ref = torch.randn(8, dtype=torch.float64,
-                      generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    0 in the mean. The corrected k3 has that of the divergence itself."""
+    logits, ref = torch.randn(2, 8, dtype=torch.float64,
+                              generator=torch.Generator().manual_seed(0))
+    ref = ref.log_softmax(-1)
+    logprobs = logits.requires_grad_().log_softmax(-1)
+
+    def gradient(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
 
     def mean_gradient(kl):
-        logprobs = logits.log_softmax(-1)
-        triples = [[x[i].view(1, 1) for x in (logprobs, logprobs.detach(), ref)] for i in range(8)]
-        each = [losses.policy_loss(*three, torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0]
-                for three in triples]
-        return torch.autograd.grad(sum(p.item() * loss for p, loss in zip(logprobs.exp(), each)),
-                                   logits)[0]
+        each = [losses.policy_loss(*(x[i].view(1, 1) for x in (logprobs, logprobs.detach(), ref)),
+                                   torch.zeros(1), torch.ones(1, 1), beta=1.0, kl=kl)[0]
+                for i in range(8)]
+        return gradient((logprobs.exp().detach() * torch.stack(each)).sum())
 
-    logprobs = logits.log_softmax(-1)
-    exact, = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
+    exact = gradient((logprobs.exp() * (logprobs - ref)).sum())
     assert mean_gradient("k1").abs().max() < 1e-12
-    # the corrected k3 has that of the divergence itself
     assert torch.allclose(mean_gradient("k3_corrected"), exact)
     assert not torch.allclose(mean_gradient("k3"), exact, atol=1e-2)
-
-
-def test_losses_cispo_counts_what_it_clips():
-    """It clips from above only, whatever the sign of the advantage; PPO's regions were counted."""
-    logprobs, A = torch.tensor([[0.9, 0.0], [0.9, -0.9]]), torch.tensor([1.0, -1.0])
-    case = logprobs, torch.zeros(2, 2), None, A, torch.ones(2, 2)
-    stats = losses.policy_loss(*case, loss="cispo")[1]
-    assert (stats["clipped_low"], stats["clipped_high"]) == (0, 2)
-    stats = losses.policy_loss(*case)[1]
-    assert (stats["clipped_low"], stats["clipped_high"]) == (1, 1)
 
 
 def test_losses_mismatch_weights():
@@ -169,44 +162,43 @@ def test_losses_mismatch_weights():
         assert abs(weight.item() - (math.exp(sum(row)) if inside else 0.0)) < 1e-12
 
 
+def _decided(row):
+    return [x for x in row if not math.isnan(x)]
+
+
 def test_losses_advantages():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0.1, 1.1, 0, 1]])
+    """Of every scale, against its formula, a completion at a time in float64; MaxRL's "mean" weighs
+    a right one the more, the rarer it is. What is undecided has no part in the others'."""
+    rewards = [[1.0, 0, 0, 0], [1, 1, 1, 0], [0] * 4, [1] * 4, [0.1, 1.1, math.nan, 1]]
     for scale in ("group", "batch", "none", "mean"):
-        a = losses.group_advantages(rewards, scale)
-        assert a.sum(1).abs().max() < 1e-5 and not a[1].any()
-    a = losses.group_advantages(rewards)
-    # deviation over n - 1: 0.5
-    assert torch.allclose(a[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
-    assert torch.allclose(losses.group_advantages(rewards, "batch")[0, 0],
-                          0.75 / (rewards.std() + 1e-4))
-    for bad in ((torch.ones(3, 1),), (rewards, "std")):
+        found = losses.group_advantages(torch.tensor(rewards, dtype=torch.float64), scale).tolist()
+        for row, advantages in zip(rewards, found):
+            decided = _decided(row)
+            mean = statistics.mean(decided)
+            divisor = {"group": statistics.stdev(decided) + 1e-4, "none": 1, "mean": mean or 1,
+                       "batch": statistics.stdev(_decided(sum(rewards, []))) + 1e-4}[scale]
+            for reward, advantage in zip(decided, _decided(advantages), strict=True):
+                assert abs(advantage - (reward - mean) / divisor) < 1e-12, (scale, row)
+    for bad in ((torch.ones(3, 1),), (torch.ones(3, 4), "std")):
         with raises(ValueError, "expected"):
             losses.group_advantages(*bad)
 
 
-def test_losses_maxrl_advantages():
-    """A right completion weighs the more, the rarer it is; float64, a completion at a time."""
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 0], [0] * 4, [1] * 4], dtype=torch.float64)
-    for row, found in zip(rewards.tolist(), losses.group_advantages(rewards, "mean").tolist()):
-        mean = sum(row) / 4
-        assert found == [(r - mean) / mean if mean else 0.0 for r in row]
-
-
 def test_losses_gdpo_advantages():
-    """Against the formula, a completion at a time: a reward that hardly differs counts as much."""
+    """Against the formula, a completion at a time: a reward that hardly differs counts as much.
+    What is undecided by one reward has no part in any."""
     generator = torch.Generator().manual_seed(0)
     parts = {"accuracy": torch.randint(2, (5, 4), generator=generator).double(),
              "brevity": 0.01 * torch.rand(5, 4, generator=generator, dtype=torch.float64)}
-    coefficients = {"accuracy": 1.0, "brevity": 0.5}
+    parts["accuracy"][4, 3] = math.nan
     summed = []
-    for n, i in itertools.product(range(5), range(4)):
-        terms = []
-        for name, coefficient in coefficients.items():
-            row = parts[name][n].tolist()
-            terms.append(coefficient * (row[i] - statistics.mean(row))
-                         / (statistics.stdev(row) + 1e-4))
-        summed.append(sum(terms))
+    for accuracy, brevity in zip(*(part.tolist() for part in parts.values())):
+        rows = zip(*[pair for pair in zip(accuracy, brevity) if not math.isnan(pair[0])])
+        normal = [[(x - statistics.mean(row)) / (statistics.stdev(row) + 1e-4) for x in row]
+                  for row in map(list, rows)]
+        summed += [a + 0.5 * b for a, b in zip(*normal)]
     scale = statistics.stdev(summed) + 1e-4
     wanted = [(x - statistics.mean(summed)) / scale for x in summed]
+    coefficients = {"accuracy": 1.0, "brevity": 0.5}
     found = losses.combined_advantages(parts, coefficients, "group").flatten().tolist()
-    assert max(abs(a - b) for a, b in zip(found, wanted)) < 1e-12
+    assert max(abs(a - b) for a, b in zip(_decided(found), wanted, strict=True)) < 1e-12

@@ -1,10 +1,7 @@
 """Tests of refine.py."""
 
-import json
 import math
-import random
 from pathlib import Path
-from statistics import fmean
 from unittest import mock
 
 from tokenizers import AddedToken
@@ -19,6 +16,7 @@ from tests.common import (
     asked,
     bytes_tokenizer,
     in_process,
+    read_lines,
     run,
     scripted_setup,
     small_model,
@@ -130,13 +128,12 @@ def test_refine_loop_never_sees_the_reference():
                   answering(_reply([])), answering(_reply(log), "refine")):
                 in_process("refine", "--rounds", 2, "--approval", "Every step is right.",
                            "--traces", folder / name)
-            found, rows = ([json.loads(line) for line in path.read_text().splitlines()]
-                           for path in (folder / name, setup.results))
-            rounds = [r | {"right": None} for problem in found for r in problem["rounds"]]
+            rounds = [r | {"right": None} for problem in read_lines(folder / name)
+                      for r in problem["rounds"]]
             calls = 6 + sum(bool(r["critique"]) + bool(r["revision"]) for r in rounds)
             runs.append((rounds, log[:calls]))
             if name == "right":
-                accuracy = {row["method"]: row["accuracy"] for row in rows}
+                accuracy = {row["method"]: row["accuracy"] for row in read_lines(setup.results)}
     assert runs[0] == runs[1]
     assert accuracy["refine, K = 2, oracle gate (a bound)"] == 2 / 6, accuracy
 
@@ -162,11 +159,8 @@ def test_refine_equal_cost_is_equal():
 
 
 def test_refine_auroc_counts_pairs():
-    rng = random.Random(4)
-    for _ in range(50):
-        right = [rng.random() < 0.4 for _ in range(12)]
-        confidences = [rng.choice((-math.inf, -2.0, -1.0, 0.0)) + (0.3 if r else 0) for r in right]
-        above, below = ([c for c, r in zip(confidences, right) if r == of] for of in (True, False))
-        pairs = [(a > b) + (a == b) / 2 for a in above for b in below]
-        found = refine.auroc(confidences, right)
-        assert abs(found - fmean(pairs)) < 1e-12 if pairs else math.isnan(found), found
+    for confidences, right, expected in (
+            ([3, 2, 1], [1, 0, 0], 1.0), ([3, 2, 1], [0, 1, 0], 0.5), ([1, 2, 2], [0, 1, 0], 0.75),
+            ([-math.inf, -math.inf, 0], [1, 0, 0], 0.25)):
+        assert refine.auroc(confidences, right) == expected, (confidences, right)
+    assert math.isnan(refine.auroc([1, 2], [1, 1]))

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -262,6 +263,17 @@ def test_run_two_processes_in_one_run_directory():
         holder.kill()
         holder.communicate()
         run.claim_run_dir(train_args("--run-dir", str(home), "--resume"))
+
+
+def test_run_is_one_run_of_wandb():
+    with (temporary_dir() as home, contextlib.redirect_stdout(None),
+          mock.patch.dict(sys.modules, wandb=mock.Mock())):
+        for how in ("--overwrite", "--resume", "--overwrite"):
+            opened, _ = _open("--run-dir", str(home / "run"), "--wandb", "mine", how)
+            run.log_step(opened, "", {"step": 1, "loss": math.nan})
+            opened.wandb.log.assert_called_with({"step": 1, "loss": None}, step=1)
+        first, again, new = (call.kwargs["id"] for call in sys.modules["wandb"].init.call_args_list)
+        assert first == again != new
 
 
 def test_run_second_ctrl_c_quits():

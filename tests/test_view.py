@@ -11,7 +11,7 @@ from unittest import mock
 
 import metrics
 import view
-from tests.common import in_process, raises, skip_unless, temporary_dir
+from tests.common import in_process, raises, skip_unless, temporary_dir, write_lines
 
 # What a model may write to break out of its place in the page.
 HOSTILE = [
@@ -30,25 +30,21 @@ def _completion(text):
             "finish": "stop"}
 
 
-def _lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def _run(home, name="run", texts=("<think>no, wait: 2</think> so \\boxed{2}",)):
     """The directory of a run whose groups and held-out answers say these texts."""
     run_dir = home / name
     run_dir.mkdir()
     (run_dir / "flags.json").write_text(json.dumps({"model": texts[0], "data": ["sums"]}))
-    _lines(run_dir / "starts.jsonl", [{"time": 1e9, "command": f"python grpo.py {texts[-1]}"}])
+    write_lines(run_dir / "starts.jsonl", [{"time": 1e9, "command": f"python grpo.py {texts[-1]}"}])
     (run_dir / "results.md").write_text("|  | problems |\n| --- | --- |\n| before | 500 |\n"
                                         "\n341 of 500 problems gained, 12 lost\n")
     metrics = [{"step": step, "steps": 3, "accuracy": step / 3, "time": 1e9 + 10 * step}
                for step in (1, 2, 3)]
     metrics[-1] |= {"dev_accuracy": 0.5, "dev_accuracy_low": 0.25, "dev_accuracy_high": 0.75}
-    _lines(run_dir / "metrics.jsonl", metrics)
+    write_lines(run_dir / "metrics.jsonl", metrics)
     sample = {"problem": texts[0], "answer": texts[-1], "prompt": texts[0],
               "completions": list(map(_completion, texts))}
-    _lines(run_dir / "samples.jsonl", [
+    write_lines(run_dir / "samples.jsonl", [
         sample | {"step": step, "kind": kind}
         for step, kind in ((0, "held_out"), (3, "held_out"), (3, "rollout"))])
     return run_dir
@@ -87,12 +83,12 @@ def test_view_is_bounded_and_takes_damaged_files():
         run_dir = _run(home)
         rows = [{"step": step, "loss": 1 / step} for step in range(1, 9001)]
         rows[-2]["dev_accuracy"] = rows[1234]["dev_accuracy"] = 0.5
-        _lines(run_dir / "metrics.jsonl", rows)
+        write_lines(run_dir / "metrics.jsonl", rows)
         sample = view.read_objects(run_dir / "samples.jsonl")[-1]
         sample["completions"] = [_completion("x" * 30_000)] * 2 + [_completion("y " * 5000)]
         samples = [sample | {"step": step} for step in range(20)]
         samples[0]["completions"] = [_completion("z" * 3_000_000), _completion("y " * 5000)]
-        _lines(run_dir / "samples.jsonl", samples)
+        write_lines(run_dir / "samples.jsonl", samples)
         with open(run_dir / "metrics.jsonl", "a") as file:
             file.write('[1]\n{"step": 9001, "loss": NaN, "lr": 1e999}\n{"step": 9002, "lo')
         with mock.patch.object(view, "MAX_SAMPLES", 500_000):
