@@ -5,14 +5,14 @@ An attend_fn(layer, q, k, v) -> out is called once in each layer:
     q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> out [B, H, T, head_dim]
 
     causal_attention    every token sees those before it
-    packed_attention    a row of many texts, completions sharing their prompt: training, scoring
+    packed_attention    a row of many texts, completions sharing their prompt: training, scoring,
+                        and the sampler's prompts
     cached_attention    a rectangle of keys and values that `model.forward` fills
-    prefill_attention   prompts, a chunk at a time, into the sampler's cache
     decode_attention    one new token for each running row, rows of a prompt sharing its keys
 
 Where FlashAttention has a kernel for texts of different lengths (`has_varlen`: half precision, on a
-GPU), the last, the second and the fourth are one call a layer instead: `varlen_packed`,
-`slot_prefill` and `slot_decode`. Everything else takes the plain way, which runs everywhere.
+GPU), the second and the last are one call a layer instead: `varlen_packed` and `slot_decode`.
+Everything else takes the plain way, which runs everywhere.
 
 Scores and their softmax are float32 on every path. Scores of the real Qwen-2.5 reach 13,000, where
 bfloat16 counts in steps of 64; rounding them costs more than all other rounding together.
@@ -50,7 +50,6 @@ def length_class(n):
 
 # ------------------------------------------------------------ the products
 
-
 CPU_SCRATCH = 2**18  # scores made at a time: they stay in the cache of a CPU
 
 
@@ -64,22 +63,23 @@ def float_scores(q, k):
 
 
 class SlicedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(head_dim) + bias) v, a few of the N products at a time.
+    """softmax(q k^T / sqrt(head_dim)) v over what is seen, a few of the N products at a time.
 
-    q [N, R * T, head_dim], k and v [N, S, head_dim], bias [N, T, S] float32 -> like q. Only the
+    q [N, R * T, head_dim], k and v [N, S, head_dim], unseen bool [N, T, S] -> like q. Only the
     softmax's results are kept, in the dtype of q: to hold all scores in float32 at once takes an
     update in bfloat16 half as long again, and a third more memory.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bias):
+    def forward(ctx, q, k, v, unseen):
         weights = q.new_empty(*q.shape[:2], k.shape[1])
         out = torch.empty_like(q)
         step = max(1, CPU_SCRATCH // weights[0].numel())
         for begin in range(0, len(q), step):
             part = slice(begin, begin + step)
             scores = float_scores(q[part], k[part])
-            scores.view(len(scores), -1, *bias.shape[1:]).add_(bias[part, None])
+            heads = scores.view(len(scores), -1, *unseen.shape[1:])  # [step, R, T, S]
+            heads.masked_fill_(unseen[part, None], -torch.inf)
             weights[part] = scores.softmax(-1)
             torch.bmm(weights[part], v[part], out=out[part])
         ctx.save_for_backward(q, k, v, weights)
@@ -107,9 +107,8 @@ def plain_attention(q, k, v, seen):
     K, S = k.shape[1:3]
     q = q.reshape(B * K, -1, head_dim)  # the R query heads of one key head stand together
     k, v = (x.reshape(B * K, S, head_dim) for x in (k, v))
-    bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    bias = bias.expand(B, T, S).repeat_interleave(K, 0)  # [B * K, T, S]
-    return SlicedAttention.apply(q, k, v, bias).view(B, H, T, head_dim)
+    unseen = (~seen).expand(B, T, S).repeat_interleave(K, 0)  # [B * K, T, S]
+    return SlicedAttention.apply(q, k, v, unseen).view(B, H, T, head_dim)
 
 
 def fused_attention(q, k, v, seen=None):
@@ -143,86 +142,100 @@ def causal_attention(layer, q, k, v):
 # ------------------------------------------------------------ packed rows
 
 
-class Part(NamedTuple):
-    """Texts of a packed row that attend in one call: of one length_class, as are their prompts."""
-    tokens: torch.Tensor  # [n, longest] int64: where in the row each token stands; T for padding
-    prompts: torch.Tensor | None  # [n] int64, of completions: which prompt of their part
-    seen: torch.Tensor | None  # bool [n, longest, longest prompt + longest]; None: causal
+def packed_texts(groups):
+    """The texts of a packed row, two ranges of it each: what they see before themselves, their own.
+
+    groups: [(prompt length, [completion length, ...]), ...] in the order of the row; a prompt of
+    length 0 makes its completions independent texts.
+    """
+    texts, at = [], 0
+    for prompt, lengths in groups:
+        front = range(at, at + prompt)
+        if prompt:
+            texts.append((range(0), front))
+        at += prompt
+        for n in lengths:
+            texts.append((front, range(at, at + n)))
+            at += n
+    return texts
 
 
 def packed_positions(groups):
-    """[1, T] int64: where each token of a packed row stands in its own text; groups as below."""
-    spans = []
-    for prompt, lengths in groups:
-        spans.append(torch.arange(prompt))
-        spans += [torch.arange(prompt, prompt + n) for n in lengths]
-    return torch.cat(spans)[None]
+    """[1, T] int64: where each token of a packed row stands in its own text."""
+    texts = packed_texts(groups)
+    return torch.tensor([[len(front) + i for front, own in texts for i in range(len(own))]])
 
 
-def packed_parts(groups):
-    """{(padded length of the prompt or 0, own padded length): Part}, prompts first, on the CPU."""
-    texts, begin = {}, 0  # texts: {key: [(begin, length, index of its prompt), ...]}
-    for prompt, lengths in groups:
-        front, which = length_class(prompt), None
-        if prompt:
-            alike = texts.setdefault((0, front), [])
-            which = len(alike)
-            alike.append((begin, prompt, None))
-            begin += prompt
-        for n in lengths:
-            texts.setdefault((front, length_class(n)), []).append((begin, n, which))
-            begin += n
-    parts = {}
-    for key in sorted(texts):
-        begins, lengths, prompts = zip(*texts[key])
-        steps = torch.arange(padded_length(max(lengths)))
-        inside = steps < torch.tensor(lengths)[:, None]  # [n, longest]
-        tokens = torch.where(inside, torch.tensor(begins)[:, None] + steps, begin)
-        parts[key] = Part(tokens, None, None)
-        if key[0]:
-            n, own = tokens.shape
-            prompts = torch.tensor(prompts)
-            in_prompt = (parts[0, key[0]].tokens < begin)[prompts]  # [n, longest prompt]
-            causal = inside.new_ones(n, own, own).tril()
-            seen = torch.cat((in_prompt[:, None].expand(-1, own, -1), causal), -1)
-            parts[key] = Part(tokens, prompts, seen)
+def padded(ranges, padding):
+    """[n, longest] int64, the longest a padded_length."""
+    longest = padded_length(max(map(len, ranges)))
+    return torch.tensor([[*r, *[padding] * (longest - len(r))] for r in ranges])
+
+
+def padded_parts(texts, T):
+    """The texts that attend in one call, those of one length_class whose prompts are, too.
+
+    [(queries [n, Q], keys [n, S], seen [n, Q, S] or None: causal), ...]: the first two say where
+    in the row of T tokens they stand, T for padding.
+    """
+    alike = {}
+    for front, own in texts:
+        key = length_class(len(front)), length_class(len(own))
+        alike.setdefault(key, []).append((front, own))
+    parts = []
+    for (front_class, _), texts in alike.items():
+        fronts, owns = zip(*texts)
+        queries = keys = padded(owns, T)
+        seen = None
+        if front_class:
+            n, Q = queries.shape
+            fronts = padded(fronts, T)
+            keys = torch.cat((fronts, queries), 1)
+            causal = torch.ones(n, Q, Q, dtype=torch.bool).tril()
+            seen = torch.cat(((fronts < T)[:, None].expand(-1, Q, -1), causal), 2)
+        parts.append((queries, keys, seen))
     return parts
 
 
-def packed_attention(groups, device="cpu", dtype=torch.float32):
+def packed_attention(groups, device="cpu", dtype=torch.float32, store=None):
     """The attend_fn of one row [1, T] of groups: a prompt, then completions that each see it.
 
-    groups: [(prompt length, [completion length, ...]), ...] in the order of the row; a prompt of
-    length 0 makes its completions independent texts. dtype: of the queries.
-    The linear layers see every token once and no padding. Texts are padded for attention alone, a
-    Part at a time; varlen_packed pads nothing at all.
+    groups: as for packed_texts. dtype: of the queries.
+    store: (layers, sources, slots), the sampler's cache, [keys, values] of each layer, each
+    [slots, K, head_dim], and which tokens go into which of its slots, int64 [n] each.
     """
-    if has_varlen(device, dtype):
-        return varlen_packed(groups, device)
-    parts = packed_parts(groups)
-    T = sum(prompt + sum(lengths) for prompt, lengths in groups)
-    order = torch.cat([part.tokens.flatten() for part in parts.values()])  # [places], T for padding
+    texts = packed_texts(groups)
+    attend_fn = (varlen_packed if has_varlen(device, dtype) else padded_packed)(texts, device)
+    if store is None:
+        return attend_fn
+    layers, sources, slots = store
+
+    def store_and_attend(layer, q, k, v):
+        for held, new in zip(layers[layer], (k, v)):
+            new = new[0].transpose(0, 1).index_select(0, sources)  # [n, K, head_dim]
+            held.index_copy_(0, slots, new.to(held.dtype))
+        return attend_fn(layer, q, k, v)
+
+    return store_and_attend
+
+
+def padded_packed(texts, device):
+    """The plain way: texts are padded for attention alone, not for the linear layers."""
+    T = sum(len(own) for _, own in texts)
+    parts = padded_parts(texts, T)
+    order = torch.cat([queries.flatten() for queries, _, _ in parts])  # T for padding
     back = torch.empty(T + 1, dtype=torch.int64)
     back[order] = torch.arange(len(order))
-    order, back = order.to(device), back[:T].to(device)
-    for key, part in parts.items():
-        parts[key] = Part(*(x if x is None else x.to(device) for x in part))
-
-    def split(x):  # [1, heads, T, head_dim] -> {key: [n, heads, longest, head_dim]}
-        x = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1)).index_select(0, order)
-        pieces = x.split([part.tokens.numel() for part in parts.values()])
-        return {key: piece.unflatten(0, part.tokens.shape).transpose(1, 2)
-                for (key, part), piece in zip(parts.items(), pieces)}
+    back = back[:T].to(device)
+    parts = [[x if x is None else x.to(device) for x in part] for part in parts]
 
     def attend_fn(layer, q, k, v):
-        q, k, v = split(q), split(k), split(v)
+        q, k, v = (F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1)) for x in (q, k, v))  # [T + 1, ..
         outs = []
-        for key, part in parts.items():
-            keys, values = k[key], v[key]
-            if part.prompts is not None:
-                keys = torch.cat((k[0, key[0]].index_select(0, part.prompts), keys), 2)
-                values = torch.cat((v[0, key[0]].index_select(0, part.prompts), values), 2)
-            out = attention(q[key], keys, values, part.seen)  # [n, H, longest, head_dim]
+        for queries, keys, seen in parts:
+            taken = [x.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+                     for x, places in ((q, queries), (k, keys), (v, keys))]
+            out = attention(*taken, seen)  # [n, H, Q, head_dim]
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs).index_select(0, back).transpose(0, 1)[None]  # [1, H, T, head_dim]
 
@@ -257,49 +270,29 @@ def cached_attention(cache, positions):
 # ------------------------------------------------------------ the sampler's cache
 
 
-def prefill_attention(store, rows, begin):
-    """Write tokens from `begin` on of prompts into `rows` [n] of the store; they see those before.
-
-    store: for each layer [keys, values], each [K, rows, slots, head_dim]. Padding beyond the slots
-    is dropped.
-    """
-    def attend_fn(layer, q, k, v):
-        T = q.shape[2]
-        seen = []
-        for held, new in zip(store[layer], (k, v)):
-            end = min(begin + T, held.shape[2])
-            held[:, rows, begin:end] = new.transpose(0, 1)[:, :, :end - begin].to(held.dtype)
-            before = held[:, rows, :begin].transpose(0, 1).to(new.dtype)  # [n, K, begin, head_dim]
-            seen.append(torch.cat((before, new), 2) if begin else new)
-        mask = torch.ones(T, begin + T, dtype=torch.bool, device=q.device).tril(begin)
-        return attention(q, *seen, mask if begin else None)
-
-    return attend_fn
-
-
 class Layout(NamedTuple):
-    """Where the running rows hold their keys and values, and which rows share a prompt."""
-    lengths: torch.Tensor  # [B] int64: slots that each row holds
-    prompt_bias: torch.Tensor  # [K * N, 1, P] float32: -inf where a prompt has ended
+    """Which of the running rows share a prompt."""
+    held: torch.Tensor  # [B] int64: tokens of each row's prompt, whose slots are elsewhere
+    ended: torch.Tensor  # [K * N, 1, P] bool: slots behind the end of a prompt
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
     places: torch.Tensor  # [B] int64: where each row stands in members, flattened; empty if that is
     #                       0, 1, ..., B - 1, so that nothing has to be gathered
 
 
-def decode_attention(own, prompts, layout):
-    """One new token for each row: q [B, H, 1, head_dim]. Its key and value go into `own` first.
+def decode_attention(own, prompts, layout, positions):
+    """One new token for each row, at `positions` [B]. Its key and value go into `own` first.
 
-    own, prompts: stores as for prefill_attention, of what the rows have said and of their prompts.
+    own, prompts: [keys, values] of each layer, [K, rows, slots, head_dim] each: of what the rows
+    have said, and of their prompts.
     The rows of a prompt ask it together, in one product; both parts of a row's scores share one
     softmax. A row that has ended runs on until its place is given away: it stays in its last slot.
     """
     K, B, S = own[0][0].shape[:3]
     N, g = layout.members.shape
-    device = layout.lengths.device
-    lengths = layout.lengths.clamp(max=S - 1).repeat(K)  # [K * B]
-    next_slots = torch.arange(0, K * B * S, S, device=device) + lengths
-    unseen = torch.arange(S, device=device) > lengths[:, None]  # [K * B, S]: the new token is seen
-    own_bias = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None]
+    device = positions.device
+    slots = (positions - layout.held).clamp(max=S - 1).repeat(K)  # [K * B], of the new token
+    unseen = torch.arange(S, device=device) > slots[:, None, None]  # [K * B, 1, S]
+    slots = torch.arange(0, K * B * S, S, device=device) + slots
 
     def gather(rows):  # [K * B, R, n] -> [K * N, g * R, n]: all rows of a prompt
         if len(layout.places):
@@ -316,11 +309,11 @@ def decode_attention(own, prompts, layout):
         keys, values = (held.flatten(0, 1) for held in own[layer])  # [K * B, S, head_dim] each
         for held, new in ((keys, k), (values, v)):
             new = new.transpose(0, 1).reshape(-1, head_dim).to(held.dtype)  # [K * B, head_dim]
-            held.view(-1, head_dim).index_copy_(0, next_slots, new)
+            held.view(-1, head_dim).index_copy_(0, slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
-        scores = float_scores(q, keys).add_(own_bias)  # [K * B, R, S]
+        scores = float_scores(q, keys).masked_fill_(unseen, -torch.inf)  # [K * B, R, S]
         prompt_keys, prompt_values = (held.flatten(0, 1) for held in prompts[layer])
-        prompt_scores = float_scores(gather(q), prompt_keys).add_(layout.prompt_bias)
+        prompt_scores = float_scores(gather(q), prompt_keys).masked_fill_(layout.ended, -torch.inf)
         both = torch.cat((scatter(prompt_scores), scores), -1).softmax(-1).to(q.dtype)
         of_prompt, of_own = both.split((prompt_keys.shape[1], S), -1)
         out = scatter(torch.bmm(gather(of_prompt), prompt_values)).baddbmm_(of_own, values)
@@ -353,23 +346,12 @@ def starts_of(lengths, device):
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def varlen_packed(groups, device):
+def varlen_packed(texts, device):
     """packed_attention in one call: each text's keys are gathered, its prompt's and its own."""
-    queries, keys, seen = [], [], []  # lengths of a text's queries and keys; where its keys stand
-    begin = 0
-    for prompt, completions in groups:
-        texts = [(begin, 0, prompt)] if prompt else []  # begin of the text, tokens it sees before
-        at = begin + prompt
-        for n in completions:
-            texts.append((at, prompt, n))
-            at += n
-        for text, before, n in texts:
-            queries.append(n)
-            keys.append(before + n)
-            seen += [*range(begin, begin + before), *range(text, text + n)]
-        begin = at
+    queries = [len(own) for _, own in texts]
+    keys = [len(front) + len(own) for front, own in texts]
     q_starts, k_starts = starts_of(queries, device), starts_of(keys, device)
-    seen = torch.tensor(seen, device=device)
+    seen = torch.tensor([i for text in texts for part in text for i in part], device=device)
 
     def attend_fn(layer, q, k, v):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
@@ -386,25 +368,6 @@ class Slots(NamedTuple):
     """The cache of a GPU's sampler, which stays where it is: row b has slots b * S to b * S + S."""
     layers: list  # [keys, values] of each layer, [rows * S, K, head_dim] each
     size: int  # S
-
-
-def slot_prefill(cache, lengths, sources, slots):
-    """Prompts of these lengths, end to end in one row [1, T], that each see themselves.
-
-    sources, slots: int64 [n], which token's key and value go into which slot; those of a prompt go
-    into the slots of all its samples.
-    """
-    starts = starts_of(lengths, slots.device)
-
-    def attend_fn(layer, q, k, v):
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [T, heads, head_dim]
-        for held, new in zip(cache.layers[layer], (k, v)):
-            held.index_copy_(0, slots, new.index_select(0, sources))
-        out = varlen_attn(q, k, v, starts, starts, max(lengths), max(lengths), enable_gqa=True,
-                          window_size=(-1, 0))
-        return out.transpose(0, 1)[None]
-
-    return attend_fn
 
 
 def slot_decode(cache, positions):

@@ -10,7 +10,6 @@
 """
 
 import argparse
-import functools
 import math
 import random
 import re
@@ -20,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils.benchmark import Timer
 
 import generate
 import grpo
@@ -55,23 +55,26 @@ def gpus_and_gib(text):
 def parse_args(argv=None):
     parser = launch.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="sample|step|plan", prog="bench.py")
-    sample = add_command(commands, "sample", bench_sample)
-    sample.add_argument("--model", default="tiny", help="a name, a hub id, or a directory")
-    sample.add_argument("--size", choices=SIZES, help="instead: random weights of this size")
-    sample.add_argument("--load", nargs="+", choices=SAMPLE_LOADS, default=SAMPLE_LOADS)
-    sample.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 8, 32, 64],
-                        help="rows of the fixed load; of the mixed load, the most")
-    sample.add_argument("--new-tokens", type=at_least(1), default=64,
-                        help="length of prompt and completion in the fixed load")
-    sample.add_argument("--repeat", type=at_least(1), default=5, help="runs; the median counts")
-    sample.add_argument("--compile", action="store_true", help="torch.compile the decode step")
+    sample = commands.add_parser("sample", description=bench_sample.__doc__)
+    sample.set_defaults(bench_fn=bench_sample, processes=1)
+    add = sample.add_argument
+    add("--model", default="tiny", help="a name, a hub id, or a directory")
+    add("--size", choices=SIZES, help="instead: random weights of this size")
+    add("--load", nargs="+", choices=SAMPLE_LOADS, default=SAMPLE_LOADS)
+    add("--batch", type=at_least(1), nargs="+", default=[1, 8, 32, 64],
+        help="rows of the fixed load; of the mixed load, the most")
+    add("--new-tokens", type=at_least(1), default=64,
+        help="length of prompt and completion in the fixed load")
+    add("--repeat", type=at_least(1), default=5, help="runs; the median counts")
+    add("--compile", action="store_true", help="torch.compile the decode step")
     launch.add_device_flags(sample)
-    sample.set_defaults(processes=1)
-    step = add_command(commands, "step", bench_step)
+    step = commands.add_parser("step", description=bench_step.__doc__)
+    step.set_defaults(bench_fn=bench_step)
     step.add_argument("--load", choices=STEP_LOADS, default="fixed")
     step.add_argument("--size", choices=SIZES, default="tiny", help="of the random weights")
     grpo.add_flags(step)
-    plan = add_command(commands, "plan", bench_plan)
+    plan = commands.add_parser("plan", description=bench_plan.__doc__)
+    plan.set_defaults(bench_fn=bench_plan)
     plan.add_argument("--gpus", type=gpus_and_gib, metavar="GPUS:GIB", nargs="+",
                       help="on so many GPUs of so many GiB, such as 8:80 (default: this machine)")
     plan.add_argument("--size", choices=SIZES, help="the shape, instead of that of --model")
@@ -79,29 +82,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def add_command(commands, name, bench_fn):
-    parser = commands.add_parser(name, description=bench_fn.__doc__)
-    parser.set_defaults(bench_fn=bench_fn)
-    return parser
-
-
 # ------------------------------------------------------------ sample
 
 
-def median_s(run, repeat):
-    """Median seconds of run(), after one run that does not count."""
-    times = []
-    for _ in range(repeat + 1):
-        begin = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[repeat // 2]
+def seconds(run):
+    """Median seconds of run(), by PyTorch's own timer: warm, and a GPU waited for."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).median
 
 
 @torch.inference_mode()
-def machine_ceiling(like, repeat=5):
+def machine_ceiling(like):
     """What no step can beat: (bytes/s from memory, FLOP/s of a large product), by all processes.
 
     like: a tensor with the dtype and the device of the weights.
@@ -112,8 +103,8 @@ def machine_ceiling(like, repeat=5):
     if like.device.type == "cpu" and torch.backends.mkldnn.is_available():
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, size)
     gather_objects(None)
-    read_s = median_s(big.sum, repeat)
-    product_s = median_s(functools.partial(model.project, x, weight), repeat)
+    read_s = seconds(big.sum)
+    product_s = seconds(lambda: model.project(x, weight))
     rates = gather_objects((big.nbytes / read_s, 2 * size**3 / product_s))
     return [sum(of_all) for of_all in zip(*rates)]
 
@@ -151,9 +142,8 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
     rank, world = rank_and_world()
     rng = random.Random(0)
     prompts = [[rng.randrange(3, config.vocab_size) for _ in range(n)] for n in lengths]
-    runs = []
     engine = Engine()
-    captured = 0.0
+    runs = []
     for _ in range(args.repeat + 1):
         gather_objects(None)
         stats = {}
@@ -161,12 +151,12 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
                           num_samples=len(limits[0]), max_batch=-(-max_batch // world), stats=stats,
                           compiled=args.compile, engine=engine)
         stats["total_s"] = stats["prefill_s"] + stats["decode_s"]
-        captured = captured or stats["capture_s"]  # the first run captures for all
         shares = gather_objects(stats)
         runs.append(max(shares, key=lambda share: share["total_s"]))
         runs[-1]["cache_gib"] = sum(share["cache_gib"] for share in shares)
-    median = sorted(runs[1:], key=lambda stats: stats["total_s"])[args.repeat // 2]
-    return median | {"capture_s": captured, "captures": len(engine.graphs)}
+    first, *runs = runs  # which captures for all
+    median = sorted(runs, key=lambda stats: stats["total_s"])[len(runs) // 2]
+    return median | {"capture_s": first["capture_s"], "captures": len(engine.graphs)}
 
 
 def bench_sample(args):
@@ -183,7 +173,7 @@ def bench_sample(args):
     params = sampling_params(params, config, device=device)
     _, world, _ = launch.init_distributed(args.device, args.processes)
     like = params["model.norm.weight"]
-    ceiling = machine_ceiling(like, args.repeat)
+    ceiling = machine_ceiling(like)
     say(f"{args.size or args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | "
         f"memory {ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
     for name, lengths, limits, rows in sample_loads(args, config):
@@ -254,7 +244,7 @@ def bench_step(args, counted=3):
     tokenizer = word_tokenizer(config.vocab_size)
     policy = grpo.Policy(params, config, tokenizer, None, Engine())
     problems = random_problems(tokenizer, args.prompts, *prompt_lengths, args.seed)
-    rollout, learning = torch.zeros(2, 2, dtype=torch.float64)
+    spent = torch.zeros(2, 2, dtype=torch.float64)  # rollout and update, as of clock
     sampled = 0
     for step in range(1 + counted):
         begin = clock()
@@ -263,18 +253,18 @@ def bench_step(args, counted=3):
         rolled = clock()
         grpo.update(policy, reference, optimizer, rows, total, args.lr, args)
         if step:
-            rollout += (rolled - begin) / counted
-            learning += (clock() - rolled) / counted
+            spent += torch.stack((rolled - begin, clock() - rolled)) / counted
             sampled += sum(len(c.tokens) for g in groups for c in g.completions) / counted
     plan = grpo.memory_plan(config, args, world, device.type, prompt_lengths[1])
     say(f"{args.size} | {args.load} | {args.prompts * args.group} rows, {sampled:.0f} sampled "
         f"tokens a step | {world} x {torch.get_num_threads()} threads, the figures of one | "
         f"{dtype} | --micro-tokens {args.micro_tokens}"
         + (" --checkpointing" if args.checkpointing else ""))
-    for i, unit in enumerate(["s"] if device.type == "cuda" else ["s", "cpu_s"]):
-        seconds = rollout[i] + learning[i]
-        say(f"{unit} per step {seconds:.2f} | rollout {rollout[i]:.2f} | update {learning[i]:.2f} "
-            f"| {sampled / seconds:.0f} tokens/{unit}")
+    units = ["s"] if device.type == "cuda" else ["s", "cpu_s"]
+    for unit, (rollout, update) in zip(units, spent.T):
+        both = rollout + update
+        say(f"{unit} per step {both:.2f} | rollout {rollout:.2f} | update {update:.2f} "
+            f"| {sampled / both:.0f} tokens/{unit}")
     say(f"peak memory {launch.peak_memory_gib(device):.2f} GiB, planned {plan.peak:.2f}")
 
 

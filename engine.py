@@ -8,7 +8,7 @@ rows that run, bring their prompts into the cache (`seat`, `seat_in_slots`), dec
     Engine    where FlashAttention has a kernel for texts of different lengths: slots allotted once,
               and a CUDA graph for each power of two of rows, kept from call to call
 
-Preempting and admitting rows: Orca, OSDI 2022. Shared prompts: Hydragen, arXiv:2402.05099.
+Admitting rows: Orca, OSDI 2022. Shared prompts: Hydragen, arXiv:2402.05099.
 """
 
 import math
@@ -19,26 +19,25 @@ from typing import Any, NamedTuple
 import torch
 
 import model
-from attention import Layout, Slots, padded_length, power_of_two, prefill_attention, slot_prefill
+from attention import Layout, Slots, power_of_two
 
 # ------------------------------------------------------------ weights
 
 
-def sampling_params(params, config, dtype=None, device=None, packed=None, out=None):
+def sampling_params(params, config, device=None, out=None):
     """The form of the weights that `generate` runs on, a new dict; make it anew after an update.
 
     Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are the same to
-    the last bit for (almost) any number of rows; packed=False leaves that out. Where weights are
-    copied anyway, layers of one input are joined (model.linears). Tensors that need no change are
-    shared with `params`, and a form that is packed already is returned as it is.
+    the last bit for (almost) any number of rows. Where weights are copied anyway, layers of one
+    input are joined (model.linears). Tensors that need no change are shared with `params`, and a
+    form that is packed already is returned as it is.
     out: an earlier form, which is overwritten in place, so that CUDA graphs may go on reading it.
     """
     if model.head_weight(params).is_mkldnn:
         return params
     like = params["model.norm.weight"]
     device = torch.device(device or like.device)
-    if packed is None:
-        packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
     sources = {name: [name] for name in params if ".lora_" not in name}
     if packed:
         sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
@@ -48,7 +47,7 @@ def sampling_params(params, config, dtype=None, device=None, packed=None, out=No
     for name, parts in sources.items():  # one after the other: never a second copy of all weights
         parts = [model.merged_weight(params, part).detach() for part in parts]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
-        weight = weight.to(device, dtype or like.dtype)
+        weight = weight.to(device, like.dtype)
         if packed and weight.dim() == 2 and name != "model.embed_tokens.weight":
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
         elif out and out[name].data_ptr() != weight.data_ptr():
@@ -59,18 +58,18 @@ def sampling_params(params, config, dtype=None, device=None, packed=None, out=No
 
 def joined_sources(sources, config):
     """{name: [itself]} with the JOINED layers under one name: {joined name: their names}."""
+    joined = dict(sources)
     for layer in range(config.num_hidden_layers):
         for part, names in model.JOINED.items():
             pre = f"model.layers.{layer}.{part}"
             for kind in (".weight", ".bias"):
                 found = [pre + name + kind for name in names]
-                if found[0] in sources:  # the MLP has no biases
-                    sources = {k: v for k, v in sources.items() if k not in found}
-                    sources[pre + "+".join(names) + kind] = found
-    return sources
+                if found[0] in joined:  # the MLP has no biases
+                    joined[pre + "+".join(names) + kind] = [joined.pop(name)[0] for name in found]
+    return joined
 
 
-# ------------------------------------------------------------ the state of a decode step
+# ------------------------------------------------------------ of both kinds of batch
 
 
 class State(NamedTuple):
@@ -80,7 +79,6 @@ class State(NamedTuple):
     keys: torch.Tensor  # [B] of the noise
     draws: torch.Tensor  # [B] how many it has used
     forced: torch.Tensor  # [B] the token to put next, or -1
-    layout: Layout | None = None  # of the plain batch
 
 
 def batch_state(rows, B, device):
@@ -92,6 +90,31 @@ def batch_state(rows, B, device):
         for column, value in zip(columns, values):
             column[at] = value
     return State(*torch.tensor(columns).to(device))
+
+
+def prefill(params, config, layers, prompts, begins, chunk):
+    """Write the keys and values of prompts into the cache, about `chunk` tokens at a time.
+
+    layers: [keys, values] of each layer, [slots, K, head_dim] each. begins: {prompt: [the first
+    slot of each of its copies]}.
+    """
+    device = layers[0][0].device
+    todo = [p for p in begins if len(prompts[p]) > 1]  # rows feed the last token themselves
+    while todo:
+        now = [todo.pop()]
+        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
+            now.append(todo.pop())
+        tokens, sources, slots = [], [], []
+        for p in now:
+            n = len(prompts[p]) - 1
+            for begin in begins[p]:
+                sources += range(len(tokens), len(tokens) + n)
+                slots += range(begin, begin + n)
+            tokens += prompts[p][:-1]
+        groups = [(0, [len(prompts[p]) - 1 for p in now])]
+        tokens, sources, slots = (
+            torch.tensor(column, device=device) for column in (tokens, sources, slots))
+        model.packed_hidden_states(params, config, tokens, groups, store=(layers, sources, slots))
 
 
 # ------------------------------------------------------------ the plain batch: stores that grow
@@ -145,21 +168,14 @@ def cache_slots(rows, prompts, prompt, completion, static):
     return rows * padded_slots(completion) + prompts * padded_slots(prompt)
 
 
-def slots_needed(rows):
-    prompts = len({row.prompt for row in rows})
-    longest = max(len(row.tokens) for row in rows)
-    return cache_slots(len(rows), prompts, max(row.held for row in rows), longest, static=False)
-
-
 def schedule(batch, waiting, max_batch):
-    """The rows to run: preempts some while the budget is exceeded, admits waiting ones."""
+    """The rows to run: those that do, and waiting ones while the budget holds all they may say."""
     running = list(batch.rows)
-    while len(running) > 1 and slots_needed(running) > batch.budget:
-        youngest = min(running, key=lambda row: len(row.tokens))
-        running.remove(youngest)
-        waiting.appendleft(youngest.restarted())
     while waiting and len(running) < max_batch:
-        if running and slots_needed([*running, waiting[0]]) > batch.budget:
+        rows = [*running, waiting[0]]
+        prompts = len({row.prompt for row in rows})
+        longest = max(row.held for row in rows), max(row.limit for row in rows)
+        if running and cache_slots(len(rows), prompts, *longest, static=False) > batch.budget:
             break
         running.append(waiting.popleft())
     return running
@@ -186,35 +202,15 @@ def allocate(store, owners, length):
     return fresh
 
 
-def prefill(params, config, store, owners, prompts, chunk):
-    """Write the keys and values of the owners' prompts, about `chunk` tokens at a time."""
-    todo = [(prompts[owner][:-1], store.rows[owner]) for owner in owners]
-    todo = sorted((pair for pair in todo if pair[0]), key=lambda pair: -len(pair[0]))
-    device = store.layers[0][0].device
-    while todo:
-        longest = len(todo[0][0])
-        width = min(padded_length(longest), chunk)
-        padded = -(-longest // width) * width
-        now, todo = todo[:chunk // width], todo[chunk // width:]
-        tokens = [prompt + [0] * (padded - len(prompt)) for prompt, _ in now]
-        tokens = torch.tensor(tokens, device=device)
-        rows = torch.tensor([row for _, row in now], device=device)
-        for begin in range(0, longest, width):
-            part = tokens[:, begin:begin + width]
-            positions = torch.arange(begin, begin + width, device=device).expand(part.shape)
-            attend_fn = prefill_attention(store.layers, rows, begin)
-            model.hidden_states(params, config, part, positions, attend_fn)
-
-
 def batch_layout(batch):
     """The Layout of a batch; rows of the stores without an owner hold zeros."""
     B = batch.own.layers[0][0].shape[1]
     K, N, P, _ = batch.prompts.layers[0][0].shape
-    lengths, held = [0] * B, [0] * N
+    held, prompt_lengths = [0] * B, [0] * N
     groups = [[] for _ in range(N)]  # the rows of each prompt
     for row, at in sorted(batch.rows.items(), key=lambda item: item[1]):
         prompt = batch.prompts.rows[row.prompt]
-        lengths[at], held[prompt] = len(row.tokens), row.held
+        held[at] = prompt_lengths[prompt] = row.held
         groups[prompt].append(at)
     g = max(map(len, groups))
     places = [0] * B
@@ -224,22 +220,26 @@ def batch_layout(batch):
     members = [group + [0] * (g - len(group)) for group in groups]
     if sum(members, []) == list(range(B)):  # side by side: nothing need be gathered
         places = []
-    unseen = torch.arange(P) >= torch.tensor(held)[:, None]  # [N, P]
-    prompt_bias = torch.zeros(N, P).masked_fill_(unseen, -torch.inf).repeat(K, 1)[:, None]
-    columns = (lengths, prompt_bias, members, places)
+    ended = torch.arange(P) >= torch.tensor(prompt_lengths * K)[:, None, None]  # [K * N, 1, P]
     device = batch.own.layers[0][0].device
-    return Layout(*(torch.as_tensor(column).to(device) for column in columns))
+    return Layout(*(torch.as_tensor(column).to(device)
+                    for column in (held, ended, members, places)))
 
 
 def seat(params, config, batch, waiting, prompts, max_batch, chunk):
-    """Choose the rows that run and bring their prompts into the cache. Returns their State."""
+    """Choose the rows that run and bring their prompts into the cache: (their State, the cache)."""
     running = schedule(batch, waiting, max_batch)
     allocate(batch.own, running, max(len(row.tokens) for row in running))
     owners = dict.fromkeys(row.prompt for row in running)
     fresh = allocate(batch.prompts, owners, max(row.held for row in running))
-    prefill(params, config, batch.prompts, fresh, prompts, chunk)
+    slots = batch.prompts.layers[0][0].shape[2]
+    begins = {prompt: [batch.prompts.rows[prompt] * slots] for prompt in fresh}
+    layers = [[held.flatten(1, 2).transpose(0, 1) for held in layer]
+              for layer in batch.prompts.layers]  # [rows * slots, K, head_dim] each
+    prefill(params, config, layers, prompts, begins, chunk)
     keys = batch.own.layers[0][0]
-    return batch_state(batch.rows, keys.shape[1], keys.device)._replace(layout=batch_layout(batch))
+    state = batch_state(batch.rows, keys.shape[1], keys.device)
+    return state, (batch.own.layers, batch.prompts.layers, batch_layout(batch))
 
 
 # ------------------------------------------------------------ the static batch: slots that stay
@@ -286,24 +286,21 @@ def prepare(engine, params, config, rows, length, budget):
     One row is always allowed.
     """
     engine.rows.clear()
-    size = static_slots(length)
-    rows = power_of_two(rows)
+    size, rows = static_slots(length), power_of_two(rows)
     while rows > 1 and rows * size > budget:
         rows //= 2
     weights = tuple(tensor.data_ptr() for tensor in params.values())
-    like = params["model.norm.weight"]
-    fits = (engine.cache and engine.cache.size >= size and engine.places >= rows
-            and engine.layers[0][0].dtype == like.dtype)
+    fits = engine.cache and engine.cache.size >= size and engine.places >= rows
     if not fits:
         if engine.cache:
             larger = max(size, engine.cache.size), max(rows, engine.places)
             if math.prod(larger) <= budget:  # it serves this call, and those like the last one
                 size, rows = larger
             engine.cache = None  # before the next one is allotted
+        like = params["model.norm.weight"]
         shape = (rows * size, config.num_key_value_heads, config.head_dim)
-        layers = [[like.new_zeros(shape) for _ in range(2)]
-                  for _ in range(config.num_hidden_layers)]
-        engine.cache = Slots(layers, size)
+        engine.cache = Slots([[like.new_zeros(shape), like.new_zeros(shape)]
+                              for _ in range(config.num_hidden_layers)], size)
     if not fits or weights != engine.weights:
         engine.graphs.clear()
     engine.weights = weights
@@ -331,69 +328,42 @@ def take_places(engine, waiting, most):
     return B, admitted
 
 
-def prefill_slots(params, config, engine, rows, prompts, chunk):
-    """Write the keys and values of the prompts of `rows`, about `chunk` tokens at a time."""
-    places = {}  # of the samples of each prompt
-    for row in rows:
-        if row.held:
-            places.setdefault(row.prompt, []).append(engine.rows[row])
-    device = engine.layers[0][0].device
-    todo = list(places)
-    while todo:
-        now = [todo.pop()]
-        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
-            now.append(todo.pop())
-        lengths = [len(prompts[p]) - 1 for p in now]
-        tokens, positions, sources, slots = [], [], [], []
-        for p, n in zip(now, lengths):
-            for place in places[p]:
-                sources += range(len(tokens), len(tokens) + n)
-                slots += range(place * engine.cache.size, place * engine.cache.size + n)
-            tokens += prompts[p][:-1]
-            positions += range(n)
-        tokens, positions, sources, slots = (
-            torch.tensor(column, device=device) for column in (tokens, positions, sources, slots))
-        attend_fn = slot_prefill(engine.cache, lengths, sources, slots)
-        model.hidden_states(params, config, tokens[None], positions[None], attend_fn)
-
-
 def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
     """As `seat`, for the static batch."""
     B, admitted = take_places(engine, waiting, min(max_batch, engine.places))
-    prefill_slots(params, config, engine, admitted, prompts, chunk)
-    return batch_state(engine.rows, B, engine.layers[0][0].device)
+    begins = {}
+    for row in admitted:
+        begins.setdefault(row.prompt, []).append(engine.rows[row] * engine.cache.size)
+    prefill(params, config, engine.layers, prompts, begins, chunk)
+    return batch_state(engine.rows, B, engine.layers[0][0].device), engine.cache
 
 
 # ------------------------------------------------------------ CUDA graphs
 
 
-def capture(step_fn, state, graphs, stream):
-    """(a CUDA graph of step_fn(), the state that it reads, what it returns)."""
-    before = [tensor.clone() for tensor in state[:-1]]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
-        step_fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    for tensor, old in zip(state, before):
-        tensor.copy_(old)
-    pool = next(iter(graphs.values()))[0].pool() if graphs else None  # one for all
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        out = step_fn()
-    return graph, state, out
-
-
 def graph_step(engine, state, settings, step_fn):
-    """(the state of this step's graph, a function that replays it): captured if it is not there."""
+    """(the state that the graph of step_fn(state) reads, a function that replays the graph).
+
+    It is captured if it is not there.
+    """
     key = len(state.tokens), settings
     if key not in engine.graphs:
-        engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
-        engine.graphs[key] = capture(step_fn, state, engine.graphs, engine.stream)
+        stream = engine.stream = engine.stream or torch.cuda.Stream()  # each would pin a workspace
+        held = State(*(tensor.clone() for tensor in state))
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they need
+            step_fn(held)
+        torch.cuda.current_stream().wait_stream(stream)
+        pools = [graph.pool() for graph, _, _ in engine.graphs.values()]  # one for all
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pools[0] if pools else None, stream=stream):
+            out = step_fn(held)
+        engine.graphs[key] = graph, held, out
     graph, held, out = engine.graphs[key]
-    for tensor, value in zip(held[:-1], state):
+    for tensor, value in zip(held, state):
         tensor.copy_(value)
 
-    def replay():
+    def replay(state):
         graph.replay()
         return [tensor.clone() for tensor in out]
 

@@ -17,10 +17,11 @@ step as a CUDA graph. Bounds on thinking: s1, arXiv:2501.19393.
 import functools
 import hashlib
 import math
+import re
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -73,14 +74,13 @@ def parse_args(argv=None):
     add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--prompt", help="what to ask; without it, an interactive chat")
     add("--system", help="the system turn; default: the model's own")
+    add("--hide-thinking", action="store_true", help="show only what stands outside the thought")
     add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     add("--think-budget", type=at_least(0), default=0, help="close a longer thought; 0: never")
     add("--think-minimum", type=at_least(0), default=0,
         help='tokens before which a closed thought is reopened with "Wait"')
     add("--repetition", type=at_least(0), default=0,
         help="stop when so many last tokens repeat one phrase; 0: never")
-    add("--hide-thinking", action="store_true", help="show only what stands outside the thought")
-    add("--threads", type=at_least(1), help="default: what PyTorch chooses")
     add("--seed", type=int, default=0)
     add_sampling_flags(p, temperature=0.7, top_p=0.8)
     add_device_flags(p)
@@ -179,25 +179,20 @@ def truncated_draw(probs, noise, top_p, top_k):
 
 class Sampling(NamedTuple):
     """What is asked of every completion, as `generate` documents it."""
-    temperature: float
-    top_p: float
-    top_k: int
     stop_tokens: frozenset
-    stop_strings: tuple
-    tokenizer: Tokenizer | None
-    repetition: int
-    think_budget: int
-    think_minimum: int
-    think_tag: str
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_strings: tuple = ()
+    tokenizer: Tokenizer | None = None
+    repetition: int = 0
+    think_budget: int = 0
+    think_minimum: int = 0
+    think_tag: str = "think"
 
     @property
     def bounds_thinking(self):
         return bool(self.think_budget or self.think_minimum)
-
-    @property
-    def reads_text(self):
-        """Whether each token has to be looked at before the next one is drawn."""
-        return bool(self.stop_strings or self.repetition or self.bounds_thinking)
 
     def text(self, tokens):
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -219,20 +214,6 @@ class Row:
     forced: list[int] = field(default_factory=list)  # indices of those that were not drawn
     queue: list[int] = field(default_factory=list)  # tokens to put next
     draws: int = 0
-
-    def extend(self, tokens, logprobs):
-        if self.queue:
-            self.forced.append(len(self.tokens))
-            self.queue.pop(0)
-        self.tokens += tokens
-        self.logprobs += logprobs
-        self.draws += len(tokens)
-
-    def restarted(self):
-        """As it was before its first token. It will say the same again: its noise has no state."""
-        begin = 0 if self.thought_begin == 0 else None  # 0: its prompt opened the thought
-        return replace(self, tokens=[], logprobs=[], forced=[], queue=[], draws=0,
-                       thought_begin=begin, thought_closed=False)
 
 
 def is_loop(tokens, span):
@@ -283,33 +264,24 @@ def finish_reason(row, sampling):
 # ------------------------------------------------------------ decode
 
 
-def decode_step(params, config, state, cache, temperature, top_p, top_k, forced):
+def decode_step(params, config, cache, temperature, top_p, top_k, forced, state):
     """Feed each row's last token, draw the next: tokens, logprobs [B]. Writes `state` and cache.
 
-    cache: Slots, or the layers of the two stores. forced: whether `state` may force a token.
+    cache: Slots, or what decode_attention needs. forced: whether `state` may force a token.
     """
     if isinstance(cache, Slots):
         attend_fn = slot_decode(cache, state.positions)
     else:
-        attend_fn = decode_attention(*cache, state.layout)
+        attend_fn = decode_attention(*cache, state.positions)
     tokens, positions = state.tokens[:, None], state.positions[:, None]  # [B, 1]
     hidden = model.hidden_states(params, config, tokens, positions, attend_fn)
     logits = model.lm_head(hidden[:, 0], model.head_weight(params))  # [B, V]
     tokens, logprobs = sample_tokens(logits, uniform(state.keys, state.draws), temperature, top_p,
                                      top_k, state.forced if forced else None)
     state.tokens.copy_(tokens)
-    counters = [state.positions, state.draws]
-    if state.layout:
-        counters.append(state.layout.lengths)
-    for counter in counters:
-        counter.add_(1)
+    state.positions.add_(1)
+    state.draws.add_(1)
     return tokens, logprobs
-
-
-def wait_for(tensor):
-    """Wait until a GPU has finished, so that times can be told apart."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def decode(step_fn, state, rows, steps, sampling):
@@ -321,7 +293,7 @@ def decode(step_fn, state, rows, steps, sampling):
         state.forced.copy_(torch.tensor(next_tokens))
     drawn = []
     for _ in range(steps):
-        drawn.append(step_fn())
+        drawn.append(step_fn(state))
         tokens, _ = drawn[-1]
         # on a CPU, looking for stop tokens is free
         if tokens.device.type == "cpu" and not sampling.stop_tokens.isdisjoint(tokens.tolist()):
@@ -329,22 +301,24 @@ def decode(step_fn, state, rows, steps, sampling):
     return drawn
 
 
-def harvest(rows, drawn, sampling, results, on_token, on_done):
-    """Append the drawn tokens to their rows, and move the rows that end into `results`.
+def harvest(rows, drawn, sampling, on_token):
+    """Append the drawn tokens to their rows, and take out those that end.
 
-    drawn: (tokens [B], logprobs [B]) of each step. Returns (ended, num_tokens, reopened, further):
-    what on_step is told, whether a thought was reopened, which leaves a row shorter than what the
-    cache holds of it, and the prompts that on_done asks for.
+    drawn: (tokens [B], logprobs [B]) of each step. Returns (ended, num_tokens, reopened): what
+    on_step is told, and whether a thought was reopened, which leaves a row shorter than what the
+    cache holds of it.
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
-    ended = []
-    num_tokens = 0
-    reopened = False
-    further = []
+    ended, num_tokens, reopened = [], 0, False
     for row, at in list(rows.items()):
         ends = (n for n, token in enumerate(tokens[at], 1) if token in sampling.stop_tokens)
         end = min(next(ends, len(drawn)), row.limit - len(row.tokens))
-        row.extend(tokens[at][:end], logprobs[at][:end])
+        if row.queue:
+            row.forced.append(len(row.tokens))
+            row.queue.pop(0)
+        row.tokens += tokens[at][:end]
+        row.logprobs += logprobs[at][:end]
+        row.draws += end
         if math.isnan(sum(logprobs[at][:end])):
             raise ValueError("the model's log-probabilities are not finite: its weights are "
                              "damaged, or a training run has ruined them; use another checkpoint")
@@ -356,31 +330,29 @@ def harvest(rows, drawn, sampling, results, on_token, on_done):
             on_token(row.prompt, row.sample, row.tokens)
         if finish:
             completion = Completion(row.tokens, row.logprobs, finish, row.forced)
-            results[row.prompt][row.sample] = completion
             ended.append((row.prompt, row.sample, completion))
             del rows[row]
-            if on_done and None not in results[row.prompt]:
-                further.append(on_done(row.prompt, results[row.prompt]))
-    return ended, num_tokens, reopened, [prompt for prompt in further if prompt is not None]
+    return ended, num_tokens, reopened
 
 
 # ------------------------------------------------------------ generate
 
 
-def check_request(config, prompts, limits, **settings):
+def check_request(config, prompts, sampling, **counts):
     """Raises ValueError for a setting out of range, or a prompt that cannot be continued."""
-    settings["max_new_tokens"] = min((n for row in limits for n in row), default=1)
-    for name, value in settings.items():
-        low = 0 if name in ("temperature", "top_p", "top_k") else 1
-        if not low <= value < math.inf or (name == "top_p" and not 0 < value <= 1):
-            expected = "above 0 and at most 1" if name == "top_p" else f"at least {low}"
-            raise ValueError(f"{name} is {value}, expected {expected}")
+    counts |= {"temperature": sampling.temperature, "top_k": sampling.top_k}
+    for name, value in counts.items():
+        least = 0 if name in ("temperature", "top_k") else 1
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}, expected at least {least}")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p is {sampling.top_p}, expected above 0 and at most 1")
+    if (sampling.stop_strings or sampling.bounds_thinking) and sampling.tokenizer is None:
+        raise ValueError("stop strings and bounds on thinking need the tokenizer")
     for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty; give it a token, such as <|endoftext|>")
-        if len(prompt) >= config.max_context:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens, which fill the context of "
-                             f"{config.max_context}")
+        if not 0 < len(prompt) < config.max_context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens, expected at least 1, and less "
+                             f"than the context of {config.max_context}")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"prompt {i} has a token outside the vocabulary of "
                              f"{config.vocab_size}")
@@ -403,12 +375,34 @@ def new_rows(config, prompts, limits, seed, seeds, sampling):
     return rows
 
 
+def new_batch(params, config, rows, waiting, max_batch, cache_gib, engine):
+    """The batch in which `waiting` ones of all `rows` decode: an Engine where a GPU has one."""
+    like = params["model.norm.weight"]
+    pair = like.element_size() + (like.element_size() if like.is_cuda else 4)  # a key and a value
+    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    budget = cache_gib * 2**30 / (width * pair)  # slots
+    if has_varlen(like.device, like.dtype):
+        engine = engine or Engine()
+        longest = max(row.held + 1 + row.limit for row in chain(*rows))
+        prepare(engine, params, config, min(max_batch, len(waiting)), longest, budget)
+        return engine
+    if like.device.type != "cpu":
+        say_once(f"{like.device.type} in {like.dtype}: the sampler takes the plain path, which is "
+                 "slower; CUDA graphs need bfloat16 and a card from sm80 on")
+    return Batch(new_store(config, like), new_store(config, like), budget)
+
+
+def clock(tensor):
+    """Seconds, once a GPU has finished, so that times can be told apart."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
 @torch.inference_mode()
-def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperature=1.0, top_p=1.0,
-             top_k=0, stop_tokens=(), seed=0, max_batch=64, seeds=None, stop_strings=(),
-             tokenizer=None, repetition=0, think_budget=0, think_minimum=0, think_tag="think",
-             cache_gib=math.inf, chunk=None, compiled=False, engine=None, on_token=None,
-             on_step=None, on_done=None, first=None, stats=None):
+def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tokens=(), seed=0,
+             seeds=None, max_batch=64, cache_gib=math.inf, chunk=None, compiled=False, engine=None,
+             on_token=None, on_step=None, on_done=None, first=None, stats=None, **settings):
     """`num_samples` completions of each prompt, lists of token ids: -> [prompt][sample] Completion.
 
     A row's noise derives from (seed, seeds[prompt], sample, how much it has used): what it says
@@ -417,11 +411,12 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     params: a checkpoint's tensors, with or without an adapter, or sampling_params of them.
     max_new_tokens: an int, or one for each [prompt][sample]; the context's end is a limit, too.
     seeds: an int for each prompt; default its index.
-    stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
-    repetition: end a row whose last so many tokens repeat one phrase at least four times; 0: never.
-    think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
+    settings: the others of Sampling, with their defaults:
+        stop_strings: need the tokenizer, as do think_...; the tokens that say them are kept.
+        repetition: end a row whose last so many tokens repeat one phrase at least four times.
+        think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
-    chunk: tokens of prompts that go through the layers at once.
+    chunk: tokens of prompts that go through the layers at once; a longer prompt goes alone.
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
     engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
@@ -435,80 +430,64 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     limits = max_new_tokens
     if isinstance(max_new_tokens, int):
         limits = [[max_new_tokens] * num_samples for _ in prompts]
-    check_request(config, prompts, limits, num_samples=num_samples, temperature=temperature,
-                  top_p=top_p, top_k=top_k, max_batch=max_batch, chunk=chunk or 1)
-    sampling = Sampling(temperature, top_p, top_k, frozenset(stop_tokens), tuple(stop_strings),
-                        tokenizer, repetition, think_budget, think_minimum, think_tag)
-    if (sampling.stop_strings or sampling.bounds_thinking) and tokenizer is None:
-        raise ValueError("stop strings and bounds on thinking need the tokenizer")
+    sampling = Sampling(frozenset(stop_tokens), **settings)
+    check_request(config, prompts, sampling, num_samples=num_samples, max_batch=max_batch,
+                  max_new_tokens=min(chain(*limits), default=1))
     stats = {} if stats is None else stats
     stats |= {"steps": 0, "cache_gib": 0.0, "prefill_s": 0.0, "capture_s": 0.0, "decode_s": 0.0}
     results = [[None] * num_samples for _ in prompts]
-    if not prompts:
-        return results
-
     rows = new_rows(config, prompts, limits, seed, seeds, sampling)
     # long prompts first: neighbours are alike
     waiting = deque(chain(*sorted(rows[:first], key=lambda samples: -samples[0].held)))
+    if not waiting:
+        return results
+
     params = sampling_params(params, config)
     like = params["model.norm.weight"]
-    pair = like.element_size() + (like.element_size() if like.is_cuda else 4)  # a key and a value
-    width = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    budget = cache_gib * 2**30 / (width * pair)  # slots
+    batch = new_batch(params, config, rows, waiting, max_batch, cache_gib, engine)
+    static = isinstance(batch, Engine)
+    seat_fn = seat_in_slots if static else seat
     step_fn = decode_step
-    static = has_varlen(like.device, like.dtype)
-    if static:
-        batch = Engine() if engine is None else engine
-        longest = max(row.held + 1 + row.limit for row in chain(*rows))
-        prepare(batch, params, config, min(max_batch, len(waiting)), longest, budget)
-        if compiled:
-            torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
-            step_fn = torch.compile(decode_step, dynamic=False)
-    else:
-        if like.device.type != "cpu":
-            say_once(f"{like.device.type} in {like.dtype}: the sampler takes the plain path, which "
-                     "is slower; CUDA graphs need bfloat16 and a card from sm80 on")
-        batch = Batch(new_store(config, like), new_store(config, like), budget)
+    if static and compiled:
+        torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
+        step_fn = torch.compile(decode_step, dynamic=False)
     chunk = chunk or (16384 if static else 2048)
     # steps between two looks at what was drawn
-    stride = 1 if on_token or sampling.reads_text else 16 if static else 8
-    settings = (temperature, top_p, top_k, sampling.bounds_thinking)
+    reads_text = sampling.stop_strings or sampling.repetition or sampling.bounds_thinking
+    stride = 1 if on_token or reads_text else 16 if static else 8
+    drawing = (sampling.temperature, sampling.top_p, sampling.top_k, sampling.bounds_thinking)
     while waiting or batch.rows:
-        begin = time.perf_counter()
-        state = (seat_in_slots if static else seat)(params, config, batch, waiting, prompts,
-                                                    max_batch, chunk)
+        begin = clock(like)
+        state, cache = seat_fn(params, config, batch, waiting, prompts, max_batch, chunk)
         full = bool(waiting)  # all who had room are in
-        cache = batch.cache if static else (batch.own.layers, batch.prompts.layers)
-        step = functools.partial(step_fn, params, config, state, cache, *settings)
-        wait_for(like)
-        capturing = time.perf_counter()
+        step = functools.partial(step_fn, params, config, cache, *drawing)
+        seated = clock(like)
         if static:
-            state, step = graph_step(batch, state, settings, step)
-        decoding = time.perf_counter()
-        stats["prefill_s"] += capturing - begin
-        stats["capture_s"] += decoding - capturing
+            state, step = graph_step(batch, state, drawing, step)
+        ready = clock(like)
+        stats["prefill_s"] += seated - begin
+        stats["capture_s"] += ready - seated
         held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
-        left = steps_left(batch)
-        while not changed:
+        while not changed and (left := steps_left(batch)):
             drawn = decode(step, state, batch.rows, min(stride, left), sampling)
             stats["steps"] += len(drawn)
-            *news, reopened, further = harvest(batch.rows, drawn, sampling, results, on_token,
-                                               on_done)
-            waiting.extend(chain(*(rows[prompt] for prompt in further)))
+            ended, num_tokens, reopened = harvest(batch.rows, drawn, sampling, on_token)
+            for p, sample, completion in ended:
+                results[p][sample] = completion
+                further = on_done(p, results[p]) if on_done and None not in results[p] else None
+                waiting.extend([] if further is None else rows[further])
             if on_step:
-                on_step(*news)
+                on_step(ended, num_tokens)
             # several prompts are prefilled at once, and a smaller batch takes a copy of the cache
-            B = len(state.tokens)
-            places = B
+            places = B = len(state.tokens)
             if waiting:
                 places = min(B, max_batch) if full else max_batch
             free = places - len(batch.rows)
             sparse = free >= max(1, B // (16 if waiting else 2 if static else 4))
-            left = steps_left(batch)
-            changed = reopened or sparse or not left
-        stats["decode_s"] += time.perf_counter() - decoding
+            changed = reopened or sparse
+        stats["decode_s"] += clock(like) - ready
     return results
 
 
@@ -524,52 +503,40 @@ def completion_text(tokenizer, completion, ends, stop=()):
 
 def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=True):
     """show(tokens, last): writes what is new of a completion's text, its thought dim or hidden."""
-    shown, thinking = 0, False
+    tags = f"<{think_tag}>", f"</{think_tag}>"
+    block = re.compile(rf"({tags[0]}.*?(?:{tags[1]}|\Z))", re.DOTALL)
+    shown = 0
 
     def show(tokens, last=False):
-        nonlocal shown, thinking
+        nonlocal shown
         kept = [token for token in tokens if token not in ends]
         text = tokenizer.decode(kept, skip_special_tokens=False)
-        while True:
-            tag = f"</{think_tag}>" if thinking else f"<{think_tag}>"
-            at = text.find(tag, shown)
-            end = at if at >= 0 else len(text)
-            if at < 0 and not last:  # keep back what may become the tag, or the rest of a character
-                end -= max(n for n in range(len(tag)) if text.endswith(tag[:n]))
-                while end > shown and text[end - 1] == "\N{REPLACEMENT CHARACTER}":
-                    end -= 1
-            elif at >= 0 and thinking:
-                end += len(tag)  # both tags belong to the block
-            if end > shown and not (thinking and hide):
-                new = printable(text[shown:end])
-                write(f"\033[2m{new}\033[0m" if thinking and dim else new)
-            shown = max(shown, end)
-            if at < 0:
-                return
-            thinking = not thinking
+        if not last:  # keep back what may become a tag, or the rest of a character
+            starts = (tag[:n] for tag in tags for n in range(len(tag)) if text.endswith(tag[:n]))
+            text = text[:len(text) - max(map(len, starts))].rstrip("\N{REPLACEMENT CHARACTER}")
+        at = 0
+        for i, part in enumerate(block.split(text)):  # every other one is a thought
+            new = printable(part[max(0, shown - at):])
+            at += len(part)
+            if not (i % 2 and hide):
+                write(f"\033[2m{new}\033[0m" if new and i % 2 and dim else new)
+        shown = max(shown, at)
 
     return show
-
-
-def fit_turns(tokenizer, messages, system, room):
-    """(messages, their ids) less the oldest questions and answers until `room` tokens hold them.
-
-    The last question stays.
-    """
-    ids = model.encode_chat(tokenizer, messages, system=system)
-    while len(ids) > room and len(messages) > 1:
-        messages = messages[2:]
-        ids = model.encode_chat(tokenizer, messages, system=system)
-    return messages, ids
 
 
 def reply(params, config, tokenizer, system, engine, messages, args):
     """The conversation with the answer to its last question, which is printed as it comes.
 
-    Raises ValueError when the question alone fills the context.
+    The oldest questions and answers go where the context does not hold them.
+    Raises ValueError when the question alone fills it.
     """
     room = config.max_context - min(args.max_new_tokens, config.max_context // 2)
-    kept, prompt = fit_turns(tokenizer, messages, system, room)
+    kept = messages
+    prompt = model.encode_chat(tokenizer, kept, system=system)
+    while len(prompt) > room and len(kept) > 1:
+        kept = kept[2:]
+        prompt = model.encode_chat(tokenizer, kept, system=system)
     if args.raw:
         text = messages[-1]["content"].encode("utf-8", "replace").decode()
         prompt = tokenizer.encode(text, add_special_tokens=False).ids
@@ -592,8 +559,6 @@ def reply(params, config, tokenizer, system, engine, messages, args):
 
 
 def main(args):
-    if args.threads:
-        torch.set_num_threads(args.threads)
     path = model.resolve_model(args.model)
     config, tokenizer = model.load_config(path), model.load_tokenizer(path)
     system = args.system or model.load_system_prompt(path)

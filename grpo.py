@@ -307,12 +307,11 @@ def training_rows(groups, args):
     """(this process's packed rows, `total` of policy_loss over all); a total of 0: no update."""
     learned = []
     for g in groups:
-        sequences = []
-        for c, advantage in zip(g.completions, g.advantages):
-            masked = args.mask_truncated and c.finish != "stop"
-            if advantage is not None and not masked:
-                sequences.append(Sequence(c.tokens, c.logprobs, advantage))
         if args.teacher or has_spread(g):
+            sequences = [Sequence(c.tokens, c.logprobs, advantage)
+                         for c, advantage in zip(g.completions, g.advantages)
+                         if advantage is not None
+                         and (c.finish == "stop" or not args.mask_truncated)]
             learned.append((g.prompt, sequences))
     lengths = [len(s.tokens) for _, sequences in learned for s in sequences]
     rank, world = rank_and_world()
@@ -637,7 +636,7 @@ def open_training(args):
     policy = policy._replace(params=params)
     reference = make_reference(params, config, args)
     state = run.load_checkpoint(checkpoint, optimizer)
-    progress = {"taken": 0, "failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
+    progress = {"failures": 0, "rows": [], "dev": [], "right": {}, "pass_rates": {}}
     progress |= state["extra"]
     if args.filter_by_pass_rate:
         sets = filter_by_pass_rate(sets, policy, args, progress["pass_rates"])
@@ -649,20 +648,13 @@ def open_training(args):
                     trained_on, args), state["step"]
 
 
-def problem_orders(sets, taken, args):
-    """For each attempt, the first one and those of --refill, an order of problems, from `taken`."""
+def problem_orders(sets, done, args):
+    """For each attempt, the first one and those of --refill, the problems after `done` steps."""
     proportions = [mixture.split_number(word)[1] for word in args.data]
     for attempt in range(1 if args.teacher else 1 + args.refill):
         seed = f"{args.seed}, refill {attempt}" if attempt else args.seed
-        yield itertools.islice(mixture.problem_order(sets, proportions, seed), taken, None)
-
-
-def count_steps(args, num_problems):
-    """(steps of the run, {last step of an epoch: which one}, but for the last epoch)."""
-    epoch = num_problems / args.prompts  # in steps
-    epochs = args.epochs or 0
-    ends = {math.ceil(n * epoch): n for n in range(1, math.ceil(epochs))}
-    return args.steps or math.ceil(epochs * epoch), ends
+        order = mixture.problem_order(sets, proportions, seed)
+        yield itertools.islice(order, done * args.prompts, None)
 
 
 def answer(sampler, problems, args, prompt=None):
@@ -713,14 +705,17 @@ def measure_start(training):
     save(training, 0)
 
 
-def finish_step(training, groups, record, epoch_ends, stop_requested):
+def finish_step(training, groups, record, stop_requested):
     """Evaluate, log and save as it is time to; returns whether this was the last step.
 
     record: the metrics of the step. Raises KeyboardInterrupt when asked to stop.
     """
     args, progress, step = training.args, training.progress, record["step"]
     finished = step == record["steps"]
-    evaluating = finished or step % args.eval_every == 0 or step in epoch_ends
+    num_problems = sum(map(len, training.sets))
+    before, epoch = [n * args.prompts // num_problems for n in (step - 1, step)]
+    epoch_ends = args.epochs and epoch > before
+    evaluating = finished or step % args.eval_every == 0 or epoch_ends
     line = metrics.STEP_LINE + bool(args.beta) * metrics.KL
     if evaluating:
         sampler = as_sampler(training.policy)  # once for all that is asked of these weights
@@ -730,8 +725,8 @@ def finish_step(training, groups, record, epoch_ends, stop_requested):
     stopping = stop_requested()
     run.log_step(training.run, line, record)
     progress["failures"] = optim.count_failures(progress["failures"], record["skipped"], args.lr)
-    if last or step in epoch_ends:
-        measure(training, sampler, "after" if last else f"after epoch {epoch_ends[step]}")
+    if last or epoch_ends:
+        measure(training, sampler, "after" if last else f"after epoch {epoch}")
     if evaluating or stopping or step % args.save_every == 0:
         save(training, step)
     if evaluating:
@@ -746,13 +741,13 @@ def main(args):
     policy, reference, optimizer, sets, *_ = training
     progress = training.progress
     num_problems = sum(map(len, sets))
-    steps, epoch_ends = count_steps(args, num_problems)
+    steps = args.steps or math.ceil(args.epochs * num_problems / args.prompts)
     if not progress["dev"]:
         measure_start(training)
     if metrics.reached(progress["dev"], args.until):
         steps = done
     view.write_report(training.run)
-    orders = list(problem_orders(sets, progress["taken"], args))
+    orders = list(problem_orders(sets, done, args))
 
     began = time.perf_counter()
     with run.stop_signals() as stop_requested:
@@ -764,17 +759,16 @@ def main(args):
             rows, total = training_rows(groups, args)
             learned = update_within_memory(policy, reference, optimizer, rows, total, lr, args)
             updated = time.perf_counter()
-            progress["taken"] += args.prompts
             metrics.count_right(groups, progress["right"])
             num_sampled = sum(len(c.tokens) for g in groups for c in g.completions)
             peaks = gather_objects(launch.peak_memory_gib(optimizer.params.device))
             record = metrics.step_metrics(groups, learned, args) | {
-                "step": step, "steps": steps, "epoch": progress["taken"] / num_problems, "lr": lr,
+                "step": step, "steps": steps, "epoch": step * args.prompts / num_problems, "lr": lr,
                 "time": time.time(), "rollout_s": rolled - start, "update_s": updated - rolled,
                 "tokens_per_s": num_sampled / (updated - start),
                 "left_min": (updated - began) / (step - done) * (steps - step) / 60,
                 "peak_memory_gib": max(peaks)}
-            if finish_step(training, groups, record, epoch_ends, stop_requested):
+            if finish_step(training, groups, record, stop_requested):
                 break
     metrics.save_solved(training.run, progress["right"])
     best = training.run.dir / "checkpoints" / "best"

@@ -212,14 +212,15 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=attention.ca
     return F.rms_norm(x, x.shape[-1:], params["model.norm.weight"], config.rms_norm_eps)
 
 
-def packed_hidden_states(params, config, tokens, groups, checkpointing=False):
-    """hidden_states of one packed row: tokens [T], groups as for packed_attention -> [T, D]."""
+def packed_hidden_states(params, config, tokens, groups, checkpointing=False, store=None):
+    """hidden_states of one packed row: tokens [T] -> [T, D]. groups, store: as packed_attention's.
+    """
     T = len(tokens)
     extra = attention.padded_length(T) - T if tokens.device.type == "cpu" else 0
     if extra:
         groups = [*groups, (0, [extra])]  # a text of its own that nothing reads
     dtype = params["model.embed_tokens.weight"].dtype
-    attend_fn = attention.packed_attention(groups, tokens.device, dtype)
+    attend_fn = attention.packed_attention(groups, tokens.device, dtype, store)
     positions = attention.packed_positions(groups).to(tokens.device)
     tokens = F.pad(tokens, (0, extra))[None]
     return hidden_states(params, config, tokens, positions, attend_fn, checkpointing)[0, :T]

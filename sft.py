@@ -326,8 +326,8 @@ def load_trainable(args, model_dir, config):
     return make_trainable(base, config, args, device)
 
 
-def measure(params, config, tokenizer, validation, problems, form, args):
-    """(metrics, samples): validation loss by part; accuracy, form and a few of the answers."""
+def measure(run, step, params, config, tokenizer, validation, problems, form, args):
+    """Metrics: validation loss by part, accuracy and form of the answers. A few are logged."""
     metrics = {}
     if validation:
         loss, parts = batch_loss(params, config, validation, args.answer_weight, args.micro_tokens)
@@ -348,7 +348,8 @@ def measure(params, config, tokenizer, validation, problems, form, args):
     for name in ("accuracy", "format") if samples else ():
         scores = [sample["completions"][0]["rewards"][name] for sample in samples]
         metrics |= rate_metrics(f"val_{name}", scores)
-    return metrics, samples[:8]
+    log_samples(run, step, samples[:8])
+    return metrics
 
 
 def learn_step(params, config, optimizer, batch, lr, args):
@@ -381,8 +382,7 @@ def main(args):
     progress = {"best": math.inf, "best_step": state["best_step"], "failures": 0} | state["extra"]
     trained_on = read_trained_on(args.adapter) | {example.key for example in examples}
     if not checkpoint:
-        _, samples = measure(params, config, tokenizer, [], problems[:8], form, args)
-        log_samples(run, 0, samples)
+        measure(run, 0, params, config, tokenizer, [], problems[:8], form, args)
     view.write_report(run)
     order = itertools.islice(example_order(examples, args.seed), done * args.batch, None)
 
@@ -396,10 +396,9 @@ def main(args):
             stopping = stop_requested()
             evaluating = step % args.eval_every == 0 or step == steps
             if evaluating:
-                found, samples = measure(params, config, tokenizer, validation, problems, form,
-                                         args)
+                found = measure(run, step, params, config, tokenizer, validation, problems, form,
+                                args)
                 metrics |= found
-                log_samples(run, step, samples)
                 line += "".join(f" | {name} {{{name}:.4f}}" for name in found
                                 if not name.endswith(("_low", "_high")))
                 loss = metrics.get("val_loss", metrics["loss"])

@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
 CONTROL = re.compile(r"<\|(?:im_end|endoftext|im_start|eot_id)\|>|</s>")
 THINK = re.compile(r"<(/?)(?:think|thought)>")
-BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)\s*\{")
+BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
 PLACEHOLDER = re.compile(r"(?i:[\s?.…_${}\\]|text|l?dots|your|final|the|answer|here)*")
 JOINT = re.compile(  # what joins two parts of one answer: ", ", "and", "; for part (b)"
     r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
@@ -105,7 +105,8 @@ def boxes(text):
     for box in reversed(deque(BOX.finditer(text), maxlen=20)):
         end = None
         depth = 1
-        for brace in re.compile(r"\\.|[{}]", re.S).finditer(text, box.end()):
+        braces = re.compile(r"\\.|[{}]", re.S).finditer(text, box.end())
+        for brace in braces if box[1] else ():
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
                 end = brace.start()
@@ -159,17 +160,8 @@ def mathematics(text):
 
 
 def after_phrase(rest):
-    """The answer in what follows "the answer is": formulas, plain mathematics or its beginning."""
+    """The answer in what follows "the answer is": its first sentence, or the mathematics in it."""
     rest = rest.lstrip(" \t\n*_:=`")
-    found = []
-    at = 0
-    for formula in FORMULA.finditer(rest):
-        if formula.start() > 0 and not JOINT.fullmatch(rest, at, formula.start()):
-            break
-        found.append(formula[formula.lastindex])
-        at = formula.end()
-    if found:
-        return ", ".join(found)
     sentence = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     if is_formula(sentence) or OPTION.fullmatch(sentence):
         return sentence
@@ -177,6 +169,8 @@ def after_phrase(rest):
         return None
     if verdict := VERDICT.match(sentence):
         return verdict[0]
+    if formula := FORMULA.match(rest):
+        return sentence if HEDGE.match(rest, formula.end()) else formula[formula.lastindex]
     values = mathematics(sentence)
     if values and sentence.startswith(values[0]):
         return sentence if HEDGE.match(sentence, len(values[0])) else values[0]
@@ -227,7 +221,6 @@ class Unreadable(ValueError):
 class Token(NamedTuple):
     kind: str
     value: object = None
-    text: str = ""
     space: bool = False  # white space stands before it
 
 
@@ -244,13 +237,13 @@ OPERATORS = spellings(r"""
     +  -  * cdot times ast × · ⋅  / div ÷ ⁄  ^ **  _  !  % \% percent  pm +- ±  mp ∓  ,  ;  &
     (  )  [ lbrack  ] rbrack  {  }  set{ \{ lbrace  set} \} rbrace  langle ⟨  rangle ⟩
     lfloor ⌊  rfloor ⌋  lceil ⌈  rceil ⌉  | \| vert lvert rvert Vert lVert rVert │  mid ∣
-    : colon  newline \\ cr  ' prime  deg degree ° ˚  cup bigcup ∪  cap ∩  minus setminus backslash
+    : colon  newline \\ cr  ' prime  cup bigcup ∪  cap ∩  minus setminus backslash
     and land wedge \& ∧  or lor vee ∨  frac dfrac tfrac cfrac sfrac nicefrac  binom dbinom tbinom
     over  sqrt √  cbrt ∛  pmod
 """)
 RELATIONS = spellings("""
     = == equiv ≡  != ne neq ≠  < lt  > gt  <= le leq leqslant ≤ ⩽  >= => ge geq geqslant ≥ ⩾
-    ~ approx simeq cong ≈  in ∈  notin ∉  to rightarrow →
+    ~ approx simeq cong ≈  in ∈  to rightarrow →
 """)
 FUNCTIONS = spellings("""
     sin  cos  tan tg  cot ctg  sec  csc  asin arcsin  acos arccos  atan arctan arctg  acot arccot
@@ -269,6 +262,7 @@ NAMES = {  # commands and characters
     **{name: ("rel", relation) for name, relation in RELATIONS.items()},
     **{name: ("fn", function) for name, function in FUNCTIONS.items()},
     **{name: ("sym", letter) for name, letter in LETTERS.items()},
+    **dict.fromkeys("deg degree ° ˚".split(), ("word", "degree")),
     **{name: ("big", kind) for name, kind in BIG.items()},
     **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
     **dict.fromkeys("infty ∞ inf infinity oo".split(), ("value", ("inf",))),
@@ -288,22 +282,20 @@ UNITS = spellings("""
     oz ounce  L l liter litre  ml mL milliliter  h hr hour  min minute  s sec second  ms  day  week
     month  yr year  hz Hz  degree deg  F fahrenheit  C celsius  K kelvin  J joule  kJ kj  N newton
     W watt  kW kw  V volt  A amp  Pa pa  mol  gal gallon  rad radian  pt point  dollar usd  cent
-    euro eur  rpm  ^2 square sq squared  ^3 cubic cu cubed  mph  kph kmh
+    euro eur  rpm  2 square sq squared  3 cubic cu cubed  mph  kph kmh
 """)
 UNITS |= {name + "s": unit for name, unit in UNITS.items() if len(name) > 1}
 IGNORED = set("units unit of the a an in total each about any th st nd rd".split())
 ORDINALS = [("words", ending) for ending in ("th", "st", "nd", "rd")]
-STATEMENT = set(  # words that say something of what stands before them, and are never dropped
-    "is are was were be has have had does do not no non never none isn't aren't doesn't cannot "
-    "even odd prime composite increase increases increased increasing decrease decreases "
-    "decreased decreasing gain gained loss lost more less fewer greater least most than over "
-    "under above below before after ago later earlier up down left right north south east west "
-    "northeast northwest southeast southwest clockwise counterclockwise anticlockwise higher "
-    "lower longer shorter faster slower older younger larger smaller bigger positive negative "
-    "true false rise fall growth decline drop profit deficit surplus discount off ahead behind "
-    "forward forwards backward backwards debit credit rational irrational converges diverges real "
-    "imaginary if when where only except without reduced reduction raised won equal equals "
-    "exceeds at between or from".split()
+STATEMENT = re.compile(  # words that say something of what stands before them: never dropped
+    r"is|are|was|were|be|ha[sd]|have|do(?:es)?|no[nt]?|never|none|\w+n't|cannot|even|odd|prime"
+    r"|composite|(?:in|de)creas\w+|gain(?:ed)?|los[st]|more|less|fewer|greater|least|most|than|over"
+    r"|under|above|below|before|after|ago|later|earlier|up|down|left|right|north|south"
+    r"|(?:north|south)?(?:east|west)|\w*clockwise|(?:high|low|long|short|fast|slow|old|young|larg"
+    r"|small|bigg)er|positive|negative|true|false|rise|fall|growth|decline|drop|profit|deficit"
+    r"|surplus|discount|off|ahead|behind|(?:for|back)wards?|debit|credit|(?:ir)?rational|real"
+    r"|(?:con|di)verges|imaginary|if|when|where|only|except|without|reduc\w+|raised|won|equals?"
+    r"|exceeds|at|between|or|from"
 )
 WORDS = set("no if is of to we us".split())  # other words are longer
 
@@ -320,12 +312,14 @@ STYLED = re.compile(  # \text{} and \mathrm{}
     r"\\(?:(text\w*|[mh]box|emph)|mathrm|operatorname|mathsf)\*?\s*"
     r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
 )
-IN_STYLE = re.compile(r"(?<![\\a-zA-Z])[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+IN_STYLE = re.compile(r"(?<![\\a-zA-Z])(?!i\b)[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
+SCRIPT = r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)"
 CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
 REWRITES = [(re.compile(pattern), by) for pattern, by in [
-    (r"\.\.\.+", r"\\ldots "),
-    (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*\\[lc]?dots(?![a-z])", r".\1\\overline{\2}"),  # 0.333...
-    (r"\\?\$|(?<!\\)\\[()\[\]]", " "),  # currency, and the borders of formulas
+    (r"\.(\d{0,9}?)(\d{1,9}?)\2\2+\s*(?:\\[lc]?dots(?![a-z])|\.{3})",  # 0.333...
+     r".\1\\overline{\2}"),
+    (rf"(\^\s*{SCRIPT})\s*(_\s*{SCRIPT})", r"\2\1"),  # v^2_0
+    (r"(?:\\?\$|(?<!\\)\\[()\[\]]|\s)+", " "),  # currency, and the borders of formulas
     (r"(?<![a-zA-Z}\\])\{\s*([-+:.]?)\s*\}", r"\1"),
     (r"([fgh])\s*\^\s*\{?\s*-1\s*\}?\s*(?=\()", r"\\inverse\1"),
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
@@ -333,7 +327,8 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
     (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
-    (r'(?:\s*\\q?quad(?![a-z]))+\s*(?=[,;"]|$)', " "), (r"\\q?quad(?![a-z])", " , "),
+    (r'\s*(?:\\q?quad(?![a-z])\s*)+([,;"]|$)?', lambda m: " , " if m[1] is None else f" {m[1]}"),
+    (r"(?:[(\[]|\\\{)[^()\[\]]*", lambda m: re.sub(",(?=[1-9])", ", ", m[0])),  # (2,125) is a pair
 ]]  # fmt: skip
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
@@ -353,6 +348,7 @@ LAYOUT = (  # of no meaning
 )
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
+    r"|\\(?:begin|end)\s*\{(?:align|aligned|gathered|cases)\*?\}|&(?=\s*=)"
     r"|\\(?:color|textcolor|tag|label|hspace|vspace)\*?\s*\{[^{}]*\})+)"
     r"|(?P<based>(?<![\^_])(?P<paren>\()?(?P<digits>\d+)(?(paren)\))\s*_\s*"
     r"(?:\{(?P<base>[^{}]*)\}|(?P<short>\d)))"
@@ -368,7 +364,7 @@ LEXEME = re.compile(
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
-    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|.)", re.S,
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|\.{3}|.)", re.S,
 )  # fmt: skip
 CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
@@ -460,28 +456,28 @@ READERS = {
 
 
 def read_word(word, before):
-    """The token of a word in quotation marks."""
+    """The kind and value of the token of a word in quotation marks."""
     low = word.lower()
     if low in CONNECTIVES and (low != "to" or before.kind == "number"):
-        return Token(CONNECTIVES[low], None, word)
-    return Token("word", word if word in UNITS else low, word)
+        return CONNECTIVES[low], None
+    return "word", word if word in UNITS else low
 
 
 def read_letters(run, found, space):
-    """Tokens of a run of letters: words, functions, products of variables."""
+    """Kinds and values of the tokens of a run of letters: words, functions, variables."""
     low = run.lower()
     before = found[-1]
     per = before.kind in ("*", "/") and found[-2].kind == "word"  # km/h
-    counted = per or before.kind in ("number", "word", "deg")
-    known = low in UNITS or ("words", low) in ORDINALS
+    counted = per or before.kind in ("number", "word")
     if len(run) == 1:
-        if per or before.kind == "deg" and run in "CF" or before.kind == "word" and run == "a":
-            return [Token("word", run, run)]
-        return [Token("value", ("const", run), run) if run in "ie" else Token("sym", run, run)]
+        if per or before.value == "degree" and run in "CF" or before.kind == "word" and run == "a":
+            return [("word", run)]
+        return [("value", ("const", run)) if run in "ie" else ("sym", run)]
+    known = low in UNITS or ("words", low) in ORDINALS
     if low in CONNECTIVES or low in WORDS or counted and known:
         return [read_word(low, before)]
     if run in BARE:
-        return [Token(*NAMES[run], run)]
+        return [NAMES[run]]
     parts = run
     if joined := JOINED.fullmatch(run):
         parts = filter(None, joined.groups())
@@ -489,7 +485,7 @@ def read_letters(run, found, space):
         syllable = len(run) == 3 and re.search("[aeiou]", low)  # a cat, but 2aex is a product
         if len(run) > 3 or syllable and (space or before.kind != "number"):
             return [read_word(run, before)]
-    return [token for part in parts for token in read_letters(part, [END], False)]
+    return [pair for part in parts for pair in read_letters(part, [END], False)]
 
 
 def tokenize(text):
@@ -499,28 +495,25 @@ def tokenize(text):
     at = 0
     while at < len(text):
         match = LEXEME.match(text, at)
+        at = match.end()
         kind = match.lastgroup
         lexeme = match[kind]
-        at = match.end()
-        if kind == "space":
-            space = True
-            continue
+        name = lexeme[:2] if lexeme[:1] == "\\" else lexeme
+        pairs = [NAMES.get(name, ("sym", name))]
         if kind == "letters":
-            tokens = read_letters(lexeme, found, space)
+            pairs = read_letters(lexeme, found, space)
         elif kind == "word":
-            tokens = [read_word(lexeme, found[-1])]
+            pairs = [read_word(lexeme, found[-1])]
         elif kind in READERS:
-            tokens = [Token("number", READERS[kind](match), lexeme)]
+            pairs = [("number", READERS[kind](match))]
         elif kind in ("begin", "end"):
-            tokens = [Token(kind)]
-        else:
-            name = lexeme[:2] if lexeme[0] == "\\" else lexeme
-            if name == "begin" or kind == "symbol" and name not in NAMES:
-                raise Unreadable(f"no support for {lexeme!r}")
-            tokens = [Token(*NAMES.get(name, ("sym", name)), lexeme)]
-        tokens[0] = tokens[0]._replace(space=space)
-        found += tokens
-        space = False
+            pairs = [(kind, None)]
+        elif name == "begin" or kind == "symbol" and name not in NAMES:
+            raise Unreadable(f"no support for {lexeme!r}")
+        for pair in pairs if kind != "space" else ():
+            found.append(Token(*pair, space))
+            space = False  # within a run of letters
+        space = kind == "space"
     return found[1:]
 
 
@@ -541,7 +534,7 @@ def tokenize(text):
 
 LEVELS = "newline ;|or|, and|rel|: over pmod|cup cap minus|+ -|* / op".split("|")
 POWER = {kind: power for power, kinds in enumerate(LEVELS, 1) for kind in kinds.split()}
-CLAUSE, SIDE, TERM, FACTOR = 4, 5, 8, 9  # a list has clauses, a clause sides, a sum terms
+CLAUSE, TERM, FACTOR = 4, 8, 9  # a list has clauses, a sum terms, a term factors
 SEPARATORS = ("newline", ";", "or", ",", "and")
 SIGNS = ("+", "-")
 LEAD_IN = set(  # words that may stand before an answer
@@ -752,28 +745,20 @@ class Parser:
             if not leads_in or {"not", "no"} & set(words):
                 raise Unreadable("words and mathematics")
             return self.expression(TERM)
-        text = " ".join([word for word in words if word not in ("the", "a", "an")] or words)
-        text = re.sub("^(?:there (?:is|are)|set of) |(?<!not) exists?$", "", text)
+        fillers = r"\b(?:the|an?|there (?:is|are)|set of) |(?<!not) exists?$"
+        text = re.sub(fillers, "", " ".join(words))
         return TEXT_VALUES.get(text, ("words", text))
 
     def postfix(self, value):
-        while token := self.accept("!", "%", "deg", "^"):
-            if token.kind == "deg":
-                value = chain("mul", value, ("words", "degree"))
-            elif token.kind != "^":
+        while token := self.accept("!", "%", "^"):
+            if token.kind != "^":
                 value = ("factorial" if token.kind == "!" else "pct", value)
-            else:
-                power = self.script()
-                if value[0] == "sym" and self.accept("_"):  # v^2_0
-                    value = ("sym", f"{value[1]}_{show(self.atom())}")
-                value = value if power in ORDINALS else ("pow", value, power)  # 10^{\text{th}}
+            elif (power := self.script()) not in ORDINALS:  # 10^{\text{th}}
+                value = ("pow", value, power)
         return value
 
     def script(self):
-        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2), and v^2_0 is (v_0)^2."""
-        if self.tokens[self.at + 1].kind == "_" and self.kind in ("number", "sym"):
-            token = self.take("number", "sym")
-            return token.value if token.kind == "number" else ("sym", token.value)
+        """An exponent: a group, or one signed token; 2^3^2 is 2^(3^2)."""
         sign = self.accept(*SIGNS)
         value = self.atom()
         value = ("pow", value, self.script()) if self.accept("^") else value
@@ -830,13 +815,9 @@ class Parser:
 
     def function(self, token):
         name = token.value
-        power = None
         base = [number(10)] if name == "log10" else []
-        while script := self.accept("^", "_"):
-            if script.kind == "^":
-                power = self.script()
-            else:
-                base = [self.atom()]
+        base = [self.atom()] if self.accept("_") else base
+        power = self.script() if self.accept("^") else None
         opening = self.accept("(", "{", "[")
         value = self.closed(CLOSING[opening.kind][0]) if opening else self.bare_argument()
         if name in TRIGONOMETRIC:  # a degree sign means something in a sine, and nothing elsewhere
@@ -849,7 +830,8 @@ class Parser:
     def bare_argument(self):
         """The argument of a function without brackets: \\sin 2\\pi x, up to the next operator."""
         value = self.operand()
-        while self.kind in OPERANDS and self.kind not in ("fn", "(", "[", "word", *self.open[-1]):
+        stops = ("fn", "(", "[", "word", *self.open[-1])
+        while self.kind in OPERANDS - {*stops} or self.tokens[self.at].value == "degree":
             value = chain("mul", value, self.postfix(self.atom()))
         if has(value, "const") and not symbols(value) and self.accept("/"):  # \sin \pi/6
             value = divide(value, self.operand())
@@ -857,12 +839,8 @@ class Parser:
 
     def big(self, token):
         """A finite sum or product, written out; any other, an integral or a limit is a call."""
-        below = above = ("empty",)
-        while script := self.accept("^", "_"):
-            if script.kind == "^":
-                above = self.script()
-            else:
-                below = self.atom()
+        below = self.atom() if self.accept("_") else ("empty",)
+        above = self.script() if self.accept("^") else ("empty",)
         body = self.expression(TERM)
         variable = None
         if below[0] == "rel" and below[1][0] in ("=", "to", "in"):
@@ -870,11 +848,11 @@ class Parser:
         elif body[0] == "mul" and ("sym", "d") in body[1:-1]:
             variable = body[body.index(("sym", "d")) + 1]
         low, high = exact(below), exact(above)
-        if token.value in ("sum", "prod") and None not in (low, high) and low == int(low):
+        finite = token.value in ("sum", "prod") and None not in (variable, low, high)
+        if finite and low == int(low) and 0 < (high - low + 1) * size(body) <= MAX_TERMS:
             values = range(int(low), int(high) + 1)
-            if 0 < len(values) * size(body) <= MAX_TERMS:
-                terms = [replaced(body, variable, number(value)) for value in values]
-                return ("add" if token.value == "sum" else "mul", *terms)
+            terms = [replaced(body, variable, number(value)) for value in values]
+            return ("add" if token.value == "sum" else "mul", *terms)
         bound = ("sym", f"#{sum(name[0] == '#' for name in symbols(body))}")
         return ("call", token.value, below, above, replaced(body, variable, bound))
 
@@ -927,25 +905,22 @@ class Parser:
 
 
 def words_of_unit(node):
-    """The words of a factor: those of m, of m^2, of 1/s; None if it is a value."""
-    if node[0] == "words":
-        return node[1].split()
-    parts = [words_of_unit(child) for child in node[1:]] if node[0] in ("mul", "pow") else [None]
-    if node[0] == "pow" and parts[0]:
-        return [*f"^{show(node[2])}".replace("^-1", "/").replace("^-", "/ ^").split(), *parts[0]]
-    return None if None in parts else [word for part in parts for word in part]
+    """The words and exponents of a unit, as of m^2 or 1/s; None if a factor is none."""
+    parts = [part for part in nodes(node) if part[0] not in ("mul", "pow")]
+    if parts[0][0] != "words" or any(part[0] not in ("words", "num") for part in parts):
+        return None
+    return [word for part in parts for word in str(part[1]).split()]
 
 
 def quantity(values, names):
     """A product and the words in it; Unreadable if these are no unit and no counted noun."""
-    for name in SCALES.keys() & set(names):
-        values = [*values, number(SCALES[name])]
+    values = [*values, *(number(SCALES[name]) for name in names if name in SCALES)]
     value = ("mul", *values) if len(values) > 1 else values[0]
-    nouns = set(names) - UNITS.keys() - IGNORED - SCALES.keys()
-    if STATEMENT & set(names) or nouns and symbols(value):
+    words = [name for name in names if name in UNITS or name not in IGNORED | SCALES.keys()]
+    nouns = set(words) - UNITS.keys()
+    if any(map(STATEMENT.fullmatch, names)) or nouns and symbols(value):
         raise Unreadable("words that are no unit")
-    counted = [name for name in names if name in nouns or name in UNITS]
-    words = sorted(UNITS.get(name) or re.sub("e?s?$", "", name) for name in counted)
+    words = sorted(UNITS.get(word) or re.sub("e?s?$", "", word) for word in words)
     return ("quantity", value, " ".join(words)) if words else value
 
 
@@ -1023,7 +998,7 @@ class TooHard(ArithmeticError):
 
 
 LOCAL = threading.local()  # mpmath's settings and the steps that are left are a thread's own
-CONSTANT = (0, False, 1)  # the point where a value without variables is sampled
+CONSTANT = (0, False)  # the point where a value without variables is sampled
 
 
 def bit_length(value):
@@ -1105,17 +1080,18 @@ def exact(node, at_random=False):
     return None if value is None or bit_length(value) > MAX_BITS else value
 
 
-# A sample point is (index, real, scale): variables are real, with absolute values near 1, near 4,
-# or somewhat beyond the largest number in the trees; if `real`, so is every value on the way.
+# A sample point is (index, real): variables are real, at all RADII, first positive, then negative,
+# then of both signs; if `real`, so is every value on the way.
+
+RADII = (1, 4, 0.05, 30, 600, 10**6, 10**12)
 
 
 @lru_cache(maxsize=4096)
-def coordinate(name, point):
+def coordinate(name, index):
     """Where a variable stands: given by its name, so that it is the same in both trees."""
-    index, _, scale = point
     rng = random.Random(f"{name} {index}")
-    radius = (1, 4, 2.5 * scale)[index % 3] * rng.uniform(0.3, 1.2)
-    return radius if index % 2 == 0 else rng.choice((radius, -radius))
+    sign = (1, -1, rng.choice((1, -1)))[index // len(RADII)]
+    return sign * RADII[index % len(RADII)] * rng.uniform(0.3, 1.2)
 
 
 def arithmetic(bits):
@@ -1135,7 +1111,7 @@ def evaluate(node, point, m, sizes):
     """
     tag = node[0]
     if tag == "sym":
-        return m.mpc(coordinate(node[1], point))
+        return m.mpc(coordinate(node[1], point[0]))
     if tag == "const":
         return m.mpc({"pi": m.pi, "e": m.e, "i": 1j}[node[1]])
     if tag == "num":
@@ -1203,29 +1179,21 @@ def agree(a, b, point):
             raise TooHard("too many digits")
 
 
-def largest_number(node):
-    value = exact(node)
-    if value is None:
-        return max(map(largest_number, children(node)), default=1)
-    return max(abs(value), 1 / abs(value)) if value else 1
-
-
 def same_function(a, b):
     """Whether two trees agree at real points; where both are real, unless i is in them."""
     if not symbols(a, b):
         return agree(a, b, CONSTANT) is True
-    digits = len(str(int(min(max(largest_number(a), largest_number(b)), 10**11))))
     real = ("const", "i") not in {*nodes(a), *nodes(b)}
     verdicts = []
-    for index in range(24):
+    for index in range(3 * len(RADII)):
         try:
-            verdicts.append(agree(a, b, (index, real, 10**digits)))
+            verdicts.append(agree(a, b, (index, real)))
         except TooHard:
             if LOCAL.steps < 0:
                 raise
         if False in verdicts:
             return False
-    return verdicts.count(True) >= 4
+    return verdicts.count(True) >= 3
 
 
 def near(decimal, node):
@@ -1327,8 +1295,8 @@ def holds(node, place, x):
         if low > high or low == high and (less, more) != ("<=", "<="):
             raise ValueError("no interval")
         return HOLDS[less](low, x) and HOLDS[more](x, high)
-    if tag == "rel" and node[1] in (("in",), ("notin",)) and node[2][0][0] == "sym":
-        return holds(node[2][1], place, x) == (node[1] == ("in",))
+    if tag == "rel" and node[1] == ("in",) and node[2][0][0] == "sym":
+        return holds(node[2][1], place, x)
     if tag == "rel":
         variable = [bool(symbols(side)) for side in node[2]]
         if not set(node[1]) <= HOLDS.keys() or any(map(operator.eq, variable, variable[1:])):
@@ -1383,8 +1351,6 @@ def same_relation(a, b):
         other, others = relation, others[::-1]
     if relation != other:
         return False
-    if relation in ("in", "notin"):
-        return all(map(same, sides, others))
     f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
     zero = number(0)
     if not symbols(f) or same_value(f, zero) or same_value(g, zero):
@@ -1393,7 +1359,7 @@ def same_relation(a, b):
         return False  # f(x) g(y) = f(y) g(x) if and only if f / g is constant
     if relation in ("=", "!="):
         return True
-    factors = (sample(divide(f, g), (index, False, 1))[0] for index in range(6))
+    factors = (sample(divide(f, g), (index, False))[0] for index in range(6))
     return next((factor.real > 0 for factor in factors if factor), False)
 
 
@@ -1444,13 +1410,12 @@ def compatible(a, b):
 
 def same_items(a, b, compare=None):
     """Two unordered collections, item by item."""
-    if len(a) != len(b):
-        return False
-    if len(a) > 40:
+    if len(a) != len(b) or len(a) > 40:
         return Counter(a) == Counter(b)
+    compare = compare or same
     rest = list(b)
     for item in a:
-        match = next((other for other in rest if (compare or same)(item, other)), None)
+        match = next((other for other in rest if compare(item, other)), None)
         if match is None:
             return False
         rest.remove(match)
@@ -1523,7 +1488,7 @@ def converted(one, other):
 
 
 UNIT = re.compile(  # is 80m a product or a length? and 9.8 m/s^2?
-    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVAK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
+    r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
     r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$"
 )
 

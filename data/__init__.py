@@ -123,7 +123,7 @@ def load_problems(name_or_path, split="test", limit=None, seed=0):
     if name in FAMILIES:
         found = draw_problems(import_module(f"data.{name}"), split, limit, seed, levels)
     elif name in PUBLISHED:
-        found = PUBLISHED[name](split)
+        found = hold_out(PUBLISHED[name](split), split)
     elif name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no file {name}")

@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 
 from data.families import first_wrong, record, replace_match
-from data.steps import add, divide, number, parse
+from data.steps import add, divide, number, parse, subtract
 
 # ---- polynomials as text
 
@@ -51,10 +51,10 @@ def move(sides, part, lines):
     """The sides after a polynomial was taken away from both; what was done is added to `lines`."""
     if not part:
         return sides
-    sides = [add(side, part, -1) for side in sides]
+    sides = [subtract(side, part) for side in sides]
     name = f"subtract {show(part)}"
     if show(part).startswith("-"):
-        name = f"add {show(add({}, part, -1))}"
+        name = f"add {show(subtract({}, part))}"
     lines.append(f"{name}: {show(sides[0])} = {show(sides[1])}")
     return sides
 
@@ -75,7 +75,7 @@ def equation_linear(level, rng):
         lines.append(f"expand: {simplify(left)} = {right}")
     sides = [parse(left), parse(right)]
     sides = move(sides, parse(f"{c}X"), lines)
-    sides = move(sides, add(sides[0], {"X": sides[0]["X"]}, -1), lines)
+    sides = move(sides, subtract(sides[0], {"X": sides[0]["X"]}), lines)
     factor = sides[0]["X"]
     answer = show(divide(sides[1], {"": factor}))
     if factor != 1:
@@ -156,20 +156,11 @@ def generate(level, rng, split):
 
 # ---- thoughts
 
-OPERATION = re.compile(
+OPERATIONS = {"add": add, "subtract": subtract, "divide by": divide}
+LINE = re.compile(
     r"(?:(expand|factor)|(add|subtract|divide by) (.{1,60})): (.{1,120}) = (.{1,120})"
 )
 SOLUTIONS = re.compile(r"so ([a-z]) = (-?\d{1,6}) or \1 = (-?\d{1,6})")
-
-
-def operate(name, amount, sides):
-    """The sides after a named operation; expanding and factoring leave them equal."""
-    if not amount:
-        return sides
-    part = parse(amount)
-    if name == "divide by":
-        return [divide(side, part) for side in sides]
-    return [add(side, part, 1 if name == "add" else -1) for side in sides]
 
 
 def check_steps(problem, thought):
@@ -183,13 +174,13 @@ def check_steps(problem, thought):
 
     def read(line):
         nonlocal sides, last, factored
-        if found := OPERATION.fullmatch(line):
-            name = found[1] or found[2]
-            right = operate(name, found[3], sides)
-            if [parse(found[4]), parse(found[5])] != right:
-                return name, f"it gives {' = '.join(map(show, right))}"
-            sides, last = right, found[4]
-            return name, None
+        if found := LINE.fullmatch(line):
+            equal, name, amount, *claim = found.groups()
+            right = sides if equal else [OPERATIONS[name](side, parse(amount)) for side in sides]
+            if list(map(parse, claim)) != right:
+                return equal or name, f"it gives {' = '.join(map(show, right))}"
+            sides, last = right, claim[0]
+            return equal or name, None
         if found := SOLUTIONS.fullmatch(line):
             product = re.fullmatch(r"(\([^()]+\))(\([^()]+\))", last)
             if not product or sides[1]:

@@ -5,7 +5,7 @@ set, which you place by hand in data/cache/math/ or $REASONER_DATA/math/: as pub
 train/SUBJECT/NUMBER.json and test/SUBJECT/NUMBER.json, or as train.jsonl and test.jsonl.
 """
 
-from data.files import fetch, hold_out, places, read_rows
+from data.files import fetch, places, read_rows
 from model import read_json
 from verify import extract_answer
 
@@ -56,7 +56,7 @@ def problems_math(split):
     for place in places("math"):
         rows = read_math(place, part)
         if rows:
-            return hold_out(rows, split)
+            return rows
     looked = " or ".join(map(str, places("math")))
     raise FileNotFoundError(f"no MATH {part} problems in {looked}; put "
                             f"{part}/SUBJECT/NUMBER.json or {part}.jsonl there by hand")

@@ -11,6 +11,7 @@ with limits on its length, depth and numbers.
 
 import re
 from fractions import Fraction
+from functools import reduce
 from itertools import groupby
 from typing import NamedTuple
 
@@ -47,9 +48,13 @@ def tidy(poly):
     return {letters: c for letters, c in poly.items() if c}
 
 
-def add(a, b, sign=1):
-    return tidy({letters: a.get(letters, Fraction(0)) + sign * b.get(letters, 0)
+def add(a, b):
+    return tidy({letters: a.get(letters, Fraction(0)) + b.get(letters, 0)
                  for letters in {**a, **b}})
+
+
+def subtract(a, b):
+    return add(a, {letters: -c for letters, c in b.items()})
 
 
 def multiply(a, b):
@@ -79,10 +84,7 @@ def power(base, exponent):
     n = number(exponent)
     if n is None or n.denominator != 1 or not 0 <= n <= MAX_POWER:
         raise ValueError("not a small whole power")
-    result = {"": Fraction(1)}
-    for _ in range(int(n)):
-        result = multiply(result, base)
-    return result
+    return reduce(multiply, [base] * int(n), {"": Fraction(1)})
 
 
 # ---- parsing
@@ -96,7 +98,8 @@ def read_sum(tokens, percent, depth=0):
     value = {}
     sign = tokens.pop(0) if tokens[0] in ("+", "-") else "+"
     while sign:
-        value = add(value, read_product(tokens, percent, depth), -1 if sign == "-" else 1)
+        combine = subtract if sign == "-" else add
+        value = combine(value, read_product(tokens, percent, depth))
         sign = tokens.pop(0) if tokens[0] in ("+", "-") else None
     return value
 
@@ -278,7 +281,7 @@ def rounds_to(exact, side, loosely):
 def compare(left, right, context):
     """(verdict, reason) for `left = right`; `context` is the text around it."""
     both_bare = is_bare(left) and is_bare(right)
-    if any(add(a, b, -1) == {} for a in readings(left) for b in readings(right)):
+    if any(a == b for a in readings(left) for b in readings(right)):
         return ("unchecked", "a bare number on both sides") if both_bare else ("right", "")
     exact = number(left.value)
     claimed = number(right.value)
@@ -327,7 +330,7 @@ def check_sentence(sentence, equation):
         verdict, reason = compare(left, right, context)
         if labelled:
             verdict, reason = "unchecked", "a label"
-        difference = add(left.value, right.value, -1)
+        difference = subtract(left.value, right.value)
         if verdict == "unchecked" and number(difference) is None:
             if equation and FOLLOWS.search(said) and not UNITS.search(context):
                 verdict, reason = follows(equation, difference)

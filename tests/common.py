@@ -198,23 +198,17 @@ TRAIN_CONFIG = model.Config(61, 32, 64, 2, 4, 2)
 TRAIN_SCRIPT = '''  # a training run in small: data and weights follow from (seed, step)
 import run, time, torch
 from launch import *
-from model import Config, init_params, token_logprobs
+from model import init_params, token_logprobs
 from optim import *
 from run import *
+from tests.common import TRAIN_CONFIG as config, train_args
 run.FREE_FLAGS += ("fail_at",)
-
-def parse_args():
-    parser = Parser("A run.")
-    add_train_flags(parser, lr=1e-3, run_dir="run")
-    parser.add_argument("--fail-at", type=int, default=0)
-    return parse_train_args(parser)
 
 def main(args):
     torch.set_num_threads(1)
     claim_run_dir(args)
     rank, world, device = init_distributed("cpu", args.processes or 1)
     run, checkpoint = start_run(args)
-    config = Config(61, 32, 64, 2, 4, 2)
     params, optimizer = init_optimizer(init_params(config, seed=0), device)
     done = load_checkpoint(checkpoint, optimizer)["step"]
     with stop_signals() as stop_requested:
@@ -236,7 +230,7 @@ def main(args):
             if stopping:
                 raise KeyboardInterrupt
 
-run_main(main, parse_args)
+run_main(main, train_args)
 '''
 
 
@@ -301,11 +295,12 @@ def train_on(optimizer, steps):
 
 
 def train_args(*flags):
-    """What a training script makes of these flags."""
+    """What a training script makes of these flags, by default of those that it was given."""
     parser = launch.Parser("A run.")
     launch.add_train_flags(parser, lr=1e-3, run_dir="runs/none")
     parser.add_argument("--steps", type=int, default=10)
-    return launch.parse_train_args(parser, flags)
+    parser.add_argument("--fail-at", type=int, default=0)
+    return launch.parse_train_args(parser, flags or None)
 
 
 # ---- scripted models

@@ -68,9 +68,9 @@ def test_attention_scores_are_float32():
     values = v.transpose(0, 1)
     own = [[keys[:, :, 40:].clone(), values[:, :, 40:].clone()]]
     prompts = [[keys[:, :, :40].clone(), values[:, :, :40].clone()]]
-    layout = attention.Layout(torch.tensor([23]), torch.zeros(2, 1, 40), torch.tensor([[0]]),
+    layout = attention.Layout(torch.tensor([40]), torch.zeros(2, 1, 40).bool(), torch.tensor([[0]]),
                               torch.empty(0))
-    decode = attention.decode_attention(own, prompts, layout)
+    decode = attention.decode_attention(own, prompts, layout, torch.tensor([63]))
     got = decode(0, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
     assert (got.double() - exact[:, :, -1:]).abs().max() < 0.02
 
@@ -122,7 +122,7 @@ def test_attention_of_a_packed_row_in_one_call_equals_the_plain_way():
         weights = torch.randn(1, 4, T, 8, generator=generator)
         plain = attention.packed_attention(groups)(0, *inputs)
         with varlen_on_cpu():
-            varlen = attention.varlen_packed(groups, "cpu")(0, *inputs)
+            varlen = attention.varlen_packed(attention.packed_texts(groups), "cpu")(0, *inputs)
         assert (plain - varlen).abs().max() < 1e-5
         want = torch.autograd.grad((plain * weights).sum(), inputs)
         got = torch.autograd.grad((varlen * weights).sum(), inputs)

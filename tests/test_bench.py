@@ -14,7 +14,7 @@ def _printed(*words):
     """What bench.py prints in this process."""
     args = bench.parse_args([str(word) for word in words])
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        args.bench_fn(args)
+        bench.main(args)
     return said.getvalue()
 
 

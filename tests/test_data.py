@@ -39,15 +39,10 @@ from data.prompts import PRESETS, encode_prompt, render_prompt, respond
 from data.steps import check_text
 from data.tiny import corpus
 from model import init_params, load_config, load_tokenizer, resolve_model, save_model
-from tests.common import raises, run, skip_unless, temporary_dir
+from tests.common import raises, read_lines, run, skip_unless, temporary_dir, write_lines
 from verify import verify
 
 FAMILY = {name: import_module(f"data.{name}") for name in FAMILIES}
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 # ---- problem sets
@@ -195,8 +190,8 @@ def test_data_sets_with_the_same_ids_are_kept_apart():
     """Two files that both count from 0: eval.py gave both problems the record of the second, and
     grpo.py added up how often the two were solved."""
     with temporary_dir() as home:
-        paths = [write_lines(home / f"{letter}.jsonl", [
-            {"id": i, "problem": f"{letter}{i}", "answer": i} for i in range(40)])
+        paths = [str(write_lines(home / f"{letter}.jsonl", [
+            {"id": i, "problem": f"{letter}{i}", "answer": i} for i in range(40)]))
             for letter in "abc"]
         asked = load_problems(",".join(paths))
         assert [p["id"] for p in asked[::40]] == ["0", "0#2", "0#3"]
@@ -368,23 +363,15 @@ def test_data_algebra_agrees_with_sympy():
 
 
 def test_data_laws_of_science_hold_in_base_units():
-    joules = "kg m m / s s"
-    base = {"Hz": "/ s", "N": "kg m / s s", "J": joules, "W": f"{joules} s", "Pa": "kg / m s s",
-            "C": "A s", "V": f"{joules} s A", "ohm": f"{joules} s A A"}
-
-    def exponents(*names):
-        counts = Counter()
-        for name in names:
-            unit = science.QUANTITIES[name]
-            above, _, below = base.get(unit, unit.replace("/", " / ")).partition("/")
-            for part, sign in ((above, 1), (below, -1)):
-                for symbol, _, power in (factor.partition("^") for factor in part.split()):
-                    counts[symbol] += sign * int(power or 1)
-        return {symbol: count for symbol, count in counts.items() if count}
-
-    for result, a, b in science.LAWS:
-        assert exponents(result) == exponents(a, b), result
-    assert {*science.QUANTITIES.values()} == {*science.UNITS}
+    m, kg, s, A = map(Fraction, (2, 3, 5, 7))  # primes, so that equal products are equal units
+    J = kg * m**2 / s**2
+    units = {"m": m, "m^2": m**2, "m^3": m**3, "kg": kg, "s": s, "A": A, "Hz": 1 / s, "m/s": m / s,
+             "m/s^2": m / s**2, "kg/m^3": kg / m**3, "kg m/s": kg * m / s, "N": J / m, "J": J,
+             "W": J / s, "Pa": J / m**3, "C": A * s, "V": J / s / A, "ohm": J / s / A**2}
+    assert {*units} == {*science.UNITS} == {*science.QUANTITIES.values()}
+    for law in science.LAWS:
+        result, a, b = (units[science.QUANTITIES[name]] for name in law)
+        assert result == a * b, law
 
 
 def test_data_programs_do_what_python_does():
@@ -523,9 +510,8 @@ def make_traces(home, *flags):
     with (contextlib.redirect_stdout(io.StringIO()) as said,
           contextlib.redirect_stderr(io.StringIO())):
         assert traces.main(args) == 0
-    raw, records = ([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                    for path in (out.with_suffix(".raw.jsonl"), out))
-    return records, out.with_suffix(".md").read_text(), raw[1:], said.getvalue()
+    _, *raw = read_lines(out.with_suffix(".raw.jsonl"))
+    return read_lines(out), out.with_suffix(".md").read_text(), raw, said.getvalue()
 
 
 def test_data_traces_of_the_solver():
@@ -789,7 +775,7 @@ def test_data_traces_of_a_local_model():
             make_traces(home, *flags)
         path = home / "traces.raw.jsonl"
         raw = path.read_text().splitlines(True)
-        rows = [json.loads(line) for line in raw[1:]]
+        _, *rows = read_lines(path)
         assert len({(r["problem_id"], r["sample"]) for r in rows}) == len(rows) == 6
         assert rows[0]["text"] != rows[1]["text"]
         path.write_text("".join(raw[:-2]))
@@ -827,11 +813,15 @@ def test_data_judge_tells_right_answers_from_right_thoughts():
         found = [judge.read_verdicts(path)[p["id"]] for p in problems]
         assert [(family, columns, fault is None) for family, columns, fault in found] == expected
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            judge.main(judge.parse_args([path, path]))
+            judge.main(judge.parse_args([str(path)] * 2))
         assert "| words | 4 | 75.0 [30.1, 95.4] |" in said.getvalue()
         assert "+0.0 points [+0.0, +0.0]" in said.getvalue()
         with raises(ValueError, "'words/none'"):
             judge.read_verdicts(write_lines(home / "r.jsonl", [rows[0] | {"id": "words/none"}]))
+        plain = write_lines(home / "plain.jsonl", [{"id": "a", "problem": "1+1", "answer": 2}])
+        row = rows[0] | {"id": "a", "settings": settings | {"data": str(plain), "split": "test"}}
+        found = judge.read_verdicts(write_lines(home / "r.jsonl", [row]))  # of no subject
+        assert found["a"][0] == str(plain)
     assert judge.first_fault({}, "She had 3 + 4 = 7 clips.") is None
     assert judge.first_fault({}, "She had 3 + 4 = 8 clips.")
     assert judge.first_fault({}, "She had 7.")

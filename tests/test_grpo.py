@@ -160,6 +160,12 @@ def test_grpo_each_reward():
     plain = _group(["x"], lengths=[60])
     looped = plain._replace(completions=[plain.completions[0]._replace(tokens=[1, 2] * 50)])
     assert rewards.repetition(looped)[0] < -0.9 and rewards.repetition(plain) == [0]
+    with temporary_dir() as home:  # one of your own, which weighs as much as it is given
+        code = home / "mine.py"
+        code.write_text("def short(group):\n"
+                        "    return [1 / len(c.tokens) for c in group.completions]\n")
+        found = _rewarded(group, "accuracy=1", f"{code}:short=0.2").rewards
+    assert [round(reward, 9) for reward in found] == [1.02, 1.01, 1.005, 0.04]
     assert rewards.language(_group(["plain text", "половина half"])) == [0, -8 / 12]
     assert rewards.language(plain._replace(problem={"problem": "Сколько?"},
                                            texts=["ответ x"])) == [0]
@@ -702,6 +708,9 @@ def test_grpo_asks_base_models_as_their_protocols_do():
             assert text.endswith("Question:" if right else "2.")
     assert asked[0].startswith("Question: There are 15") and asked[0].endswith("* 7?\nAnswer:")
     assert asked[1] == "What is 6 * 7?"
+    own = grpo.encode_problem(policy, problem, _args("--prompt", "How much is {problem}"))
+    own = policy.tokenizer.decode(own, skip_special_tokens=False)
+    assert "user\nHow much is What is 6 * 7?<|im_end|>" in own
     assert "few-shot-cot" not in grpo.PROMPTS  # its examples would have to be chosen
     bare, examples = (
         grpo.memory_plan(policy.config, _args("--prompt", name, "--lora-rank", 0)).update
@@ -811,6 +820,18 @@ def test_grpo_stops_at_an_accuracy():
         assert "step 2/4" in out and "step 4/4" in out, out
 
 
+def test_grpo_measures_after_each_epoch():
+    """Three problems, two a step: the first epoch is over in the second step of three."""
+    steps = GRPO_RUN.index("--steps")
+    words = [*GRPO_RUN[1:steps], *GRPO_RUN[steps + 2:], *SMALL_RUN]
+    with temporary_dir() as home:
+        out = in_process("grpo", *words, "--epochs", 2, "--train-limit", 3, "--test-limit", 2,
+                         "--run-dir", home)
+        assert [line["epoch"] for line in _lines(home)[1:]] == [2 / 3, 4 / 3, 2]
+    assert re.search(r"step 2/3(.|\n)*after epoch 1 (.|\n)*step 3/3(.|\n)*\| after \|", out), out
+    assert "after epoch 2" not in out
+
+
 def test_grpo_filter_by_pass_rate():
     """Only what the policy solves now and then is trained on; a resumed run knows it by heart."""
     with temporary_dir() as home:
@@ -846,23 +867,6 @@ def test_grpo_weights_that_are_not_finite_are_named():
             assert "not finite" in error_of(script, *words, "--model", home / "bad", "--processes",
                                             1)
         assert not list_checkpoints(home / "run")
-
-
-def test_grpo_problems_a_prompt_and_a_reward_of_your_own():
-    """Two files of a few lines, a flag, and nothing of ours edited."""
-    with temporary_dir() as home:
-        data = _write_problems(home / "mine.jsonl", range(40), "{}+{}")
-        code = home / "mine.py"
-        code.write_text("def short(group):\n"
-                        "    return [1 / len(c.tokens) for c in group.completions]\n")
-        _grpo(home / "run", "--data", data, "--steps", 1, "--test-limit", 0, "--reward",
-              "accuracy=1", f"{code}:short=0.2", "--prompt", "What is {problem}?")
-        for sample in _lines(home / "run", "samples.jsonl"):
-            assert f"user\nWhat is {sample['problem']}?<|im_end|>" in sample["prompt"]
-            for completion in sample["completions"]:
-                accuracy, short = completion["rewards"].values()
-                assert short == 1 / len(completion["tokens"])
-                assert abs(completion["reward"] - accuracy - 0.2 * short) < 1e-9
 
 
 def test_grpo_distils_from_a_teacher_of_the_same_tokenizer():
@@ -943,6 +947,7 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
                 for home in (whole, broken)]
         assert logs[0] == logs[1], logs
         assert [row["step"] for row in logs[0]] == list(range(steps + 1))
+        assert logs[0][-1]["epoch"] == 4 * steps / 40, "what --refill asks does not count"
         results = (whole / "results.md").read_text()
         assert results == (broken / "results.md").read_text()
         assert "Before to after: " in results and "of 4 problems gained" in results, results

@@ -184,9 +184,9 @@ def test_launch_progress_moves_on_a_terminal_and_once_a_minute_in_a_log():
         said.isatty = lambda: terminal
         with (contextlib.redirect_stderr(said), mock.patch.object(tqdm.std, "time", lambda: now[0]),
               launch.progress_bar(8, "sampling", quiet) as on_step):
-            for seconds in (1, 30, 60):
+            for seconds, ended in ((1, 2), (30, 0), (60, 4)):
                 now[0] += seconds
-                on_step([None] * 2, 50, joined=1)
+                on_step([None] * ended, 50, joined=1)
         # with a last line, unless it is cleared away
         assert said.getvalue().count("tok/s") == moves + (moves and not quiet), said.getvalue()
         assert bool(said.getvalue()) == bool(moves), "nothing extra in a log file"

@@ -141,7 +141,11 @@ def test_run_killed_at_every_write():
                 model.load_params(checkpoint)
                 run.load_checkpoint(checkpoint, loaded)
             outcomes.append(checkpoint.name)
-            assert _equal(loaded, old if checkpoint.name == "step_000001" else new), outcomes
+            if checkpoint.name == "step_000001":
+                assert _equal(loaded, old), outcomes
+            else:
+                best = checkpoint.with_name("best").resolve()
+                assert _equal(loaded, new) and best == checkpoint.resolve(), outcomes
             _save(run_dir, 2, params, optimizer, keep=1, best_step=2)
             assert _names(run_dir / "checkpoints") == ["best", "step_000002"], outcomes
         assert code == 0 and outcomes == sorted(outcomes) and len(set(outcomes)) == 2, outcomes
