@@ -20,18 +20,17 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.utils.checkpoint import checkpoint
 
 import attention
-from attention import causal_attention, padded_length
 
 # ------------------------------------------------------------ config
 
@@ -40,7 +39,6 @@ class Yarn(NamedTuple):
     """rope_scaling as Qwen-2.5 documents it for contexts beyond the trained one."""
     factor: float
     original_max_position_embeddings: int
-    attention_factor: float = None  # of cos and sin; None: as in the paper
 
 
 class Config(NamedTuple):
@@ -118,11 +116,6 @@ def init_params(config, seed, device="cpu", dtype=torch.float32):
 # ------------------------------------------------------------ the transformer
 
 
-def rms_norm(x, weight, eps):
-    """x / rms(x) * weight over the last dimension, computed in float32."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
 def rope_frequencies(config, device="cpu"):
     """Radians per position of each pair of dimensions [head_dim / 2]; what scales cos and sin."""
     half, yarn = config.head_dim // 2, config.rope_scaling
@@ -137,8 +130,7 @@ def rope_frequencies(config, device="cpu"):
     low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
     keep = 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)  # 0: interpolated
     stretched = 1 / (yarn.factor * periods) * (1 - keep) + 1 / periods * keep
-    scale = yarn.attention_factor or 0.1 * math.log(max(1, yarn.factor)) + 1  # equation 22
-    return stretched, scale
+    return stretched, 0.1 * math.log(max(1, yarn.factor)) + 1  # equation 22
 
 
 def rope_table(config, positions, dtype):
@@ -188,24 +180,22 @@ def block(params, config, layer, x, cos, sin, attend_fn):
     KV, MLP = config.num_key_value_heads * config.head_dim, config.intermediate_size
     pre = f"model.layers.{layer}."
 
-    h = rms_norm(x, params[pre + "input_layernorm.weight"], config.rms_norm_eps)
+    h = F.rms_norm(x, (D,), params[pre + "input_layernorm.weight"], config.rms_norm_eps)
     qkv = linears(params, pre, "self_attn.", (D, KV, KV), h)
     q, k, v = (part.view(B, T, -1, config.head_dim).transpose(1, 2) for part in qkv)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, head_dim], [B, K, T, head_dim]
     out = attend_fn(layer, q, k, v).transpose(1, 2).reshape(B, T, D)
     x = x + linear(params, pre + "self_attn.o_proj", out)
 
-    h = rms_norm(x, params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
+    h = F.rms_norm(x, (D,), params[pre + "post_attention_layernorm.weight"], config.rms_norm_eps)
     gate, up = linears(params, pre, "mlp.", (MLP, MLP), h)  # [B, T, MLP] each
     return x + linear(params, pre + "mlp.down_proj", F.silu(gate) * up)
 
 
-def hidden_states(params, config, tokens, positions=None, attend_fn=causal_attention,
+def hidden_states(params, config, tokens, positions=None, attend_fn=attention.causal_attention,
                   checkpointing=False):
     """What the head reads: tokens [B, T] at positions [B, T] (default 0, 1, ...) -> [B, T, D].
-
-    checkpointing: the backward pass finds each layer's input alone kept (arXiv:1604.06174).
-    """
+    checkpointing: the backward pass finds only each layer's input kept (arXiv:1604.06174)."""
     if positions is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     x = F.embedding(tokens, params["model.embed_tokens.weight"])  # [B, T, D]
@@ -219,14 +209,14 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=causal_atten
             x = checkpoint(run_layer, layer, x, use_reentrant=False, preserve_rng_state=False)
         else:
             x = run_layer(layer, x)
-    return rms_norm(x, params["model.norm.weight"], config.rms_norm_eps)
+    return F.rms_norm(x, x.shape[-1:], params["model.norm.weight"], config.rms_norm_eps)
 
 
 def packed_hidden_states(params, config, tokens, groups, checkpointing=False, store=None):
     """hidden_states of one packed row: tokens [T] -> [T, D]. groups, store: as packed_attention's.
     """
     T = len(tokens)
-    extra = padded_length(T) - T if tokens.device.type == "cpu" else 0
+    extra = attention.padded_length(T) - T if tokens.device.type == "cpu" else 0
     if extra:
         groups = [*groups, (0, [extra])]  # a text of its own that nothing reads
     dtype = params["model.embed_tokens.weight"].dtype
@@ -243,9 +233,8 @@ def head_weight(params):
 
 def lm_head(hidden, weight, temperature=1.0):
     """Logits in float32: hidden [..., D], weight [V, D] -> [..., V]."""
-    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if hidden.is_cuda and hidden.dtype != torch.float32 and not learns:  # it has no derivative
-        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)
+    if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32)  # no derivative
         logits = logits.unflatten(0, hidden.shape[:-1])
     else:
         logits = project(hidden, weight).float()
@@ -261,14 +250,11 @@ def init_cache(config, batch, slots, device="cpu", dtype=torch.float32):
 
 def forward(params, config, tokens, positions=None, cache=None):
     """Logits of every position: tokens [B, T] -> [B, T, V] float32.
-
-    positions: [B, T], absolute; default 0, 1, ..., or with a cache, on from what each row holds.
-    cache: from init_cache; written in place. Rows of different lengths stand left-aligned: what
-    lies behind a row's real end is never seen once `positions` says where the row really goes on.
-    Raises ValueError when the tokens outgrow the context or the cache.
-    """
+    positions: [B, T]; default 0, 1, ..., or on from what each row of the cache holds. cache: from
+    init_cache, written in place; what lies behind a row's real end is never seen once `positions`
+    says where the row goes on. Raises ValueError where the context or the cache is too short."""
     T = tokens.shape[1]
-    attend_fn = causal_attention
+    attend_fn = attention.causal_attention
     if cache is None and T > config.max_context:
         raise ValueError(f"{T} tokens do not fit the context of {config.max_context}")
     if cache:
@@ -292,11 +278,9 @@ def head_slice(vocab_size, device):
 
 class HeadLogprobs(torch.autograd.Function):
     """What `head_logprobs` returns, slice by slice; the backward pass makes the logits again.
-
     Nothing of [positions, V] outlives its slice: with 151,936 words, 8,192 positions of float32
-    logits and their gradient would take 9.3 GiB. Where all positions are one slice, the backward
-    pass, which begins here, finds its probabilities kept; no peak is higher for it.
-    """
+    logits and their gradient would take 9.3 GiB. The probabilities of an only slice are kept: the
+    backward pass begins here, and no peak is higher for it."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, size):
@@ -338,11 +322,10 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def head_logprobs(params, config, hidden, targets, temperature=1.0):
-    """log p(targets) and the entropy of the distribution, in nats: [N, D], [N] -> [N], [N] float32.
-
-    The logits are divided by `temperature`."""
+    """log p(targets) and the entropy, in nats, of softmax(logits / temperature).
+    hidden [N, D], targets [N] -> [N], [N] float32."""
     n = len(targets)
-    extra = padded_length(n) - n
+    extra = attention.padded_length(n) - n
     hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
     size = head_slice(config.vocab_size, hidden.device.type)
     pair = HeadLogprobs.apply(hidden, head_weight(params), targets, temperature, size)
@@ -350,11 +333,8 @@ def head_logprobs(params, config, hidden, targets, temperature=1.0):
 
 
 def token_logprobs(params, config, tokens, temperature=1.0, checkpointing=False):
-    """Log-probability of every token but the first, given those before it, differentiable.
-
-    tokens: [B, T] -> [B, T - 1] float32. Padding stands at the right of a row, where causal
-    attention keeps it from mattering.
-    """
+    """Log-probability of every token but the first: [B, T] -> [B, T - 1] float32, differentiable.
+    Padding stands at the right of a row, where causal attention keeps it from mattering."""
     hidden = hidden_states(params, config, tokens, checkpointing=checkpointing)[:, :-1]
     targets = tokens[:, 1:].flatten()
     logprobs, _ = head_logprobs(params, config, hidden.flatten(0, 1), targets, temperature)
@@ -398,11 +378,10 @@ def merged_weight(params, name):
 # ------------------------------------------------------------ a model's directory
 
 ROOT = Path(__file__).resolve().parent
-SIZES = {"": "0.5B 1.5B 3B 7B 14B 32B 72B", "Math-": "1.5B 7B 72B",
-         "Coder-": "0.5B 1.5B 3B 7B 14B 32B"}
-HUB_NAMES = [f"Qwen2.5-{kind}{size}{tuned}" for kind, sizes in SIZES.items()
-             for size in sizes.split() for tuned in ("", "-Instruct")]
-HUB_IDS = {name.lower(): f"Qwen/{name}" for name in HUB_NAMES}
+SIZES = {"": "0.5b 1.5b 3b 7b 14b 32b 72b", "math-": "1.5b 7b 72b",
+         "coder-": "0.5b 1.5b 3b 7b 14b 32b"}
+NAMES = [f"qwen2.5-{kind}{size}{tuned}" for kind, sizes in SIZES.items()
+         for size in sizes.split() for tuned in ("", "-instruct")]
 
 
 def did_you_mean(word, known):
@@ -413,20 +392,18 @@ def did_you_mean(word, known):
 
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id, or a directory.
-
     Hub models are taken from models/NAME beside this file where they are there, else downloaded;
-    config_only: without their weights. Raises FileNotFoundError, with how to place them by hand.
-    """
+    config_only: without their weights. Raises FileNotFoundError, with how to place them by hand."""
     name = str(name)
     path = ROOT / "data" / "tiny" if name.lower() == "tiny" else Path(name).expanduser()
     if path.is_dir():
         return path
-    hub_id = HUB_IDS.get(name.lower(), name)
+    hub_id = f"Qwen/{name.title()}" if name.lower() in NAMES else name
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
         raise FileNotFoundError(
             f"no model {name!r}: expected a directory, a hub id such as Qwen/Qwen2.5-1.5B, tiny, "
-            f"or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of {SIZES[''].lower()}"
-            f"{did_you_mean(name, ['tiny', *HUB_IDS])}")
+            f"or qwen2.5-[math-|coder-]SIZE[-instruct] with a size of {SIZES['']}"
+            f"{did_you_mean(name, ['tiny', *NAMES])}")
     by_hand = ROOT / "models" / hub_id.split("/")[-1].lower()
     if by_hand.is_dir():
         return by_hand
@@ -440,86 +417,74 @@ def resolve_model(name, config_only=False):
                                 f"*.safetensors in {by_hand}, or pass their directory") from None
 
 
-def read_json(path):
-    """The object in a JSON file. Raises FileNotFoundError or ValueError that name the file."""
-    path = Path(path)
+@contextmanager
+def reading(path, kind):
+    """Whatever fails in this block is a FileNotFoundError or ValueError that names the file."""
     if not path.is_file():  # a pipe, say, which would never end
-        raise FileNotFoundError(f"{path}: no such file; a model directory holds config.json, "
-                                "tokenizer.json and *.safetensors")
+        raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right directory?")
     try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the panics of some libraries are no Exceptions
+        raise ValueError(f"{path}: not {kind} ({error})") from None
+
+
+def read_json(path):
+    """The object in a JSON file, a Path. Raises FileNotFoundError or ValueError that name it."""
+    with reading(path, "a JSON object"):
         if path.stat().st_size > 2**26:
             raise ValueError(f"{path.stat().st_size:,} bytes, at most {2**26:,} are read")
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"found a {type(raw).__name__}")
-    except (ValueError, RecursionError) as error:  # not UTF-8, say, or nested without end
-        raise ValueError(f"{path}: expected a JSON object ({error})") from None
     return raw
 
 
-def read_record(record, raw, allowed, path):
-    """The NamedTuple `record` of the fields of a JSON object. Raises ValueError, naming `path`, for
-    what is missing, of another type or not positive, and for other values than the `allowed`."""
-    wrong = [f"{name} is {raw[name]!r:.40}, expected {' or '.join(map(repr, values)) or 'none'}"
-             for name, values in allowed.items() if raw.get(name) not in (None, *values)]
-    given = {name: raw[name] for name in record._fields if raw.get(name) is not None}
-    wrong += [f"{name} is missing" for name in record._fields
-              if name not in given | record._field_defaults]
-    for name, value in given.items():
-        kind = record.__annotations__[name]
-        if kind is bool and type(value) is not bool:
-            wrong.append(f"{name} is {value!r:.40}, expected true or false")
-        fits = type(value) in (int, kind) and 0 < value < 2**31
-        if kind in (int, float) and not fits:
+def read_record(record, raw, only):
+    """The NamedTuple `record` of the fields of a JSON object. Raises ValueError for a number of
+    another type or not positive, and where a field of `only` has none of its values."""
+    found = record._field_defaults | {name: raw[name] for name in raw if raw[name] is not None}
+    wrong = [f"{name} is {found[name]!r:.40}, expected {' or '.join(map(repr, values)) or 'none'}"
+             for name, values in only.items() if found.get(name) not in (None, *values)]
+    for name, kind in record.__annotations__.items():
+        value = found.get(name)
+        if kind in (int, float) and not (type(value) in (int, kind) and 0 < value < 2**31):
             wrong.append(f"{name} is {value!r:.40}, expected a positive {kind.__name__} < 2**31")
     if wrong:
-        raise ValueError(f"{path}: {'; '.join(wrong)}: nothing else is implemented")
-    return record(**given)
+        raise ValueError("; ".join(wrong))
+    return record(**{name: found.get(name) for name in record._fields})
 
 
 QWEN2 = {"model_type": ["qwen2"], "hidden_act": ["silu"], "use_sliding_window": [False],
-         "quantization_config": []}
+         "tie_word_embeddings": [True, False], "quantization_config": []}
 YARN = {"rope_type": ["yarn"], "type": ["yarn"], "beta_fast": [32], "beta_slow": [1],
-        "mscale": [], "mscale_all_dim": [], "truncate": [True]}
+        "attention_factor": [0.1 * math.log(4) + 1]}  # of the documented factor
 
 
 def load_config(model_dir):
-    """The Config of a model directory. Raises FileNotFoundError, or ValueError for what is damaged
-    or not computed here exactly."""
+    """The Config of a model directory. Raises FileNotFoundError or ValueError."""
     path = Path(model_dir) / "config.json"
     raw = {name: value for name, value in read_json(path).items() if value is not None}
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the latter: transformers 5
-    ends = raw.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
-    if not isinstance(rope, dict) or not all(type(end) is int for end in ends):
-        raise ValueError(f"{path}: eos_token_id is {ends!r:.40} and rope_scaling {rope!r:.40}, "
-                         "expected integers and an object")
-    # what a file leaves out is what transformers takes it for
-    raw = {"rope_theta": 10000.0, "tie_word_embeddings": False} | raw | rope
-    raw |= {"eos_token_id": tuple(sorted(ends)), "rope_scaling": None}
-    config = read_record(Config, raw, QWEN2, path)
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        trained = {"original_max_position_embeddings": config.max_position_embeddings}
-        config = config._replace(rope_scaling=read_record(Yarn, trained | rope, YARN, path))
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = raw.get("head_dim", config.head_dim)
-    if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size}, {heads} heads of head_dim "
-                         f"{head_dim} and {kv_heads} key/value heads do not go together: expected "
-                         "an even head_dim, and heads that key/value heads can share evenly")
-    if config.num_hidden_layers > 1000:  # to list their tensors would take minutes
-        raise ValueError(f"{path}: num_hidden_layers is {config.num_hidden_layers}, at most 1000")
+    with reading(path, "a config of Qwen-2.5"):
+        ends = raw.get("eos_token_id", [])
+        ends = ends if isinstance(ends, list) else [ends]
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # of transformers 5
+        # what a file leaves out is what transformers takes it for
+        raw = {"rope_theta": 10000.0, "tie_word_embeddings": False} | raw | rope
+        raw |= {"eos_token_id": tuple(sorted(map(int, ends))), "rope_scaling": None}
+        config = read_record(Config, raw, QWEN2)
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            trained = {"original_max_position_embeddings": config.max_position_embeddings}
+            config = config._replace(rope_scaling=read_record(Yarn, trained | rope, YARN))
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        head_dim = raw.get("head_dim", config.head_dim)
+        if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
+            raise ValueError(f"hidden_size {config.hidden_size}, {heads} heads of head_dim "
+                             f"{head_dim} and {kv_heads} key/value heads do not go together")
+        if config.num_hidden_layers > 1000:  # to list their tensors would take minutes
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, at most 1000")
     return config
-
-
-def read_tensors(path):
-    """{name: tensor} of a safetensors file, mapped: what is written into them stays in memory."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
 def check_tensors(tensors, shapes, path):
@@ -529,48 +494,44 @@ def check_tensors(tensors, shapes, path):
               for name, tensor in tensors.items()
               if tensor.shape != shapes.get(name) or not tensor.is_floating_point()]
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit config.json: "
-                         f"{'; '.join(wrong[:50])}")
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:50])}")
 
 
 def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     """The tensors of a model directory under their Hugging Face names, in `dtype` on `device`.
-
-    adapter: the directory of one to lay over them, as for load_adapter. On a CPU, tensors that are
-    of `dtype` already stay views of the mapped file: there is never a second copy of the weights.
-    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
-    """
+    adapter: the directory of one to lay over them. On a CPU, tensors that are of `dtype` already
+    stay views of the file, which is mapped: what is written into them stays in memory.
+    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor."""
     model_dir = Path(model_dir)
     config = load_config(model_dir)
     tensors = {}
     for path in sorted(model_dir.glob("model*.safetensors")) or [model_dir / "model.safetensors"]:
-        tensors |= read_tensors(path)  # a shard, perhaps
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and None not in (head, embedding):  # stored, although it is tied
-        if torch.equal(head, embedding):
-            del tensors["lm_head.weight"]
+        with reading(path, "a safetensors file"):  # a shard, perhaps
+            tensors |= load_file(path)
+    heads = [tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if config.tie_word_embeddings and None not in heads and torch.equal(*heads):
+        del tensors["lm_head.weight"]  # stored, although it is tied
     shapes = param_shapes(config)
     check_tensors(tensors, shapes, model_dir)
     params = {name: tensors[name].to(device, dtype) for name in shapes}
     return params | load_adapter(adapter, config, device) if adapter else params
 
 
-def write_files(out_dir, config_name, raw, tensors_name, tensors):
-    """Write the JSON file and the tensors of a new directory."""
+def write_files(out_dir, raw, tensors, prefix=""):
+    """Write the config and the tensors of a new directory."""
     out_dir.mkdir(parents=True)
-    (out_dir / config_name).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    config_path, path = out_dir / f"{prefix}config.json", out_dir / f"{prefix}model.safetensors"
+    config_path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, out_dir / tensors_name, metadata={"format": "pt"})
-    shutil.copymode(out_dir / config_name, out_dir / tensors_name)  # else it is its owner's alone
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(config_path, path)  # else it is for its owner alone
 
 
 def save_model(out_dir, params, config, like):
     """Write a directory that transformers, and every script here, loads as it is.
-
     like: the directory whose tokenizer, chat template and generation settings to copy. An adapter
     in `params` is merged, and kept in the subdirectory `adapter`, for PEFT. The directory appears
-    whole, and only then replaces a model of its name; ValueError where something else has it.
-    """
+    whole, and only then replaces a model of its name; ValueError where something else has it."""
     out_dir, like = Path(out_dir).resolve(), Path(like).resolve()
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "config.json").is_file():
         raise ValueError(f"{out_dir} exists and is no model directory; name another, or remove it")
@@ -583,9 +544,14 @@ def save_model(out_dir, params, config, like):
     if config.rope_scaling:  # for new readers and for old
         raw["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | config.rope_scaling._asdict()
     merged = {name: merged_weight(params, name) for name in param_shapes(config)}
-    write_files(staging, "config.json", raw, "model.safetensors", merged)
-    if lora := {name: tensor for name, tensor in params.items() if ".lora_" in name}:
-        save_adapter(staging / "adapter", lora, like)
+    write_files(staging, raw, merged)
+    lora = {PEFT_PREFIX + name: tensor for name, tensor in params.items() if ".lora_" in name}
+    if lora:
+        rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
+        raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+               "target_modules": sorted({name.split(".")[-3] for name in lora}),
+               "base_model_name_or_path": str(like)}
+        write_files(staging / "adapter", raw, lora, "adapter_")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                  "chat_template.jinja", "vocab.json", "merges.txt"):
         if (like / name).is_file():
@@ -597,12 +563,12 @@ def save_model(out_dir, params, config, like):
     shutil.rmtree(old, ignore_errors=True)
 
 
-# ------------------------------------------------------------ adapters, in PEFT's format
+# ------------------------------------------------------------ an adapter's, in PEFT's format
 
 PEFT_PREFIX = "base_model.model."
 PLAIN_LORA = {"peft_type": ["LORA"], "init_lora_weights": [True, False, "gaussian"],
               "alpha_pattern": [{}], "layer_replication": [], "alora_invocation_tokens": [],
-              "use_qalora": [False], "use_bdlora": [False]}
+              "use_qalora": [False], "use_bdlora": [False], "use_rslora": [False, True]}
 
 
 class AdapterConfig(NamedTuple):
@@ -612,20 +578,11 @@ class AdapterConfig(NamedTuple):
     use_rslora: bool = False
 
 
-def save_adapter(out_dir, lora, base):
-    """Write an adapter of the model in the directory `base` as the peft package reads it."""
-    rank = next(tensor.shape[0] for name, tensor in lora.items() if ".lora_A." in name)
-    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-           "target_modules": sorted({name.split(".")[-3] for name in lora}),
-           "base_model_name_or_path": str(base)}
-    write_files(out_dir, "adapter_config.json", raw, "adapter_model.safetensors",
-                {PEFT_PREFIX + name: tensor for name, tensor in lora.items()})
-
-
 def adapter_config(adapter_dir, rank=None):
     """The AdapterConfig of a saved adapter. Raises ValueError where another `rank` is asked for."""
     path = Path(adapter_dir) / "adapter_config.json"
-    found = read_record(AdapterConfig, read_json(path), PLAIN_LORA, path)
+    with reading(path, "an adapter of plain LoRA, which PEFT can merge into --model"):
+        found = read_record(AdapterConfig, read_json(path), PLAIN_LORA)
     if rank not in (None, found.r):
         raise ValueError(f"--lora-rank is {rank}, and {adapter_dir} holds an adapter of rank "
                          f"{found.r}; leave --lora-rank out, or pass a merged model as --model")
@@ -634,18 +591,17 @@ def adapter_config(adapter_dir, rank=None):
 
 def load_adapter(adapter_dir, config, device="cpu"):
     """A LoRA adapter in PEFT's format, as `params` takes it: float32, alpha / rank within lora_B.
-
-    It may leave layers out. Raises FileNotFoundError or ValueError, for variants of LoRA, too.
-    """
+    It may leave layers out. Raises FileNotFoundError or ValueError, for variants of LoRA, too."""
     rank, alpha, by_root = adapter_config(adapter_dir)
     path = Path(adapter_dir) / "adapter_model.safetensors"
-    tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in read_tensors(path).items()}
+    with reading(path, "a safetensors file"):
+        tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(path).items()}
     layers = {name.split(".lora_")[0] for name in tensors}
     shapes = {name: shape for name, shape in lora_shapes(config, rank).items()
               if name.split(".lora_")[0] in layers or not layers}
     check_tensors(tensors, shapes, path)
-    lora = {name: tensors[name].to(device, torch.float32) for name in shapes}
     scale = alpha / (math.sqrt(rank) if by_root else rank)
+    lora = {name: tensors[name].to(device, torch.float32) for name in shapes}
     return {name: t * scale if ".lora_B." in name else t for name, t in lora.items()}
 
 
@@ -657,14 +613,8 @@ INSTRUCT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful ass
 def load_tokenizer(model_dir):
     """The tokenizers.Tokenizer of a model directory. Raises FileNotFoundError or ValueError."""
     path = Path(model_dir) / "tokenizer.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; copy tokenizer.json from the model's page")
-    try:
+    with reading(path, "a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the library's panics are no Exceptions
-        raise ValueError(f"{path}: not a tokenizer ({error})") from None
     tokenizer.no_truncation()  # a file may have been saved with them, and prompts be cut in silence
     tokenizer.no_padding()
     return tokenizer
@@ -678,25 +628,20 @@ def end_tokens(tokenizer, config):
 
 # A template is a program of unknown origin: it is rendered in a process of its own, with bounds.
 RENDER = """
-import sys
+import contextlib, sys
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-try:
+with contextlib.suppress(ImportError, ValueError, OSError):  # on Windows time alone is bounded
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-except (ImportError, ValueError, OSError):
-    pass  # on Windows, say; there time alone is bounded
 sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-template = sandbox.from_string(sys.stdin.buffer.read().decode())
-text = template.render(messages=[{"role": "user", "content": ""}])
-sys.stdout.buffer.write(text[:100_000].encode("utf-8", "replace"))
+template = sandbox.from_string(sys.stdin.read())
+print(template.render(messages=[{"role": "user", "content": ""}])[:100_000])
 """
 
 
 def load_system_prompt(model_dir, timeout_s=10):
     """The system turn that a model's chat template adds when there is none; None when it adds none.
-
-    Found by rendering the template around an empty question. Raises ValueError when that fails.
-    """
+    Found by rendering the template around an empty question; ValueError when that fails."""
     path = Path(model_dir) / "chat_template.jinja"  # where transformers 5 keeps it
     if path.is_file():
         template = path.read_text(encoding="utf-8", errors="replace")
@@ -706,8 +651,9 @@ def load_system_prompt(model_dir, timeout_s=10):
     if not isinstance(template, str):
         return None
     try:
-        done = subprocess.run([sys.executable, "-c", RENDER], input=template, capture_output=True,
-                              encoding="utf-8", errors="replace", timeout=timeout_s)
+        done = subprocess.run([sys.executable, "-X", "utf8", "-c", RENDER], input=template,
+                              capture_output=True, encoding="utf-8", errors="replace",
+                              timeout=timeout_s)
         failed = done.returncode and (done.stderr.strip().split("\n")[-1] or "it was killed")
     except subprocess.TimeoutExpired:
         failed = f"not within {timeout_s} s"
@@ -726,9 +672,7 @@ def with_system(messages, system):
 
 def render_chat(messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
     """ChatML as Qwen-2.5 defines it: [{"role": "user", "content": "Hi"}, ...] as one string.
-
-    system: the turn put in front when the messages bring none; None for none.
-    """
+    system: the turn put in front when the messages bring none; None for none."""
     text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
                    for message in with_system(messages, system))
     return text + "<|im_start|>assistant\n" * add_generation_prompt
@@ -742,17 +686,13 @@ def plain_pieces(text):
 def encode_text(tokenizer, text):
     """The ids of a text in which names of control tokens, such as <|im_end|>, are plain text."""
     text = text.encode("utf-8", "replace").decode()  # half a character becomes a question mark
-    ids = []
-    for piece in plain_pieces(text):
-        ids += tokenizer.encode(piece, add_special_tokens=False).ids
-    return ids
+    pieces = [tokenizer.encode(piece, add_special_tokens=False) for piece in plain_pieces(text)]
+    return [token for piece in pieces for token in piece.ids]
 
 
 def encode_chat(tokenizer, messages, add_generation_prompt=True, system=INSTRUCT_SYSTEM):
-    """The ids of render_chat's string, but that no content can make a control token.
-
-    A problem, a user or a teacher may write "<|im_end|>\\n<|im_start|>assistant": it stays text.
-    """
+    """The ids of render_chat's string, but that no content can make a control token: where somebody
+    writes "<|im_end|>\\n<|im_start|>assistant", it stays text."""
     start, end = (tokenizer.encode(mark, add_special_tokens=False).ids
                   for mark in ("<|im_start|>", "<|im_end|>\n"))
     ids = []

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launch import rank_and_world
-from model import head_slice, param_shapes
+from model import head_slice, lora_shapes, param_shapes
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products round alike
 SLICE = 1 << 20  # elements of a shard updated at a time: temporaries fit a CPU's cache
@@ -45,45 +45,38 @@ def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, ro
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
     L, size = config.num_hidden_layers, dtype.itemsize
     on_gpu = torch.device(device).type == "cuda"
-    shapes = param_shapes(config)
-    weights = sum(map(math.prod, shapes.values()))
-    trained = weights
-    if lora_rank:
-        linears = [shape for name, shape in shapes.items() if "proj.weight" in name]
-        trained = lora_rank * sum(map(sum, linears))
+    weights = size * sum(map(math.prod, param_shapes(config).values()))
+    learned = lora_shapes(config, lora_rank) if lora_rank else param_shapes(config)
+    trained = sum(map(math.prod, learned.values()))
 
-    held = size * weights + 4 * trained  # and gradients
-    if lora_rank:
-        held += 4 * trained  # the adapter itself
+    held = weights + 4 * trained  # and gradients
     if reference:
         held += size * sum(map(math.prod, param_shapes(reference).values()))
     if not (offload and on_gpu):  # moments, and masters of what is not float32
         held += (12 if size < 4 and not lora_rank else 8) * trained / world
-
-    cache = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
-    sampler = size * weights if lora_rank or not on_gpu else 0  # merged, or packed
-    if on_gpu and keep_sampler:  # where its graphs read them
-        held += cache + sampler
+    sampler = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
+    if lora_rank or not on_gpu:
+        sampler += weights  # merged, or packed
 
     layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
-    if lora_rank:
-        layer += size * (5 * D + width)  # inputs of the adapter
     if not on_gpu:  # a fused kernel keeps no scores
         layer += size * config.num_attention_heads * longest
     head = (8 + size) * V * min(row_tokens, head_slice(V, device))
-    if not lora_rank:
-        head += (4 + 3 * size) * V * D  # the gradient of the embedding, and what it is made of
+    if lora_rank:  # the adapter itself, and its inputs
+        held += 4 * trained
+        layer += size * (5 * D + width)
+    else:  # the gradient of the embedding, and what it is made of
+        head += (4 + 3 * size) * V * D
     again = 2 * size * width  # what the backward pass of one layer holds
     if checkpointing:
         again += layer
         layer = size * D
     update = held + row_tokens * L * layer + max(head, row_tokens * again)
-
-    rollouts = held + rows * V * (12 + size)  # logits
-    if not (on_gpu and keep_sampler):
-        rollouts += cache + sampler
+    if on_gpu and keep_sampler:  # where its graphs read them
+        update += sampler
+    rollouts = held + sampler + rows * V * (12 + size)  # logits
     allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
-    shared = size * weights if lora_rank else 0
+    shared = weights if lora_rank else 0
     return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)
 
 
@@ -91,11 +84,10 @@ def plan_line(plan, there):
     """What a plan comes to, with a warning when it exceeds the GiB that are there."""
     line = (f"about {plan.update:.1f} GiB in the update, {plan.rollouts:.1f} in the rollouts, "
             f"of {there:.1f} GiB")
-    if plan.peak > there:
-        line += ("\nwarning: that is more than there is; what helps: --checkpointing, a smaller "
-                 "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more "
-                 "GPUs")
-    return line
+    if plan.peak <= there:
+        return line
+    return (f"{line}\nwarning: that is more than there is; what helps: --checkpointing, a smaller "
+            "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more GPUs")
 
 
 def halve_on_oom(args, name, attempt, engine=None):
@@ -109,15 +101,14 @@ def halve_on_oom(args, name, attempt, engine=None):
         try:
             return attempt()
         except torch.OutOfMemoryError as error:
-            reason = str(error).partition(". ")[0]
+            reason = f"{str(error).partition('. ')[0]} at --{name.replace('_', '-')} {size}"
         if engine:  # out of the handler, whose traceback holds what was allotted
             engine.release()
         torch.cuda.empty_cache()
         setattr(args, name, max(1, size // 2))
-        flag = f"--{name.replace('_', '-')}"
-        print(f"{reason} at {flag} {size}: going on with {max(1, size // 2)}", flush=True)
-    raise ValueError(f"{reason} at {flag} {size}, which is half of what was tried before; start "
-                     "with less, or see what fits: python bench.py plan --help")
+        print(f"{reason}: going on with {getattr(args, name)}", flush=True)
+    raise ValueError(f"{reason}, which is half of what was tried before; start with less, or see "
+                     "what fits: python bench.py plan --help")
 
 
 # ------------------------------------------------------------ AdamW
@@ -158,9 +149,8 @@ def init_optimizer(trainable, device="cpu", dtype=torch.float32, offload=False):
     flat = torch.zeros(shard * world, device=device, dtype=dtype)
     grads = torch.zeros(shard * world, device=device)
     m, v = torch.zeros(shard, **home), torch.zeros(shard, **home)
-    master = flat[first:first + shard]
-    if offload or dtype != torch.float32:
-        master = torch.zeros(shard, **home)
+    own_master = offload or dtype != torch.float32
+    master = torch.zeros(shard, **home) if own_master else flat[first:first + shard]
     params = {}
     for name, tensor in trainable.items():
         begin, end = spans[name]
