@@ -21,6 +21,7 @@ from tests.common import read_lines, run, skip_unless, temporary_dir
 
 _RIGHT = r"""
 # numbers, formulas, statements
+\binom52 :: 10 || \binom{n}2 :: \frac{n(n-1)}2
 14{,}916 :: 14916 :: 14,916 || \frac12 :: .5 :: \cos 60^\circ :: \sin \pi/6 || -1\frac{1}{2} :: -1.5
 5,\!636 :: 5636 || 1234567 :: 1,234,567 :: 1{, }234{, }567 || (3)/(4) :: \left(\frac{3}{4}\right)
 5\,636 :: 5{,}636 || \frac73 :: 2 1/3 :: 2.\overline{3} || 320000 :: 3.2x10^5 :: 3.2 X 10^{5}
