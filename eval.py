@@ -231,7 +231,7 @@ class Setup(NamedTuple):
     grade: str = "strict"  # which one counts
     trained_on: frozenset = frozenset()  # ids of problems
     records: Path | None = None  # a directory for files of records, or one such file
-    results: Path | None = None  # the file of rows
+    results: str | None = None  # the file of rows
 
 
 def weights_hash(*directories):
@@ -561,8 +561,8 @@ def report(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     models = {"base": args.model, "trained": args.trained}
-    weights = {name: weights_hash(model.resolve_model(path)) for name, path in models.items()}
-    config = model.load_config(model.resolve_model(args.model))
+    paths = {name: model.resolve_model(path) for name, path in models.items()}
+    config = model.load_config(paths["base"])
     usual = vars(parse_args([]))
     shared = [f"--{name.replace('_', '-')}={value}".removesuffix("=True")
               for name, value in vars(args).items()
@@ -577,12 +577,13 @@ def report(args):
         limit = args.limit if greedy else args.sampled_limit or args.limit
         wanted = {"data": args.data, "split": args.split, "data_seed": args.data_seed, "shots": 0,
                   "asked": len(load_problems(args.data, args.split, limit or None, args.data_seed)),
-                  "weights": weights[name], "prompt": prompt, "method": method, "seed": args.seed,
-                  "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature}
+                  "weights": weights_hash(paths[name]), "prompt": prompt, "method": method,
+                  "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature,
+                  "seed": args.seed}
         if not find_row(args.results, **wanted):
-            flags = ["--num-samples=10"] if method == "sampled" else []
+            ten = ["--num-samples=10"] if method == "sampled" else []
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
-                       f"--limit={limit}", f"--temperature={temperature}", *flags, *shared)
+                       f"--limit={limit}", f"--temperature={temperature}", *ten, *shared)
         row = find_row(args.results, **wanted)
         pass_10 = row.get("rates", {}).get("pass@10")
         rows.append(row | {"method": label, "cells": {

@@ -74,6 +74,7 @@ def parse_args(argv=None):
     add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--prompt", help="what to ask; without it, an interactive chat")
     add("--system", help="the system turn; default: the model's own")
+    add("--hide-thinking", action="store_true", help="show only what stands outside the thought")
     add("--raw", action="store_true", help="give the prompt as it is, without the chat template")
     add("--think-budget", type=at_least(0), default=0, help="close a longer thought; 0: never")
     add("--think-minimum", type=at_least(0), default=0,
@@ -415,7 +416,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
         repetition: end a row whose last so many tokens repeat one phrase at least four times.
         think_budget, think_minimum: tokens after which a thought is closed, before which it is not.
     cache_gib: bound of the cache, as long as one row fits; the rows beyond it wait.
-    chunk: tokens of prompts that go through the layers at once.
+    chunk: tokens of prompts that go through the layers at once; a longer prompt goes alone.
     compiled: torch.compile the decode step of a GPU's engine; it takes a minute, once.
     engine: an Engine, whose cache and graphs a GPU uses again while the weights stay in place.
     on_token(prompt, sample, tokens): called with a row's tokens so far.
@@ -469,8 +470,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
         held = sum(tensor.nbytes for layer in batch.layers for tensor in layer)
         stats["cache_gib"] = max(stats["cache_gib"], held / 2**30)
         changed = False
-        left = steps_left(batch)
-        while not changed:
+        while not changed and (left := steps_left(batch)):
             drawn = decode(step, state, batch.rows, min(stride, left), sampling)
             stats["steps"] += len(drawn)
             ended, num_tokens, reopened = harvest(batch.rows, drawn, sampling, on_token)
@@ -486,8 +486,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
                 places = min(B, max_batch) if full else max_batch
             free = places - len(batch.rows)
             sparse = free >= max(1, B // (16 if waiting else 2 if static else 4))
-            left = steps_left(batch)
-            changed = reopened or sparse or not left
+            changed = reopened or sparse
         stats["decode_s"] += clock(like) - ready
     return results
 
@@ -502,8 +501,8 @@ def completion_text(tokenizer, completion, ends, stop=()):
     return text[:min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
 
 
-def text_streamer(tokenizer, ends, write, think_tag="think", dim=True):
-    """show(tokens, last): writes what is new of a completion's text, its thought dim."""
+def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=True):
+    """show(tokens, last): writes what is new of a completion's text, its thought dim or hidden."""
     tags = f"<{think_tag}>", f"</{think_tag}>"
     block = re.compile(rf"({tags[0]}.*?(?:{tags[1]}|\Z))", re.DOTALL)
     shown = 0
@@ -519,7 +518,8 @@ def text_streamer(tokenizer, ends, write, think_tag="think", dim=True):
         for i, part in enumerate(block.split(text)):  # every other one is a thought
             new = printable(part[max(0, shown - at):])
             at += len(part)
-            write(f"\033[2m{new}\033[0m" if new and i % 2 and dim else new)
+            if not (i % 2 and hide):
+                write(f"\033[2m{new}\033[0m" if new and i % 2 and dim else new)
         shown = max(shown, at)
 
     return show
@@ -542,7 +542,7 @@ def reply(params, config, tokenizer, system, engine, messages, args):
         prompt = tokenizer.encode(text, add_special_tokens=False).ids
     ends = model.end_tokens(tokenizer, config)
     show = text_streamer(tokenizer, ends, lambda text: print(text, end="", flush=True),
-                         args.think_tag, sys.stdout.isatty())
+                         args.think_tag, args.hide_thinking, sys.stdout.isatty())
     [[answer]] = generate(
         params, config, [prompt], max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, stop_tokens=ends,

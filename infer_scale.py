@@ -123,7 +123,7 @@ def adaptive(votes, right, confidence, orders=20, seed=0):
 # Each returns its rows of results, and lines to print below their table.
 
 
-def compare_prompts(setup, exemplars, shots_from=None, seed=0):
+def compare_prompts(setup, exemplars, shots_from, seed):
     """Greedy answers: at once, after zero-shot chain of thought, after solved problems."""
     at_once = "plain" if is_tiny(setup.config) else "direct"  # "only" is no word of the tiny model
     most = load_shots(shots_from or setup.settings["data"], max(exemplars), seed, setup.problems)
@@ -203,7 +203,7 @@ def sweep_temperature(pools, ks):
     return rows, notes
 
 
-def sweep_budget(setup, budgets=None):
+def sweep_budget(setup, budgets):
     """Greedy answers after any length of thought, and after one closed at so many tokens."""
     usual = TINY_BUDGETS if is_tiny(setup.config) else OTHER_BUDGETS
     budgets = sorted(set(budgets or usual))

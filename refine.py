@@ -226,15 +226,15 @@ def write_traces(path, problems, history, rows):
     write_whole(Path(path), text)
 
 
-def table_of_rounds(rows):
+def print_rounds(rows):
     """How each round moved the answers, from the rows after 0, 1, ... rounds."""
+    moves = {"right to right": (1, 1), "right to wrong": (1, 0), "wrong to right": (0, 1),
+             "wrong to wrong": (0, 0)}
     lines = []
     for k, (before, after) in enumerate(zip(rows, rows[1:]), 1):
-        moves = Counter(zip(*eval.paired(before, after)))
-        counts = [moves[move] for move in ((1, 1), (1, 0), (0, 1), (0, 0))]
-        lines.append([k, *counts, eval.gain(after, before)])
-    return (["round", "right to right", "right to wrong", "wrong to right",
-                     "wrong to wrong", "points gained [95 %]"], lines)
+        counts = Counter(zip(*eval.paired(before, after)))
+        lines.append([k, *(counts[move] for move in moves.values()), eval.gain(after, before)])
+    eval.say_table(["round", *moves, "points gained [95 %]"], lines)
 
 
 def measure(setup, gate, loop, settings, suffix=""):
@@ -258,10 +258,10 @@ def main(args):
     if args.traces:
         append_lines(args.traces, [])  # what could not be kept need not be measured
     setup = eval.load_setup(args, replies=3)
-    check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
+    prompts = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
-            "critique_prompt": args.critique_prompt or check,
-            "revise_prompt": args.revise_prompt or again}
+            "critique_prompt": args.critique_prompt or prompts[0],
+            "revise_prompt": args.revise_prompt or prompts[1]}
     settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
     loop["seeds"] = eval.prompt_seeds(setup.problems)
@@ -286,7 +286,7 @@ def main(args):
     if args.temperature > 0:
         rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
     eval.publish(setup, rows)
-    eval.say_table(*table_of_rounds(own))
+    print_rounds(own)
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
     right = [score == 1 for score in own[0]["scores"].values()]
     for name in SCORES:

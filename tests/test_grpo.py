@@ -947,6 +947,7 @@ def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
                 for home in (whole, broken)]
         assert logs[0] == logs[1], logs
         assert [row["step"] for row in logs[0]] == list(range(steps + 1))
+        assert logs[0][-1]["epoch"] == 4 * steps / 40, "what --refill asks does not count"
         results = (whole / "results.md").read_text()
         assert results == (broken / "results.md").read_text()
         assert "Before to after: " in results and "of 4 problems gained" in results, results
