@@ -342,6 +342,9 @@ MIXED = (  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
     r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))"
 )
+SINGLE = "|".join(  # before a digit that is a number of its own: \frac12, \binom52
+    f"(?<={name}{gap})" for name in ("frac", "binom") for gap in ("", " ", r"\d", r" \d")
+)
 LAYOUT = (  # of no meaning
     "displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?|hline|bm|boldsymbol|mathcal|mathit"
     r"|mathbf(?!\s*\{?[RZ]\b)|mathop|vec|hat|boxed|fbox|[lL]arge|checkmark|num"
@@ -360,7 +363,7 @@ LEXEME = re.compile(
     r"|\\begin\s*\{(?P<begin>[pbB]?matrix|array)\}(?:\s*\{[clr|@ ]*\})?"
     r"|\\end\s*\{(?P<end>[pbB]?matrix|array)\}"
     r"|\\(?:mathbb|Bbb|mathds|mathbf)\s*\{?\s*(?P<set>[A-Z])\b\s*\}?"
-    r"|(?P<digit>(?:(?<=frac)|(?<=frac )|(?<=frac\d)|(?<=frac \d))\d)"  # \frac12
+    rf"|(?P<digit>(?:{SINGLE})\d)"
     rf"|(?P<mixed>(?<![\^_t]){MIXED})|(?P<periodic>{PERIODIC})|(?P<number>{NUMBER})"
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-ZÀ-ž]+)"

@@ -21,6 +21,7 @@ from tests.common import read_lines, run, skip_unless, temporary_dir
 
 _RIGHT = r"""
 # numbers, formulas, statements
+\binom52 :: 10 || \binom{n}2 :: \frac{n(n-1)}2
 14{,}916 :: 14916 :: 14,916 || (3,-1) :: P(3,-1) :: \{x=3, y=-1\} :: x = 3 \quad y = -1
 2 :: \log 100 :: k=1+1=2 :: \operatorname{rank}(A)=2 || 5 :: \square = 5 :: \checkmark 5 :: 0b101
 -x >= -1 :: x <= 1 || 15 :: 15\mbox{ cm}^2 :: US\$15 :: \text{USD }15 :: 15\text{ pct} :: 0b1111
@@ -203,7 +204,6 @@ y=2x+3 :: y=3x+2 || \sin x^2 :: \sin^2 x || \cos x=\frac12 :: \sin x=\frac12 || 
 2A5_{16} :: 2A6_{16} || 7:30\text{ PM} :: \text{7:30 AM} || 1,2,\ldots,8 :: 1,2,\ldots,9
 (4^2)^3 :: 4^{2^3} || (x+y)/x y :: \frac{x+y}{xy} || [x,y) :: [1,2) || (1,1] :: (1,1) || x=5 :: y=5
 y^2=12x :: 12x || [2,5[ :: [2,5] || 0 = 0 :: 1 || 2=3 :: 4=6
-(2,125) :: 2125 || \{3,600\} :: 3600
 # calls with a number, unknown functions, sums, products, integrals
 f(2)=4 :: f(2)=5 :: f(3)=4 :: g(2)=4 || a(1)+a(2)=3 :: a(1)+a(2)=4 || f(3) = f(5) :: f(3) = f(6)
 f(3) \ne 4 :: f(3) \ne 5 || 100 < f(20) :: 100<f(22) || f(2)=2f(1) :: f(2)=3f(1) || a(5)=7 :: a(5)=8
