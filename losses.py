@@ -94,7 +94,10 @@ def kl_divergence(gap, ratio, kl):
     k3: GRPO, eq. 4; k3_corrected, whose gradient is unbiased: DeepSeek-V3.2, arXiv:2512.02556.
     """
     k3 = gap.exp() - gap - 1
-    return {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}[kl]
+    estimates = {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}
+    if kl not in estimates:
+        raise ValueError(f"kl is {kl!r}, expected one of {', '.join(estimates)}")
+    return estimates[kl]
 
 
 # ------------------------------------------------------------ the loss
@@ -113,6 +116,8 @@ def loss_total(loss, lengths, max_completion_tokens):
     if loss in ("grpo", "sapo"):  # over completions, each the mean over its tokens
         total = len(lengths)
     if loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
+        if max_completion_tokens is None:
+            raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
         total = len(lengths) * max_completion_tokens
     return Total(total, tokens)
 

@@ -325,7 +325,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (rf"\^\s*(?:\{{\s*{CIRCLE}\s*\}}|{CIRCLE})", r"\\degree "),
     (r"\^\s*(?:\{\s*)?((?:\\prime\s*|')+)\}?", lambda m: "'" * len(re.findall("p|'", m[1]))),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),  # 1.5x10^3
-    (r"[,;]?\s*\(?\s*[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # (k \in Z)
+    (r"(?:[,;]\s*)?(?:\(\s*)?[a-z]\s*(?:\\in|∈)\s*\\mathbb\s*\{?\s*[NZ]\}?\s*\)?$", ""),  # k \in Z
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (r'\s*(?:\\q?quad(?![a-z])\s*)+([,;"]|$)?', lambda m: " , " if m[1] is None else f" {m[1]}"),
     (r"(?:[(\[]|\\\{)[^()\[\]]*", lambda m: re.sub(",(?=[1-9])", ", ", m[0])),  # (2,125) is a pair

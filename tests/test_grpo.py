@@ -806,8 +806,10 @@ def test_grpo_best_checkpoint_may_be_the_first():
 def test_grpo_stops_at_an_accuracy():
     """The schedule is that of --steps. A resumed run has ended, unless more is asked for."""
     with temporary_dir() as home:
-        with _right_answers([0, 0], [0], [0], [1, 0], [0]):  # on dev, the test before and after
+        with (_right_answers([0, 0], [0], [0], [1, 0], [0]),  # on dev, the test before and after
+              mock.patch.object(grpo, "sampling_params", wraps=grpo.sampling_params) as pack):
             out = _grpo(home, "--eval-every", 1, "--until", 0.5)
+        assert pack.call_count == 3  # at the start, for the step, for all measurements after it
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
         asked, never, always = map(int, re.search(
             r"of (\d+) problems asked, (\d+) were never solved and (\d+) always", out).groups())

@@ -202,3 +202,11 @@ def test_losses_gdpo_advantages():
     coefficients = {"accuracy": 1.0, "brevity": 0.5}
     found = losses.combined_advantages(parts, coefficients, "group").flatten().tolist()
     assert max(abs(a - b) for a, b in zip(_decided(found), wanted, strict=True)) < 1e-12
+
+
+def test_losses_say_what_was_expected():
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3)
+    for bad, said in (({"loss": "ppo"}, "dapo"), ({"level": "word"}, "sequence"),
+                      ({"kl": "k4", "beta": 1.0}, "k3"), ({"loss": "dr_grpo"}, "max_completion")):
+        with raises(ValueError, said):
+            losses.policy_loss(x, x, x, torch.ones(2), mask, **bad)

@@ -21,388 +21,391 @@ from tests.common import read_lines, run, skip_unless, temporary_dir
 
 _RIGHT = r"""
 # numbers, formulas, statements
-14{,}916 :: 14916 :: 14,916 || \frac12 :: .5 :: \cos 60^\circ :: \sin \pi/6 || -1\frac{1}{2} :: -1.5
-5,\!636 :: 5636 || 1234567 :: 1,234,567 :: 1{, }234{, }567 || (3)/(4) :: \left(\frac{3}{4}\right)
-5\,636 :: 5{,}636 || \frac73 :: 2 1/3 :: 2.\overline{3} || 320000 :: 3.2x10^5 :: 3.2 X 10^{5}
-11,\! 111,\! 100 :: 11111100 || 0.1\overline{6} :: 1/6 :: \nicefrac{1}{6} || 1\frac45 :: 9/5 :: 1.8
-8\text{ }\frac47 :: \frac{60}{7} || 1/3 :: 0.333... :: x=1/3\approx0.33 :: 0.(3) || 1e-6 :: 10^{-6}
-2½ :: 2.5 || 5 :: \square = 5 :: \checkmark 5 :: 0b101 || 6.02e23 :: 6.02 \cdot 10^{23}
-\frac 59 :: \frac{10}{18} || 12 :: 12 cm² :: (A) 12 :: \Delta S = 12 \text{ J} || \tfrac{3}4 :: 0.75
--\frac{9}{15} :: \frac{-3}5 || -80\ \mathrm{square\ units} :: -80 || 10.50 \times 10^{6} :: 1.05e7
-1.5\times10^3 :: 1500 || 15 :: 15\mbox{ cm}^2 :: US\$15 :: \text{USD }15 :: 15\text{ pct} :: 0b1111
-0.\overline{6} :: 2/3 || 28\% :: 28 :: 0.28 :: 28 percent || 0.005 :: \frac{1}{2}\% :: 0.5\%
-3.33333333333 :: \frac{10}{3} || \angle ABC = 69^\circ :: 69\text{ degrees} || \text{(C)} :: c :: C
-\$18.90 :: 18.9 || 5 \text{ million} :: 5000000 || 3\frac12\text{ hours} :: 3.5 || \$-8,192 :: -8192
-5 :: €5 :: 5\mathrm{~cm}^2 :: 5\text{ m/s} :: \text{five} :: |3-4i| :: x=5 :: 5=x :: \num{5}
-17 \text{ any text} :: 17 || \text{does not exist} :: \text{DNE} || \text{an ellipse} :: ellipse
-198 \% :: 198 || 2^{100} :: 1267650600228229401496703205376 || 52_8 :: 52_{8} :: 52_{\text{eight}}
-50\text{ percent} :: 50 || \binom{30}{11} :: \binom{30}{19} || 6 \cdot 6^{999} :: 6^{1000}
-90^\circ :: 90 || \binom{n}{2} :: \frac{n(n-1)}{2} || \sin(90^\circ-x) :: \cos x || n! :: n (n-1)!
-54° :: 54^{\circ} || \sqrt{3+2\sqrt2} :: 1+\sqrt2 || 8 \cdot 2^{1/2} :: 8\sqrt 2
-\textbf{(C)} :: C || sqrt(3)/2 :: \frac{\sqrt3}{2} || \frac{\pi}{4} :: 0.7853981634 || 3π :: 3\pi
-(C) :: \mathrm{C} || \frac{1}{2024!} :: 1/2024! || \log_2 3 :: \frac{\ln 3}{\ln 2} || e^{i\pi} :: -1
-\text{(A)}\ 12 :: A || 2 :: \log 100 :: k=1+1=2 :: \operatorname{rank}(A)=2 || 8\sqrt2 :: \sqrt{128}
-\text{Monday.} :: monday || \log(xy) :: \log x + \log y || 27i - 11 :: -11 + 27 \cdot i || i :: 0+1i
-\emptyset :: \text{No solution} :: \text{There is no solution} :: \text{no solution}
-\{\} :: \varnothing || \sin^{-1} x :: \arcsin x || \frac{1}{y}+y :: \frac{y^2+1}{y} || x**2 :: x²
-13 \cdot 12! :: 13! || 36x\sqrt{35x} :: 36\sqrt{35}x^{\frac32} || \frac{1}{\sqrt{n}} :: 1/sqrt(n)
-5√7 :: \sqrt[2]{175} || (x+1)/(x-1) :: \frac{x+1}{x-1} || \tan^2 y + 1 :: \sec^2 y || |x-3| :: |3-x|
-\sqrt[3]{-8} :: -2 || (1,2) :: (x,y) = (1,2) :: x=1, y=2 :: \langle 1,2\rangle :: x=1 y=2
-256*pi :: 256 \pi || (1,2,3) :: \bp1\\2\\3\ep :: [1,2,3] :: x=1 y=2 z=3 || |x| :: \sqrt{x^2} :: │x│
-18+2pi :: 2(9+\pi) || \bigl(-3 ,\, 2\bigr) :: (-3,2) || x^{2/3} :: \sqrt[3]{x^2} || \ln 8 :: 3 \ln 2
-4+6\mathrm{i} :: 6i+4 || (1,2),(3,4) :: (3,4) \text{ and } (1,2) :: \{(1,2),(3,4)\}
-8 - 2*I :: 8-2i || \{1\pm\sqrt5,-2\} :: -2, 1\pm\sqrt{5} || 1\pm\sqrt5 :: 1-\sqrt5, 1+\sqrt5
-z = 8 - 1i :: 8-i || (2,12)\cup(12,102) :: (12,102) \cup (2, 12) || x = \pm 3 :: 3 \text{ or } -3
-\sin 3x :: sin(3*x) || x \ne 0 :: (-\infty,0)\cup(0,\infty) || \mathbb{R}\setminus\{0\} :: x \neq 0
-3, 5, 7 :: \{7,3,5\} || x \in [46, +\infty) :: x \ge 46 || 100,101,102 :: 100, 101, 102
-3 \text{ and } 4 :: 4,3 || x \le -2 \text{ or } x \ge 5 :: (-\infty,-2]\cup[5,\infty)
-x=24, x=-3 :: -3, 24 || k \ge -36 \text{ and } k \le 104 :: -36 \le k \le 104 || -2\le x<3 :: [-2,3)
-0; 1; 2 :: 2,1,0 || [[1,2,3],[4,5,6]] :: \bp1&2&3\\4&5&6\ep || [[1,2],[3,4]] :: A = \bp1&2\\3&4\ep
-1,2;3,4 :: 1,2,3,4 || \frac13\bp1\\2\ep :: \bp1/3\\2/3\ep || a \geqslant 1.5 :: a \ge \frac32
--4 ± 2i :: -4+2i,-4-2i || x^2/16+y^2/12=1/4 :: \frac{x^2}{4}+\frac{y^2}3=1 || f(x)=2x+3 :: y = 2x+3
-[1,2]\cup[2,3] :: [1,3] || 2x :: \frac{dy}{dx} = 2x :: f^{\prime}(x)=2x || 3:4 :: 6:8 :: \frac{3}{4}
-\{x|-2\leq x < 1\} :: [-2,1) || f^{-1}(x) = \frac{x-1}{2} :: \frac{x-1}2 || .\overline{3} :: \frac13
-ℝ :: (-∞, ∞) || 6 :: \sum_{k=1}^3 k = 6 :: 2\cdot\num{3} || 12.5 :: 12 1/2 \% :: \num{12.5}
-|x|<3 :: (-3,3) || 60 \frac{\text{km}}{\text{h}} :: 60 km/h || 60\,\mathrm{km\,h^{-1}} :: 60
--x >= -1 :: x <= 1 || 1 :: |AB| = 1 :: 2^{\sin\pi} || 72{}^\circ :: 72^{\mathrm{o}} || {-}7 :: -7
-x+y>2 :: 2 < x+y || 72 :: 72º :: \measuredangle ABC = 72^\circ || 1011_{\text{base }2} :: 1011_2
+14{,}916 :: 14916 :: 14,916 || (3,-1) :: P(3,-1) :: \{x=3, y=-1\} :: x = 3 \quad y = -1
+2 :: \log 100 :: k=1+1=2 :: \operatorname{rank}(A)=2 || 5 :: \square = 5 :: \checkmark 5 :: 0b101
+-x >= -1 :: x <= 1 || 15 :: 15\mbox{ cm}^2 :: US\$15 :: \text{USD }15 :: 15\text{ pct} :: 0b1111
+y=2x+3 :: 2x-y+3=0 || 1234567 :: 1,234,567 :: 1{, }234{, }567 || 7 p.m. :: 7\text{ PM} :: 7:00 p.m.
+1'000 :: 1{,}\!000 || \binom{30}{11} :: \binom{30}{19} || \frac73 :: 2 1/3 :: 2.\overline{3}
+5,\!636 :: 5636 || \frac12 :: \cos 60^\circ :: .5 :: \sin \pi/6 || \binom{n}{2} :: \frac{n(n-1)}{2}
+1\frac45 :: 9/5 :: 1.8 || (3)/(4) :: \left(\frac{3}{4}\right) || 11,\! 111,\! 100 :: 11111100
+1e-6 :: 10^{-6} || \mathbb{R}\setminus\{0\} :: x \neq 0 || 0.1\overline{6} :: \nicefrac{1}{6} :: 1/6
+5\,636 :: 5{,}636 || 52_8 :: 52_{8} :: 52_{\text{eight}} || 8\text{ }\frac47 :: \frac{60}{7}
+\$-8,192 :: -8192 || \sin(90^\circ-x) :: \cos x || \text{Monday.} :: monday || \R - \{2\} :: x \ne 2
+5 :: 5\text{ m/s} :: €5 :: 5\mathrm{~cm}^2 :: \text{five} :: x=5 :: |3-4i| :: 5=x :: \num{5}
+54° :: 54^{\circ} || 12 :: 12 cm² :: (A) 12 :: \Delta S = 12 \text{ J} || \frac{1}{2024!} :: 1/2024!
+0; 1; 2 :: 2,1,0 || 36x\sqrt{35x} :: 36\sqrt{35}x^{\frac32} || \frac 59 :: \frac{10}{18}
+\sin^{-1} x :: \arcsin x || -\frac{9}{15} :: \frac{-3}5 || 6 \cdot 6^{999} :: 6^{1000} || 2½ :: 2.5
+-1\frac{1}{2} :: -1.5 || (1,2) :: (x,y) = (1,2) :: \langle 1,2\rangle :: x=1, y=2 :: x=1 y=2
+n! :: n (n-1)! || 6.02e23 :: 6.02 \cdot 10^{23} || 10.50 \times 10^{6} :: 1.05e7 || \sqrt{-9} :: 3i
+e^{i\pi} :: -1 || 320000 :: 3.2x10^5 :: 3.2 X 10^{5} || 28\% :: 0.28 :: 28 :: 28 percent
+|x-3| :: |3-x| || 1011_{\text{base }2} :: 1011_2 || 8 \cdot 2^{1/2} :: 8\sqrt 2
+\emptyset :: \text{There is no solution} :: \text{No solution} :: \text{no solution}
+\tfrac{3}4 :: 0.75 || 3 \text{ to } 4 :: 3{:}4 || \text{does not exist} :: \text{DNE}
+3 \text{ and } 4 :: 4,3 || 1/3 :: 0.333... :: 0.(3) :: x=1/3\approx0.33 || [1,2]\cup[2,3] :: [1,3]
+1.5\times10^3 :: 1500 || [[1,2],[3,4]] :: A = \bp1&2\\3&4\ep || -4 ± 2i :: -4+2i,-4-2i
+\sqrt[3]{-8} :: -2 || 3.33333333333 :: \frac{10}{3} || sqrt(3)/2 :: \frac{\sqrt3}{2}
+18+2pi :: 2(9+\pi) || \frac{\pi}{4} :: 0.7853981634 || \text{Answer: B} :: B) || 1,2;3,4 :: 1,2,3,4
+0.\overline{6} :: 2/3 || 17 \text{ any text} :: 17 || -80\ \mathrm{square\ units} :: -80
+8\sqrt2 :: \sqrt{128} || \binom{n}{k} :: \frac{n!}{k!(n-k)!} || 5 \text{ million} :: 5000000
+10^{\text{th}} :: 10th || \frac{1}{y}+y :: \frac{y^2+1}{y} || 1\pm\sqrt5 :: 1-\sqrt5, 1+\sqrt5
+\$18.90 :: 18.9 || a \geqslant 1.5 :: a \ge \frac32 || 60 \frac{\text{km}}{\text{h}} :: 60 km/h
+\text{(C)} :: c :: C || \frac{\partial f}{\partial x} = 2xy :: 2xy || 3\frac12\text{ hours} :: 3.5
+8 - 2*I :: 8-2i || 72 :: \measuredangle ABC = 72^\circ :: 72º || \frac13\bp1\\2\ep :: \bp1/3\\2/3\ep
+|x|<3 :: (-3,3) || (1,2),(3,4) :: (3,4) \text{ and } (1,2) :: \{(1,2),(3,4)\} || 90^\circ :: 90
+5√7 :: \sqrt[2]{175} || \text{the set of all integers} :: \mathbf{Z} || \textbf{(B) }12 :: (B) 12
+3, 5, 7 :: \{7,3,5\} || \angle ABC = 69^\circ :: 69\text{ degrees} || 50\text{ percent} :: 50
+x=24, x=-3 :: -3, 24 || [[1,2,3],[4,5,6]] :: \bp1&2&3\\4&5&6\ep || (1,2) \quad (3,4) :: (3,4),(1,2)
+198 \% :: 198 || \{1\pm\sqrt5,-2\} :: -2, 1\pm\sqrt{5} || x \ne 0 :: (-\infty,0)\cup(0,\infty)
+0.005 :: \frac{1}{2}\% :: 0.5\% || \text{BEEF}_{16} :: BEEF_{16} || \{1,2\} \cap \{2,3\} :: \{2\}
+\textbf{(C)} :: C || (1,2,3) :: \bp1\\2\\3\ep :: x=1 y=2 z=3 :: [1,2,3] || \tan^2 y + 1 :: \sec^2 y
+(C) :: \mathrm{C} || \log_2 3 :: \frac{\ln 3}{\ln 2} || 6 :: \sum_{k=1}^3 k = 6 :: 2\cdot\num{3}
+256*pi :: 256 \pi || 2^{100} :: 1267650600228229401496703205376 || (x+1)/(x-1) :: \frac{x+1}{x-1}
+z = 8 - 1i :: 8-i || n \equiv 1 (\bmod 3) :: n \equiv 1 \pmod 3 || 1 :: |AB| = 1 :: 2^{\sin\pi}
+x+y>2 :: 2 < x+y || \text{an ellipse} :: ellipse || \sqrt{3+2\sqrt2} :: 1+\sqrt2 || ℝ :: (-∞, ∞)
+\text{(A)}\ 12 :: A || 27i - 11 :: -11 + 27 \cdot i || 100,101,102 :: 100, 101, 102 || 12𝜋 :: 12\pi
+x^{2/3} :: \sqrt[3]{x^2} || 3:4 :: 6:8 :: \frac{3}{4} || |x| :: │x│ :: \sqrt{x^2} || 3π :: 3\pi
+\{\} :: \varnothing || 2x :: \frac{dy}{dx} = 2x :: f^{\prime}(x)=2x || \log(xy) :: \log x + \log y
+S_{MBCN}:S=7:32 :: 7:32 || {3 \over 7} :: \sfrac{3}{7} || .\overline{3} :: \frac13 || x**2 :: x²
+13 \cdot 12! :: 13! || \frac{1}{\sqrt{n}} :: 1/sqrt(n) || x \in [46, +\infty) :: x \ge 46
+\sin 3x :: sin(3*x) || 12.5 :: 12 1/2 \% :: \num{12.5} || \bigl(-3 ,\, 2\bigr) :: (-3,2)
+-2\le x<3 :: [-2,3) || x = \pm 3 :: 3 \text{ or } -3 || 60\,\mathrm{km\,h^{-1}} :: 60 || {-}7 :: -7
+\triangle ABC :: ABC || k \ge -36 \text{ and } k \le 104 :: -36 \le k \le 104 || -\sqrt{-4} :: -2i
+\ln 8 :: 3 \ln 2 || x \le -2 \text{ or } x \ge 5 :: (-\infty,-2]\cup[5,\infty) || \Large 42 :: 42\
+144 (\text{ways}) :: 144 || (2,12)\cup(12,102) :: (12,102) \cup (2, 12) || 4+6\mathrm{i} :: 6i+4
+i :: 0+1i || x^2/16+y^2/12=1/4 :: \frac{x^2}{4}+\frac{y^2}3=1 || 72{}^\circ :: 72^{\mathrm{o}}
+f(x)=2x+3 :: y = 2x+3 || (-\infty,1)\text{ or }(4,\infty) :: x<1 \text{ or } x>4
+{\$}15 :: \text{\$}15 || [1,2]\cup\{3\} :: 1 \le x \le 2 \text{ or } x=3 || 2{\frac{3}{4}} :: 2.75
+\{x|-2\leq x < 1\} :: [-2,1) || f^{-1}(x) = \frac{x-1}{2} :: \frac{x-1}2 || (1011)_2 :: 1011_{(2)}
+1, 2, \ldots, n :: 1,2,...,n || x = k\pi \; (k \in \mathbb{Z}) :: k\pi || v^2_0 - 2gh :: v_0^2-2gh
 \begin{bmatrix}1 & 2\\ 3 & 4\\ \end{bmatrix} :: \left[\begin{array}{cc}1&2\\3&4\end{array}\right]
-y=2x+3 :: 2x-y+3=0 || \text{BEEF}_{16} :: BEEF_{16} || {3 \over 7} :: \sfrac{3}{7} || 12𝜋 :: 12\pi
-S_{MBCN}:S=7:32 :: 7:32 || (3,-1) :: P(3,-1) :: \{x=3, y=-1\} :: x = 3 \quad y = -1
-1'000 :: 1{,}\!000 || (-\infty,1)\text{ or }(4,\infty) :: x<1 \text{ or } x>4 || 80\;\mathrm m :: 80
-2{\frac{3}{4}} :: 2.75 || [1,2]\cup\{3\} :: 1 \le x \le 2 \text{ or } x=3 || (1011)_2 :: 1011_{(2)}
-{\$}15 :: \text{\$}15 || \text{the set of all integers} :: \mathbf{Z} || 144 (\text{ways}) :: 144
-\sqrt{-9} :: 3i || \binom{n}{k} :: \frac{n!}{k!(n-k)!} || 7 p.m. :: 7\text{ PM} :: 7:00 p.m.
--\sqrt{-4} :: -2i || n \equiv 1 (\bmod 3) :: n \equiv 1 \pmod 3 || (1,2) \quad (3,4) :: (3,4),(1,2)
-2, 5, \& 7 :: 5,7,2 || x = k\pi \; (k \in \mathbb{Z}) :: k\pi || \{1,2\} \cap \{2,3\} :: \{2\}
-\text{A and C} :: C, A || \frac{\partial f}{\partial x} = 2xy :: 2xy || 1, 2, \ldots, n :: 1,2,...,n
-\R - \{2\} :: x \ne 2 || \frac{v^2_0}{2g} :: \frac{v_0^2}{2g} || 42 :: 42 \checkmark :: 0x2A
-3 \text{ to } 4 :: 3{:}4 || x^2_1+x^2_2 :: x_1^2+x_2^2 || \textbf{(B) }12 :: (B) 12
-\triangle ABC :: ABC || y'' :: y^{\prime\prime} :: y^{''} || \sqrt{v^2_0} :: \sqrt{v_0^2}
-\text{Answer: B} :: B) || y^{\prime\prime}+y=0 :: y''+y=0 || \Delta x = 5 :: 5 :: \Delta x=5
-\Large 42 :: 42\ || v^2_0 - 2gh :: v_0^2-2gh || f^{\prime\prime}(x) = 2 :: f''(x) = 2
-10^{\text{th}} :: 10th || y^{\prime\prime}+4y=0 :: y''+4y=0 || \sigma^2_x :: \sigma_x^2
-v^2_0 :: v_0^2 || 3 :: \Delta t = 3 :: \dot{x} = 3 :: \lVert v \rVert = 3 :: f(1) = 3
-x^{2}_{1} :: x_1^2 || \Delta E = h\nu :: \Delta E = \nu h || \mathscr{L} :: \mathscr{L}
-a^n_k :: a_k^n || 4 :: \therefore x = 4 :: f(2)=4 || \mathring{x}+1 :: 1+\mathring{x}
-a^{2}_{n} :: a_{n}^{2} || 1234 :: \num{1234} :: 1\,234 || \mathfrak{g} :: \mathfrak{g}
-T^4_s :: T_s^4 || \heartsuit + 1 :: 1+\heartsuit || y^{\prime} = 2x :: y'=2x || x^{\prime}=3 :: x'=3
-f^{\prime}(x) :: f'(x) || \qty{5}{m} :: \qty{5}{m} || x \oplus y :: x\oplus y || 5 \odot 3 = 8 :: 8
-\Delta H = -50 :: -50 || \displaystyle\frac12 :: 0.5 || \tilde{x}+1 :: 1+\tilde{x}
+80\;\mathrm m :: 80 || \frac{v^2_0}{2g} :: \frac{v_0^2}{2g} || y'' :: y^{\prime\prime} :: y^{''}
+2, 5, \& 7 :: 5,7,2 || \sqrt{v^2_0} :: \sqrt{v_0^2} || \Delta x = 5 :: 5 :: \Delta x=5
+42 :: 42 \checkmark :: 0x2A || y^{\prime\prime}+y=0 :: y''+y=0 || y^{\prime\prime}+4y=0 :: y''+4y=0
+\text{A and C} :: C, A || 3 :: \Delta t = 3 :: \lVert v \rVert = 3 :: \dot{x} = 3 :: f(1) = 3
+v^2_0 :: v_0^2 || f^{\prime\prime}(x) = 2 :: f''(x) = 2 || x^2_1+x^2_2 :: x_1^2+x_2^2
+a^n_k :: a_k^n || \Delta E = h\nu :: \Delta E = \nu h || \tilde{x}+1 :: 1+\tilde{x}
+T^4_s :: T_s^4 || \sigma^2_x :: \sigma_x^2 || y^{\prime} = 2x :: y'=2x || \qty{5}{m} :: \qty{5}{m}
+x^{2}_{1} :: x_1^2 || \mathfrak{g} :: \mathfrak{g} || \displaystyle\frac12 :: 0.5
+a^{2}_{n} :: a_{n}^{2} || 1234 :: \num{1234} :: 1\,234 || \mathring{x}+1 :: 1+\mathring{x}
+f^{\prime}(x) :: f'(x) || 4 :: \therefore x = 4 :: f(2)=4 || \heartsuit + 1 :: 1+\heartsuit
+\Delta H = -50 :: -50 || \mathscr{L} :: \mathscr{L} || x \oplus y :: x\oplus y || 5 \odot 3 = 8 :: 8
 y^{\prime} :: y' || 0 :: \sin\pi :: \sqrt{3+2\sqrt2}-1-\sqrt2 || a \odot b :: a \odot b
 A^{\prime} :: A' || 4 \boldsymbol{x} :: 4x || 3 \odot x :: 3\odot x || a \star b :: a\star b
-\num{1e3} :: 1000 || 2{, }500.50 :: 2500.5 || \bigstar :: \bigstar || \ddot{x} :: \ddot{x}
-\mathsf{T} :: T || 7:30 :: 7:30 p.m. :: 14:60 :: 7:30 || 12:00 p.m. :: 12:00 :: 12:00 PM
-2\,\mathbf{i} :: 2i || I(0)e^{-t/RC} :: I(0)e^{-\frac{t}{RC}} || 3 > f(2) :: f(2) < 3 || 2:0 :: 4:0
-28 pct :: 28 :: 0.28 || f(2) = 4 :: 4 = f(2) || x(x+1)=5 :: x^2+x=5 || x=1 \quad y=2 :: y=2, x=1
-14{, }916 :: 14916 || 3 apples and 5 pears :: 5 pears and 3 apples || x=1 y=2 :: x=1, y=2
-12 pct :: 12\% || LISTEN :: listen :: \text{Listen} || A: 5, B: 7 :: B: 7, A: 5 :: 5, 7 || AB :: BA
-5.5 pct :: 0.055 || [0,\infty),[1,\infty) :: [1,\infty),[0,\infty) || 0x1A :: 26 :: 0x1a
-3{, }000 :: 3000 || (-\infty,1),(2,\infty) :: (-\infty,1)\cup(2,\infty) || 12{,}345 :: 12345
-1:2:3 :: 2:4:6 || V=120\sin(377t) :: V=60\sin(377t)\cdot 2 :: 120\sin(377t) || f(x+1) :: f(1+x)
-P(3) :: P(3) || \int_0^1 e^{2x}dx :: \int_{0}^{1} e^{2x} \, dx || 1-e^{-150} :: 1-\frac{1}{e^{150}}
-x(x+1) :: x^2+x || \text{The series converges} :: the series converges. || \ln(x^2+1) :: \log(1+x^2)
-a(b+c) :: ab+ac || |x-100| :: |100-x| :: \sqrt{x^2-200x+10000} || \frac{\sin 2x}{2} :: \sin x\cos x
-2RC :: 2CR || \tan(x+y) :: \frac{\tan x+\tan y}{1-\tan x\tan y} || \sin^2(377t) :: 1-\cos^2(377t)
-n \text{ is even} :: \text{n is even} || 5\% increase :: 5\% \text{ increase} || E=mc^2 :: E = m c^2
-[1,2,3] :: [1, 2, 3] :: 1,2,3 || True :: \text{True} :: TRUE || \sqrt{10^{100}} :: 10^{50}
-e^{x+200} :: e^{200}e^x || [3,4,5] :: \left[3, 4, 5\right] || x \ge 5 :: [5,\infty) || 3:5 :: 3 : 5
-\sqrt[3]{x^3} :: x || x<1 \text{ or } x>3 :: (-\infty,1)\cup(3,\infty) || 2\sinh x :: e^x-e^{-x}
-f(x)=x+1 :: y=x+1 || \sin(377t+\pi) :: -\sin(377t) || e^{1000x} :: (e^{x})^{1000} || P(x)=x^2 :: x^2
-2:3 :: 4:6 || x=1,\ y=2 :: x=1\quad y=2 || \frac{V}{RC} :: \frac{V}{CR} || 10^{100}+1 :: 1+10^{100}
-15:20 :: 15:20 || x \in \{1,2\} :: \{1,2\} || x=5\text{ or }x=6 :: 5, 6 || EAST :: \text{East}
-0:1 :: 0:2 || (x-1)^2+(y-2)^2=9 :: x^2-2x+y^2-4y=4 || 5\text{ cm} :: 5 cm. || PV=nRT :: nRT = PV
-MONDAY :: Monday || x=\frac{-b\pm\sqrt{b^2-4ac}}{2a} :: \frac{-b\pm\sqrt{b^2-4ac}}{2a} || mgh :: mgh
-East :: east || \text{increase of } 5\% :: \text{increase of }5\% || \frac{a}{b}:c :: \frac{a}{b}:c
-x>1, x<3 :: (1,3) || y=mx+b :: y = b+mx || (1,2] :: 1<x\le2 || A: 5 :: A = 5 || xy+z :: z+yx
-0xff :: 255 || n=5 :: N=5
+x^{\prime}=3 :: x'=3 || \bigstar :: \bigstar || 2{, }500.50 :: 2500.5 || True :: TRUE :: \text{True}
+2\,\mathbf{i} :: 2i || \ddot{x} :: \ddot{x} || 3 > f(2) :: f(2) < 3 || 28 pct :: 28 :: 0.28
+\num{1e3} :: 1000 || [1,2,3] :: [1, 2, 3] :: 1,2,3 || A: 5, B: 7 :: 5, 7 :: B: 7, A: 5
+\mathsf{T} :: T || f(2) = 4 :: 4 = f(2) || 12:00 p.m. :: 12:00 :: 12:00 PM || 5\text{ cm} :: 5 cm.
+12 pct :: 12\% || n \text{ is even} :: \text{n is even} || 5\% increase :: 5\% \text{ increase}
+3{, }000 :: 3000 || 7:30 :: 7:30 p.m. :: 14:60 :: 7:30 || E=mc^2 :: E = m c^2 || EAST :: \text{East}
+14{, }916 :: 14916 || \ln(x^2+1) :: \log(1+x^2) || x=1,\ y=2 :: x=1\quad y=2 || x(x+1)=5 :: x^2+x=5
+5.5 pct :: 0.055 || x=5\text{ or }x=6 :: 5, 6 || x=1 y=2 :: x=1, y=2 || y=mx+b :: y = b+mx
+12{,}345 :: 12345 || 0x1A :: 26 :: 0x1a || f(x)=x+1 :: y=x+1 || x>1, x<3 :: (1,3) || x(x+1) :: x^2+x
+East :: east || 10^{100}+1 :: 1+10^{100} || x \in \{1,2\} :: \{1,2\} || f(x+1) :: f(1+x)
+xy+z :: z+yx || x<1 \text{ or } x>3 :: (-\infty,1)\cup(3,\infty) || a(b+c) :: ab+ac || P(3) :: P(3)
+0xff :: 255 || |x-100| :: |100-x| :: \sqrt{x^2-200x+10000} || I(0)e^{-t/RC} :: I(0)e^{-\frac{t}{RC}}
+2:0 :: 4:0 || LISTEN :: listen :: \text{Listen} || x=1 \quad y=2 :: y=2, x=1 || \sqrt[3]{x^3} :: x
+2RC :: 2CR || 3 apples and 5 pears :: 5 pears and 3 apples || \frac{V}{RC} :: \frac{V}{CR}
+2:3 :: 4:6 || \text{The series converges} :: the series converges. || \sqrt{10^{100}} :: 10^{50}
+0:1 :: 0:2 || (x-1)^2+(y-2)^2=9 :: x^2-2x+y^2-4y=4 || [0,\infty),[1,\infty) :: [1,\infty),[0,\infty)
+mgh :: mgh || (-\infty,1),(2,\infty) :: (-\infty,1)\cup(2,\infty) || PV=nRT :: nRT = PV || AB :: BA
+1:2:3 :: 2:4:6 || V=120\sin(377t) :: V=60\sin(377t)\cdot 2 :: 120\sin(377t) || x \ge 5 :: [5,\infty)
+P(x)=x^2 :: x^2 || \tan(x+y) :: \frac{\tan x+\tan y}{1-\tan x\tan y} || e^{1000x} :: (e^{x})^{1000}
+MONDAY :: Monday || x=\frac{-b\pm\sqrt{b^2-4ac}}{2a} :: \frac{-b\pm\sqrt{b^2-4ac}}{2a}
+(1,2] :: 1<x\le2 || \text{increase of } 5\% :: \text{increase of }5\% || e^{x+200} :: e^{200}e^x
+3:5 :: 3 : 5 || \int_0^1 e^{2x}dx :: \int_{0}^{1} e^{2x} \, dx || 1-e^{-150} :: 1-\frac{1}{e^{150}}
+15:20 :: 15:20 || \frac{\sin 2x}{2} :: \sin x\cos x || [3,4,5] :: \left[3, 4, 5\right] || n=5 :: N=5
+A: 5 :: A = 5 || \sin^2(377t) :: 1-\cos^2(377t) || \frac{a}{b}:c :: \frac{a}{b}:c
+2\sinh x :: e^x-e^{-x} || \sin(377t+\pi) :: -\sin(377t)
 # units, counted nouns, options
-12 \mathrm{~min} :: 12 :: 12 \text{ minutes} || 32 :: 32^\circ\mathrm{F} :: 32^\circ F :: 32°F
-3 :: 3\mathrm{~in} :: 3 slices of pizza :: 3 m/s :: 3 dozen eggs :: 3 hours :: 3 \text{km}
-9.8 m/s^2 :: 9.8 :: 9.8 \text{ m/s}^2 || 100 :: 100 °C :: 100 \mathrm{~W} :: 100 percent
-5 :: 5 \mathrm{~g} / \mathrm{cm}^3 :: 5 days a week :: 5 \text{ units}^2 :: 5 people :: 5 cans
-5 :: 5\mathrm{N\cdot m} :: 5 \mathrm{~m} / \mathrm{s} :: 5 square feet :: 5\ \text{dollars}
-3 \mathrm{~kg} :: 3 kg || 15 :: 15 \text{ boxes of chocolate} :: 15 ml :: 15\,\text{N}\cdot\text{m}
-25 :: 25 \mathrm{~J} :: 25^{\circ} \mathrm{C} || 10 :: 10 \text{ cubic meters} :: 10\ \mathrm{m}
-20 :: 20 (years old) :: 20 students || 9.8 :: 9.8\ \mathrm{m/s^2} :: 9.8 \mathrm{~m} / \mathrm{s}^2
-24 :: 24 gallons of oil :: 24 loaves of bread || 18 :: 18 eggs :: 18 \text{ marbles in total}
-7 :: 7 hours per day :: 7 \text{ (years)} :: 7 red balls :: 7 \mathrm{~cm}^{2} || \$5 :: 5 dollars
-60 :: 60 \text{ miles per hour} :: 60 mph || 45 :: 45 mph :: 45 \mathrm{~km} / \mathrm{h}
+12 \mathrm{~min} :: 12 :: 12 \text{ minutes} || 32 :: 32^\circ\mathrm{F} :: 32°F :: 32^\circ F
+25 :: 25 \mathrm{~J} :: 25^{\circ} \mathrm{C} || 100 :: 100 percent :: 100 °C :: 100 \mathrm{~W}
+7 :: 7 \mathrm{~cm}^{2} :: 7 hours per day :: 7 \text{ (years)} :: 7 red balls || 14 years old :: 14
+36 \text{ inches} :: 36 || 9.8 :: 9.8 \mathrm{~m} / \mathrm{s}^2 :: 9.8\ \mathrm{m/s^2}
+3 :: 3\mathrm{~in} :: 3 dozen eggs :: 3 slices of pizza :: 3 hours :: 3 m/s :: 3 \text{km}
+5 :: 5 \mathrm{~m} / \mathrm{s} :: 5\ \text{dollars} :: 5 people :: 5 \text{ units}^2 :: 5 cans
+5 :: 5 square feet :: 5 days a week :: 5 \mathrm{~g} / \mathrm{cm}^3 :: 5\mathrm{N\cdot m}
+45 :: 45 mph :: 45 \mathrm{~km} / \mathrm{h} || 10 :: 10 \text{ cubic meters} :: 10\ \mathrm{m}
+9.8 m/s^2 :: 9.8 :: 9.8 \text{ m/s}^2 || 24 :: 24 gallons of oil :: 24 loaves of bread
+\$5 :: 5 dollars || 15 :: 15 \text{ boxes of chocolate} :: 15\,\text{N}\cdot\text{m} :: 15 ml
+20 :: 20 students :: 20 (years old) || 6.02\times 10^{23} \mathrm{~mol}^{-1} :: 6.02 \times 10^{23}
 12 :: 12 \text{ sq. ft} :: 12\mathrm{~m} :: 12 (apples) :: 12 pieces of candy :: (B) 12 :: A: 12
-6 :: 6 \mathrm{~cm}^3 :: 6 feet tall || 6.02\times 10^{23} \mathrm{~mol}^{-1} :: 6.02 \times 10^{23}
-3 \times 10^8 \text{ m/s} :: 3 \times 10^8 || 3 more-than-expected :: 3 more-than-expected
-2.5 \mathrm{~kg} \cdot \mathrm{m}^2 :: 2.5 || 40 :: 40 \mathrm{N} :: 40 (square units)
-50 \text{ km/h} :: 50 || \frac{5}{2} \text{ pounds} :: \frac52 || \frac{3}{4} \text{ cup} :: \frac34
-10 centimeters :: 10 cm || 50 \text{ sq ft} :: 50 \text{ square feet} || 2\pi \text{ cm} :: 2\pi
-90 degrees :: 90^\circ || 1.6 \times 10^{-19} \mathrm{C} :: 1.6\times 10^{-19} || 5 ft :: 5 feet
-8 :: 8\text{ people} :: 8 men || 4 :: 4 \text{ kJ/mol} :: 4 \text{ tickets} || 250 \text{ mL} :: 250
-30 \text{ minutes} :: 30 min || \$12.50 :: 12.5 :: 12.50 \text{ dollars} || 2 \mathrm{~h} :: 2 hours
-98.6^\circ\mathrm{F} :: 98.6 || 2 \text{ m}^3 :: 2 \text{ cubic meters} || 36 \text{ inches} :: 36
-16 cups of flour :: 16 || C :: (C) - 5 :: C: 12 :: \text{C. } 14 :: C—the third || E - 7 units :: E
-3.5 \text{ liters of water} :: 3.5 || A :: A. 5 :: A) yes :: \text{(A) } \frac{1}{2}
-8 \text{ inches} :: 8 \text{ in} || 300{,}000 \text{ km/s} :: 300000 || D :: D: none of these :: D.
-11 \text{ ways to choose} :: 11 || 14 years old :: 14 || 120 cm^3 :: 120 || 9 a.m. :: 9 am
-B :: B - 12 apples :: B, since it is larger :: \text{B) } 12 :: B – the second one
-B :: \textbf{(B)}\ 12 :: (B). :: B, because it is bigger :: Option B :: \textbf{B} :: (b) :: b)
+300{,}000 \text{ km/s} :: 300000 || 18 :: 18 eggs :: 18 \text{ marbles in total} || 9 a.m. :: 9 am
+3 \mathrm{~kg} :: 3 kg || 3 \times 10^8 \text{ m/s} :: 3 \times 10^8 || 2 \mathrm{~h} :: 2 hours
+90 degrees :: 90^\circ || 2.5 \mathrm{~kg} \cdot \mathrm{m}^2 :: 2.5 || 10 centimeters :: 10 cm
+8 :: 8\text{ people} :: 8 men || 4 :: 4 \text{ kJ/mol} :: 4 \text{ tickets} || 50 \text{ km/h} :: 50
+\$12.50 :: 12.5 :: 12.50 \text{ dollars} || 60 :: 60 \text{ miles per hour} :: 60 mph
+6 :: 6 \mathrm{~cm}^3 :: 6 feet tall || 40 :: 40 \mathrm{N} :: 40 (square units) || 5 ft :: 5 feet
+\frac{3}{4} \text{ cup} :: \frac34 || 1.6 \times 10^{-19} \mathrm{C} :: 1.6\times 10^{-19}
+\frac{5}{2} \text{ pounds} :: \frac52 || 3 more-than-expected :: 3 more-than-expected
+250 \text{ mL} :: 250 || 50 \text{ sq ft} :: 50 \text{ square feet} || 30 \text{ minutes} :: 30 min
+2\pi \text{ cm} :: 2\pi || C :: (C) - 5 :: C: 12 :: \text{C. } 14 :: C—the third || E - 7 units :: E
+8 \text{ inches} :: 8 \text{ in} || A :: \text{(A) } \frac{1}{2} :: A) yes :: A. 5
+98.6^\circ\mathrm{F} :: 98.6 || 2 \text{ m}^3 :: 2 \text{ cubic meters} || 16 cups of flour :: 16
+11 \text{ ways to choose} :: 11 || 3.5 \text{ liters of water} :: 3.5 || D :: D: none of these :: D.
+120 cm^3 :: 120
+B :: B - 12 apples :: B – the second one :: \textbf{(B)}\ 12 :: B, since it is larger
+B :: B, because it is bigger :: Option B :: b) :: \text{B) } 12 :: \textbf{B} :: (B). :: (b)
 # matrices, lists of two levels, sums, integrals
 \bp1\\2\ep+\bp3\\4\ep :: \bp4\\6\ep || s\bp1\\0\ep+t\bp0\\1\ep :: t\bp0\\1\ep+s\bp1\\0\ep
-2\bp1&0\\0&1\ep :: \bp2&0\\0&2\ep || \bp1\\0\ep+t\bp0\\1\ep :: \bp1\\t\ep :: t\bp0\\1\ep+\bp1\\0\ep
 \bp4\\6\ep-\bp3\\4\ep :: \bp1\\2\ep || (5,2),(7,2) :: p=5,q=2;p=7,q=2 :: p=7,q=2;p=5,q=2
+2\bp1&0\\0&1\ep :: \bp2&0\\0&2\ep || \bp1\\0\ep+t\bp0\\1\ep :: \bp1\\t\ep :: t\bp0\\1\ep+\bp1\\0\ep
 \bp1\\2\ep-\bp1\\1\ep :: \bp0\\1\ep || x = \bp1\\2\ep+t\bp1\\1\ep :: \bp1+t\\2+t\ep
 \begin{bmatrix}1&2\\3&4\end{bmatrix}+\bp1&0\\0&1\ep :: \bp2&2\\3&5\ep || -\bp1\\2\ep :: \bp-1\\-2\ep
 \frac{1}{2}\bp2&4\ep :: \bp1&2\ep || \sum_{k=1}^{n} k :: \sum_{i=1}^{n} i :: \sum\limits_{k=1}^{n} k
-\bp2\\4\ep \cdot 3 :: \bp6\\12\ep || x=1, y=2 \text{ or } x=2, y=1 :: (2,1),(1,2)
+\bp2\\4\ep \cdot 3 :: \bp6\\12\ep || 9 :: \sum_{i=1}^{2}\sum_{j=1}^{2} ij :: \sum_{n=1}^{3} n!
 c_1 e^{t}\bp1\\1\ep+c_2e^{-t}\bp1\\-1\ep :: c_2e^{-t}\bp1\\-1\ep+c_1 e^{t}\bp1\\1\ep
-(1,2)+t(3,4) :: (1+3t,2+4t) || 9 :: \sum_{i=1}^{2}\sum_{j=1}^{2} ij :: \sum_{n=1}^{3} n!
-(1,2),(3,4) :: \{x=1,y=2\},\{x=3,y=4\} || a=1,b=2,c=3;a=4,b=5,c=6 :: (1,2,3),(4,5,6)
-(1,2),(3,4) :: x=1,y=2 \text{ or } x=3,y=4 :: (x,y)=(1,2),(3,4) :: x=1,y=2;x=3,y=4 :: (1,2);(3,4)
-x=1,y=2;x=3,y=4 :: x=3,y=4;x=1,y=2 || \sum_{k=1}^{n} \frac{1}{k} :: \sum_{m=1}^n \frac1m
+(1,2)+t(3,4) :: (1+3t,2+4t) || x=1, y=2 \text{ or } x=2, y=1 :: (2,1),(1,2)
+(1,2),(3,4) :: \{x=1,y=2\},\{x=3,y=4\} || \sum_{i=1}^{n} i = \frac{n(n+1)}{2} :: \frac{n(n+1)}{2}
+(1,2),(3,4) :: x=1,y=2;x=3,y=4 :: x=1,y=2 \text{ or } x=3,y=4 :: (x,y)=(1,2),(3,4) :: (1,2);(3,4)
+x=1,y=2;x=3,y=4 :: x=3,y=4;x=1,y=2 || 15 :: \sum_{k=0}^{3} 2^k :: \sum^{5}_{i=1} i
+a=1,b=2,c=3;a=4,b=5,c=6 :: (1,2,3),(4,5,6) || \sum_{k=1}^n (k+1) :: \sum_{j=1}^n (1+j)
 \sum^n_{k=1} k :: \sum_{k=1}^n k || \prod_{k=1}^n \frac{k}{k+1} :: \prod_{j=1}^n \frac{j}{j+1}
-\sum_{k=1}^{10} k :: 55 || \sum_{n=1}^{\infty} \frac{1}{n^2} = \frac{\pi^2}{6} :: \frac{\pi^2}{6}
-\prod_{k=1}^{5} k :: 120 || \sum_{i=1}^{n} i = \frac{n(n+1)}{2} :: \frac{n(n+1)}{2}
-\sum_{k=1}^n (k+1) :: \sum_{j=1}^n (1+j) || \sum_{k=1}^{20} \frac{1}{k(k+1)} :: \frac{20}{21}
-\sum_{k=1}^3 k = 6 :: 6 || \sum_{k=1}^{n} k^2 :: \sum_{k=1}^{n} k \cdot k || 3\sum_{k=1}^{3} k :: 18
-\sum_{k=0}^{4} \binom{4}{k} :: 16 || \int x dx = \frac{x^2}{2}+C :: \frac{x^2}{2}+C
-\int_0^1 x\,dx :: \int_{0}^{1} t\,dt || 15 :: \sum_{k=0}^{3} 2^k :: \sum^{5}_{i=1} i
-\int_0^1 x \, dx = \frac12 :: \frac12 || \lim_{x\to 0} \frac{\sin x}{x} = 1 :: 1
-\sum_{k=1}^{4} k^2 = 30 :: 30 || \int_0^{\pi} \sin x \, dx = 2 :: 2 || \sum_{k=1}^{3} k + 1 :: 7
+\prod_{k=1}^{5} k :: 120 || \sum_{n=1}^{\infty} \frac{1}{n^2} = \frac{\pi^2}{6} :: \frac{\pi^2}{6}
+\sum_{k=0}^{4} \binom{4}{k} :: 16 || \sum_{k=1}^{n} \frac{1}{k} :: \sum_{m=1}^n \frac1m
+\sum_{k=1}^{10} k :: 55 || \sum_{k=1}^{20} \frac{1}{k(k+1)} :: \frac{20}{21}
+\sum_{k=1}^{4} k^2 = 30 :: 30 || \sum_{k=1}^{n} k^2 :: \sum_{k=1}^{n} k \cdot k
+\sum_{k=1}^3 k = 6 :: 6 || \int x dx = \frac{x^2}{2}+C :: \frac{x^2}{2}+C || 3\sum_{k=1}^{3} k :: 18
+\int_0^1 x\,dx :: \int_{0}^{1} t\,dt || \lim_{x\to 0} \frac{\sin x}{x} = 1 :: 1
+\int_0^{\pi} \sin x \, dx = 2 :: 2 || \int_0^1 x \, dx = \frac12 :: \frac12
+\sum_{k=1}^{3} k + 1 :: 7
 """
 _WRONG = r"""
 # what differs in a little
-(1,2) :: (2,1) :: 1,2 :: \{1,2\} :: [1,2] :: (1,2,0) :: () || 3 :: 3 \text{ or } 4 :: 2.9999999999
-[0,1) :: [0,1] || 99999999999.5 :: 100000000000 || 52_8 :: 52_7 :: 52 :: 42 || 28\% :: 2.8 :: 2800\%
-3,4,17 :: 3,4 || 10\text{ units} :: 100 || 7.78 :: \frac{70}{9} || 1.41421357 :: \sqrt2 || \$5 :: 50
-1,1,2 :: 1,2,2 || \frac{1}{2024!} :: \frac{1}{2025!} || 2^{300000} :: 2^{300000}+1 || 1e-20 :: 2e-20
-0.33 :: 1/3 || 1234567890123456789 :: 1234567890123456788 || \sqrt{10^{40}+1} :: 10^{20}
-0.333 :: \frac13 || 0 :: 10^{-20} :: \text{DNE} :: \sin\pi/6 || \binom{30}{11} :: \binom{30}{12}
-3.14 :: \pi || x :: \sqrt{x^2} :: y :: 2x :: x = x || 60 :: 5! :: 60 \text{ to } 70 || 30.01 :: 30
-0.28 :: 28 || 123456789x :: 123456788x || 10\sqrt2 :: 10+\sqrt2 || 2^{100} :: 2^{100}+1
-1,2345 :: 12345 || 5 :: \ldots :: - :: \text{five or six} :: \pm1\pm1\pm1\pm1\pm1 || f(x) :: f(y)
-(2, 598) :: 2598 || \frac{72}{425} :: 72425 || 1\frac45 :: \frac{14}5 || 8\frac47 :: \frac{84}7
-6^{1000} :: 6^{1001} || \emptyset :: 0 :: \text{none of the above} :: \{\emptyset\} || 1+2i :: 1-2i
-e^{-200} :: e^{-201} || \infty :: -\infty :: \text{infinitely many} || (-\infty,3) :: (-\infty,3]
-8\sqrt2 :: 2\sqrt8 || -36 \le k \le 104 :: -36 < k \le 104 :: k \le 104 || x>3 :: x\ge 3 :: x<3 :: 3
-\sin x :: \cos x || (1,2)\cup(3,4) :: (1,2)\cap(3,4) :: (1,4) || \{x|-2\leq x < 1\} :: (-2,1)
-\log_2 3 :: \log_3 2 || \mathbb{R} :: \mathbb{Z} :: (0,\infty) || [5, \infty] :: [5,\infty)
-\sin x^2 :: \sin^2 x || x^2+y^2<4 :: x^2+y^2\le4 || 2.33333333334 :: \frac73 || (4^2)^3 :: 4^{2^3}
-5 :: 5i :: x \ne 5 :: x+y=5 :: \text{5 or more} :: \text{at least 5} :: 2+2=5 :: ANSWER :: ?
-41230x :: 41230 || 2x - 3y + 7 = 0 :: 2x - 3y + 8 = 0 || \cos x=\frac12 :: \sin x=\frac12
--3^2 :: 9 || \bp1\\2\ep :: \bp2\\1\ep :: \bp1&2\ep || \text{not Monday} :: \text{Monday}
-[x,y) :: [1,2) || 3 hours 20 minutes :: 20 hours 3 minutes || \bp1&2\\3&4\ep :: \bp1&3\\2&4\ep
-k>5 :: x>5 || \text{June 20} :: \text{July 20} || B :: (A) 12 :: (B) or (C) || (2,-1] :: (2,-1)
-(1,1] :: (1,1) || \int_0^1 x dx :: \frac12 || 7:30\text{ PM} :: \text{7:30 AM} || 4x-5y=-50 :: -50
-1\pm\sqrt5 :: 1+\sqrt5 || 10,000 :: 10,00 :: 10,0000 || 3 \pmod 7 :: 4 \pmod 7 || \text{(C)}+1 :: C
-y^2=12x :: 12x || 3 \le x \text{ or } 97 :: x \ge 3 || (x+y)/x y :: \frac{x+y}{xy} || 5,40 :: 5,040
-x=5 :: y=5 || \frac{1}{2004!} :: \frac{i}{2004!} || x \in (1,2) :: y \in (1,2) || y=2x+3 :: y=3x+2
-0 = 0 :: 1 || \frac{712}{425} \approx 0.169 :: \frac{72}{425} \approx 0.169 || (1011)_2 :: (1011)_3
-odd :: oddd || \bp5\\-2\ep :: \binom{5}{2} || \mathbb{R} - \{2\} :: \mathbb{R} - \{3\} || 2=3 :: 4=6
+(1,2) :: (2,1) :: 1,2 :: \{1,2\} :: [1,2] :: (1,2,0) :: () || \mathbb{R} :: \mathbb{Z} :: (0,\infty)
+[0,1) :: [0,1] || 5 :: \text{at least 5} :: x+y=5 :: 2+2=5 :: \ldots :: - || 28\% :: 2800\% :: 2.8
+5 :: 5i :: \text{5 or more} :: \pm1\pm1\pm1\pm1\pm1 :: x \ne 5 :: ANSWER :: \text{five or six} :: ?
+0 :: \text{DNE} :: 10^{-20} :: \sin\pi/6 || \mathbb{R} - \{2\} :: \mathbb{R} - \{3\} || 0.28 :: 28
+10,000 :: 10,00 :: 10,0000 || \emptyset :: 0 :: \{\emptyset\} :: \text{none of the above}
+B :: (B) or (C) :: (A) 12 || n \equiv 1 \pmod 4 :: n \equiv 1 \pmod 3 || x^2+y^2<4 :: x^2+y^2\le4
+1,1,2 :: 1,2,2 || \bp1\\2\ep :: \bp2\\1\ep :: \bp1&2\ep || 3 :: 3 \text{ or } 4 :: 2.9999999999
+1e-20 :: 2e-20 || x \in (1,2) :: y \in (1,2) || \bp5&-2\ep^T :: \bp5&-2\ep || 7.78 :: \frac{70}{9}
+2.33333333334 :: \frac73 || x>3 :: x\ge 3 :: 3 :: x<3 || \int_0^1 x dx :: \frac12 || (2,125) :: 2125
+1.41421357 :: \sqrt2 || 52_8 :: 52_7 :: 52 :: 42 || \{3,600\} :: 3600 || \text{(C)}+1 :: C
+3,4,17 :: 3,4 || A^{\text{T}} :: A || \overline{z} :: z || 0.333 :: \frac13 || 5,40 :: 5,040
+f(x) :: f(y) || 60 :: 60 \text{ to } 70 :: 5! || -36 \le k \le 104 :: k \le 104 :: -36 < k \le 104
+0.33 :: 1/3 || 1234567890123456789 :: 1234567890123456788 || 99999999999.5 :: 100000000000
+3.14 :: \pi || 3 hours 20 minutes :: 20 hours 3 minutes || \bp5\\-2\ep :: \binom{5}{2} || k>5 :: x>5
+1+2i :: 1-2i || x :: y :: \sqrt{x^2} :: 2x :: x = x || 2^{300000} :: 2^{300000}+1 || 7:32 :: 32:7
+3:4:5 :: 3:4 || (-\infty,3) :: (-\infty,3] || \binom{12}{5} :: (12,5) || 10\text{ units} :: 100
+(E), 97 :: E || 1\frac45 :: \frac{14}5 || 8\frac47 :: \frac{84}7 || 1\pm\sqrt5 :: 1+\sqrt5
+30.01 :: 30 || 7 p.m. :: 7 a.m. || \pm1\pm2 :: 3,-3 || (2, 598) :: 2598 || 2^{100} :: 2^{100}+1
+odd :: oddd || 6^{1000} :: 6^{1001} || e^{-200} :: e^{-201} || \frac{1}{2024!} :: \frac{1}{2025!}
+\$5 :: 50 || \frac{712}{425} \approx 0.169 :: \frac{72}{425} \approx 0.169 || \log_2 3 :: \log_3 2
+-3^2 :: 9 || \{1,2\} \cap \{2,3\} :: \{1,2,3\} || 2x - 3y + 7 = 0 :: 2x - 3y + 8 = 0 || , :: 3, 4
+5m :: 5x || \text{not Monday} :: \text{Monday} || \binom{30}{11} :: \binom{30}{12}
+1,2345 :: 12345 || \sqrt{10^{40}+1} :: 10^{20} || \infty :: -\infty :: \text{infinitely many}
+41230x :: 41230 || 123456789x :: 123456788x || \frac{72}{425} :: 72425 || 3 \pmod 7 :: 4 \pmod 7
+\sin x :: \cos x || (1,2)\cup(3,4) :: (1,4) :: (1,2)\cap(3,4) || \{x|-2\leq x < 1\} :: (-2,1)
+(2,-1] :: (2,-1) || \text{forty-two} :: 24 || 10\sqrt2 :: 10+\sqrt2 || [5, \infty] :: [5,\infty)
+4x-5y=-50 :: -50 || \frac{1}{2004!} :: \frac{i}{2004!} || 3 \le x \text{ or } 97 :: x \ge 3
+y=2x+3 :: y=3x+2 || \sin x^2 :: \sin^2 x || \cos x=\frac12 :: \sin x=\frac12 || (1011)_2 :: (1011)_3
+8\sqrt2 :: 2\sqrt8 || \bp1&2\\3&4\ep :: \bp1&3\\2&4\ep || \text{June 20} :: \text{July 20}
+2A5_{16} :: 2A6_{16} || 7:30\text{ PM} :: \text{7:30 AM} || 1,2,\ldots,8 :: 1,2,\ldots,9
+(4^2)^3 :: 4^{2^3} || (x+y)/x y :: \frac{x+y}{xy} || [x,y) :: [1,2) || (1,1] :: (1,1) || x=5 :: y=5
+y^2=12x :: 12x || [2,5[ :: [2,5] || 0 = 0 :: 1 || 2=3 :: 4=6
 (2,125) :: 2125 || \{3,600\} :: 3600
-, :: 3, 4 || \{1,2\} \cap \{2,3\} :: \{1,2,3\} || \bp5&-2\ep^T :: \bp5&-2\ep || 2A5_{16} :: 2A6_{16}
-7:32 :: 32:7 || n \equiv 1 \pmod 4 :: n \equiv 1 \pmod 3 || 1,2,\ldots,8 :: 1,2,\ldots,9 || 5m :: 5x
-7 p.m. :: 7 a.m. || \binom{12}{5} :: (12,5) || \text{forty-two} :: 24 || A^{\text{T}} :: A
-3:4:5 :: 3:4 || \overline{z} :: z || \pm1\pm2 :: 3,-3 || [2,5[ :: [2,5] || (E), 97 :: E
 # calls with a number, unknown functions, sums, products, integrals
-f(2)=4 :: f(2)=5 :: f(3)=4 :: g(2)=4 || f(1)=2, f(2)=4 :: f(1)=2, f(2)=5 || f(20)>1000 :: f(22)>1000
-g(0)\le 7 :: g(0)\le 8 || f(2)=4, f(3)=9 :: f(2)=4, f(3)=8 || f(2)+f(3)=5 :: f(2)+f(3)=6
-P(3)=10 :: P(3)=11 || g(3) = f(3) :: g(3) = f(4) || a(1)+a(2)=3 :: a(1)+a(2)=4 || f(-1)=3 :: f(1)=3
-a(5)=7 :: a(5)=8 || f(5) \geq 10 :: f(5) \geq 11 || f(3) = f(5) :: f(3) = f(6) || F(9)=34 :: F(8)=34
-f(3) \ne 4 :: f(3) \ne 5 || f(f(2))=3 :: f(f(2))=4 || 100 < f(20) :: 100<f(22) || u(2)=1 :: u(3) = 1
-y(0)=1 :: y(0)=2 || N(5) \le 1000 :: N(5) \le 2000 || 0 :: f(0)e^{x} :: V(0)e^{-t} || 3P :: P(3)
-3f(2)=12 :: 3f(2)=15 || f(2)=2f(1) :: f(2)=3f(1) || f(0) = 1 :: f(0) = -1 || f(1) :: f(0)+f(1) :: 1
-f(1) = 0 :: f(1) = 2 || 2f(x) :: f(x)+g(x) :: f(2x) || f(x) :: -f(-x) :: g(x) || f(x+y) :: f(x)+f(y)
-f(2) < 3 :: f(2) < 4 || T(10)=55 :: T(10)=56 || f(1,2)=3 :: f(1,2)=4 || f(2) :: 2f(1) :: f(3)-f(1)
-P(0)=0 :: P(1)=0 || p(4) = 0 :: p(5) = 0 || f'(2)=4 :: f'(2)=5 || 1 :: q(0)+1 :: \sin\pi
-0 :: f(0) :: I(0)e^{-t/RC} :: f(0)g(0) :: V(0) :: y(0)e^{kt} :: N(0)e^{kt} :: A(0) :: x(0)
--f(1) :: f(-1) || 2\sum_{k=1}^n k :: 3\sum_{k=1}^n k || \sum_{k=1}^n k :: \sum_{k<1}^n k
-f(0) :: g(0) || \sum_{k=1}^{10} k :: 54 || \prod_{k=1}^{5} k :: 60 || f(1)+f(2) :: f(3)
-2x :: x(2) || \sum_{k=1}^\infty \frac{1}{k^2} :: \sum_{k=1}^\infty \frac{1}{k^3} || f(x)^2 :: f(x^2)
-h(1) :: h(2) || S = \sum_{k=1}^n k :: S = \sum_{k=1}^n 2k || \int_0^1 e^{2x}dx :: \int_0^1 e^2x dx
-Q(5) :: 5Q || \sum_{k=1}^n k = 6 :: \sum_{k=1}^n k = 7 || \lim_{x\to 0} f(x) :: \lim_{x\to 1} f(x)
-f(-x) :: -f(x) || \sum_{k=1}^{n} k^2 :: \sum_{k=1}^{n} k^3 || \sum_{i=1}^n a_i :: \sum_{i=1}^n b_i
-f(a)f(b) :: f(ab) || \sum_{k=1}^{n} k :: \sum_{k=2}^{n} k || \prod_{k=1}^n k :: \prod_{k=1}^n 2k
-y(0) = C :: 0 = C || \sum_{k=1}^{n} a_k = 1 :: \sum_{k=1}^{n} b_k = 1 || \prod_{i=1}^{4} i :: 23
-M(2) :: 2M || \sum_{k=0}^{\infty} x^k :: \sum_{k=1}^{\infty} x^k || \sum^n_{k=1} k :: \sum^n_{k=2} k
-\phi(5) :: 5\phi || \prod_{k=1}^{n} (1+k) :: \prod_{k=1}^{n} (1-k) || \int_0^1 x dx :: \int_0^2 x dx
+f(2)=4 :: f(2)=5 :: f(3)=4 :: g(2)=4 || a(1)+a(2)=3 :: a(1)+a(2)=4 || f(3) = f(5) :: f(3) = f(6)
+f(3) \ne 4 :: f(3) \ne 5 || 100 < f(20) :: 100<f(22) || f(2)=2f(1) :: f(2)=3f(1) || a(5)=7 :: a(5)=8
+f(20)>1000 :: f(22)>1000 || f(1)=2, f(2)=4 :: f(1)=2, f(2)=5 || f(2)=4, f(3)=9 :: f(2)=4, f(3)=8
+y(0)=1 :: y(0)=2 || f(5) \geq 10 :: f(5) \geq 11 || f(2)+f(3)=5 :: f(2)+f(3)=6 || f'(2)=4 :: f'(2)=5
+f(-1)=3 :: f(1)=3 || N(5) \le 1000 :: N(5) \le 2000 || g(3) = f(3) :: g(3) = f(4)
+g(0)\le 7 :: g(0)\le 8 || f(f(2))=3 :: f(f(2))=4 || 0 :: V(0) :: A(0) :: x(0) || P(3)=10 :: P(3)=11
+3f(2)=12 :: 3f(2)=15 || f(0) = 1 :: f(0) = -1 || p(4) = 0 :: p(5) = 0 || f(1) = 0 :: f(1) = 2
+F(9)=34 :: F(8)=34 || f(2) :: 2f(1) :: f(3)-f(1) || f(x) :: g(x) :: -f(-x) || f(1) :: f(0)+f(1) :: 1
+u(2)=1 :: u(3) = 1 || 2f(x) :: f(x)+g(x) :: f(2x) || f(2) < 3 :: f(2) < 4 || T(10)=55 :: T(10)=56
+P(0)=0 :: P(1)=0 || 1 :: q(0)+1 :: \sin\pi || f(1,2)=3 :: f(1,2)=4 || f(x+y) :: f(x)+f(y)
+0 :: f(0) :: I(0)e^{-t/RC} :: y(0)e^{kt} :: N(0)e^{kt} :: V(0)e^{-t} :: f(0)g(0) :: f(0)e^{x}
+3P :: P(3) || f(1)+f(2) :: f(3) || 2\sum_{k=1}^n k :: 3\sum_{k=1}^n k || \sum_{k=1}^{10} k :: 54
+2x :: x(2) || \prod_{k=1}^n k :: \prod_{k=1}^n 2k || \sum_{k=1}^n k :: \sum_{k<1}^n k || Q(5) :: 5Q
+h(1) :: h(2) || 5\sum_{i=1}^n i :: 7\sum_{i=1}^n i || \sum_{i=1}^n a_i :: \sum_{i=1}^n b_i
+f(0) :: g(0) || \sum_{k=1}^\infty \frac{1}{k^2} :: \sum_{k=1}^\infty \frac{1}{k^3} || -f(1) :: f(-1)
+\phi(5) :: 5\phi || S = \sum_{k=1}^n k :: S = \sum_{k=1}^n 2k || \sum^n_{k=1} k :: \sum^n_{k=2} k
+f(-x) :: -f(x) || \sum_{k=1}^n k = 6 :: \sum_{k=1}^n k = 7 || \int_0^1 e^{2x}dx :: \int_0^1 e^2x dx
+M(2) :: 2M || \sum_{i=1}^{n} x_i :: \sum_{i=1}^{m} x_i || \lim_{x\to 0} f(x) :: \lim_{x\to 1} f(x)
+f(x)^2 :: f(x^2) || \sum_{k=1}^{n} k^2 :: \sum_{k=1}^{n} k^3 || \sum_{k=1}^{n} k :: \sum_{k=2}^{n} k
+f(a)f(b) :: f(ab) || \sum_{k=1}^{n} a_k = 1 :: \sum_{k=1}^{n} b_k = 1 || \sum_{k=1}^{100} k :: 5000
+y(0) = C :: 0 = C || \sum_{k=0}^{\infty} x^k :: \sum_{k=1}^{\infty} x^k || \prod_{k=1}^{5} k :: 60
 \sum_{k=1}^n k :: \sum_{k=1}^n k^2 :: \sum_{k=0}^n k+1 :: \prod_{k=1}^n k :: \sum_{k=1}^{n+1} k
-\sum_{k=1}^{5} k :: 16 || \sum_{k=1}^{n} k = n :: \sum_{k=1}^{n} k = 2n || e^{i\pi} :: e^{i\pi}+1
-5\sum_{i=1}^n i :: 7\sum_{i=1}^n i || \sum_{i=1}^{n} x_i :: \sum_{i=1}^{m} x_i || \sum k :: \sum k^2
--\sum_{i=1}^n i :: \sum_{i=1}^n i || 3+\sum_{k=1}^n k :: 4+\sum_{k=1}^n k
-\sum_{k=1}^{100} k :: 5000 || \sum_{d|n} d :: \sum_{d|n} d^2 || 2^{\sin\pi} :: 2^{\cos\pi}
+\prod_{i=1}^{4} i :: 23 || \prod_{k=1}^{n} (1+k) :: \prod_{k=1}^{n} (1-k) || \sum_{k=1}^{5} k :: 16
+\sum k :: \sum k^2 || \sum_{k=1}^{n} k = n :: \sum_{k=1}^{n} k = 2n || 2^{\sin\pi} :: 2^{\cos\pi}
+\int_0^1 x dx :: \int_0^2 x dx || 3+\sum_{k=1}^n k :: 4+\sum_{k=1}^n k || e^{i\pi} :: e^{i\pi}+1
+-\sum_{i=1}^n i :: \sum_{i=1}^n i || \sum_{d|n} d :: \sum_{d|n} d^2
 # times and ratios
-1:00 :: 2:00 || 0:0 :: 3:4 :: 1:00 :: 0:3 :: 00:00 :: 0:5 :: 2:3 :: 12:30 || 2:3:0 :: 2:0:3 :: 1:2:0
-12:00 :: 3:00 :: 0:00 :: 6:00 || 1:2:3 :: 0:0:0 :: 3:2:1 || 7:30 p.m. :: 7:30 a.m. || 10:30 :: 1:03
-6:10 :: 3:05 || 7:30 :: 7:45 :: 19:30 || 2:05 :: 12:30 :: 4:10 || 6:00 PM :: 7:00 PM || 10:15 :: 2:3
-9:00 :: 9:01 || 1:30 p.m. :: 1:30 a.m. || 1:2 :: 2:1 :: 10:20 || 11:55 :: 11:05 || 10:00 :: 100:00
-0:1 :: 1:0 || 2:00 PM :: 4:00 PM || 0:1:2 :: 1:0:2 || 6:30 :: 13:00 || 12:24 :: 6:12 || 4:20 :: 8:40
-3:4 :: 4:3 || 3:00 :: 4:00 || 8:15 :: 8:30 || 2:30 :: 5:60 || 3:45 :: 4:45 || 5:0 :: 0:5
-5:00 :: 5 || 7:00 :: 7
+1:00 :: 2:00 || 0:0 :: 3:4 :: 1:00 :: 0:3 :: 0:5 :: 00:00 :: 12:30 :: 2:3 || 1:2:3 :: 3:2:1 :: 0:0:0
+6:10 :: 3:05 || 12:00 :: 0:00 :: 6:00 :: 3:00 || 2:05 :: 12:30 :: 4:10 || 7:30 :: 19:30 :: 7:45
+6:30 :: 13:00 || 2:3:0 :: 2:0:3 :: 1:2:0 || 0:1:2 :: 1:0:2 || 10:00 :: 100:00 || 11:55 :: 11:05
+12:24 :: 6:12 || 7:30 p.m. :: 7:30 a.m. || 1:30 p.m. :: 1:30 a.m. || 6:00 PM :: 7:00 PM || 5:00 :: 5
+10:30 :: 1:03 || 1:2 :: 10:20 :: 2:1 || 2:00 PM :: 4:00 PM || 10:15 :: 2:3 || 9:00 :: 9:01
+0:1 :: 1:0 || 4:20 :: 8:40 || 3:00 :: 4:00 || 8:15 :: 8:30 || 2:30 :: 5:60 || 3:45 :: 4:45
+3:4 :: 4:3 || 5:0 :: 0:5 || 7:00 :: 7
 # equations side by side, labels, lists of sets, bracketed lists
-x=1 y=2 :: x=3 y=2 :: 2 :: x=2 y=1 :: x=-1 y=2 :: y=2 || x = 1 y = 2 z = 3 :: x = 1 y = 7 z = 3
-x=1$ $y=2 :: x=3$ $y=2 || x=1 \text{ and } y=2 :: x=3 \text{ and } y=2 || $x=1$ $y=2$ :: $x=5$ $y=2$
-x=1 \quad y=2 :: x=3 \quad y=2 || x = 3\quad\text{and}\quad y = 4 :: x = 5\quad\text{and}\quad y=4
-a=1\qquad b=5 :: a=2\qquad b=5 || \alpha = 1 \quad \beta=2 :: \alpha=2 \quad \beta=2
-x=a y=b :: x=c y=b || x=1, y=2 :: x=2, y=2 :: x=1, z=2 :: x=2, y=1 || m=2 \quad n=3 :: m=3 \quad n=2
-x=\frac12 y=2 :: x=\frac13 y=2 || x=1 \text{, } y=2 :: x=7 \text{, } y=2 || x=1 \\ y=2 :: x=3 \\ y=2
-x=1 \; y=2 :: x=4 \; y=2 || \begin{cases} x=1\\y=2\end{cases} :: \begin{cases} x=3\\y=2\end{cases}
+x=1 y=2 :: x=3 y=2 :: y=2 :: x=2 y=1 :: 2 :: x=-1 y=2 || x = 1 y = 2 z = 3 :: x = 1 y = 7 z = 3
+x=1$ $y=2 :: x=3$ $y=2 || x=1 \text{, } y=2 :: x=7 \text{, } y=2 || x=1 \quad y=2 :: x=3 \quad y=2
+x=2y=4 z=1 :: x=3y=4 z=1 || \alpha = 1 \quad \beta=2 :: \alpha=2 \quad \beta=2 || x=a y=b :: x=c y=b
+a=5$, $b=6 :: a=7$, $b=6 || \begin{cases} x=1\\y=2\end{cases} :: \begin{cases} x=3\\y=2\end{cases}
+a=1\qquad b=5 :: a=2\qquad b=5 || x=1 \text{ and } y=2 :: x=3 \text{ and } y=2
+m=2 \quad n=3 :: m=3 \quad n=2 || x = 3\quad\text{and}\quad y = 4 :: x = 5\quad\text{and}\quad y=4
+x=1 \\ y=2 :: x=3 \\ y=2 || 2 \text{ pens}, 3 \text{ pencils} :: 3 \text{ pens}, 2 \text{ pencils}
+x=1 \; y=2 :: x=4 \; y=2 || x=1, y=2 :: x=2, y=2 :: x=1, z=2 :: x=2, y=1 || x=1\ y=2 :: x=3\ y=2
+x_1=1 x_2=2 :: x_1=3 x_2=2 || \text{Alice: } 5, \text{Bob: } 7 :: \text{Alice: } 7, \text{Bob: } 5
+x=\frac12 y=2 :: x=\frac13 y=2 || A = 5 \text{ and } B = 7 :: A = 7 \text{ and } B = 5
 a=1 \quad b=2 :: a=1 \quad b=3 || 3 apples and 5 pears :: 5 apples and 3 pears
-x=1\ y=2 :: x=3\ y=2 || \text{Alice: } 5, \text{Bob: } 7 :: \text{Alice: } 7, \text{Bob: } 5
-p=2 q=3 r=5 :: p=2 q=4 r=5 || Mean: 5; Median: 6 :: Mean: 6; Median: 5 || x_1=1 x_2=2 :: x_1=3 x_2=2
-x=1; y=2 :: x=3; y=2 || \text{Tom}: 5, \text{Sam}: 6 :: \text{Tom}: 6, \text{Sam}: 5
-x=\sqrt{2} y=1 :: x=\sqrt{3} y=1 || A: 5, B: 7 :: A: 6, B: 7 :: A: 7, B: 5 || a=1, b=2 :: a=2, b=1
-x=2y=4 z=1 :: x=3y=4 z=1 || \text{mean } 5, \text{ median } 6 :: \text{mean } 6, \text{ median } 5
-a=5$, $b=6 :: a=7$, $b=6 || 2 \text{ pens}, 3 \text{ pencils} :: 3 \text{ pens}, 2 \text{ pencils}
-C_1=1, C_2=2 :: C_1=2, C_2=1 || Area: 12, Perimeter: 14 :: Area: 14, Perimeter: 12
-x_1=2, x_2=3 :: x_1=3, x_2=2 || A = 5 \text{ and } B = 7 :: A = 7 \text{ and } B = 5
-Tom: 3, Jane: 4 :: Tom: 4, Jane: 3 || 3 cats and 2 dogs :: 2 cats and 3 dogs || A=5, B=7 :: A=7, B=5
-2 boys, 3 girls :: 3 boys, 2 girls || 5 nickels, 3 dimes :: 5 dimes, 3 nickels
-A: 1, B: 2, C: 3 :: A: 1, B: 3, C: 2 || \alpha=1, \beta=2 :: \alpha=2, \beta=1
-A:5, B:7 :: A:7, B:5 || [0,\infty),[1,\infty) :: [-5,\infty),[1,\infty) :: [1,\infty) :: [0,\infty)
-red: 3, blue: 4 :: red: 4, blue: 3 || (1,2) :: (-\infty,2),(1,\infty) :: (0,2),(1,3)
-c_0=1, c_1=2 :: c_0=2, c_1=1 || \{1,2\},\{2,3\} :: \{2\} :: \{1,3\},\{2\} || [0,2], [1,3] :: [1,2]
-a_1=3; a_2=4 :: a_1=4; a_2=3 || (-\infty,0),(0,\infty) :: (-\infty,\infty) || Total: 5 :: Total: 6
-A) 5, B) 7 :: A) 6, B) 7 || Alice: 3, Bob: 4 :: Alice: 3, Carol: 4 || (a) 5 (b) 7 :: (a) 7 (b) 5
-X_1 = 1, X_2 = 0 :: X_1 = 0, X_2 = 1 || \{1,2\}, \{3\} :: \{1\}, \{2,3\} || \{1\},\{2\} :: \{1,2\}
-(0,3),(1,2) :: (0,5),(1,2) || D=[0,\infty), R=[1,\infty) :: D=[-5,\infty), R=[1,\infty)
-[0,2],[1,3] :: [0,3] || [0,\infty) \text{ and } [1,\infty) :: [-5,\infty) \text{ and } [1,\infty)
-[0,1],[0,1] :: [0,1] || [1,2,3] :: [3,2,1] :: [2,1,3] :: [1,2] || (-\infty,3],[2,\infty) :: [2,3]
-(0,1),(2,3) :: (0,1),(2,4) || [0,1], [0,2] :: [0,1], [0,3] || [1,2],[3,4] :: [1,2],[3,5]
-x>1, y>2 :: x>2, y>2 || \left[1,2,3\right] :: \left[2,1,3\right] || [0,5],[2,3] :: [1,4],[2,3]
-\{1,2,3\},\{3,4\} :: \{3\} || [[1,2],[3,4]] :: [[3,4],[1,2]] || [1,2,3,4,5] :: [5,4,3,2,1]
+p=2 q=3 r=5 :: p=2 q=4 r=5 || A: 5, B: 7 :: A: 6, B: 7 :: A: 7, B: 5 || C_1=1, C_2=2 :: C_1=2, C_2=1
+$x=1$ $y=2$ :: $x=5$ $y=2$ || X_1 = 1, X_2 = 0 :: X_1 = 0, X_2 = 1 || x_1=2, x_2=3 :: x_1=3, x_2=2
+x=1; y=2 :: x=3; y=2 || Area: 12, Perimeter: 14 :: Area: 14, Perimeter: 12 || a=1, b=2 :: a=2, b=1
+x=\sqrt{2} y=1 :: x=\sqrt{3} y=1 || \text{Tom}: 5, \text{Sam}: 6 :: \text{Tom}: 6, \text{Sam}: 5
+2 boys, 3 girls :: 3 boys, 2 girls || Mean: 5; Median: 6 :: Mean: 6; Median: 5
+red: 3, blue: 4 :: red: 4, blue: 3 || 5 nickels, 3 dimes :: 5 dimes, 3 nickels
+c_0=1, c_1=2 :: c_0=2, c_1=1 || 3 cats and 2 dogs :: 2 cats and 3 dogs || (a) 5 (b) 7 :: (a) 7 (b) 5
+a_1=3; a_2=4 :: a_1=4; a_2=3 || (-\infty,0),(0,\infty) :: (-\infty,\infty) || A=5, B=7 :: A=7, B=5
+Tom: 3, Jane: 4 :: Tom: 4, Jane: 3 || \alpha=1, \beta=2 :: \alpha=2, \beta=1 || A:5, B:7 :: A:7, B:5
+A) 5, B) 7 :: A) 6, B) 7 || \text{mean } 5, \text{ median } 6 :: \text{mean } 6, \text{ median } 5
+A: 1, B: 2, C: 3 :: A: 1, B: 3, C: 2 || (1,2) :: (-\infty,2),(1,\infty) :: (0,2),(1,3)
+Total: 5 :: Total: 6 || [0,\infty),[1,\infty) :: [-5,\infty),[1,\infty) :: [1,\infty) :: [0,\infty)
+Alice: 3, Bob: 4 :: Alice: 3, Carol: 4 || D=[0,\infty), R=[1,\infty) :: D=[-5,\infty), R=[1,\infty)
+(0,3),(1,2) :: (0,5),(1,2) || \{1,2\},\{2,3\} :: \{2\} :: \{1,3\},\{2\} || \{1\},\{2\} :: \{1,2\}
+(0,1),(2,3) :: (0,1),(2,4) || \{1,2\}, \{3\} :: \{1\}, \{2,3\} || (-\infty,3],[2,\infty) :: [2,3]
+[0,2], [1,3] :: [1,2] || [0,\infty) \text{ and } [1,\infty) :: [-5,\infty) \text{ and } [1,\infty)
+[0,2],[1,3] :: [0,3] || \left[1,2,3\right] :: \left[2,1,3\right] || [[1,2],[3,4]] :: [[3,4],[1,2]]
+[0,1],[0,1] :: [0,1] || [1,2,3] :: [3,2,1] :: [2,1,3] :: [1,2] || [0,1], [0,2] :: [0,1], [0,3]
+x>1, y>2 :: x>2, y>2 || [1,2],[3,4] :: [1,2],[3,5] || [0,5],[2,3] :: [1,4],[2,3]
+\{1,2,3\},\{3,4\} :: \{3\} || [1,2,3,4,5] :: [5,4,3,2,1] || [1,2,3,4] :: [1,2,4,3]
 Domain: [0,\infty), Range: [1,\infty) :: Domain: [1,\infty), Range: [0,\infty) || [a,b,c] :: [c,b,a]
-[1,2,3,4] :: [1,2,4,3] || [1,1,2] :: [1,2,1] || (1,2,3) :: [3,2,1] || [5,6,7] :: [7,6,5]
-[x,y,z] :: [z,y,x] || [\text{red},\text{blue},\text{green}] :: [\text{blue},\text{red},\text{green}]
-[0,1,0] :: [1,0,0] || [1;2;3] :: [3;2;1]
+[\text{red},\text{blue},\text{green}] :: [\text{blue},\text{red},\text{green}] || [1,1,2] :: [1,2,1]
+(1,2,3) :: [3,2,1] || [5,6,7] :: [7,6,5] || [x,y,z] :: [z,y,x] || [0,1,0] :: [1,0,0]
+[1;2;3] :: [3;2;1]
 # words: units, nouns, statements, capitals, hedges
 n \text{ is even} :: n \text{ is odd} :: n || \text{f is increasing} :: \text{f is decreasing}
-5\% increase :: 5\% decrease || \text{It is a function} :: \text{It is not a function}
-5\% \text{ increase} :: 5\% || x \text{ is positive} :: x \text{ is negative} || 5 km :: 5 m
-3 \text{ more} :: 3 \text{ less} || The series converges. :: The series diverges.
-12 \text{ apples} :: 12 \text{ pears} || 10 \text{ north} :: 10 \text{ south} || \text{not } 5 :: 5
-5 \text{ hours} :: 5 \text{ minutes} || 20 \text{ loss} :: 20 \text{ profit} || 7 dollars :: 7 cents
-n \text{ is prime} :: n \text{ is not prime} :: n \text{ is composite} || 3 \text{ is even} :: 3
-5 \text{ cm}^2 :: 5 \text{ cm} || 30^\circ \text{ clockwise} :: 30^\circ \text{ counterclockwise}
-7\text{ up} :: 7\text{ down} || x \text{ is a multiple of 3} :: x \text{ is a multiple of 4}
-5 \text{ left} :: 5 \text{ right} || \text{The function is even} :: \text{The function is odd}
-10\% off :: 10\% || 15 \text{ km east} :: 15 \text{ km west} || 10 \text{ boys} :: 10 \text{ girls}
-5 \text{ m/s} :: 5 \text{ m/s}^2 || 5 \text{ degrees warmer} :: 5 \text{ degrees colder}
-x \text{ even} :: x || 2 \text{ hours ago} :: 2 \text{ hours later} || \text{no} :: \text{not no}
-40 mph :: 40 km/h || f \text{ is continuous} :: f \text{ is discontinuous} || 30 kg :: 30 g
-20\% \text{ more} :: 20\% \text{ less} || x \text{ is rational} :: x \text{ is irrational}
-5 \text{ above} :: 5 \text{ below} || 4 \text{ times as large} :: 4 \text{ times as small}
-\text{increasing} :: \text{decreasing} || 5 \text{ meters per second} :: 5 \text{ meters}
-3 \text{ gain} :: 3 \text{ loss} || \text{Player A wins} :: \text{Player B wins} || 3 m^2 :: 3 m
-4 \text{ feet} :: 4 \text{ inches} || \text{yes, it converges} :: \text{no, it converges}
-n \text{ odd} :: n \text{ even} || 100\% \text{ of them are red} :: 100\% \text{ of them are blue}
-\text{at most } 5 :: \text{at least } 5 || 6 \text{ inches long} :: 6 \text{ inches wide}
-12 \text{ wins} :: 12 \text{ losses} || 8 :: 8 \text{ more} :: 8 \text{ not enough} || CAT :: ACT
-25\% \text{ profit} :: 25\% \text{ loss} || x>0 \text{ is true} :: x>0 \text{ is false}
-\text{always true} :: \text{never true} || 10\% \text{ discount} :: 10\% \text{ tax} || STOP :: POST
-A \text{ wins} :: B \text{ wins} || 3 \text{ solutions exist} :: 3 \text{ solutions do not exist}
-n \text{ must be even} :: n || \text{DOG} :: \text{GOD} || TRIANGLE :: INTEGRAL || LISTEN :: SILENT
-EARTH :: HEART || \text{ARC} :: \text{CAR} || listen :: silent || STATES :: TASTES || NORTH :: THORN
-ABLE :: BALE || \mathrm{GOD} :: \mathrm{DOG} || dusty :: study || PEACH :: CHEAP || ABCDE :: EDCBA
-TEA :: EAT || True :: True/False :: \text{True or False} :: True, False :: True|False :: True False
-NO :: ON || A :: A/B :: (A)/(B) :: \text{Both A and B} :: A and B || \text{even or odd} :: even
-OWN :: WON || yes :: \text{yes or no} :: \text{yes}/\text{no} || increasing/decreasing :: increasing
-ARC :: CAR || False :: \text{True/False} :: True, False || B :: A or B or C :: \text{A or B}
-SUM :: MUS || Yes or No :: No || Yes/No :: Yes || Tea :: Eat || T/F :: T
+12 \text{ apples} :: 12 \text{ pears} || x \text{ is rational} :: x \text{ is irrational}
+\text{not } 5 :: 5 || 100\% \text{ of them are red} :: 100\% \text{ of them are blue} || 5 km :: 5 m
+5\% increase :: 5\% decrease || x \text{ is a multiple of 3} :: x \text{ is a multiple of 4}
+3 \text{ gain} :: 3 \text{ loss} || 5 \text{ meters per second} :: 5 \text{ meters} || 3 m^2 :: 3 m
+A \text{ wins} :: B \text{ wins} || \text{yes, it converges} :: \text{no, it converges}
+5\% \text{ increase} :: 5\% || 5 \text{ degrees warmer} :: 5 \text{ degrees colder}
+8 :: 8 \text{ not enough} :: 8 \text{ more} || x \text{ is positive} :: x \text{ is negative}
+n \text{ must be even} :: n || \text{It is a function} :: \text{It is not a function}
+3 \text{ more} :: 3 \text{ less} || 30^\circ \text{ clockwise} :: 30^\circ \text{ counterclockwise}
+10 \text{ north} :: 10 \text{ south} || The series converges. :: The series diverges.
+5 \text{ hours} :: 5 \text{ minutes} || 10\% \text{ discount} :: 10\% \text{ tax}
+7 dollars :: 7 cents || n \text{ is prime} :: n \text{ is not prime} :: n \text{ is composite}
+20 \text{ loss} :: 20 \text{ profit} || 20\% \text{ more} :: 20\% \text{ less} || 40 mph :: 40 km/h
+5 \text{ cm}^2 :: 5 \text{ cm} || \text{increasing} :: \text{decreasing} || 3 \text{ is even} :: 3
+7\text{ up} :: 7\text{ down} || \text{The function is even} :: \text{The function is odd}
+n \text{ odd} :: n \text{ even} || 4 \text{ times as large} :: 4 \text{ times as small}
+5 \text{ left} :: 5 \text{ right} || 3 \text{ solutions exist} :: 3 \text{ solutions do not exist}
+5 \text{ above} :: 5 \text{ below} || \text{Player A wins} :: \text{Player B wins} || 30 kg :: 30 g
+12 \text{ wins} :: 12 \text{ losses} || 6 \text{ inches long} :: 6 \text{ inches wide}
+x \text{ even} :: x || f \text{ is continuous} :: f \text{ is discontinuous} || 10\% off :: 10\%
+5 \text{ m/s} :: 5 \text{ m/s}^2 || 2 \text{ hours ago} :: 2 \text{ hours later} || LISTEN :: SILENT
+4 \text{ feet} :: 4 \text{ inches} || x>0 \text{ is true} :: x>0 \text{ is false} || EARTH :: HEART
+\text{no} :: \text{not no} || 15 \text{ km east} :: 15 \text{ km west} || TRIANGLE :: INTEGRAL
+\text{at most } 5 :: \text{at least } 5 || 25\% \text{ profit} :: 25\% \text{ loss} || ABLE :: BALE
+10 \text{ boys} :: 10 \text{ girls} || \text{always true} :: \text{never true} || listen :: silent
+STATES :: TASTES || \mathrm{GOD} :: \mathrm{DOG} || \text{DOG} :: \text{GOD} || NORTH :: THORN
+CAT :: ACT || True :: True/False :: True, False :: \text{True or False} :: True|False :: True False
+dusty :: study || yes :: \text{yes or no} :: \text{yes}/\text{no} || \text{ARC} :: \text{CAR}
+PEACH :: CHEAP || False :: True, False :: \text{True/False} || increasing/decreasing :: increasing
+ABCDE :: EDCBA || A :: A/B :: A and B :: (A)/(B) :: \text{Both A and B} || Yes or No :: No
+STOP :: POST || B :: A or B or C :: \text{A or B} || \text{even or odd} :: even || Yes/No :: Yes
+TEA :: EAT || OWN :: WON || ARC :: CAR || SUM :: MUS || Tea :: Eat || NO :: ON || T/F :: T
 # numbers to base 16 and 2; raw text: blanks, braces, case
-0x1A :: 0 :: 0xFF :: 1A || 0 :: 0b101 :: 0o17 :: 0x1F :: 0xAB :: 0x2 :: 0xFF :: 0x10 || 0xff :: 0xfe
-0b110 :: 0b101 :: 0b111 || \begin{vmatrix}1&23\end{vmatrix} :: \begin{vmatrix}12&3\end{vmatrix}
-0x10 :: 10 || e^{2x}+\foo{a}{b} :: e^2x+\foo{a}{b} || \int_0^1 x^{10}dx :: \int_0^1 x^1 0dx
-0b11 :: 11 || \int_a^b F(x)dx :: \int_a^b f(x)dx || \int e^{xy}dx :: \int e^xy dx || 0b1010 :: 1010
-0b1 :: 0b10 || \int_{0}^{10} x dx :: \int_0^1 0x dx || \iint_D F dA :: \iint_D f dA || 0x0A :: 0x0B
-1 23 :: 12 3 || \lim_{x \to \infty} a^{2x} :: \lim_{x \to \infty} a^2x || \oint E dA :: \oint e dA
-2 3 :: 23 || \oint_C P dx :: \oint_c P dx || \foo{ab}c :: \foo{a}bc || \det(AB) :: \det(ab)
-R :: r || x^{12}y :: x^1 2y || a_{n+1} :: a_n+1 || \Gamma :: \gamma || \Delta :: \delta || 4 5 :: 45
-2X :: 2x || x_{12} :: x_1 2 || 12 34 :: 1 234 || 2^{3x} :: 2^3x || 3 14 :: 314 || N :: n
+0x1A :: 0 :: 1A :: 0xFF || 0 :: 0b101 :: 0o17 :: 0x1F :: 0xAB :: 0x2 :: 0xFF :: 0x10 || 0xff :: 0xfe
+0x10 :: 10 || 0b110 :: 0b101 :: 0b111 || e^{2x}+\foo{a}{b} :: e^2x+\foo{a}{b} || 0b1010 :: 1010
+0b11 :: 11 || \int_{0}^{10} x dx :: \int_0^1 0x dx || \oint E dA :: \oint e dA || x^{12}y :: x^1 2y
+0b1 :: 0b10 || \int_a^b F(x)dx :: \int_a^b f(x)dx || \int e^{xy}dx :: \int e^xy dx || 0x0A :: 0x0B
+1 23 :: 12 3 || \begin{vmatrix}1&23\end{vmatrix} :: \begin{vmatrix}12&3\end{vmatrix} || 3 14 :: 314
+2 3 :: 23 || \lim_{x \to \infty} a^{2x} :: \lim_{x \to \infty} a^2x || \oint_C P dx :: \oint_c P dx
+R :: r || \int_0^1 x^{10}dx :: \int_0^1 x^1 0dx || \iint_D F dA :: \iint_D f dA || a_{n+1} :: a_n+1
+2X :: 2x || \foo{ab}c :: \foo{a}bc || \det(AB) :: \det(ab) || \Gamma :: \gamma || \Delta :: \delta
+4 5 :: 45 || x_{12} :: x_1 2 || 12 34 :: 1 234 || 2^{3x} :: 2^3x || N :: n
 # functions that look equal near zero, or in doubles; poles
-\lfloor x \rfloor :: \lceil x \rceil - 1 :: x :: \lfloor x + 0.001 \rfloor
-\lfloor x/1000 \rfloor :: \lfloor x/100 \rfloor :: 0 || 0 :: e^{-200} :: \sqrt{10^{200}+1}-10^{100}
-\sqrt{10^{100}+1} :: 10^{50} || x :: \min(x,1000) :: x + 10^{-60} :: x+e^{-300} :: \min(x,y)
-1 :: 1-e^{-150} :: \tanh(100) :: \tanh 400 :: \cos(10^{-50}) :: 1+10^{-40} :: \cos(500x)
-1 :: \frac{1}{1+e^{-1000}} :: \lceil x/10^6 \rceil :: \frac{x}{x+10^{-30}} :: (1+10^{-30})^{2}
-V=120\sin(377t) :: V=60\sin(377t) || \lfloor n/7 \rfloor :: \lfloor n/8 \rfloor || \max(x,50) :: 50
-100-x :: |x-100| :: \sqrt{x^2-200x+10000} || 10^{30} :: \sqrt[3]{10^{90}+1} :: \sqrt{10^{60}+1}
-\sqrt{(x-50)^2} :: 50-x || \lfloor x\rfloor + \lfloor y \rfloor :: \lfloor x+y \rfloor
-10^{50}+x :: 10^{50}+2x || \lfloor \sqrt{x} \rfloor :: \lfloor \sqrt{x+1} \rfloor
-\sin x + 10^{-30} :: \sin x || \lceil n/3 \rceil :: \lfloor n/3 \rfloor + 1 || e^{-500} :: e^{-501}
-\sqrt{x^2+10^{-40}} :: |x| || \lfloor 2x \rfloor :: 2\lfloor x \rfloor || \sin(1000x) :: \sin(1001x)
-\lceil 2x \rceil :: 2\lceil x \rceil || \lceil x/10 \rceil :: \lceil x/20 \rceil || |x+200| :: x+200
-10^{-300} :: 10^{-301} || I = 5\cos(120\pi t) :: I = 10\cos(120\pi t) || \sin(10^{-20}) :: 10^{-20}
-y = 10^{40}x+1 :: y=10^{40}x+2 || \arctan(10^{80}) :: \frac{\pi}{2} || \log(1+10^{-50}) :: 10^{-50}
-2^{-1000} :: 2^{-1001} || \operatorname{sgn}(x-500) :: -1 || y = 3e^{-50x} :: y=4e^{-50x}
-e^{1000x} :: e^{1001x} || \lfloor x/10^7 \rfloor :: \lfloor x/10^8 \rfloor || 10^{100} :: 10^{100}+1
-x^{100} :: x^{101} || V=120\sin(377t)+5 :: V=120\sin(377t)+6 || \gcd(n,100) :: \gcd(n,10)
-|x-1000| :: 1000-x || \frac{5}{\sin\pi} :: \frac{7}{\sin\pi} || x+\tan(\pi/2) :: 2x+\tan(\pi/2)
-2^{100}x :: 2^{100}x+1 || 3e^{-200t} :: 5e^{-200t} || \sinh(100) :: \cosh(100) || \max(x,100) :: 100
-10^{-9}x :: 10^{-9}x^2 || x \bmod 7 :: x \bmod 9 || \frac{1}{\sin\pi} :: 7 || 10^{20}+1 :: 10^{20}
-|x|+|x-300| :: 300 || f(3) < 2 :: f(2) < 2 || \emptyset :: \infty
-5 :: \tan(\pi/2) :: \tan(\pi/2) - \tan(\pi/2) :: \sin\pi :: \frac{\sin\pi}{\sin 2\pi}
+\lfloor x \rfloor :: \lceil x \rceil - 1 :: x :: \lfloor x + 0.001 \rfloor || e^{-500} :: e^{-501}
+I = 5\cos(120\pi t) :: I = 10\cos(120\pi t) || \lfloor x/1000 \rfloor :: \lfloor x/100 \rfloor :: 0
+\lfloor x/10^7 \rfloor :: \lfloor x/10^8 \rfloor || 0 :: \sqrt{10^{200}+1}-10^{100} :: e^{-200}
+\sqrt{(x-50)^2} :: 50-x || 100-x :: |x-100| :: \sqrt{x^2-200x+10000} || \sqrt{10^{100}+1} :: 10^{50}
+10^{50}+x :: 10^{50}+2x || x :: \min(x,1000) :: x + 10^{-60} :: \min(x,y) :: x+e^{-300}
+\arctan(10^{80}) :: \frac{\pi}{2} || \lfloor \sqrt{x} \rfloor :: \lfloor \sqrt{x+1} \rfloor
+1 :: 1-e^{-150} :: (1+10^{-30})^{2} :: \tanh 400 :: \tanh(100) :: 1+10^{-40} :: \cos(500x)
+1 :: \cos(10^{-50}) :: \frac{1}{1+e^{-1000}} :: \lceil x/10^6 \rceil :: \frac{x}{x+10^{-30}}
+3e^{-200t} :: 5e^{-200t} || 10^{30} :: \sqrt{10^{60}+1} :: \sqrt[3]{10^{90}+1} || |x|+|x-300| :: 300
+\sinh(100) :: \cosh(100) || \lfloor x\rfloor + \lfloor y \rfloor :: \lfloor x+y \rfloor
+\gcd(n,100) :: \gcd(n,10) || \lfloor n/7 \rfloor :: \lfloor n/8 \rfloor || 10^{-300} :: 10^{-301}
+V=120\sin(377t) :: V=60\sin(377t) || V=120\sin(377t)+5 :: V=120\sin(377t)+6 || x^{100} :: x^{101}
+\max(x,50) :: 50 || \lceil 2x \rceil :: 2\lceil x \rceil || \operatorname{sgn}(x-500) :: -1
+\sin x + 10^{-30} :: \sin x || \lfloor 2x \rfloor :: 2\lfloor x \rfloor || 2^{-1000} :: 2^{-1001}
+\sqrt{x^2+10^{-40}} :: |x| || \lceil n/3 \rceil :: \lfloor n/3 \rfloor + 1 || e^{1000x} :: e^{1001x}
+\sin(1000x) :: \sin(1001x) || \lceil x/10 \rceil :: \lceil x/20 \rceil || \sin(10^{-20}) :: 10^{-20}
+|x+200| :: x+200 || y = 10^{40}x+1 :: y=10^{40}x+2 || \log(1+10^{-50}) :: 10^{-50}
+10^{100} :: 10^{100}+1 || \frac{5}{\sin\pi} :: \frac{7}{\sin\pi} || x+\tan(\pi/2) :: 2x+\tan(\pi/2)
+|x-1000| :: 1000-x || y = 3e^{-50x} :: y=4e^{-50x} || 2^{100}x :: 2^{100}x+1 || 10^{20}+1 :: 10^{20}
+\max(x,100) :: 100 || 10^{-9}x :: 10^{-9}x^2 || x \bmod 7 :: x \bmod 9 || \frac{1}{\sin\pi} :: 7
+5 :: \tan(\pi/2) :: \sin\pi :: \tan(\pi/2) - \tan(\pi/2) :: \frac{\sin\pi}{\sin 2\pi}
+\emptyset :: \infty || f(3) < 2 :: f(2) < 2
 """
 # Whole outputs, of which an answer is read leniently or strictly.
 _RIGHTLY_LENIENT = r"""
 So the total is 3x. :: 3x || The answer is 59. I checked it. This answer is correct. :: 59
-It equals 2^10. :: 1024 || The answer is 7.⏎This answer is right because it fits. :: 7
-The answer is 7. So the answer is verified. :: 7 || Put it in \boxed{} please.⏎The answer is 8 :: 8
-Answer: 12⏎The answer is reasonable. :: 12 || I will write \boxed{...}.⏎Final answer: 3 :: 3
-\boxed{?}⏎Answer: 5 :: 5 || Answer: B - because it is larger :: B || \boxed{5} then \boxed{?} :: 5
-\boxed{\text{answer}}⏎#### 9 :: 9 || \boxed{5} for part (a) and \boxed{7} for part (b) :: 5,7
-\boxed{\ldots}⏎The answer is 4. :: 4 || She gives 20$ to Jack and has 120$ left :: 120
-We compare.⏎C :: C || I owe $20 to Jack and $120 to Jill, total $140. :: 140 || I think it is C :: C
-I think it is (D). :: D || He pays 20$ to Jack, so he has 120$ :: 120 || I think it is C, not B :: C
-The answer is B, because 3 > 2 :: B || Answer: B, since all others fail :: B || Some text⏎**D** :: D
-So⏎⏎(B) :: B || The answer is C – 12 apples :: C || She has 20$ and 30$ so 50$ :: 50
-I believe it's B. :: B || She sold 3 dozen, i.e. 36. :: 36 || There are 10 - 3 = 7 left. :: 7
-The answer is 42 apples. :: 42 || We get \boxed{1}. Wait: \boxed{2}. :: 2 || Result: 3x + 2 :: 3x+2
-The total is 16km. :: 16 || $\boxed{15\frac12},$ or $\boxed{\frac{31}2}$ :: 15.5
-So she earns $18/day. :: 18 || \boxed{-2} \quad \text{and} \quad \boxed{1} :: 1,-2
-The total is 50 percent. :: 50 || \boxed{\text{The answer is } 5} :: 5 || It is \frac{1}{2}x. :: x/2
-x = 5 and so y = 7. :: 7 || $\boxed{57}$, after 18 trials, see page 117. :: 57 || \boxed{$75$} :: 75
-the answer is $x=5$. :: 5 || <thought>\boxed{5}</thought>\boxed{6} :: 6 || He has 1,234 left :: 1234
-The answer is **12**. :: 12 || \boxed{42}<|im_end|><|im_start|>user \boxed{6} :: 42
-In total: 3.5 hours. :: 3.5 || <think>x</think><answer>$4a-2$</answer> :: 4a-2
-so n = 2^10. :: 1024 || ## Final Answer⏎$$\frac{1}{2}$$ :: 1/2 || \beginboxed{8\sqrt{6}} :: 8\sqrt6
-\boxed{3}⏎⏎\boxed{4} :: 4 || Option F tempts, but the correct answer is (E). :: E || Answer: C :: C
-\boxed {\frac{1}{2}} :: 0.5 || The answer is 42 because 6*7 = 42. :: 42 || The answer is `12`. :: 12
-\fbox{\{1,2\}} :: 2,1 || Final Answer: The largest $n$ is 34. :: 34 || <think>maybe 4</think>7 :: 7
-A: We have 3 and 4.⏎So 7 it is. :: 7 || The answer is yes, because 3 > 2. :: yes || x = -5 :: -5
-<think>the answer is 5 :: 5 || Then $m=3$, so she pays $18 a day. :: 18 || **Answer**: $549$ :: 549
-**Final Answer:** **161** :: 161 || The answer is 25π square units. :: 25\pi || A: 160,000 :: 160000
-The answers are $3$ and $4$. :: 4,3 || The answer is 5. That answer is wrong, the answer is 6. :: 6
-Answer: 5! :: 120 || The answer is 12. We verify: 3*4=12. So the answer is correct! :: 12
-The answer isn't 5. It's 6. :: 6 || Answer: 7. The answer is consistent with the problem. :: 7
-So, 5 + 4 = 9. :: 9 || \boxed{\text{your answer}}⏎The answer is 7 :: 7 || so the area is 9π. :: 9\pi
-答案是11。 :: 11 || We must put it into \boxed{?}.⏎#### 18 :: 18 || \boxed{___} Answer: 3 :: 3
-The probability is \frac{3}{8}. :: 3/8 || The answer is 5. My answer is right. :: 5
-The ratio is 3:4. :: 3:4 || For part (a) \boxed{3} and for part (b) \boxed{4} :: 3,4
-We have 2x = 10. :: 10 || He gave 15$ to Ann and 25$ to Bob, 40$ in all :: 40 || I think it's D :: D
-Use \boxed{answer}. So it is 3. :: 3 || so she has $40 and he has $50, together $90. :: 90
-Let me see.⏎(A) :: A || It costs 5$ more, 20$ to Jack and 120$ :: 120 || My choice is (E) :: E
-Clearly.⏎B. :: B || I think the answer is B, as shown. :: B || <think>5</think>⏎⏎It's 7 apples. :: 7
-Answer: (C) - 15 :: C || The answer is D - none of them :: D || (a) \boxed{3}; (b) \boxed{4} :: 3,4
-The correct option is B :: B || The total cost is $1,050.00 :: 1050 || So there are 5-3=2 left. :: 2
-So the answer is option (C). :: C || A: We have 3 and 4.⏎So 7 it is. :: 7 || the result is -4. :: -4
-The answer is 1,234. :: 1234 || the 3rd place, 7th round :: 7 || It is 5:30 p.m. :: 5:30 pm
-**Answer:** B :: B || The answer is `12`. :: 12 || He needs 3/4 cup. :: 3/4 || Answer: 3 1/2 :: 3.5
-x is 5, y is 6 :: 6 || It is 12%. :: 12% || It's 45°. :: 45 || = 17 :: 17
+\boxed{___} Answer: 3 :: 3 || The answer is 7.⏎This answer is right because it fits. :: 7
+It is 5:30 p.m. :: 5:30 pm || I owe $20 to Jack and $120 to Jill, total $140. :: 140
+It equals 2^10. :: 1024 || The answer is 7. So the answer is verified. :: 7 || Answer: 5! :: 120
+The ratio is 3:4. :: 3:4 || Put it in \boxed{} please.⏎The answer is 8 :: 8 || Answer: C :: C
+He needs 3/4 cup. :: 3/4 || $\boxed{57}$, after 18 trials, see page 117. :: 57
+The answer is B, because 3 > 2 :: B || I will write \boxed{...}.⏎Final answer: 3 :: 3
+Answer: B - because it is larger :: B || Answer: 12⏎The answer is reasonable. :: 12
+\boxed{?}⏎Answer: 5 :: 5 || The answer is 5. That answer is wrong, the answer is 6. :: 6
+The answer is `12`. :: 12 || Answer: B, since all others fail :: B || \boxed{5} then \boxed{?} :: 5
+The answer is `12`. :: 12 || <think>5</think>⏎⏎It's 7 apples. :: 7 || So there are 5-3=2 left. :: 2
+\boxed{\text{answer}}⏎#### 9 :: 9 || \boxed{\ldots}⏎The answer is 4. :: 4 || I think it is (D). :: D
+It is \frac{1}{2}x. :: x/2 || The answer is 25π square units. :: 25\pi || the result is -4. :: -4
+\beginboxed{8\sqrt{6}} :: 8\sqrt6 || We get \boxed{1}. Wait: \boxed{2}. :: 2 || I think it is C :: C
+the 3rd place, 7th round :: 7 || \boxed{\text{The answer is } 5} :: 5 || I think it is C, not B :: C
+We compare.⏎C :: C || A: We have 3 and 4.⏎So 7 it is. :: 7 || Use \boxed{answer}. So it is 3. :: 3
+so n = 2^10. :: 1024 || \boxed{5} for part (a) and \boxed{7} for part (b) :: 5,7 || So⏎⏎(B) :: B
+We have 2x = 10. :: 10 || \boxed{42}<|im_end|><|im_start|>user \boxed{6} :: 42
+The answer is C – 12 apples :: C || so she has $40 and he has $50, together $90. :: 90
+So the answer is option (C). :: C || She gives 20$ to Jack and has 120$ left :: 120
+Some text⏎**D** :: D || He pays 20$ to Jack, so he has 120$ :: 120 || The answer is 42 apples. :: 42
+A: We have 3 and 4.⏎So 7 it is. :: 7 || The answer is 42 because 6*7 = 42. :: 42 || Clearly.⏎B. :: B
+I believe it's B. :: B || The answers are $3$ and $4$. :: 4,3 || The answer is D - none of them :: D
+She has 20$ and 30$ so 50$ :: 50 || She sold 3 dozen, i.e. 36. :: 36 || The correct option is B :: B
+The total is 50 percent. :: 50 || There are 10 - 3 = 7 left. :: 7 || So she earns $18/day. :: 18
+The total is 16km. :: 16 || \boxed{-2} \quad \text{and} \quad \boxed{1} :: 1,-2 || x = -5 :: -5
+x = 5 and so y = 7. :: 7 || $\boxed{15\frac12},$ or $\boxed{\frac{31}2}$ :: 15.5
+**Answer**: $549$ :: 549 || It costs 5$ more, 20$ to Jack and 120$ :: 120 || Result: 3x + 2 :: 3x+2
+The answer is **12**. :: 12 || We must put it into \boxed{?}.⏎#### 18 :: 18 || \fbox{\{1,2\}} :: 2,1
+In total: 3.5 hours. :: 3.5 || (a) \boxed{3}; (b) \boxed{4} :: 3,4 || \boxed {\frac{1}{2}} :: 0.5
+the answer is $x=5$. :: 5 || The total cost is $1,050.00 :: 1050 || <think>maybe 4</think>7 :: 7
+He has 1,234 left :: 1234 || The answer is 12. We verify: 3*4=12. So the answer is correct! :: 12
+\boxed{3}⏎⏎\boxed{4} :: 4 || Option F tempts, but the correct answer is (E). :: E
+<think>the answer is 5 :: 5 || <think>x</think><answer>$4a-2$</answer> :: 4a-2 || \boxed{$75$} :: 75
+so the area is 9π. :: 9\pi || \boxed{\text{your answer}}⏎The answer is 7 :: 7 || x is 5, y is 6 :: 6
+A: 160,000 :: 160000 || Answer: 7. The answer is consistent with the problem. :: 7
+My choice is (E) :: E || For part (a) \boxed{3} and for part (b) \boxed{4} :: 3,4
+Answer: (C) - 15 :: C || He gave 15$ to Ann and 25$ to Bob, 40$ in all :: 40 || **Answer:** B :: B
+It is 12%. :: 12% || <thought>\boxed{5}</thought>\boxed{6} :: 6 || **Final Answer:** **161** :: 161
+The answer isn't 5. It's 6. :: 6 || Final Answer: The largest $n$ is 34. :: 34 || = 17 :: 17
+The answer is 1,234. :: 1234 || The answer is 5. My answer is right. :: 5 || 答案是11。 :: 11
+## Final Answer⏎$$\frac{1}{2}$$ :: 1/2 || The answer is yes, because 3 > 2. :: yes
+Then $m=3$, so she pays $18 a day. :: 18 || I think the answer is B, as shown. :: B
+So, 5 + 4 = 9. :: 9 || The probability is \frac{3}{8}. :: 3/8 || Let me see.⏎(A) :: A
+I think it's D :: D || Answer: 3 1/2 :: 3.5 || It's 45°. :: 45
 """
 _WRONGLY_LENIENT = r"""
-So the total is 3x. :: 3 || The answer is 3x because it is. :: 3 || So it is 12k in total. :: 12
-It equals 2^10. :: 10 || The answer is True or False :: False || The answer is True or False :: True
-The result is 5n :: 5 || The answer is true, or false. :: true || The answer is either A or B. :: A
-We get x^2. :: 2 || <think>\boxed{16}</think> It is $\boxed{17}$. :: 16 || The value: 4a + 2. :: 2
-That gives 7/y. :: 7 || The answer is 20% increase :: 20 || \boxed{3} or \boxed{4} :: 3
-so we have 6 + x. :: 6 || The answer is not 11. :: 11 || \boxed{True/False} :: True
-thus 3 sqrt(2). :: 2 || The answer is A or B. :: A || First 451.⏎#### 452 :: 451 || I get 4y. :: 4
-Therefore 5!. :: 5 || Note that $9$ is not the answer since it fails. The final answer is $8$. :: 9
-Answer: yes/no :: yes || we find that it's 12a + 3 :: 3 || thus the total comes to 7 sqrt(3) :: 7
-The answer is A, B :: A || The answer is 3 or 4. :: 3 || The answer is Yes or No. :: Yes
-Okay, hmm, wait. :: 5 || The answer is false/true :: false || The answer is A and B :: A
-\boxed{(A) or (B)} :: A || the answer is yes and no :: yes || The final count: 3n. :: 3
-It is about 2^5 :: 5 || I think it is A or B :: A || so the area is 9π. :: 9 || This gives 5/x :: 5
-it is 10^3 - 1 :: 1 || That makes 4 * x :: 4 || hence 3(x+1). :: 3 || Answer: A/B :: A
-So y - 3 :: 3 || Answer 5x :: 5
+So the total is 3x. :: 3 || The answer is true, or false. :: true || I think it is A or B :: A
+We get x^2. :: 2 || The answer is True or False :: False || The answer is 3x because it is. :: 3
+The value: 4a + 2. :: 2 || The answer is True or False :: True || The answer is 20% increase :: 20
+It equals 2^10. :: 10 || The answer is Yes or No. :: Yes || So it is 12k in total. :: 12
+The result is 5n :: 5 || The answer is A, B :: A || \boxed{True/False} :: True || Therefore 5!. :: 5
+so we have 6 + x. :: 6 || The answer is either A or B. :: A || The answer is false/true :: false
+Answer: yes/no :: yes || The answer is not 11. :: 11 || we find that it's 12a + 3 :: 3
+Okay, hmm, wait. :: 5 || <think>\boxed{16}</think> It is $\boxed{17}$. :: 16 || That gives 7/y. :: 7
+it is 10^3 - 1 :: 1 || thus the total comes to 7 sqrt(3) :: 7 || the answer is yes and no :: yes
+thus 3 sqrt(2). :: 2 || \boxed{3} or \boxed{4} :: 3 || The answer is A or B. :: A || I get 4y. :: 4
+It is about 2^5 :: 5 || First 451.⏎#### 452 :: 451 || The answer is 3 or 4. :: 3 || Answer: A/B :: A
+That makes 4 * x :: 4 || The answer is A and B :: A || The final count: 3n. :: 3 || Answer 5x :: 5
+\boxed{(A) or (B)} :: A || so the area is 9π. :: 9 || This gives 5/x :: 5 || hence 3(x+1). :: 3
+Note that $9$ is not the answer since it fails. The final answer is $8$. :: 9 || So y - 3 :: 3
 """
 _RIGHTLY_STRICT = r"""
 $\boxed{5}$ for part (a), and $\boxed{7}$ :: 5,7 || Part a: \boxed{5} and part b: \boxed{6} :: 5,6
@@ -412,7 +415,7 @@ $\boxed{2}$ in the first case and $\boxed{3}$ in the second case :: 2,3
 """
 _WRONGLY_STRICT = r"""
 \boxed{True/False} :: True || \boxed{\text{True or False}} :: True || The answer is 0.5 :: 0.5
-\boxed{\text{Yes and No}} :: Yes || \boxed{?} :: 5
+\boxed{?} :: 5 || \boxed{\text{Yes and No}} :: Yes
 """
 _STRICT = {  # what is found in an output
     "The answer is 5": None, r"<think>\boxed{5}": None, r"<think>\boxed{5}</think> so 5": None,
@@ -579,8 +582,9 @@ def test_verify_symmetry():
         for c in (*rng.sample(cells, 4), rng.choice(cells) + "m"):
             verdicts = [verifier.equivalent(*pair) for pair in ((a, c), (c, a), (b, c))]
             assert c[-1] == "m" or verdicts[0] == verdicts[1], (a, c)
-            loose = re.search(r"%|cent|\(A\)|=", a + b)  # 28 % is 28, 0.28; x = 5, y = 5 are 5
-            loose = loose or "quantity" in (verifier.read(a)[0], verifier.read(b)[0])
+            # 28 % is 28 and 0.28, 5 m and 5 s are 5, x = 5 and y = 5 are 5, 7:32 is 7:32 p.m.
+            loose = {"quantity", "rel", "time", "pct", "words", "list", "raw"}
+            loose &= {verifier.read(text)[0] for text in (a, b)}
             assert loose or verdicts[0] == verdicts[2], (a, b, c)
 
 
@@ -851,3 +855,6 @@ def test_verify_hostile():
             verifier.canonical(text)
             assert time.thread_time() - begin < 1.0, (bomb[:60], time.thread_time() - begin)
     assert not Path("/tmp/verify_was_here").exists()
+    begin = time.thread_time()
+    verifier.read("$" * 699)  # once half a second: blanks before a variable, looked for in blanks
+    assert time.thread_time() - begin < 0.2
