@@ -213,8 +213,7 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=attention.ca
 
 
 def packed_hidden_states(params, config, tokens, groups, checkpointing=False, store=None):
-    """hidden_states of one packed row: tokens [T] -> [T, D]. groups, store: as packed_attention's.
-    """
+    """hidden_states of a packed row: tokens [T] -> [T, D]. groups, store: as packed_attention's."""
     T = len(tokens)
     extra = attention.padded_length(T) - T if tokens.device.type == "cpu" else 0
     if extra:
