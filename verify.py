@@ -928,13 +928,26 @@ def quantity(values, names):
     return ("quantity", value, " ".join(words)) if words else value
 
 
-def entrywise(node):
-    """A sum of matrices, or a matrix times scalars, as one matrix."""
+def rows_of(node):
+    return [row[1:] if row[0] == "array" else (row,) for row in node[1:]]
+
+
+def with_matrices(node):
+    """A sum or product with matrices as one matrix."""
     matrices = [child for child in node[1:] if child[0] in ("tuple", "array")]
     scalars = [child for child in node[1:] if child not in matrices]
-    several = scalars if node[0] == "add" else matrices[1:]
-    if several or len({(one[0], len(one)) for one in matrices}) > 1:
-        raise Unreadable("matrices of other sizes, or their product")
+    if node[0] == "mul" and len(matrices) > 1:
+        a, b = map(rows_of, matrices[:2])
+        if len(a[0]) != len(b) or len(a) * len(b) * len(b[0]) > 100:
+            raise Unreadable("a product of matrices of other sizes")
+        cells = [[("add", *(chain("mul", *pair) for pair in zip(row, column)))
+                  for column in zip(*b)] for row in a]  # fmt: skip
+        if sum(size(cell) for row in cells for cell in row) > MAX_TERMS:
+            raise Unreadable("too many matrices")
+        rest = (*scalars, matrix(cells), *matrices[2:])
+        return normal(("mul", *rest)) if len(rest) > 1 else rest[0]
+    if node[0] == "add" and scalars or len({(one[0], len(one)) for one in matrices}) > 1:
+        raise Unreadable("a sum of things of other sizes")
     entries = zip(*(one[1:] for one in matrices))
     return (matrices[0][0], *(normal(chain(node[0], *scalars, *entry)) for entry in entries))
 
@@ -947,7 +960,7 @@ def normal(node):
         if values and len(values) < len(words):
             return quantity(values, [name for names in words if names for name in names])
     if node[0] in ("add", "mul") and any(child[0] in ("tuple", "array") for child in node[1:]):
-        return entrywise(node)
+        return with_matrices(node)
     if node[0] == "ratio" and not symbols(node):
         first = next((part for part in node[1:] if exact(part) != 0), ONE)
         return ("ratio", *(divide(part, first) for part in node[1:]))

@@ -153,6 +153,7 @@ B :: B, because it is bigger :: Option B :: b) :: \text{B) } 12 :: \textbf{B} ::
 \bp1\\2\ep-\bp1\\1\ep :: \bp0\\1\ep || x = \bp1\\2\ep+t\bp1\\1\ep :: \bp1+t\\2+t\ep
 \begin{bmatrix}1&2\\3&4\end{bmatrix}+\bp1&0\\0&1\ep :: \bp2&2\\3&5\ep || -\bp1\\2\ep :: \bp-1\\-2\ep
 \frac{1}{2}\bp2&4\ep :: \bp1&2\ep || \sum_{k=1}^{n} k :: \sum_{i=1}^{n} i :: \sum\limits_{k=1}^{n} k
+\bp1&2\\3&4\ep\bp1\\1\ep :: \bp3\\7\ep || \bp2&4\ep :: \bp1&1\ep\bp2&0\\0&4\ep
 \bp2\\4\ep \cdot 3 :: \bp6\\12\ep || 9 :: \sum_{i=1}^{2}\sum_{j=1}^{2} ij :: \sum_{n=1}^{3} n!
 c_1 e^{t}\bp1\\1\ep+c_2e^{-t}\bp1\\-1\ep :: c_2e^{-t}\bp1\\-1\ep+c_1 e^{t}\bp1\\1\ep
 (1,2)+t(3,4) :: (1+3t,2+4t) || x=1, y=2 \text{ or } x=2, y=1 :: (2,1),(1,2)
@@ -200,6 +201,7 @@ odd :: oddd || 6^{1000} :: 6^{1001} || e^{-200} :: e^{-201} || \frac{1}{2024!} :
 (2,-1] :: (2,-1) || \text{forty-two} :: 24 || 10\sqrt2 :: 10+\sqrt2 || [5, \infty] :: [5,\infty)
 4x-5y=-50 :: -50 || \frac{1}{2004!} :: \frac{i}{2004!} || 3 \le x \text{ or } 97 :: x \ge 3
 y=2x+3 :: y=3x+2 || \sin x^2 :: \sin^2 x || \cos x=\frac12 :: \sin x=\frac12 || (1011)_2 :: (1011)_3
+\bp1&2\\3&4\ep\bp1\\1\ep :: \bp4\\6\ep || \bp0&1\\0&0\ep\bp1&0\\0&0\ep :: \bp0&1\\0&0\ep
 8\sqrt2 :: 2\sqrt8 || \bp1&2\\3&4\ep :: \bp1&3\\2&4\ep || \text{June 20} :: \text{July 20}
 2A5_{16} :: 2A6_{16} || 7:30\text{ PM} :: \text{7:30 AM} || 1,2,\ldots,8 :: 1,2,\ldots,9
 (4^2)^3 :: 4^{2^3} || (x+y)/x y :: \frac{x+y}{xy} || [x,y) :: [1,2) || (1,1] :: (1,1) || x=5 :: y=5
