@@ -316,7 +316,9 @@ def training_rows(groups, args):
     lengths = [len(s.tokens) for _, sequences in learned for s in sequences]
     rank, world = rank_and_world()
     rows = sorted(pack_groups(learned, args.micro_tokens), key=num_tokens, reverse=True)
-    return rows[rank::world], losses.loss_total(args.loss, lengths, args.max_new_tokens)
+    turns = itertools.cycle([*range(world), *reversed(range(world))])  # there and back: fair
+    mine = [row for row, turn in zip(rows, turns) if turn == rank]
+    return mine, losses.loss_total(args.loss, lengths, args.max_new_tokens)
 
 
 def row_logprobs(params, config, row, temperature, checkpointing=False):
