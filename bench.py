@@ -279,7 +279,7 @@ def fitting(config, args, world, device, there, lora_rank, offload):
     if plan.peak > there:
         return f"no: {plan.peak:.1f}"
     flags = ["`--free-sampler`"] if args.free_sampler else []
-    flags += [f"`--{name.replace('_', '-')} {getattr(args, name)}`"
+    flags += [f"`{launch.flag_name(name)} {getattr(args, name)}`"
               for name in ("micro_tokens", "max_batch") if getattr(args, name) < asked[name]]
     return " ".join([f"{plan.update:.1f}, {plan.rollouts:.1f}", *flags])
 

@@ -250,9 +250,7 @@ def weights_hash(*directories):
 def fill_defaults(args, config):
     """Fill in the flags that were left out and depend on the model. Writes into `args`."""
     defaults = TINY | {"prompt": args.tiny_prompt} if model.is_tiny(config) else OTHERS
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    launch.fill_unset(args, defaults)
 
 
 def settings_of(setup, **changes):
@@ -564,7 +562,7 @@ def report(args):
     paths = {name: model.resolve_model(path) for name, path in models.items()}
     config = model.load_config(paths["base"])
     usual = vars(parse_args([]))
-    shared = [f"--{name.replace('_', '-')}={value}".removesuffix("=True")
+    shared = [f"{launch.flag_name(name)}={value}".removesuffix("=True")
               for name, value in vars(args).items()
               if name not in OF_REPORT and value != usual[name]]
     fill_defaults(args, config)

@@ -479,9 +479,7 @@ def fill_defaults(args, config):
         "beta": 1.0 if args.teacher else 0.0,
         "reward": [] if args.teacher else REWARDED[:1 + boxed],
         "eval_data": mixture.split_number((args.data or defaults["data"])[0])[0]}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    launch.fill_unset(args, defaults)
     if args.adapter:
         args.lora_rank = model.adapter_config(args.adapter, args.lora_rank).r
     if args.teacher and not args.beta:

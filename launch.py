@@ -122,6 +122,17 @@ def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
     add("--overwrite", action="store_true", help="delete the run in --run-dir first")
 
 
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def fill_unset(args, defaults):
+    """Fill in the flags that were left out. Writes into `args`."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def parse_train_args(parser, argv=None):
     """parser.parse_args(argv); with --resume, the run's own flags are the defaults."""
     args = parser.parse_args(argv)

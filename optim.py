@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from launch import rank_and_world
+from launch import flag_name, rank_and_world
 from model import head_slice, lora_shapes, param_shapes
 
 ALIGN = 64  # elements: every parameter starts on a cache line, so that products round alike
@@ -101,7 +101,7 @@ def halve_on_oom(args, name, attempt, engine=None):
         try:
             return attempt()
         except torch.OutOfMemoryError as error:
-            reason = f"{str(error).partition('. ')[0]} at --{name.replace('_', '-')} {size}"
+            reason = f"{str(error).partition('. ')[0]} at {flag_name(name)} {size}"
         if engine:  # out of the handler, whose traceback holds what was allotted
             engine.release()
         torch.cuda.empty_cache()

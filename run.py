@@ -33,7 +33,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import model
-from launch import compute_dtype, find_device, gather_objects, own_command, rank_and_world
+from launch import (
+    compute_dtype,
+    find_device,
+    flag_name,
+    gather_objects,
+    own_command,
+    rank_and_world,
+)
 from model import read_json, save_model, token_logprobs
 from optim import init_optimizer
 
@@ -373,10 +380,6 @@ def claim_run_dir(args):
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             lock_run(path)
-
-
-def flag_name(name):
-    return f"--{name.replace('_', '-')}"
 
 
 def save_flags(args, path, checkpoint):
