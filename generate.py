@@ -451,7 +451,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, stop_tok
     if static and compiled:
         torch._dynamo.config.recompile_limit = 64  # for every size of the batch and settings
         step_fn = torch.compile(decode_step, dynamic=False)
-    chunk = chunk or (16384 if static else 2048)
+    chunk = chunk or (16384 if static else 1024)
     # steps between two looks at what was drawn
     reads_text = sampling.stop_strings or sampling.repetition or sampling.bounds_thinking
     stride = 1 if on_token or reads_text else 16 if static else 8
