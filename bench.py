@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--size", choices=SIZES, help="random weights of this size instead of --model")
     add("--load", nargs="+", choices=SAMPLE_LOADS, default=SAMPLE_LOADS)
     add("--batch", type=at_least(1), nargs="+", default=[1, 8, 32, 64],
-        help="rows in the fixed load; the largest is --max-batch in the mixed load")
+        help="rows of the fixed load; the mixed load decodes the largest at once")
     add("--new-tokens", type=at_least(1), default=64,
         help="length of each prompt and each completion in the fixed load")
     add("--repeat", type=at_least(1), default=5, help="runs; the median is reported")
@@ -92,7 +92,7 @@ def seconds(run):
 
 
 @torch.inference_mode()
-def machine_ceiling(like):
+def peak_rates(like):
     """Measured peak rates, summed over processes: (memory bytes/s, FLOP/s of a large product).
 
     like: a tensor with the dtype and device of the weights.
@@ -109,7 +109,7 @@ def machine_ceiling(like):
     return [sum(column) for column in zip(*rates)]
 
 
-def step_floor_s(config, like, rows, context, ceiling):
+def roofline_s(config, like, rows, context, read_rate, product_rate):
     """Roofline seconds of a decode step: weights and cache are read and multiplied once."""
     weights = sum(map(math.prod, model.param_shapes(config).values()))
     if not config.tie_word_embeddings:
@@ -119,7 +119,7 @@ def step_floor_s(config, like, rows, context, ceiling):
     read = rank_and_world()[1] * weights + cached  # each process reads the weights
     attended = 4 * config.num_hidden_layers * config.hidden_size * rows * context
     flops = 2 * weights * rows + attended
-    return max(read * like.element_size() / ceiling[0], flops / ceiling[1])
+    return max(read * like.element_size() / read_rate, flops / product_rate)
 
 
 def sample_loads(args):
@@ -169,9 +169,9 @@ def bench_sample(args):
     params = sampling_params(params, config, device=device)
     _, world, _ = launch.init_distributed(args.device, args.processes)
     like = params["model.norm.weight"]
-    ceiling = machine_ceiling(like)
+    read_rate, product_rate = peak_rates(like)
     say(f"{args.size or args.model} | {like.dtype} | {world} x {torch.get_num_threads()} threads | "
-        f"memory {ceiling[0] / 1e9:.1f} GB/s | products {ceiling[1] / 1e9:.0f} GFLOP/s")
+        f"memory {read_rate / 1e9:.1f} GB/s | products {product_rate / 1e9:.0f} GFLOP/s")
     for name, lengths, limits, rows in sample_loads(args):
         stats = time_sampling(params, config, args, lengths, limits, rows)
         sampled = sum(map(sum, limits))
@@ -181,8 +181,8 @@ def bench_sample(args):
                 f"decode {sampled / stats['decode_s']:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step")
         if name != "mixed":
             context = lengths[0] + limits[0][0] / 2
-            floor_s = step_floor_s(config, like, rows, context, ceiling)
-            line += f", {floor_s / step_s:4.0%} of the roofline"
+            best_s = roofline_s(config, like, rows, context, read_rate, product_rate)
+            line += f", {best_s / step_s:4.0%} of the roofline"
         if stats["captures"]:
             line += f" | {stats['captures']} captures, {stats['capture_s']:.1f} s"
         say(f"{line} | cache {stats['cache_gib'] * 1024:.1f} MiB, peak "
@@ -254,7 +254,7 @@ def bench_step(args, timed_steps=3):
             sampled += sum(len(c.tokens) for g in groups for c in g.completions) / timed_steps
     plan = grpo.memory_plan(config, args, world, device.type, prompt_lengths[1])
     say(f"{args.size} | {args.load} | {args.prompts * args.group} rows, {sampled:.0f} sampled "
-        f"tokens a step | {world} x {torch.get_num_threads()} threads, per process | "
+        f"tokens a step | {world} x {torch.get_num_threads()} threads, times of process 0 | "
         f"{dtype} | --micro-tokens {args.micro_tokens}"
         + (" --checkpointing" if args.checkpointing else ""))
     units = ["s"] if device.type == "cuda" else ["s", "cpu_s"]
