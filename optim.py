@@ -1,6 +1,6 @@
-"""Trains a dict of tensors on one process or many: the memory that takes, and AdamW.
+"""Train a dict of tensors with AdamW, on one process or many.
 
-Parameters are views into one flat buffer. Gradients are summed in a second and reduce-scattered;
+Parameters are views into one flat buffer. A second holds gradients, which are reduce-scattered;
 each process holds the float32 master and the Adam moments of its shard; the updated buffer is
 all-gathered in place (ZeRO, arXiv:1910.02054). One process runs the same code as a world of one.
 """
@@ -12,104 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from launch import flag_name, rank_and_world
-from model import head_slice, lora_shapes, param_shapes
+from launch import rank_and_world
 
 ALIGN = 64  # elements: parameters start on cache lines, so that matrix products round the same way
 SLICE = 1 << 20  # elements updated at a time, so that temporaries fit in a CPU's cache
-
-# ------------------------------------------------------------ memory
-
-ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and libraries; CUDA's context, fragmentation
-
-
-class MemoryPlan(NamedTuple):
-    """What each process of a run needs, in GiB."""
-    update: float
-    rollouts: float
-    shared: float  # of both: frozen weights, which forks share
-
-    @property
-    def peak(self):
-        return max(self.update, self.rollouts)
-
-
-def plan_memory(config, dtype, device="cpu", world=1, *, longest, row_tokens, rows, cache_slots,
-                lora_rank=0, checkpointing=True, reference=None, offload=False, keep_sampler=True):
-    """The MemoryPlan of a run before it starts: up to a fifth too high, rather than too low.
-
-    longest: tokens of a prompt and its completion. row_tokens: of a packed row of training. rows:
-    that decode at once. cache_slots: that they take. reference: the Config of a frozen model that
-    is held, too. keep_sampler: on a GPU, its cache and weights stay during the update.
-    """
-    D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
-    L, size = config.num_hidden_layers, dtype.itemsize
-    on_gpu = torch.device(device).type == "cuda"
-    weights = size * sum(map(math.prod, param_shapes(config).values()))
-    learned = lora_shapes(config, lora_rank) if lora_rank else param_shapes(config)
-    trained = sum(map(math.prod, learned.values()))
-
-    held = weights + 4 * trained  # and gradients
-    if reference:
-        held += size * sum(map(math.prod, param_shapes(reference).values()))
-    if not (offload and on_gpu):  # moments, and masters of what is not float32
-        held += (12 if size < 4 and not lora_rank else 8) * trained / world
-    sampler = 2 * size * L * config.num_key_value_heads * config.head_dim * cache_slots
-    if lora_rank or not on_gpu:
-        sampler += weights  # merged, or packed
-
-    layer = size * (12 * D + 5 * width)  # bytes that autograd keeps of a token
-    if not on_gpu:  # a fused kernel keeps no scores
-        layer += size * config.num_attention_heads * longest
-    head = (8 + size) * V * min(row_tokens, head_slice(V, device))
-    if lora_rank:  # the adapter itself, and its inputs
-        held += 4 * trained
-        layer += size * (5 * D + width)
-    else:  # the gradient of the embedding, and what it is made of
-        head += (4 + 3 * size) * V * D
-    again = 2 * size * width  # what the backward pass of one layer holds
-    if checkpointing:
-        again += layer
-        layer = size * D
-    update = held + row_tokens * L * layer + max(head, row_tokens * again)
-    if on_gpu and keep_sampler:  # where its graphs read them
-        update += sampler
-    rollouts = held + sampler + rows * V * (12 + size)  # logits
-    allowance = ALLOWANCE_GIB["cuda" if on_gpu else "cpu"]
-    shared = weights if lora_rank else 0
-    return MemoryPlan(update / 2**30 + allowance, rollouts / 2**30 + allowance, shared / 2**30)
-
-
-def plan_line(plan, there):
-    """What a plan comes to, with a warning when it exceeds the GiB that are there."""
-    line = (f"about {plan.update:.1f} GiB in the update, {plan.rollouts:.1f} in the rollouts, "
-            f"of {there:.1f} GiB")
-    if plan.peak <= there:
-        return line
-    return (f"{line}\nwarning: that is more than there is; what helps: --checkpointing, a smaller "
-            "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more GPUs")
-
-
-def halve_on_oom(args, name, attempt, engine=None):
-    """attempt(), and where a GPU's memory runs out, once more with half of args.NAME, for good.
-
-    For sizes on which no result depends. engine: the sampler's, which gives back what it keeps.
-    Raises ValueError when half is too much as well.
-    """
-    for _ in range(2):
-        size = getattr(args, name)
-        try:
-            return attempt()
-        except torch.OutOfMemoryError as error:
-            reason = f"{str(error).partition('. ')[0]} at {flag_name(name)} {size}"
-        if engine:  # out of the handler, whose traceback holds what was allotted
-            engine.release()
-        torch.cuda.empty_cache()
-        setattr(args, name, max(1, size // 2))
-        print(f"{reason}: going on with {getattr(args, name)}", flush=True)
-    raise ValueError(f"{reason}, which is half of what was tried before; start with less, or see "
-                     "what fits: python bench.py plan --help")
-
 
 # ------------------------------------------------------------ AdamW
 
