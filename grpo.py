@@ -473,11 +473,7 @@ def resolve_flags(args, config):
     """
     device = launch.find_device(args.device).type
     world = max(rank_and_world()[1], args.processes or 1)
-<<<<<<< HEAD
-    there = launch.total_memory_gib(device, world)
-=======
     available_gib = launch.total_memory_gib(device, world)
->>>>>>> main
     lr = args.lr
     fill_defaults(args, config)
     if args.teacher:
