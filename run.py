@@ -3,7 +3,7 @@
     flags.json       the run's flags, which --resume restores
     starts.jsonl     one line per start: time, machine, command and commit
     metrics.jsonl    one line of numbers per step
-    samples.jsonl    complete completions of a few steps
+    samples.jsonl    some completions, in full
     checkpoints/     step_000100/, ..., each a model directory plus the trainer's state; best links
                      to one of them
 
