@@ -390,7 +390,7 @@ def update(policy, reference, optimizer, rows, total, lr, args):
     own = Counter()  # of tensors, so that the device is not waited for
     skipped = 0
     for _ in range(args.updates):
-        for each in launch.show_phase(list(zip(rows, old, ref)), "updating"):
+        for each in launch.phase_bar(list(zip(rows, old, ref)), "updating"):
             loss, stats = row_loss(params, config, *each, total, args)
             loss.backward()
             own.update(stats)
@@ -473,7 +473,7 @@ def resolve_flags(args, config):
     """
     device = launch.find_device(args.device).type
     world = max(rank_and_world()[1], args.processes or 1)
-    available_gib = launch.memory_there(device, world)
+    available_gib = launch.total_memory_gib(device, world)
     lr = args.lr
     fill_defaults(args, config)
     if args.teacher:
