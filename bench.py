@@ -28,6 +28,7 @@ import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
 from launch import at_least, gather_objects, rank_and_world, say
+from plan import fit_memory, plan_grpo
 from run import make_trainable
 from stats import markdown
 
@@ -231,7 +232,7 @@ def bench_step(args, timed_steps=3):
     if args.size in ("tiny", "30m"):  # use the tiny model's defaults
         args.micro_tokens = args.micro_tokens or grpo.TINY["micro_tokens"]
         args.checkpointing = bool(args.checkpointing)
-    grpo.settle_flags(args, config)
+    grpo.resolve_flags(args, config)
     _, world, device = launch.init_distributed(args.device, args.processes)
     dtype = launch.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
@@ -252,7 +253,7 @@ def bench_step(args, timed_steps=3):
         if step:
             spent += torch.stack((rolled - begin, clock() - rolled)) / timed_steps
             sampled += sum(len(c.tokens) for g in groups for c in g.completions) / timed_steps
-    plan = grpo.memory_plan(config, args, world, device.type, prompt_lengths[1])
+    plan = plan_grpo(config, args, world, device.type, prompt_lengths[1])
     say(f"{args.size} | {args.load} | {args.prompts * args.group} rows, {sampled:.0f} sampled "
         f"tokens a step | {world} x {torch.get_num_threads()} threads, times of process 0 | "
         f"{dtype} | --micro-tokens {args.micro_tokens}"
@@ -268,12 +269,12 @@ def bench_step(args, timed_steps=3):
 # ------------------------------------------------------------ plan
 
 
-def plan_cell(config, args, world, device, memory_gib, lora_rank, offload):
+def plan_cell(config, args, world, device, available_gib, lora_rank, offload):
     """A table cell: the planned GiB of update and rollouts, and the flags needed to fit."""
     args = argparse.Namespace(**vars(args) | {"lora_rank": lora_rank, "offload": offload})
     requested = vars(args).copy()
-    plan = grpo.fit_memory(config, args, world, device, memory_gib)
-    if plan.peak > memory_gib:
+    plan = fit_memory(config, args, world, device, available_gib)
+    if plan.peak > available_gib:
         return f"no: {plan.peak:.1f}"
     flags = ["`--free-sampler`"] if args.free_sampler else []
     flags += [f"`{launch.flag_name(name)} {getattr(args, name)}`"
@@ -292,15 +293,15 @@ def bench_plan(args):
     grpo.fill_defaults(args, config)
     device = "cuda" if args.gpus else launch.find_device(args.device).type
     processes = args.processes or 1
-    machines = args.gpus or [(processes, launch.memory_there(device, processes))]
+    machines = args.gpus or [(processes, launch.total_available_gib(device, processes))]
     rank = args.lora_rank or grpo.LORA_RANK
     kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
              f"`--lora-rank {rank}`": (rank, False)}
     rows = []
-    for world, memory_gib in machines:
-        cells = [plan_cell(config, args, world, device, memory_gib, *kind)
+    for world, available_gib in machines:
+        cells = [plan_cell(config, args, world, device, available_gib, *kind)
                  for kind in kinds.values()]
-        rows.append([f"{world} x {memory_gib:.3g} GiB", *cells])
+        rows.append([f"{world} x {available_gib:.3g} GiB", *cells])
     print(markdown([args.size or args.model, *kinds], rows))
 
 
