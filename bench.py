@@ -293,7 +293,7 @@ def bench_plan(args):
     grpo.fill_defaults(args, config)
     device = "cuda" if args.gpus else launch.find_device(args.device).type
     processes = args.processes or 1
-    machines = args.gpus or [(processes, launch.total_available_gib(device, processes))]
+    machines = args.gpus or [(processes, launch.total_memory_gib(device, processes))]
     rank = args.lora_rank or grpo.LORA_RANK
     kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
              f"`--lora-rank {rank}`": (rank, False)}
