@@ -42,7 +42,7 @@ def sampling_params(params, config, device=None, out=None):
         sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
     if packed or device != like.device or len(sources) < len(params):
         sources = joined_sources(sources, config)
-    form = {}
+    prepared = {}
     for name, parts in sources.items():  # one by one: never two copies of all weights
         parts = [model.merged_weight(params, part).detach() for part in parts]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -51,8 +51,8 @@ def sampling_params(params, config, device=None, out=None):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
         elif out and out[name].data_ptr() != weight.data_ptr():
             weight = out[name].copy_(weight)
-        form[name] = weight
-    return form
+        prepared[name] = weight
+    return prepared
 
 
 def joined_sources(sources, config):
@@ -96,29 +96,30 @@ def admit(waiting, num_running, max_batch):
     return [waiting.popleft() for _ in range(min(max_batch - num_running, len(waiting)))]
 
 
-def prefill(params, config, layers, prompts, begins, chunk):
+def prefill(params, config, layers, prompts, first_slots, chunk):
     """Write the keys and values of prompts into the cache, about `chunk` tokens at a time.
 
-    layers: [keys, values] of each layer, [slots, K, head_dim] each. begins: {index of a prompt:
-    [first slot of each of its copies]}.
+    layers: [keys, values] of each layer, [slots, K, head_dim] each.
+    first_slots: {index of a prompt: [first slot of each of its copies]}.
     """
     device = layers[0][0].device
-    todo = [p for p in begins if len(prompts[p]) > 1]  # the last token is left to a decode step
+    todo = [p for p in first_slots if len(prompts[p]) > 1]  # the last token is left to decoding
     while todo:
-        now = [todo.pop()]
-        while todo and sum(len(prompts[p]) for p in [*now, todo[-1]]) <= chunk:
-            now.append(todo.pop())
-        tokens, sources, slots = [], [], []
-        for p in now:
+        selected = [todo.pop()]
+        while todo and sum(len(prompts[p]) for p in [*selected, todo[-1]]) <= chunk:
+            selected.append(todo.pop())
+        tokens, sources, slots, lengths = [], [], [], []
+        for p in selected:
             n = len(prompts[p]) - 1
-            for begin in begins[p]:
+            lengths.append(n)
+            for first in first_slots[p]:
                 sources += range(len(tokens), len(tokens) + n)
-                slots += range(begin, begin + n)
+                slots += range(first, first + n)
             tokens += prompts[p][:-1]
-        groups = [(0, [len(prompts[p]) - 1 for p in now])]
         tokens, sources, slots = (
             torch.tensor(column, device=device) for column in (tokens, sources, slots))
-        model.packed_hidden_states(params, config, tokens, groups, store=(layers, sources, slots))
+        model.packed_hidden_states(params, config, tokens, [(0, lengths)],
+                                   store=(layers, sources, slots))
 
 
 # ------------------------------------------------------------ the plain batch: caches that grow
@@ -224,10 +225,10 @@ def seat(params, config, batch, waiting, prompts, max_batch, chunk):
     owners = dict.fromkeys(row.prompt for row in running)
     fresh = allocate(batch.prompts, owners, max(row.cached for row in running))
     slots = batch.prompts.layers[0][0].shape[2]
-    begins = {prompt: [batch.prompts.rows[prompt] * slots] for prompt in fresh}
+    first_slots = {prompt: [batch.prompts.rows[prompt] * slots] for prompt in fresh}
     layers = [[cached.flatten(1, 2).transpose(0, 1) for cached in layer]
               for layer in batch.prompts.layers]  # [rows * slots, K, head_dim] each
-    prefill(params, config, layers, prompts, begins, chunk)
+    prefill(params, config, layers, prompts, first_slots, chunk)
     keys = batch.own.layers[0][0]
     state = batch_state(batch.rows, keys.shape[1], keys.device)
     return state, (batch.own.layers, batch.prompts.layers, batch_layout(batch))
@@ -249,7 +250,7 @@ class Engine:
     graphs: dict = field(default_factory=dict)  # {(B, settings): (graph, its State, its output)}
     weights: tuple = ()  # addresses of the tensors that the graphs read
     stream: Any = None  # for capturing
-    form: dict | None = None  # sampling_params, for a caller that updates them in place
+    params: dict | None = None  # sampling_params, for a caller that updates them in place
 
     @property
     def layers(self):
@@ -263,7 +264,7 @@ class Engine:
         """Free all memory. The next call allocates and captures again."""
         self.rows.clear()
         self.graphs.clear()
-        self.cache = self.form = None
+        self.cache = self.params = None
 
 
 def static_slots(length):
@@ -316,10 +317,10 @@ def assign_places(engine, waiting, max_batch):
 def seat_in_slots(params, config, engine, waiting, prompts, max_batch, chunk):
     """`seat` for the static batch: (State, Slots)."""
     B, admitted = assign_places(engine, waiting, max_batch)
-    begins = {}
+    first_slots = {}
     for row in admitted:
-        begins.setdefault(row.prompt, []).append(engine.rows[row] * engine.cache.size)
-    prefill(params, config, engine.layers, prompts, begins, chunk)
+        first_slots.setdefault(row.prompt, []).append(engine.rows[row] * engine.cache.size)
+    prefill(params, config, engine.layers, prompts, first_slots, chunk)
     return batch_state(engine.rows, B, engine.layers[0][0].device), engine.cache
 
 

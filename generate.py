@@ -385,8 +385,7 @@ def new_rows(config, prompts, limits, seed, seeds, sampling):
 
 
 def new_batch(params, config, rows, max_batch, engine):
-    """An empty batch, with room for any `max_batch` of the rows: an Engine if the GPU supports it.
-    """
+    """An empty batch for `max_batch` of the rows at once: an Engine if the GPU supports one."""
     like = params["model.norm.weight"]
     if has_varlen(like.device, like.dtype):
         engine = engine or Engine()
@@ -418,8 +417,9 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     tokens do not depend on the batch, unless a rounding error tips a draw between two tokens.
     params: the tensors of a checkpoint, with or without an adapter, or sampling_params of them.
     max_new_tokens: an int, or [prompt][sample] ints; the end of the context is always a limit.
+    temperature: 0 is greedy. top_k, top_p: applied in this order; 0 and 1 turn them off.
     stop_tokens, stop_strings: end a row, and stay in it.
-    tokenizer: needed for stop strings and the limits on thinking.
+    tokenizer: needed for stop strings and for the limits on thinking.
     repetition: end a row whose last `repetition` tokens repeat one phrase at least four times.
     think_budget: close a thinking block at this length. think_minimum: reopen a shorter one.
     seeds: an int for each prompt; default: its index.
@@ -431,8 +431,7 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
     on_step(ended, num_tokens): called every few steps with the completions that ended since the
     last call, [(prompt, sample, Completion), ...], and the number of tokens drawn.
     on_done(prompt, completions): called when all samples of a prompt have ended. May return the
-    index of a prompt to add to the queue.
-    first: number of prompts queued at the start, default all; the others are left to on_done.
+    index of another prompt to queue. first: how many prompts to queue at the start; default: all.
     stats: a dict to fill with steps, cache_gib (peak), prefill_s, capture_s and decode_s.
     Raises ValueError for an empty prompt, one that fills the context, or a setting out of range.
     """
@@ -462,9 +461,9 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
         torch._dynamo.config.recompile_limit = 64  # one for each batch size and set of settings
         step_fn = torch.compile(decode_step, dynamic=False)
     chunk = chunk or (16384 if static else 1024)
-    # decode steps between two calls of `harvest`
-    reads_text = sampling.stop_strings or sampling.repetition or sampling.limits_thinking
-    stride = 1 if on_token or reads_text else 16 if static else 8
+    stride = 16 if static else 8  # decode steps between two calls of `harvest`
+    if on_token or stop_strings or repetition or sampling.limits_thinking:
+        stride = 1  # these look at every token
     settings = (temperature, top_p, top_k, sampling.limits_thinking)
     while waiting or batch.rows:
         begin = clock(like)
@@ -485,15 +484,18 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
             ended, num_tokens, reopened = harvest(batch.rows, drawn, sampling, on_token)
             for p, sample, completion in ended:
                 results[p][sample] = completion
-                further = on_done(p, results[p]) if on_done and None not in results[p] else None
-                waiting.extend([] if further is None else rows[further])
+                if on_done and None not in results[p]:
+                    further = on_done(p, results[p])
+                    waiting.extend([] if further is None else rows[further])
             if on_step:
                 on_step(ended, num_tokens)
-            # Reseating waits for several free places: prompts are prefilled together, and a
-            # smaller batch means copying the cache.
+            # Wait for several free places before seating new rows, whose prompts are then
+            # prefilled together, or shrinking the batch, which copies the cache.
             B = len(state.tokens)
-            free = (max_batch if waiting else B) - len(batch.rows)
-            enough = B // (16 if waiting else 2 if static else 4)
+            if waiting:
+                free, enough = max_batch - len(batch.rows), B // 16
+            else:
+                free, enough = B - len(batch.rows), B // (2 if static else 4)
             reseat = reopened or free >= max(1, enough)
         stats["decode_s"] += clock(like) - captured
     return results
@@ -502,15 +504,15 @@ def generate(params, config, prompts, *, num_samples=1, max_new_tokens, temperat
 # ------------------------------------------------------------ the command line
 
 
-def completion_text(tokenizer, completion, ends, stop=()):
-    """The text of a completion without end tokens, cut at the first of the stop strings."""
-    tokens = [token for token in completion.tokens if token not in ends]
+def completion_text(tokenizer, completion, stop_tokens, stop_strings=()):
+    """The text of a completion, without stop tokens and up to the first stop string."""
+    tokens = [token for token in completion.tokens if token not in stop_tokens]
     text = tokenizer.decode(tokens, skip_special_tokens=False)
-    cuts = [text.find(string) for string in stop if string in text]
+    cuts = [text.find(string) for string in stop_strings if string in text]
     return text[:min(cuts, default=len(text))]
 
 
-def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=True):
+def text_streamer(tokenizer, stop_tokens, write, think_tag="think", hide=False, dim=True):
     """show(tokens, last=False): write a completion's new text, its thinking dimmed or hidden."""
     tags = f"<{think_tag}>", f"</{think_tag}>"
     block = re.compile(rf"({tags[0]}.*?(?:{tags[1]}|\Z))", re.DOTALL)
@@ -518,7 +520,7 @@ def text_streamer(tokenizer, ends, write, think_tag="think", hide=False, dim=Tru
 
     def show(tokens, last=False):
         nonlocal shown
-        kept = [token for token in tokens if token not in ends]
+        kept = [token for token in tokens if token not in stop_tokens]
         text = tokenizer.decode(kept, skip_special_tokens=False)
         if not last:  # hold back the beginning of a tag and an incomplete character
             starts = (tag[:n] for tag in tags for n in range(len(tag)) if text.endswith(tag[:n]))

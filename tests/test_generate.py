@@ -44,10 +44,7 @@ def _sampler(**changes):
 
 
 def _repeating_model(text):
-    """(params, config, tokenizer) of a byte-level model that repeats `text` forever.
-
-    Each letter depends only on the one before.
-    """
+    """(params, config, tokenizer) of a byte model that repeats `text`; its letters must differ."""
     tokenizer = bytes_tokenizer()
     config = Config(256, 256, 8, 1, 4, 2, tie_word_embeddings=False)
     params = init_params(config, 0)
@@ -260,10 +257,7 @@ def test_generate_finish_reasons():
 
 
 def _think(text, prompt, max_new_tokens, **limits):
-    """(text, Completion) of _repeating_model(text) under limits on thinking.
-
-    Checks that forced tokens also have the model's log-probabilities.
-    """
+    """(text, Completion) of _repeating_model(text). Forced tokens have logprobs like all others."""
     params, config, tokenizer = _repeating_model(text)
     prompt = tokenizer.encode(prompt).ids
     [[answer]] = generate(params, config, [prompt], max_new_tokens=max_new_tokens, temperature=0,
@@ -450,7 +444,7 @@ def test_generate_reports_completions_as_they_end():
     assert all(completion is answers[p][s] for p, s, completion in ended)
     total = sum(len(c.tokens) for row in answers for c in row)
     assert sum(num_tokens for _, num_tokens in calls) == total
-    assert any(num_tokens and not ended for ended, num_tokens in calls), "progress in between"
+    assert any(num_tokens and not ended for ended, num_tokens in calls), "some report only tokens"
 
 
 def test_generate_rejects_bad_input():

@@ -105,10 +105,10 @@ def two_steps(base, lora, engine):
                for g in groups]
         with torch.no_grad():
             logprobs, *_ = grpo.row_logprobs(policy.params, config, row, args.temperature)
-        form = grpo.as_sampler(policy).params
-        records = evaluate(form, config, tokenizer, problems[:3], max_new_tokens=24, max_batch=4,
+        merged = grpo.as_sampler(policy).params
+        records = evaluate(merged, config, tokenizer, problems[:3], max_new_tokens=24, max_batch=4,
                            quiet=True, engine=engine)
-        addresses = [tensor.data_ptr() for tensor in engine.form.values()] if engine else []
+        addresses = [tensor.data_ptr() for tensor in engine.params.values()] if engine else []
         records = [record | {"seconds": 0} for record in records]
         found.append((groups, logprobs.cpu(), records, addresses))
     return found
