@@ -295,14 +295,15 @@ def bench_plan(args):
     processes = args.processes or 1
     machines = args.gpus or [(processes, launch.total_memory_gib(device, processes))]
     rank = args.lora_rank or grpo.LORA_RANK
-    kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
-             f"`--lora-rank {rank}`": (rank, False)}
+    columns = {  # (lora_rank, offload)
+        "all weights": (0, False), "all weights, `--offload`": (0, True),
+        f"`--lora-rank {rank}`": (rank, False)}
     rows = []
     for world, available_gib in machines:
-        cells = [plan_cell(config, args, world, device, available_gib, *kind)
-                 for kind in kinds.values()]
+        cells = [plan_cell(config, args, world, device, available_gib, *column)
+                 for column in columns.values()]
         rows.append([f"{world} x {available_gib:.3g} GiB", *cells])
-    print(markdown([args.size or args.model, *kinds], rows))
+    print(markdown([args.size or args.model, *columns], rows))
 
 
 def main(args):

@@ -85,7 +85,7 @@ def batch_state(rows, B, device):
     columns = [[0] * B for _ in range(5)]
     for row, place in rows.items():
         last = row.tokens[-1] if row.tokens else row.last_prompt_token
-        values = (last, row.cached + len(row.tokens), row.key, row.draws, -1)
+        values = (last, row.cached + len(row.tokens), row.key, row.draws, -1)  # as in State
         for column, value in zip(columns, values):
             column[place] = value
     return State(*torch.tensor(columns).to(device))

@@ -58,15 +58,12 @@ def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=at_least(0.0), default=temperature, help="0 is greedy")
     add("--top-p", type=between(1e-9, 1.0), default=top_p,
-        help="sample from the most likely tokens that hold this probability; 1: from all")
-    add("--top-k", type=at_least(0), default=0,
-        help="sample from this many most likely tokens; 0: from all")
-    add("--max-new-tokens", type=at_least(1), default=max_new_tokens,
-        help="maximum tokens in a completion")
+        help="sample from the most likely tokens that hold this probability; 1: all")
+    add("--top-k", type=at_least(0), default=0, help="from this many most likely tokens; 0: all")
+    add("--max-new-tokens", type=at_least(1), default=max_new_tokens, help="per completion")
     add("--max-batch", type=at_least(1), default=64, help="maximum rows decoded at once")
     add("--think-tag", default="think", help="name of the thinking block: <think> ... </think>")
-    add("--compile", action="store_true",
-        help="torch.compile the decode step on a GPU (takes a minute, once)")
+    add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
 
 
 def parse_args(argv=None):
@@ -78,8 +75,7 @@ def parse_args(argv=None):
     add("--system", help="system message; default: the model's own")
     add("--hide-thinking", action="store_true", help="show only the text outside thinking blocks")
     add("--raw", action="store_true", help="pass the prompt as it is, without the chat template")
-    add("--think-budget", type=at_least(0), default=0,
-        help="close a thinking block after this many tokens; 0: never")
+    add("--think-budget", type=at_least(0), default=0, help="longest thinking block; 0: no limit")
     add("--think-minimum", type=at_least(0), default=0,
         help='reopen a thinking block closed before this many tokens, with "Wait"')
     add("--repetition", type=at_least(0), default=0,
@@ -94,7 +90,7 @@ class Completion(NamedTuple):
     tokens: list[int]  # including the stop token, if one was drawn
     logprobs: list[float]  # at the sampling temperature, before top-p and top-k
     finish: str  # "stop" | "length" | "repetition"
-    forced: list[int] = []  # indices of tokens inserted by think_budget and think_minimum
+    forced: list[int] = []  # indices of tokens forced by limits on thinking; not to be trained on
 
 
 # ------------------------------------------------------------ drawing a token
@@ -301,8 +297,7 @@ def decode(step_fn, state, rows, steps, sampling):
     drawn = []
     for _ in range(steps):
         drawn.append(step_fn(state))
-        tokens, _ = drawn[-1]
-        # on a CPU, reading the tokens costs nothing
+        tokens, _ = drawn[-1]  # reading them is free on a CPU
         if tokens.device.type == "cpu" and not sampling.stop_tokens.isdisjoint(tokens.tolist()):
             break
     return drawn
@@ -312,8 +307,7 @@ def harvest(rows, drawn, sampling, on_token):
     """Append the drawn tokens to their rows and remove the rows that have ended.
 
     drawn: (tokens [B], logprobs [B]) of each step. Returns (ended, num_tokens, reopened): the
-    arguments of on_step, and whether a thinking block was reopened, which makes a row shorter than
-    its cache.
+    arguments of on_step, and whether a thinking block was reopened: that row must be reseated.
     """
     tokens, logprobs = (torch.stack(column, 1).tolist() for column in zip(*drawn))  # [B][steps]
     ended, num_tokens, reopened = [], 0, False
@@ -375,12 +369,12 @@ def new_rows(config, prompts, limits, seed, seeds, sampling):
         if sampling.limits_thinking:  # the prompt may end inside a thinking block
             tail, tag = sampling.text(prompt[-32:]), f"{sampling.think_tag}>"
             thought_begin = 0 if tail.rfind("<" + tag) > tail.rfind("</" + tag) else None
-        rows.append([])
-        for sample, limit in enumerate(limits[p]):
-            key = row_key(seed, p if seeds is None else seeds[p], sample)
-            limit = min(limit, config.max_context - len(prompt))
-            rows[-1].append(
-                Row(p, sample, key, limit, prompt[-1], len(prompt) - 1, thought_begin))
+        prompt_seed = p if seeds is None else seeds[p]
+        rows.append([
+            Row(prompt=p, sample=sample, key=row_key(seed, prompt_seed, sample),
+                limit=min(limit, config.max_context - len(prompt)), last_prompt_token=prompt[-1],
+                cached=len(prompt) - 1, thought_begin=thought_begin)
+            for sample, limit in enumerate(limits[p])])
     return rows
 
 
