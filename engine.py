@@ -29,8 +29,8 @@ def sampling_params(params, config, device=None, out=None):
 
     Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are the same to
     the last bit for (almost) any number of rows. Where weights are copied anyway, layers of one
-    input are joined (model.linears). Tensors that need no change are shared with `params`, and a
-    form that is packed already is returned as it is.
+    input are joined (model.FUSED). Tensors that need no change are shared with `params`, and a form
+    that is packed already is returned as it is.
     out: an earlier form, which is overwritten in place, so that CUDA graphs may go on reading it.
     """
     if model.head_weight(params).is_mkldnn:
@@ -57,10 +57,10 @@ def sampling_params(params, config, device=None, out=None):
 
 
 def joined_sources(sources, config):
-    """{name: [itself]} with the JOINED layers under one name: {joined name: their names}."""
+    """{name: [itself]} with the FUSED layers under one name: {joined name: their names}."""
     joined = dict(sources)
     for layer in range(config.num_hidden_layers):
-        for part, names in model.JOINED.items():
+        for part, names in model.FUSED.items():
             pre = f"model.layers.{layer}.{part}"
             for kind in (".weight", ".bias"):
                 found = [pre + name + kind for name in names]
