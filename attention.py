@@ -1,6 +1,4 @@
-"""The forms of attention: `model.block` computes a layer and calls an attend_fn for attention.
-
-An attend_fn(layer, q, k, v) -> out is called once per layer:
+"""All attention functions. `model.block` calls an attend_fn(layer, q, k, v) -> out in each layer:
 
     q [B, H, T, head_dim], k and v [B, K, T, head_dim] -> out [B, H, T, head_dim]
 
@@ -11,8 +9,8 @@ An attend_fn(layer, q, k, v) -> out is called once per layer:
     decode_attention    one new token per running row, with the keys of shared prompts read once
 
 On a GPU in half precision (`has_varlen`), packed attention and decoding are one call per layer to
-FlashAttention's variable-length kernel: `varlen_packed` and `slot_decode`. The plain PyTorch
-versions run everywhere.
+FlashAttention's variable-length kernel: `varlen_packed` and `slot_decode`. The rest is plain
+PyTorch and runs everywhere.
 
 Scores and softmax are float32 on every path. Scores of the real Qwen-2.5 reach 13,000, where
 bfloat16 values are 64 apart; rounding them costs more than all other rounding combined.
@@ -202,8 +200,8 @@ def packed_attention(groups, device="cpu", dtype=torch.float32, store=None):
     """The attend_fn of one packed row [1, T]: prompts, each followed by completions that see it.
 
     groups: as in packed_sequences. dtype: of the queries.
-    store: (layers, sources, slots), to write keys and values into the sampler's cache: [keys,
-    values] of each layer, [slots, K, head_dim] each; int64 [n], the tokens to write; their slots.
+    store: (layers, sources, slots), to also write to the sampler's cache. layers: [keys, values] of
+    each layer, [slots, K, head_dim] each. sources, slots: int64 [n], tokens and where they go.
     """
     sequences = packed_sequences(groups)
     packed = varlen_packed if has_varlen(device, dtype) else padded_packed
@@ -256,8 +254,7 @@ class Cache(NamedTuple):
 
 def cached_attention(cache, positions):
     """The attend_fn that writes to `cache` at `positions` [B, T] and attends up to them."""
-    B, T = positions.shape
-    rows = torch.arange(B, device=positions.device)[:, None].expand(B, T)
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
     slots = torch.arange(cache.k.shape[3], device=positions.device)
     visible = slots <= positions[..., None]  # [B, T, S]
 
@@ -281,7 +278,7 @@ class Layout(NamedTuple):
 
 
 def decode_attention(own, prompts, layout, positions):
-    """The attend_fn for one new token per row, at `positions` [B]. Writes to `own`.
+    """The attend_fn for one new token per row, at `positions` [B]; it writes to `own`.
 
     own, prompts: the caches of the completions and of their prompts, [keys, values] of each layer,
     [K, rows, slots, head_dim] each.
@@ -350,7 +347,7 @@ def cu_seqlens(lengths, device):
 
 
 def varlen_packed(sequences, device):
-    """packed_attention in one kernel call, on a copy of each prompt's keys for each sequence."""
+    """packed_attention in one kernel call, with a prompt's keys copied for every completion."""
     queries = [len(own) for _, own in sequences]
     keys = [len(prompt) + len(own) for prompt, own in sequences]
     q_starts, k_starts = cu_seqlens(queries, device), cu_seqlens(keys, device)

@@ -117,18 +117,19 @@ def init_params(config, seed, device="cpu", dtype=torch.float32):
 
 
 def rope_frequencies(config, device="cpu"):
-    """Radians per position for each pair of dimensions [head_dim / 2]; the scale of cos and sin."""
+    """Radians per position for each pair of dimensions [head_dim / 2]; a scale for cos and sin."""
     half = config.head_dim // 2
     pairs = torch.arange(half, dtype=torch.float32, device=device)
-    # in the reference's order of operations: at position 100,000 one rounding shows in the logits
+    # in transformers' order of operations: at position 100,000 one rounding shows in the logits
     periods = config.rope_theta ** (pairs / half)  # divided by 2 pi
     yarn = config.rope_scaling
     if yarn is None:
         return 1 / periods, 1.0
     # the pairs that make 32 turns and 1 turn over the trained context (YaRN, section 3.2)
     trained = yarn.original_max_position_embeddings / (2 * math.pi)
-    low, high = (half * math.log(trained / n) / math.log(config.rope_theta) for n in (32, 1))
-    low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
+    low = max(math.floor(half * math.log(trained / 32) / math.log(config.rope_theta)), 0)
+    high = math.ceil(half * math.log(trained) / math.log(config.rope_theta))
+    high = min(high, config.head_dim - 1)
     keep = 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)  # 0: divide by the factor
     frequencies = 1 / (yarn.factor * periods) * (1 - keep) + 1 / periods * keep
     return frequencies, 0.1 * math.log(max(1, yarn.factor)) + 1  # equation 22
@@ -157,7 +158,7 @@ def project(x, weight, bias=None):
 def linear(params, name, x):
     """The linear layer `name`, plus its adapter if `params` has one: [..., in] -> [..., out]."""
     out = project(x, params[name + ".weight"], params.get(name + ".bias"))
-    if name + ".lora_A.weight" in params:  # a merge into bfloat16 would lose small updates
+    if name + ".lora_A.weight" in params:  # merging into bfloat16 would lose small updates
         down, up = (params[name + end].to(x.dtype) for end in (".lora_A.weight", ".lora_B.weight"))
         out = out + F.linear(F.linear(x, down), up)
     return out
@@ -203,7 +204,7 @@ def hidden_states(params, config, tokens, positions=None, attend_fn=attention.ca
     x = F.embedding(tokens, params["model.embed_tokens.weight"])  # [B, T, D]
     cos, sin = rope_table(config, positions, x.dtype)
 
-    def run_layer(layer, x):  # a closure, since checkpoint() would walk through all of `params`
+    def run_layer(layer, x):  # a closure: checkpoint() traverses its arguments, such as `params`
         return block(params, config, layer, x, cos, sin, attend_fn)
 
     for layer in range(config.num_hidden_layers):
@@ -273,7 +274,7 @@ def forward(params, config, tokens, positions=None, cache=None):
 
 
 def head_slice(vocab_size, device):
-    """Positions per slice of logits: 0.5 GiB on a GPU, a CPU's cache; at least 128."""
+    """Positions per slice of logits: 0.5 GiB on a GPU, in cache on a CPU; at least 128."""
     return max(128, (2**21 if device == "cpu" else 2**27) // vocab_size)
 
 
@@ -329,8 +330,7 @@ def head_logprobs(params, config, hidden, targets, temperature=1.0):
     extra = attention.padded_length(n) - n
     hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
     size = head_slice(config.vocab_size, hidden.device.type)
-    weight = head_weight(params)
-    logprobs, entropy = HeadLogprobs.apply(hidden, weight, targets, temperature, size)
+    logprobs, entropy = HeadLogprobs.apply(hidden, head_weight(params), targets, temperature, size)
     return logprobs[:n], entropy[:n]
 
 
@@ -398,7 +398,7 @@ def did_you_mean(word, known):
 def resolve_model(name, config_only=False):
     """The directory of a model: "tiny", "qwen2.5-1.5b[-instruct]", a hub id or a directory.
     A hub model is read from models/NAME next to this file if that exists, otherwise downloaded,
-    without its weights if config_only. Raises FileNotFoundError with manual instructions."""
+    without its weights if config_only. The FileNotFoundError says how to install it."""
     name = str(name)
     path = ROOT / "data" / "tiny" if name.lower() == "tiny" else Path(name).expanduser()
     if path.is_dir():
@@ -413,8 +413,7 @@ def resolve_model(name, config_only=False):
     if local.is_dir():
         return local
     from huggingface_hub import snapshot_download
-    weights = [] if config_only else ["*.safetensors"]
-    patterns = ["*.json", "*.jinja", "*.txt", *weights]
+    patterns = ["*.json", "*.jinja", "*.txt"] + ([] if config_only else ["*.safetensors"])
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:  # not found, gated, offline, timeout, ...: no common base class
@@ -426,7 +425,7 @@ def resolve_model(name, config_only=False):
 @contextmanager
 def reading(path, kind):
     """Raise any error in this block as a FileNotFoundError or ValueError that names the file."""
-    if not path.is_file():  # also true of a pipe, which would block the reader
+    if not path.is_file():  # or a pipe, which would block the reader
         raise FileNotFoundError(f"{path}: no such file; is {path.parent} the right directory?")
     try:
         yield
@@ -474,13 +473,13 @@ def load_config(model_dir):
     """The Config of a model directory. Raises FileNotFoundError or ValueError."""
     path = Path(model_dir) / "config.json"
     raw = {name: value for name, value in read_json(path).items() if value is not None}
-    with reading(path, "a config of Qwen-2.5"):
-        ends = raw.get("eos_token_id", [])
-        ends = ends if isinstance(ends, list) else [ends]
+    with reading(path, "a Qwen-2.5 config"):
+        eos = raw.get("eos_token_id", [])
+        eos = eos if isinstance(eos, list) else [eos]
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # in transformers 5
-        # missing fields get the defaults of transformers
-        raw = {"rope_theta": 10000.0, "tie_word_embeddings": False} | raw | rope
-        raw |= {"eos_token_id": tuple(sorted(map(int, ends))), "rope_scaling": None}
+        defaults = {"rope_theta": 10000.0, "tie_word_embeddings": False}  # as in transformers
+        raw = defaults | raw | rope
+        raw |= {"eos_token_id": tuple(sorted(map(int, eos))), "rope_scaling": None}
         config = parse_record(Config, raw, QWEN2)
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             trained = {"original_max_position_embeddings": config.max_position_embeddings}
@@ -490,8 +489,6 @@ def load_config(model_dir):
         if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
             raise ValueError(f"hidden_size {config.hidden_size}, {heads} heads of head_dim "
                              f"{head_dim} and {kv_heads} key/value heads are inconsistent")
-        if config.num_hidden_layers > 1000:  # listing their tensors would take minutes
-            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, the limit is 1000")
     return config
 
 
@@ -516,9 +513,10 @@ def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
     for path in sorted(model_dir.glob("model*.safetensors")) or [model_dir / "model.safetensors"]:
         with reading(path, "a safetensors file"):
             tensors |= load_file(path)
-    heads = [tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    if config.tie_word_embeddings and None not in heads and torch.equal(*heads):
-        del tensors["lm_head.weight"]  # tied, but stored anyway
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        embedding = tensors.get("model.embed_tokens.weight")
+        if embedding is not None and torch.equal(tensors["lm_head.weight"], embedding):
+            del tensors["lm_head.weight"]  # a stored copy
     shapes = param_shapes(config)
     check_tensors(tensors, shapes, model_dir)
     params = {name: tensors[name].to(device, dtype) for name in shapes}
@@ -526,21 +524,20 @@ def load_params(model_dir, device="cpu", dtype=torch.float32, adapter=None):
 
 
 def write_files(out_dir, raw, tensors, prefix=""):
-    """Create a directory that holds a config and tensors."""
+    """Create a directory with a config and tensors."""
     out_dir.mkdir(parents=True)
     config_path, path = out_dir / f"{prefix}config.json", out_dir / f"{prefix}model.safetensors"
     config_path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(config_path, path)  # save_file lets only the owner read it
+    shutil.copymode(config_path, path)  # save_file makes it readable by its owner only
 
 
 def save_model(out_dir, params, config, like):
     """Write a directory that transformers and every script here can load.
     like: the directory to copy the tokenizer, chat template and generation settings from. An
-    adapter in `params` is merged, and also saved for PEFT in the subdirectory `adapter`. An
-    existing model is replaced only once the new one is complete. Raises ValueError if `out_dir`
-    holds anything else."""
+    adapter in `params` is merged, and also saved for PEFT in the subdirectory `adapter`. Replaces
+    an existing model once the new one is complete; ValueError if `out_dir` holds anything else."""
     out_dir, like = Path(out_dir).resolve(), Path(like).resolve()
     if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / "config.json").is_file():
         raise ValueError(f"{out_dir} exists and is not a model directory; rename or remove it")
@@ -550,7 +547,7 @@ def save_model(out_dir, params, config, like):
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
         "use_sliding_window": False, "eos_token_id": list(config.eos_token_id) or None,
         "torch_dtype": str(params["model.norm.weight"].dtype).removeprefix("torch.")}
-    if config.rope_scaling:  # the new key and the old one
+    if config.rope_scaling:  # new and old name of the same key
         raw["rope_scaling"] = {"rope_type": "yarn", "type": "yarn"} | config.rope_scaling._asdict()
     merged = {name: merged_weight(params, name) for name in param_shapes(config)}
     write_files(staging, raw, merged)
@@ -590,7 +587,7 @@ class AdapterConfig(NamedTuple):
 def adapter_config(adapter_dir, rank=None):
     """The AdapterConfig of a saved adapter. Raises ValueError if `rank` is given and differs."""
     path = Path(adapter_dir) / "adapter_config.json"
-    with reading(path, "an adapter of plain LoRA, which PEFT can merge into --model"):
+    with reading(path, "a plain LoRA adapter; merge it into --model with PEFT"):
         found = parse_record(AdapterConfig, read_json(path), PLAIN_LORA)
     if rank not in (None, found.r):
         raise ValueError(f"--lora-rank is {rank}, but {adapter_dir} holds an adapter of rank "
@@ -624,7 +621,7 @@ def load_tokenizer(model_dir):
     path = Path(model_dir) / "tokenizer.json"
     with reading(path, "a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()  # if stored in the file, it would silently cut prompts
+    tokenizer.no_truncation()  # if the file enables it, prompts would be cut silently
     tokenizer.no_padding()
     return tokenizer
 
@@ -639,7 +636,7 @@ def end_tokens(tokenizer, config):
 RENDER = """
 import contextlib, sys
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-with contextlib.suppress(ImportError, ValueError, OSError):  # Windows limits only the time
+with contextlib.suppress(ImportError, ValueError, OSError):  # on Windows only time is limited
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -663,11 +660,11 @@ def load_system_prompt(model_dir, timeout_s=10):
         done = subprocess.run([sys.executable, "-X", "utf8", "-c", RENDER], input=template,
                               capture_output=True, encoding="utf-8", errors="replace",
                               timeout=timeout_s)
-        failed = done.returncode and (done.stderr.strip().split("\n")[-1] or "it was killed")
     except subprocess.TimeoutExpired:
-        failed = f"timed out after {timeout_s} s"
-    if failed:
-        raise ValueError(f"{path}: the chat template does not render ({failed})")
+        raise ValueError(f"{path}: the chat template takes more than {timeout_s} s") from None
+    if done.returncode:
+        error = done.stderr.strip().split("\n")[-1] or "killed"
+        raise ValueError(f"{path}: the chat template does not render ({error})")
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", done.stdout, re.DOTALL)
     return found[1] if found else None
 

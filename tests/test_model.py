@@ -197,16 +197,11 @@ def test_model_checkpointing_saves_less():
             model.hidden_states(params, config, FORMULA_TOKENS, checkpointing=checkpointing)
         saved[checkpointing] = sum(sizes)
     assert saved[True] < saved[False] / 10, saved
-    calls = []
-
-    def checkpoint(fn, *args, **settings):
-        calls.append(args)
-        return fn(*args)
-
-    with mock.patch.object(model, "checkpoint", checkpoint):
+    with mock.patch.object(model, "checkpoint", wraps=model.checkpoint) as checkpoint:
         model.hidden_states(params, config, FORMULA_TOKENS, checkpointing=True)
-    # checkpoint() walks through its arguments: all weights, per layer, took 0.7 ms a call at 1.5b
-    assert len(calls) == 3 and all(isinstance(x, torch.Tensor) for _, x in calls)
+    # it traverses its arguments: passing it all weights, once per layer, took 0.7 ms a call at 1.5b
+    assert [call.args[1] for call in checkpoint.call_args_list] == [0, 1, 2]
+    assert all(isinstance(call.args[2], torch.Tensor) for call in checkpoint.call_args_list)
 
 
 def test_model_entropy_gradient():
@@ -424,12 +419,12 @@ def test_model_save_is_atomic():
             model.save_model(out, newer, config, home)
             assert _entries(home) == ["out"]
             assert _same(model.load_params(out), newer)
-        thesis = home / "thesis"
-        thesis.mkdir()
-        (thesis / "chapter1").write_text("years of work")
-        with raises(ValueError, "thesis", "not a model directory"):
-            model.save_model(thesis, params, config, home)
-        assert (thesis / "chapter1").is_file()
+        other = home / "other"
+        other.mkdir()
+        (other / "notes.txt").write_text("not a model")
+        with raises(ValueError, "other", "not a model directory"):
+            model.save_model(other, params, config, home)
+        assert (other / "notes.txt").is_file()
 
 
 def test_model_load_names_every_wrong_tensor():
@@ -543,16 +538,15 @@ def test_model_config_rejects_unsupported_fields():
              "intermediate_size is True", "num_hidden_layers is '24'", "num_attention_heads is 0",
              "num_key_value_heads is -1", "rms_norm_eps is nan, expected a positive float",
              "max_position_embeddings is 1000", "rope_theta is inf"),
-            ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "limit is 1000"),
             ({"hidden_size": 900}, "hidden_size 900, 14 heads"),
             ({"hidden_size": 14 * 63}, "head_dim 63"),
             ({"head_dim": 128}, "head_dim 128"),
             ({"num_key_value_heads": 4}, "14 heads", "4 key/value heads"),
             ({"eos_token_id": "<|im_end|>"}, "'<|im_end|>'"),
-            ({"eos_token_id": [1, [2]]}, "not a config of Qwen-2.5"),
+            ({"eos_token_id": [1, [2]]}, "not a Qwen-2.5 config"),
             ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', expected 'yarn'"),
             ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-            ({"rope_scaling": ["yarn"]}, "not a config of Qwen-2.5"),
+            ({"rope_scaling": ["yarn"]}, "not a Qwen-2.5 config"),
             ({"rope_scaling": {"type": "yarn"}}, "factor is None"),
             ({"rope_scaling": yarn | {"factor": "4"}}, "factor is '4'"),
             ({"rope_scaling": yarn | {"beta_fast": -1}}, "beta_fast is -1, expected 32")):
@@ -597,14 +591,14 @@ def test_model_errors_name_the_damaged_file():
     tokenizer = model.load_tokenizer(model.ROOT / "data" / "tiny")
     with temporary_dir() as home:
         path, tokens = home / "config.json", home / "tokenizer.json"
-        for make, remove in ((Path.touch, None), (os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
-            for file, load in ((path, model.load_config), (tokens, model.load_tokenizer)):
-                if remove:
-                    make(file)
+        for file, load in ((path, model.load_config), (tokens, model.load_tokenizer)):
+            with raises(FileNotFoundError, file.name, "no such file"):
+                load(home)
+            for make, remove in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
+                make(file)
                 with raises(FileNotFoundError, file.name, "no such file"):
                     load(home)
-                if remove:
-                    remove(file)
+                remove(file)
         for text in ("", "{'a': 1}", '{"vocab_size": 1', "\xff\xfe", "[" * 100000, "[1]"):
             path.write_text(text, encoding="latin-1")
             with raises(ValueError, "config.json", "not a JSON object"):
@@ -695,7 +689,7 @@ def test_model_system_prompt_from_the_template():
                 prompt_of(template)
         assert prompt_of("<|im_start|>system\nA\nB<|im_end|>{{ 'x' * 10**7 }}") == "A\nB"
         loop = "{% for i in range(99999) %}"
-        with raises(ValueError, "timed out after 1 s"):
+        with raises(ValueError, "takes more than 1 s"):
             prompt_of(loop + loop + 2 * "{% endfor %}", timeout_s=1)
         (home / "chat_template.jinja").write_text(_QWEN_TEMPLATE.replace("@", "Think."))
         assert model.load_system_prompt(home) == "Think."
