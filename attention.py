@@ -229,7 +229,7 @@ def padded_packed(sequences, device):
     T = sum(len(own) for _, own in sequences)
     batches = padded_batches(sequences, T, device)
     order = torch.cat([queries.flatten() for queries, _, _ in batches])  # T for padding
-    back = order.argsort()[:T]
+    back = order.argsort()[:T]  # undoes the order and drops the padding
 
     def attend_fn(layer, q, k, v):
         q, k, v = (F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 1)) for x in (q, k, v))  # [T + 1, ..
@@ -288,9 +288,9 @@ def decode_attention(own, prompts, layout, positions):
     K, B, S = own[0][0].shape[:3]
     N, g = layout.members.shape
     device = positions.device
-    slots = (positions - layout.prompt_lengths).clamp(max=S - 1).repeat(K)  # [K * B]
-    masked = torch.arange(S, device=device) > slots[:, None, None]  # [K * B, 1, S]
-    slots = torch.arange(0, K * B * S, S, device=device) + slots
+    last = (positions - layout.prompt_lengths).clamp(max=S - 1).repeat(K)  # [K * B]
+    masked = torch.arange(S, device=device) > last[:, None, None]  # [K * B, 1, S]
+    slots = torch.arange(0, K * B * S, S, device=device) + last  # of the new tokens, flattened
 
     def by_prompt(rows):  # [K * B, R, n] -> [K * N, g * R, n]
         if len(layout.index):

@@ -604,7 +604,7 @@ def load_adapter(adapter_dir, config, device="cpu"):
         tensors = {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(path).items()}
     layers = {name.split(".lora_")[0] for name in tensors}
     shapes = {name: shape for name, shape in lora_shapes(config, rank).items()
-              if name.split(".lora_")[0] in layers or not layers}
+              if name.split(".lora_")[0] in layers or not layers}  # empty: report all missing
     check_tensors(tensors, shapes, path)
     scale = alpha / (math.sqrt(rank) if use_rslora else rank)
     lora = {name: tensors[name].to(device, torch.float32) for name in shapes}

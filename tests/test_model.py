@@ -77,8 +77,8 @@ def _entries(directory):
 
 @torch.inference_mode()
 def test_model_equals_transformers():
-    """Logits and greedy continuation match the stored ones, with YaRN from 16 positions to 64 too.
-    With weights and cache in bfloat16, the logits are float32 and close."""
+    """Logits and greedy continuations match the stored ones, with and without YaRN (16 positions to
+    64). With weights and cache in bfloat16, the logits are float32 and close."""
     for (tied, yarn), (logits, continuation) in _FORMULA_REFERENCE.items():
         params, config = formula_model(tied, yarn)
         ours = model.forward(params, config, FORMULA_TOKENS)
@@ -263,7 +263,7 @@ def test_model_lora():
         bare = model.forward(params, config, FORMULA_TOKENS)
         with mock.patch.object(model.F, "linear", wraps=model.F.linear) as products:
             overlaid = model.forward(params | lora, config, FORMULA_TOKENS)
-        # of adapters as well, whose masters are float32: casting their inputs took a fifth longer
+        # also for adapters, which are float32: casting their inputs instead took a fifth longer
         assert all(x.dtype == dtype for call in products.call_args_list for x in call.args[:2])
         merged = merge_lora(params | lora)
         assert merged.keys() == params.keys() and _same(params, before)
@@ -313,14 +313,14 @@ def test_model_save_and_load_round_trip():
         assert raw["model_type"] == "qwen2" and raw["torch_dtype"] == "bfloat16"
         assert raw["eos_token_id"] == [3, 95]
         scaling = raw["rope_scaling"]
-        assert scaling["rope_type"] == scaling["type"] == "yarn"  # the new key and the old one
+        assert scaling["rope_type"] == scaling["type"] == "yarn"  # new and old name of the same key
         assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # all equally readable
         assert _entries(out) == sorted([*copied, "config.json", "model.safetensors"])
         assert (out / "tokenizer.json").read_bytes() == (like / "tokenizer.json").read_bytes()
         assert _entries(out.parent) == ["out"]  # no temporary files are left
         norm = loaded["model.norm.weight"].zero_()  # writes to a private mapping of the file
         assert model.load_params(out)["model.norm.weight"].abs().min() > 0
-        # over the very file that is mapped, with the tokenizer copied onto itself
+        # saving over the mapped file, with the tokenizer copied onto itself
         model.save_model(out, loaded, config, like=out)
         assert torch.equal(model.load_params(out)["model.norm.weight"], norm.float())
         assert (out / "tokenizer.json").is_file()
@@ -396,26 +396,26 @@ def test_model_loads_peft_adapters():
 
 
 def test_model_save_is_atomic():
-    """A save that dies halfway leaves the old model complete, and the next save cleans up."""
+    """An interrupted save leaves the old model complete, and the next save cleans up."""
     params, config = formula_model()
     newer = {name: tensor + 1 for name, tensor in params.items()}
     replace = Path.replace
     with temporary_dir() as home:
         out = home / "out"
-        for dies_at in (1, 2):
+        for interrupt_at in (1, 2):
             model.save_model(out, params, config, home)
             calls = []
 
-            def dying(path, target):
+            def interrupted(path, target):
                 calls.append(target)
-                if len(calls) == dies_at:
+                if len(calls) == interrupt_at:
                     raise KeyboardInterrupt
                 replace(path, target)
 
-            with mock.patch.object(Path, "replace", dying), raises(KeyboardInterrupt):
+            with mock.patch.object(Path, "replace", interrupted), raises(KeyboardInterrupt):
                 model.save_model(out, newer, config, home)
             old = out if out.is_dir() else home / "out.replaced"
-            assert _same(model.load_params(old), params), dies_at
+            assert _same(model.load_params(old), params), interrupt_at
             model.save_model(out, newer, config, home)
             assert _entries(home) == ["out"]
             assert _same(model.load_params(out), newer)
@@ -440,8 +440,8 @@ def test_model_load_names_every_wrong_tensor():
             for old in path.glob("*.safetensors"):  # unlink, since earlier loads still map them
                 old.unlink()
             for i, shard in enumerate(shards, 1):
-                of = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-                save_file(shard, path / f"model{of}.safetensors")
+                suffix = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+                save_file(shard, path / f"model{suffix}.safetensors")
             return model.load_params(path)
 
         wrong = {name: params[name] for name in params if name not in (norm, gate)}
