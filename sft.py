@@ -135,7 +135,7 @@ def encode_reply(text, tokenizer, think_tag):
     tokens = []
     parts = []
     start = 0
-    for piece in model.plain_pieces(text):
+    for piece in model.split_control_tokens(text):
         encoded = tokenizer.encode(piece, add_special_tokens=False)
         tokens += encoded.ids
         for begin, end in encoded.offsets:
