@@ -82,8 +82,7 @@ def parse_args(argv=None):
     add("--num-samples", type=at_least(1), default=1, help="per problem; > 1 needs --temperature")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two files of records")
     add("--report", action="store_true", help="make the table and plot of all methods")
-    add("--sampled-limit", type=at_least(0), default=0,
-        help="problems for the report's sampled rows; 0: same as --limit")
+    add("--sampled-limit", type=at_least(0), default=0, help="for sampled report rows; 0: --limit")
     add("--trained", default="runs/grpo/checkpoints/best", help="GRPO checkpoint for the report")
     add("--out", default="runs/report", help="directory of the report")
     return p.parse_args(argv)
@@ -170,14 +169,14 @@ def read_records(path, settings=None):
         if not valid:
             raise ValueError(f"{path}, line {number}: not a record of eval.py")
         if changes:
-            raise ValueError(f"{path} belongs to a run with other settings (then and now: "
-                             f"{changes}); choose another --records")
+            raise ValueError(f"{path} belongs to a run with other settings ({changes}); choose "
+                             "another --records")
     return records
 
 
 def list_changes(old, new):
-    """The settings that differ, as text: "name old, new" for each."""
-    return ", ".join(f"{name} {old.get(name)!r}, {value!r}" for name, value in new.items()
+    """The settings that differ, as text: "seed 0 -> 1, top_k 0 -> 20"."""
+    return ", ".join(f"{name} {old.get(name)!r} -> {value!r}" for name, value in new.items()
                      if old.get(name) != value)
 
 
@@ -261,6 +260,15 @@ def settings_of(setup, **changes):
     return setup.settings | named | {"shots": len(options["shots"]), "prompt_hash": prompt_id}
 
 
+def plan_processes(args, params, config, context):
+    """Default of --processes for rows of up to `context` tokens."""
+    # 8 bytes a number: weights are read as float32 and then packed; growing a cache copies it.
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    own = args.max_batch * (context * slot + config.vocab_size)
+    shared = sum(tensor.shape.numel() for tensor in params.values())
+    return launch.default_processes(args.device, 0.25 + own / 2**27, shared / 2**27)
+
+
 def load_setup(args, replies=1):
     """The Setup that the flags describe, in each of --processes.
 
@@ -296,12 +304,8 @@ def load_setup(args, replies=1):
     trained_on = {p["id"] for p, key in zip(problems, keys_of(problems)) if key in known}
     params = model.load_params(path, "cpu", dtype, args.adapter)
     params = sampling_params(params, config, device=device)
-    # 8 bytes a number: weights are read as float32 and then packed; growing a cache copies it.
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     context = max(map(len, prompts)) + replies * args.max_new_tokens
-    own = args.max_batch * (context * slot + config.vocab_size)
-    shared = sum(tensor.shape.numel() for tensor in params.values())
-    default = launch.default_processes(args.device, 0.25 + own / 2**27, shared / 2**27)
+    default = plan_processes(args, params, config, context)
     launch.init_distributed(args.device, args.processes or default)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.grade or preset.grade, trained_on, args.records and Path(args.records),
@@ -362,8 +366,7 @@ def rates_by_level(records, scores, tokens):
 def score_row(records, scores, tokens, seconds, **settings):
     """A result row: accuracy with its interval, accuracy by level, and cost.
 
-    records: dicts with "id" and "level", such as records or problems. scores, tokens: one per
-    record. seconds: total.
+    records: records, or problems. scores, tokens: one per record. seconds: total.
     """
     accuracy, low, high = interval(scores)
     return settings | {
@@ -399,10 +402,8 @@ def problem_rates(record, grade):
 
 
 def summarize(records, *, grade, **settings):
-    """The row of a run, at the cost of one sample per problem; "rates" holds its other rates.
-
-    Undecided answers count as wrong.
-    """
+    """The row of a run, at the cost of one sample per problem; undecided answers count as wrong.
+    "rates" holds its other rates."""
     rates = [problem_rates(record, grade) for record in records]
     row = cost_row(records, [(r[grade], 1) for r in rates], grade=grade, **settings)
     return row | {"rates": {name: interval([r[name] for r in rates]) for name in rates[0]}}
@@ -415,10 +416,7 @@ def measure(setup, method, name="records", **changes):
 
 
 def append_rows(path, rows):
-    """Append rows to the results file, with the command and versions that produced them.
-
-    Writes on process 0 only.
-    """
+    """Append rows to the results file, with their command and versions; on process 0 only."""
     source = {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
               "commit": code_commit(), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
@@ -523,7 +521,9 @@ REPORT_FLAGS = ("model", "prompt", "shots", "shots_from", "num_samples", "temper
 def find_row(path, **wanted):
     """The latest row of a results file with these fields, or None."""
     latest = None
-    for _, row in read_rows(path) if Path(path).is_file() else ():
+    if not Path(path).is_file():
+        return None
+    for _, row in read_rows(path):
         row = {"asked": row.get("n")} | row
         if wanted.items() <= row.items():
             latest = row

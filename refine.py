@@ -1,4 +1,4 @@
-"""Self-refinement: answer, score, critique, revise, for K rounds; and whether it pays.
+"""Self-refinement: answer, score, critique and revise for K rounds; and whether it pays off.
 
     python refine.py                                    # the embedded tiny model, three rounds
     python refine.py --model qwen2.5-1.5b-instruct --limit 200 --score answer-mean
@@ -9,8 +9,8 @@ keeps the revision if its own score is higher. The loop sees only the problems; 
 are used once the rounds are over. The result is reported with two bounds: a gate that knows the
 reference answers, and one that accepts at the model's own rate, but at random.
 
-Self-Refine: Madaan et al. 2023, arXiv:2303.17651. That it seldom helps without an outside signal,
-and should be compared with self-consistency of equal cost: Huang et al. 2023, arXiv:2310.01798.
+Self-Refine: Madaan et al. 2023, arXiv:2303.17651. Huang et al. 2023, arXiv:2310.01798: it seldom
+helps without external feedback, and should be compared with self-consistency of equal cost.
 """
 
 import json

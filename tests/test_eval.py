@@ -159,7 +159,7 @@ def test_eval_resumed_run_gives_the_same_records():
         assert _collect(setup, reply) == whole and len(texts) == 11
         assert list(map(_answer, evaluation.read_records(path).values())) == whole
         other = setup._replace(options=setup.options | {"temperature": 1.0})
-        with raises(ValueError, "temperature 0.7, 1.0"):
+        with raises(ValueError, "temperature 0.7 -> 1.0"):
             _collect(other, reply)
 
 
@@ -213,7 +213,7 @@ def test_eval_compare_is_paired():
 
             _collect(setup._replace(records=path), reply)
         text = in_process("eval", "--compare", *paths)
-    for words in ("(10 of 12) | 40.0", "(10 of 10) | 90.0", "| +50.0 [", "model 'a', 'b'",
+    for words in ("(10 of 12) | 40.0", "(10 of 10) | 90.0", "| +50.0 [", "model 'a' -> 'b'",
                   "5 of 10 problems gained, 0 lost; McNemar's exact p = 0.062"):
         assert words in text, (words, text)
 
@@ -265,7 +265,7 @@ def test_eval_user_errors_are_one_line():
         path = write_lines(folder / "records.jsonl", [{"id": "a", "samples": [],
                                                   "settings": {"model": "other"}}])
         error = run("eval.py", "--limit", 2, "--records", path, *results, 2, ok=False)
-        assert "model 'other', 'tiny'" in error and "another --records" in error, error
+        assert "model 'other' -> 'tiny'" in error and "another --records" in error, error
         for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
                      '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
                      '{"id": 1, "settings": {}, "samples": 3}'):
