@@ -204,6 +204,12 @@ def fit_context(problems, prompts, config, reply_tokens):
     return kept, list(compress(prompts, fits))
 
 
+def drop_long_prompts(problems, tokenizer, config, prompt, reply_tokens, **options):
+    """The problems whose prompt leaves room for `reply_tokens`. options: as for render_prompt."""
+    prompts = [encode_prompt(tokenizer, prompt, problem, **options) for problem in problems]
+    return fit_context(problems, prompts, config, reply_tokens)[0]
+
+
 def drop_held_out(problems, keys, held_out, name):
     """The training problems of the set `name` whose keys are not among `held_out`."""
     held_out = set(held_out)

@@ -21,7 +21,7 @@ from operator import itemgetter
 from statistics import fmean
 
 import eval
-from data.prompts import encode_prompt, load_shots
+from data.prompts import load_shots
 from eval import cost_row, measure, votes_of
 from launch import Parser, above, at_least, between, run_main, say
 from model import is_tiny
@@ -126,10 +126,8 @@ def compare_prompts(setup, exemplars, shots_from, seed):
     direct = "plain" if is_tiny(setup.config) else "direct"  # tiny never saw its "only"
     shots = load_shots(shots_from or setup.settings["data"], max(exemplars), seed, setup.problems)
     options = {"system": setup.options["system"], "think_tag": setup.options["think_tag"]}
-    longest = [encode_prompt(setup.tokenizer, "cot", p, shots=shots, **options)
-               for p in setup.problems]
-    problems, _ = eval.fit_context(setup.problems, longest, setup.config,
-                                   setup.options["max_new_tokens"])
+    problems = eval.drop_long_prompts(setup.problems, setup.tokenizer, setup.config, "cot",
+                                      setup.options["max_new_tokens"], shots=shots, **options)
     setup = setup._replace(problems=problems)  # the same problems in every row
     rows = []
     for prompt, k in [(direct, 0), *(("cot", k) for k in (0, *exemplars))]:
