@@ -184,7 +184,7 @@ def list_changes(old, new):
 
 
 def keep_only(problems, fits, why, remedy):
-    """The problems that fit (one bool each). Prints how many do not; ValueError if none is left."""
+    """The problems that fit (one bool each). Print how many do not; ValueError if none is left."""
     kept = list(compress(problems, fits))
     dropped = len(problems) - len(kept)
     message = f"{dropped} of {len(problems)} {why}"
@@ -237,10 +237,8 @@ class Setup(NamedTuple):
 
 
 def weights_hash(*directories):
-    """Eight hex characters that identify the weights in these directories; None is skipped.
-
-    A path alone does not: its weights may be replaced. Three samples of 1 MiB per file are hashed.
-    """
+    """Eight hex characters that identify the weights in these directories: their paths do not.
+    Hashes three samples of 1 MiB per file. None entries are skipped."""
     digest = hashlib.sha256()
     for directory in filter(None, directories):
         for path in sorted(Path(directory).glob("*.safetensors")):
@@ -283,7 +281,7 @@ def load_setup(args, replies=1):
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
         raise ValueError(f"{args.num_samples} samples at temperature 0 would be identical; set "
                          "--temperature or use a single sample")
-    append_lines(args.results, [])  # fail now, not after the evaluation
+    append_lines(args.results, [])  # create it, or fail before sampling
     device = launch.find_device(args.device)
     dtype = launch.compute_dtype(args.dtype, device)
     path = model.resolve_model(args.model)
@@ -331,18 +329,19 @@ def collect_records(setup, name="records", **changes):
     if path and path.suffix != ".jsonl":
         path = path / f"{name}.jsonl"
     done = {}
-    if path and path.is_file() and rank_and_world()[0] == 0:
-        done = read_records(path, settings)
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # drop an incomplete last line
+    if path:
+        append_lines(path, [])  # create it, or fail before sampling
+        if rank_and_world()[0] == 0:
+            done = read_records(path, settings)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # drop an incomplete last line
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
 
-    def keep(*records):
-        if path:
-            append_lines(path, [record | {"settings": settings} for record in records])
+    def keep(record):
+        append_lines(path, [record | {"settings": settings}])
 
-    keep()  # fail now, not after the first answer
-    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, keep=keep, **options)
+    records = evaluate(setup.params, setup.config, setup.tokenizer, todo,
+                       keep=keep if path else None, **options)
     done |= {record["id"]: record for record in records}
     row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}
     return [done[p["id"]] for p in setup.problems], row_settings
@@ -372,7 +371,7 @@ def rates_by_level(records, scores, tokens):
 def score_row(records, scores, tokens, seconds, **settings):
     """A result row: accuracy with its interval, accuracy by level, and cost.
 
-    records: records, or problems. scores, tokens: one per record. seconds: total.
+    records: dicts with "id" and "level". scores, tokens: one per record. seconds: total.
     """
     accuracy, low, high = interval(scores)
     return settings | {
@@ -526,9 +525,9 @@ REPORT_FLAGS = ("model", "prompt", "shots", "shots_from", "num_samples", "temper
 
 def find_row(path, **wanted):
     """The latest row of a results file with these fields, or None."""
-    latest = None
     if not Path(path).is_file():
         return None
+    latest = None
     for _, row in read_rows(path):
         row = {"asked": row.get("n")} | row
         if wanted.items() <= row.items():
@@ -585,9 +584,9 @@ def report(args):
                   "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature,
                   "seed": args.seed}
         if not find_row(args.results, **wanted):
-            ten = ["--num-samples=10"] if method == "sampled" else []
+            extra = ["--num-samples=10"] if method == "sampled" else []
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
-                       f"--limit={limit}", f"--temperature={temperature}", *ten, *shared)
+                       f"--limit={limit}", f"--temperature={temperature}", *extra, *shared)
         row = find_row(args.results, **wanted)
         pass_10 = row.get("rates", {}).get("pass@10")
         rows.append(row | {"method": label, "cells": {

@@ -255,7 +255,7 @@ def measure(setup, gate, loop, settings, suffix=""):
 
 def main(args):
     if args.traces:
-        append_lines(args.traces, [])  # fail now, not after the evaluation
+        append_lines(args.traces, [])  # create it, or fail before sampling
     setup = eval.load_setup(args, replies=3)
     prompts = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",

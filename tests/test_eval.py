@@ -141,23 +141,23 @@ def test_eval_resumed_run_gives_the_same_records():
         texts.append(text)
         return f"\\boxed{{{seed % 3}}}"
 
-    def killed(text, seed, sample):
+    def interrupted(text, seed, sample):
         if len(texts) == 6:
             raise KeyboardInterrupt
         return reply(text, seed, sample)
 
-    whole = _collect(setup, reply)
+    expected = _collect(setup, reply)
     texts.clear()
     with temporary_dir() as folder:
         path = folder / "records.jsonl"
         setup = setup._replace(records=path)
         with contextlib.suppress(KeyboardInterrupt):
-            _collect(setup, killed)
+            _collect(setup, interrupted)
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") == 6
         path.write_text(text + text[:70], encoding="utf-8")  # killed while writing a line
-        assert _collect(setup, reply) == whole and len(texts) == 11
-        assert list(map(_answer, evaluation.read_records(path).values())) == whole
+        assert _collect(setup, reply) == expected and len(texts) == 11
+        assert list(map(_answer, evaluation.read_records(path).values())) == expected
         other = setup._replace(options=setup.options | {"temperature": 1.0})
         with raises(ValueError, "temperature 0.7 -> 1.0"):
             _collect(other, reply)
