@@ -49,7 +49,7 @@ from data import mixture
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
 from engine import Engine, sampling_params
-from eval import drop_long_prompts, leave_out
+from eval import drop_held_out, drop_long_prompts
 from generate import completion_text, generate
 from launch import at_least, below_one, gather_objects, rank_and_world, say
 from losses import group_advantages, policy_loss
@@ -520,7 +520,7 @@ def load_data(policy, args):
         say(f"{len(shared)} of the {len(test)} test problems are dev problems, too: the best "
             "checkpoint is chosen by them")
     held_out = mixture.keys_of(dev + test)
-    sets = [leave_out(problems, mixture.keys_of(problems), held_out, word)
+    sets = [drop_held_out(problems, mixture.keys_of(problems), held_out, word)
             for problems, word in zip(sets, args.data)]
     args.data_sha256 = mixture.data_hash(*sets, dev, test)
     return sets, dev, test

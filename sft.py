@@ -33,7 +33,7 @@ from data.files import read_rows
 from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag
 from engine import cache_slots
-from eval import drop_long_prompts, evaluate, leave_out
+from eval import drop_held_out, drop_long_prompts, evaluate
 from launch import above, at_least, printable, rank_and_world, say
 from optim import optimizer_step
 from plan import plan_line, plan_memory
@@ -288,7 +288,7 @@ def load_data(args, config, tokenizer, form):
     # a flag, so that --resume on other examples is refused
     args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:12]
     keys = [example.key for example in examples]
-    examples = leave_out(examples, keys, keys_of(problems), args.data)
+    examples = drop_held_out(examples, keys, keys_of(problems), args.data)
     count = min(200, len(examples) // 5) if args.validation is None else args.validation
     learned, held_out = hold_out(examples, count, args.seed)
     if not learned:

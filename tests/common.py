@@ -327,13 +327,15 @@ def scripted(reply_fn):
         return Completion(tokens, [-0.25] * len(tokens), finish)
 
     def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100,
-                 on_step=None, **_):
+                 on_step=None, on_done=None, **_):
         rows = []
         for i, prompt in enumerate(prompts):
             text = tokenizer.decode(prompt, skip_special_tokens=False)
             seed = seeds[i] if seeds else i
             rows.append([complete(reply_fn(text, seed, sample), max_new_tokens)
                          for sample in range(num_samples)])
+            if on_done:
+                on_done(i, rows[-1])
             if on_step:
                 ended = [(i, sample, c) for sample, c in enumerate(rows[-1])]
                 on_step(ended, sum(len(c.tokens) for c in rows[-1]))

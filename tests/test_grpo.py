@@ -594,7 +594,7 @@ def test_grpo_no_problem_is_both_trained_on_and_held_out():
                                ([f"{home}/../{home.name}/mine.jsonl=2"], path)):
             said, _ = load(data, held_out)
             assert "is given for training and for evaluation" in said, said
-            assert "dev problems, too" in said and "left out" not in said, said
+            assert "dev problems, too" in said and "dropped" not in said, said
         said, _ = load([path, "arithmetic"], some)
         assert f"training problems of {path} are also held out for evaluation" in said, said
         assert load(["arithmetic"], path)[1] == 60
