@@ -445,7 +445,7 @@ def start_run(args):
     """Open the run that claim_run_dir reserved: (Run, the checkpoint to resume from or None).
 
     With --resume, truncates the logs to the checkpoint and raises ValueError if a flag other than
-    FREE_FLAGS differs from flags.json, since the resumed run would not equal an unbroken one.
+    FREE_FLAGS differs from flags.json, since the run would then differ from an uninterrupted one.
     Process 0 writes; the others wait.
     """
     rank = rank_and_world()[0]
