@@ -893,7 +893,7 @@ def test_grpo_resumes_with_its_own_flags_and_data():
         saved.write_text(json.dumps(flags))
         out = _resumed(home / "run", "--steps", 2, "--micro-tokens", 64, "--max-batch", 2,
                        "--free-sampler", "--checkpointing")
-        for said in ("--steps is 2, but the run was started with 1", "--micro-tokens is 64, and",
+        for said in ("--steps is 2, but the run was started with 1", "--micro-tokens is 64, but",
                      "step 2/2"):
             assert said in out, out
         _write_problems(path, range(1, 41))
