@@ -288,7 +288,7 @@ def load_data(args, config, tokenizer, prompt_options):
     return training, held_out, problems
 
 
-def settle_flags(args, config):
+def resolve_flags(args, config):
     """Fill in unset flags from the model and the available memory. Writes into `args`."""
     if args.adapter:
         args.lora_rank = model.adapter_config(args.adapter, args.lora_rank or None).r
@@ -373,7 +373,7 @@ def main(args):
     config = model.load_config(model_dir)
     tokenizer = model.load_tokenizer(model_dir)
     prompt_options = {"system": model.load_system_prompt(model_dir), "think_tag": args.think_tag}
-    settle_flags(args, config)
+    resolve_flags(args, config)
     examples, validation, problems = load_data(args, config, tokenizer, prompt_options)
     params, optimizer = load_trainable(args, model_dir, config)
     this_run, checkpoint = run.start_run(args)

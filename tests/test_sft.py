@@ -235,7 +235,7 @@ def test_sft_plans_for_one_gpu():
     with mock.patch.object(launch, "find_device", lambda name: torch.device("cuda", 0)), \
             mock.patch.object(launch, "memory_there", lambda *_: 24.0), \
             mock.patch.object(sft, "say") as say:
-        sft.settle_flags(args, config)
+        sft.resolve_flags(args, config)
     assert args.checkpointing
     say.assert_called_once_with(
         "about 6.6 GiB in the update, 11.8 in the rollouts, of 24.0 GiB")

@@ -74,7 +74,7 @@ def test_view_text_cannot_leave_its_place():
     assert [c["text"] for c in completions][:8] == HOSTILE[:8]
     assert "".join(completions[0]["pieces"]) == HOSTILE[0]
     long = completions[8]["text"]
-    assert "10000 characters are not on this page" in long and len(long) < 21_000
+    assert "10000 characters omitted" in long and len(long) < 21_000
 
 
 def test_view_is_bounded_and_takes_damaged_files():
@@ -119,7 +119,7 @@ def test_view_command_and_errors():
             in_process("view", home)
         with mock.patch("builtins.print") as said:
             view.write_report(SimpleNamespace(rank=0, dir=home / "gone"))  # ends no training
-        assert "report.html is not written" in said.call_args[0][0]
+        assert "report.html was not written" in said.call_args[0][0]
 
 
 def test_view_knows_what_grpo_counts_as_second_thoughts():
