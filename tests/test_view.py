@@ -193,7 +193,7 @@ def test_view_in_a_browser():
     assert seen["cards"] == 5 and seen["tinted"] == 7, seen  # two runs, before and after; group
     assert "step 3" in seen["values"][0] and "held out 0.5 [0.25, 0.75]" in seen["values"][0]
     for words in ("341 of 500 problems gained, 12 lost", "python grpo.py", "30 s", "--model",
-                  "1 of 1 are right", "A +0.50", "5 tokens, ended by itself", "2001-09-09"):
+                  "1 of 1 are right", "A +0.50", "5 tokens, finished", "2001-09-09"):
         assert words in seen["page"], (words, seen["page"])
 
 
