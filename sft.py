@@ -57,12 +57,12 @@ def parse_args(argv=None):
     add("--prompt", type=prompt_flag(PROMPTS), default="plain", metavar="NAME",
         help=f"prompt style: {', '.join(PROMPTS)}, or your own text containing {{problem}}")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
-    add("--answer-weight", type=above(0.0), default=1.2, help="loss weight of the final box")
+    add("--answer-weight", type=above(0.0), default=1.2, help="loss weight of tokens in the final box")
     add("--epochs", type=above(0.0), default=3.0, help="passes over the examples")
     add("--batch", type=at_least(1), default=64, help="examples per optimizer step")
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens per packed row")
     add("--max-tokens", type=at_least(2), default=2048, help="drop longer examples")
-    add("--lora-rank", type=at_least(0), default=0, help="train an adapter; 0: all weights")
+    add("--lora-rank", type=at_least(0), default=0, help="rank of an adapter; 0: all weights")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
         "the backward pass: less memory, a third more time (default: except on a tiny model)")
     add("--validation", type=at_least(0), help="held-out examples; 0: none (default: a fifth, at "
@@ -382,7 +382,7 @@ def main(args):
     done = state["step"]
     progress = {"best": math.inf, "best_step": state["best_step"], "failures": 0} | state["extra"]
     trained_on = run.read_trained_on(args.adapter) | {example.key for example in examples}
-    if not checkpoint:
+    if not checkpoint:  # log answers from before training
         answer(this_run, 0, params, config, tokenizer, problems[:8], prompt_options, args)
     view.write_report(this_run)
     order = itertools.islice(example_order(examples, args.seed), done * args.batch, None)

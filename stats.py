@@ -15,7 +15,7 @@ from verify import canonical, equivalent
 
 # ------------------------------------------------------------ rates
 
-Z = 1.959963984540054  # standard deviations: 95 % of a normal distribution
+Z = 1.959963984540054  # half-width, in standard deviations, of a normal 95 % interval
 
 
 def interval(scores):
@@ -51,7 +51,7 @@ def paired_bootstrap(a, b):
 
 
 def mcnemar(only_a, only_b):
-    """Exact two-sided p-value of McNemar's test (1947), from the problems only one run solved."""
+    """Exact two-sided p of McNemar's test (1947). only_a, only_b: problems only that run solved."""
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**n)

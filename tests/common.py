@@ -334,8 +334,8 @@ def scripted(reply_fn):
             rows.append([complete(reply_fn(text, seed, sample), max_new_tokens)
                          for sample in range(num_samples)])
             if on_step:
-                finished = [(i, sample, c) for sample, c in enumerate(rows[-1])]
-                on_step(finished, sum(len(c.tokens) for c in rows[-1]))
+                ended = [(i, sample, c) for sample, c in enumerate(rows[-1])]
+                on_step(ended, sum(len(c.tokens) for c in rows[-1]))
         return rows
 
     return generate

@@ -5,7 +5,6 @@ import math
 import random
 import re
 import shutil
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -169,27 +168,27 @@ def test_sft_run_resumes_exactly_and_continues_in_grpo():
     with temporary_dir() as scratch:
         data = write_lines(scratch / "examples.jsonl", [
             {"problem": f"{a}+{a}", "response": f"\\boxed{{{2 * a}}}"} for a in range(1, 40)])
-        words = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5,
-                 "--lr", 1e-4, "--save-every", 3, "--eval-every", 3, "--epochs", 1.4,
-                 "--eval-data", "arithmetic", "--eval-limit", 3, "--max-new-tokens", 20,
-                 "--processes", 1]
-        out = run(*words, "--run-dir", scratch / "unbroken")
+        command = ["sft.py", "--model", "tiny", "--data", data, "--batch", 8, "--validation", 5,
+                   "--lr", 1e-4, "--save-every", 3, "--eval-every", 3, "--epochs", 1.4,
+                   "--eval-data", "arithmetic", "--eval-limit", 3, "--max-new-tokens", 20,
+                   "--processes", 1]
+        out = run(*command, "--run-dir", scratch / "unbroken")
         assert "[answer: \\boxed{" in out and "step 6/6" in out and "val_accuracy" in out, out
         broken = shutil.copytree(scratch / "unbroken", scratch / "broken", symlinks=True)
         shutil.rmtree(broken / "checkpoints" / "step_000006")
-        again = ["sft.py", "--run-dir", broken, "--resume", "--data"]
-        assert "step 4/6" in run(*again, data)
+        resume = ["sft.py", "--run-dir", broken, "--resume", "--data"]
+        assert "step 4/6" in run(*resume, data)
         assert weights_of(scratch / "unbroken", 6) == weights_of(broken, 6)
         steps = [row["step"] for row in read_lines(broken / "metrics.jsonl")]
         assert steps == [1, 2, 3, 4, 5, 6]
         other = shutil.copy(data, scratch / "other.jsonl")
-        error = run(*again, other, ok=False)
+        error = run(*resume, other, ok=False)
         assert str(other) in error and str(data) in error, error
         data.write_text(data.read_text().replace("5+5", "6+4"))  # same name, other content
-        error = run(*again, data, "--processes", 2, ok=False)
+        error = run(*resume, data, "--processes", 2, ok=False)
         assert "--data-sha256 is" in error and "another --run-dir" in error, error
-        command = out.rpartition("next: python ")[2].split()  # the printed command works
-        out = run(*command, "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--steps", 1,
+        suggested = out.rpartition("next: python ")[2].split()
+        out = run(*suggested, "--prompts", 2, "--group", 2, "--max-new-tokens", 8, "--steps", 1,
                   "--eval-limit", 2, "--test-limit", 0, "--train-limit", 8, "--run-dir",
                   scratch / "grpo")
         assert "step 1/1" in out, out
@@ -244,8 +243,8 @@ def test_sft_and_eval_report_contamination():
         data = write_lines(scratch / "examples.jsonl", rows)
         spaced = [row | {"problem": row["problem"].replace("  ", " ")} for row in rows]
         held_out = write_lines(scratch / "held_out.jsonl", spaced)
-        words = ["--epochs", 1, "--validation", 2, "--processes", 1, "--max-new-tokens", 4]
-        out = in_process("sft", "--data", data, "--eval-data", held_out, *words, "--run-dir",
+        flags = ["--epochs", 1, "--validation", 2, "--processes", 1, "--max-new-tokens", 4]
+        out = in_process("sft", "--data", data, "--eval-data", held_out, *flags, "--run-dir",
                          scratch / "one")
         dev = load_problems(held_out, "dev")
         assert f"{len(dev)} of 40 training problems of {data} are also held out" in out, out
@@ -253,7 +252,7 @@ def test_sft_and_eval_report_contamination():
         keys = read_trained_on(first)
         assert len(keys) == 40 - len(dev) - 2 and not keys & set(keys_of(dev))
         more = write_lines(scratch / "more.jsonl", _sums(9))
-        in_process("sft", "--model", first, "--data", more, *words, "--run-dir", scratch / "two")
+        in_process("sft", "--model", first, "--data", more, *flags, "--run-dir", scratch / "two")
         second = scratch / "two" / "checkpoints" / "best"
         assert keys < read_trained_on(second)
         evaluating = ["--data", held_out, "--results", scratch / "results.jsonl", "--processes", 1,
@@ -267,7 +266,7 @@ def test_sft_and_eval_report_contamination():
         assert "one sample: 0.0" in out and out.count("% without them") == 3, out
         same = [{"problem": p["problem"].upper(), "response": "4"} for p in dev]
         same = write_lines(scratch / "same.jsonl", same)
-        error = error_of("sft", "--data", same, "--eval-data", held_out, *words, "--run-dir",
+        error = error_of("sft", "--data", same, "--eval-data", held_out, *flags, "--run-dir",
                          scratch / "three")
         assert "are also held out" in error and "--eval-data" in error, error
 
@@ -298,12 +297,12 @@ def test_sft_and_grpo_stop_after_skipped_steps():
 
     with temporary_dir() as scratch:
         data = write_lines(scratch / "examples.jsonl", _sums(20))
-        words = {sft: ["--data", data, "--batch", 2, "--validation", 0],
+        flags = {sft: ["--data", data, "--batch", 2, "--validation", 0],
                  grpo: [*GRPO_RUN[1:], "--steps", 9, "--test-limit", 0, "--max-new-tokens", 4,
                         "--reward", "format=1"]}
         for module in (sft, grpo):
             run_dir = scratch / module.__name__
-            command = [module.__name__, *words[module], "--run-dir", run_dir, "--save-every", 1,
+            command = [module.__name__, *flags[module], "--run-dir", run_dir, "--save-every", 1,
                        "--eval-every", 99, "--processes", 1]
             # the first start crashes in its third step
             steps = [dict(skipped), dict(skipped), EOFError, dict(skipped)]
@@ -324,7 +323,7 @@ def test_sft_continues_from_an_adapter():
         best = scratch / "0" / "checkpoints" / "best"
         losses = []
         for i, start in enumerate((["--lora-rank", 2], ["--adapter", best / "adapter"],
-                                 ["--model", best])):
+                                   ["--model", best])):
             out = in_process("sft", "--data", data, "--validation", 0, "--epochs", 1, "--batch", 8,
                              "--warmup", 0, "--processes", 1, *start, "--run-dir", scratch / str(i))
             losses.append(float(re.search(r"loss (\S+) nat", out)[1]))
@@ -334,18 +333,19 @@ def test_sft_continues_from_an_adapter():
 def test_sft_rejects_bad_input():
     """A conversation without a reply divided by zero; one without a role raised KeyError."""
     with temporary_dir() as scratch:
-        bad = Path(scratch, "bad.jsonl")
+        bad = scratch / "bad.jsonl"
         for row in ({"problem": "1+1"}, {"problem": 2, "response": "2"},
-                    *({"messages": messages} for messages in (
-                        "hello", [], [{"role": "user", "content": "hello"}], ["hello"],
-                        [{"content": "hello"}], [{"role": "assistant", "content": None}]))):
+                    {"messages": "hello"}, {"messages": []}, {"messages": ["hello"]},
+                    {"messages": [{"content": "hello"}]},
+                    {"messages": [{"role": "user", "content": "hello"}]},
+                    {"messages": [{"role": "assistant", "content": None}]}):
             with raises(ValueError, "bad.jsonl, line 1", "expected"):
                 sft.read_examples(write_lines(bad, [row]), TOKENIZER, 100)
         few = write_lines(scratch / "few.jsonl", _sums(3))
-        for words, expected in (
+        for flags, expected in (
                 ([bad], "line 1"), ([few, "--validation", 3], "has 3 examples"),
                 ([write_lines(scratch / "empty.jsonl", []), "--validation", 0], "has 0 examples"),
                 ([scratch / "nowhere.jsonl"], "nowhere.jsonl"), ([scratch], str(scratch))):
             error = error_of("sft", "--run-dir", scratch / "run", "--processes", 1, "--data",
-                             *words)
-            assert expected in error, (words, error)
+                             *flags)
+            assert expected in error, (flags, error)
