@@ -57,17 +57,17 @@ def parse_args(argv=None):
     add("--prompt", type=prompt_flag(PROMPTS), default="plain", metavar="NAME",
         help=f"prompt style: {', '.join(PROMPTS)}, or your own text containing {{problem}}")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
-    add("--answer-weight", type=above(0.0), default=1.2, help="loss weight of tokens in the final box")
+    add("--answer-weight", type=above(0.0), default=1.2, help="loss weight of the final box's tokens")
     add("--epochs", type=above(0.0), default=3.0, help="passes over the examples")
     add("--batch", type=at_least(1), default=64, help="examples per optimizer step")
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens per packed row")
     add("--max-tokens", type=at_least(2), default=2048, help="drop longer examples")
     add("--lora-rank", type=at_least(0), default=0, help="rank of an adapter; 0: all weights")
     add("--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations in "
-        "the backward pass: less memory, a third more time (default: except on a tiny model)")
+        "the backward pass: less memory, a third more time (default: on, except for a tiny model)")
     add("--validation", type=at_least(0), help="held-out examples; 0: none (default: a fifth, at "
         "most 200)")
-    add("--eval-data", help="problem set or .jsonl file: answer and grade its dev split")
+    add("--eval-data", help="problem set or .jsonl file whose dev split is answered and graded")
     add("--eval-limit", type=at_least(1), default=200, help="dev problems to answer")
     add("--eval-every", type=at_least(1), default=100, help="steps between evaluations")
     add("--max-new-tokens", type=at_least(1), default=512, help="tokens per answer in evaluation")

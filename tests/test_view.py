@@ -152,10 +152,10 @@ for (let i = 0; i < all("select").length; i++)
     all("select")[i].dispatchEvent(new Event("change"));
   }
 const outcome = {...before, errors, hacked: window.hacked ?? null, values: texts(".values"),
-  strange: all("img, iframe, [onload], [onerror], script[src]").length,
+  unexpected: all("img, iframe, [onload], [onerror], script[src]").length,
   shown: texts(".group .card pre"), tinted: all(".group .tinted span[title]").length,
   page: document.body.innerText, width: innerWidth,
-  wide: Math.max(...all("body > *").map(part => part.scrollWidth)) > innerWidth};
+  overflows: Math.max(...all("body > *").map(part => part.scrollWidth)) > innerWidth};
 document.body.replaceChildren();  // --dump-dom crashes on half a surrogate
 document.title = encodeURIComponent(JSON.stringify(outcome).replace(/\\\\ud[89a-f]../g, "?"));
 </script>"""
@@ -186,7 +186,7 @@ def test_view_in_a_browser():
     with temporary_dir() as home:
         page, _ = _page(_run(home, "a"), _run(home, "b"))
         seen = _click_through(page, home)
-    assert not seen["errors"] and not seen["strange"] and not seen["wide"], seen
+    assert not seen["errors"] and not seen["unexpected"] and not seen["overflows"], seen
     assert seen["width"] == 390 and seen["box"] == ["\\boxed{2}"], seen
     assert seen["second"] == ["wait"], seen
     assert seen["thought"] == ["<think>no, ", "wait", ": 2</think>"], seen
@@ -201,6 +201,6 @@ def test_view_in_a_browser_hostile_text_is_harmless():
     with temporary_dir() as home:
         page, _ = _page(_run(home, texts=HOSTILE))
         seen = _click_through(page, home)
-    assert seen["hacked"] is None and not seen["strange"] and not seen["errors"], seen
-    assert not seen["wide"] and seen["shown"][:6] == HOSTILE[:6], seen["shown"][:6]
+    assert seen["hacked"] is None and not seen["unexpected"] and not seen["errors"], seen
+    assert not seen["overflows"] and seen["shown"][:6] == HOSTILE[:6], seen["shown"][:6]
     assert len(seen["shown"]) == len(HOSTILE)
