@@ -57,7 +57,7 @@ def parse_args(argv=None):
     add("--prompt", type=prompt_flag(PROMPTS), default="plain", metavar="NAME",
         help=f"prompt style: {', '.join(PROMPTS)}, or your own text containing {{problem}}")
     add("--think-tag", default="think", choices=THINK_TAGS, help="name of the thinking block")
-    add("--answer-weight", type=above(0.0), default=1.2, help="loss weight of the final box's tokens")
+    add("--answer-weight", type=above(0.0), default=1.2, help="token weight of the final box")
     add("--epochs", type=above(0.0), default=3.0, help="passes over the examples")
     add("--batch", type=at_least(1), default=64, help="examples per optimizer step")
     add("--micro-tokens", type=at_least(1), default=8192, help="tokens per packed row")
