@@ -28,7 +28,7 @@ import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
 from launch import at_least, gather_objects, rank_and_world, say
-from plan import fit_memory, plan_grpo
+from plan import LORA_RANK, fit_memory, plan_grpo
 from run import make_trainable
 from stats import markdown
 
@@ -296,7 +296,7 @@ def bench_plan(args):
     grpo.fill_defaults(args, config)
     device = "cuda" if args.gpus else launch.find_device(args.device).type
     world = args.processes or 1
-    rank = args.lora_rank or grpo.LORA_RANK
+    rank = args.lora_rank or LORA_RANK
     kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
              f"`--lora-rank {rank}`": (rank, False)}
     rows = []
