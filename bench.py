@@ -300,7 +300,7 @@ def bench_plan(args):
     kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
              f"`--lora-rank {rank}`": (rank, False)}
     rows = []
-    for world, there in args.gpus or [(world, launch.memory_there(device, world))]:
+    for world, there in args.gpus or [(world, launch.total_memory_gib(device, world))]:
         cells = [fitting(config, args, world, device, there, *kind) for kind in kinds.values()]
         rows.append([f"{world} x {there:.3g} GiB", *cells])
     print(markdown([args.size or args.model, *kinds], rows))

@@ -392,7 +392,7 @@ def update(policy, reference, optimizer, rows, total, lr, args):
     own = Counter()  # of tensors: reading them in the loop would stall a GPU
     skipped = 0
     for _ in range(args.updates):
-        for each in launch.show_phase(list(zip(rows, old, ref)), "updating"):
+        for each in launch.phase_bar(list(zip(rows, old, ref)), "updating"):
             loss, stats = row_loss(policy.params, policy.config, *each, total, args)
             loss.backward()
             own.update(stats)

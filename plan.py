@@ -139,7 +139,7 @@ def choose_trainable(config, args):
     """
     device = launch.find_device(args.device).type
     world = max(launch.rank_and_world()[1], args.processes or 1)
-    available_gib = launch.memory_there(device, world)
+    available_gib = launch.total_memory_gib(device, world)
     unset = args.lora_rank is None
     args.lora_rank = args.lora_rank or 0
     plan = plan_grpo(config, args, world, device)

@@ -315,7 +315,7 @@ def settle_flags(args, config):
         config, launch.compute_dtype(args.dtype, device), device, world, longest=args.max_tokens,
         row_tokens=args.micro_tokens, rows=64, slots=slots, lora_rank=args.lora_rank,
         checkpointing=args.checkpointing, offload=args.offload, keep_sampler=False)
-    say(plan_line(plan, launch.memory_there(device, world)))
+    say(plan_line(plan, launch.total_memory_gib(device, world)))
     if args.processes is None:
         args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 

@@ -18,7 +18,7 @@ from statistics import fmean
 from data import load_problems
 from data.files import read_rows
 from eval import find_row
-from run import write_whole
+from run import write_atomic
 from stats import markdown, percent
 
 HOME = Path("runs/distillation")
@@ -50,7 +50,7 @@ def draw(name, source, count):
 
 def supervise(name, samples, steps, usual):
     data = HOME / f"{name}.train.jsonl"
-    write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_atomic(data, "".join(json.dumps(sample) + "\n" for sample in samples))
     print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
     run(last_of(name, steps), "sft.py", "--data", data, "--batch", 256, "--epochs",
         (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data", "arithmetic", *usual,

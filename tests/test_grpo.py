@@ -503,7 +503,7 @@ def test_grpo_trains_all_weights_where_they_fit():
         """(args of a run on one GPU of so much memory, the line that says what is trained)."""
         args = grpo.parse_args([str(word) for word in words])
         with (mock.patch.object(launch, "find_device", lambda name: torch.device("cuda", 0)),
-              mock.patch.object(launch, "memory_there", lambda *_: gib), _printed() as said):
+              mock.patch.object(launch, "total_memory_gib", lambda *_: gib), _printed() as said):
             grpo.resolve_flags(args, config)
         return args, said.getvalue()
 
@@ -893,12 +893,12 @@ def test_grpo_resumes_with_its_own_flags_and_data():
         saved.write_text(json.dumps(flags))
         out = _resumed(home / "run", "--steps", 2, "--micro-tokens", 64, "--max-batch", 2,
                        "--free-sampler", "--checkpointing")
-        for said in ("--steps is 2, and the run was started with 1", "--micro-tokens is 64, and",
+        for said in ("--steps is 2, but the run was started with 1", "--micro-tokens is 64, but",
                      "step 2/2"):
             assert said in out, out
         _write_problems(path, range(1, 41))
         error = error_of("grpo", "--run-dir", home / "run", "--resume", "--steps", 3)
-        assert "--data-sha256" in error and "put it back" in error, error
+        assert "--data-sha256" in error and "restore that value" in error, error
         _write_problems(path, range(40))
         assert "step 3/3" in _resumed(home / "run", "--steps", 3)
         assert [line["step"] for line in _lines(home / "run")] == [0, 1, 2, 3]
