@@ -28,7 +28,7 @@ def sampling_params(params, config, device=None, out=None):
 
     Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are bitwise equal
     for (almost) any number of rows. When weights are copied anyway, layers with the same input are
-    joined (model.linears). Unchanged tensors are shared with `params`; weights that are packed
+    joined (model.FUSED). Unchanged tensors are shared with `params`; weights that are packed
     already are returned as they are.
     out: an earlier result to overwrite in place, so that CUDA graphs can keep reading it.
     """
@@ -56,10 +56,10 @@ def sampling_params(params, config, device=None, out=None):
 
 
 def joined_sources(sources, config):
-    """{name: [name]} with model.JOINED layers replaced by {joined name: [names to concatenate]}."""
+    """{name: [name]} with model.FUSED layers replaced by {joined name: [names to concatenate]}."""
     joined = dict(sources)
     for layer in range(config.num_hidden_layers):
-        for part, names in model.JOINED.items():
+        for part, names in model.FUSED.items():
             pre = f"model.layers.{layer}.{part}"
             for kind in (".weight", ".bias"):
                 found = [pre + name + kind for name in names]
