@@ -217,9 +217,9 @@ def roll_out(policy, problems, args, seed=0, refills=()):
 def as_sampler(policy):
     """The policy with its weights in the sampler's form; on a GPU, in the place of those before."""
     engine = policy.engine
-    form = sampling_params(policy.params, policy.config, out=engine and engine.form)
+    form = sampling_params(policy.params, policy.config, out=engine and engine.params)
     if engine and form["model.norm.weight"].is_cuda:
-        engine.form = form
+        engine.params = form
     return policy._replace(params=form)
 
 
