@@ -28,7 +28,7 @@ import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
 from launch import at_least, gather_objects, rank_and_world, say
-from plan import fit_memory, plan_grpo
+from plan import LORA_RANK, fit_memory, plan_grpo
 from run import make_trainable
 from stats import markdown
 
@@ -294,7 +294,7 @@ def bench_plan(args):
     device = "cuda" if args.gpus else launch.find_device(args.device).type
     processes = args.processes or 1
     machines = args.gpus or [(processes, launch.total_memory_gib(device, processes))]
-    rank = args.lora_rank or grpo.LORA_RANK
+    rank = args.lora_rank or LORA_RANK
     columns = {  # (lora_rank, offload)
         "all weights": (0, False), "all weights, `--offload`": (0, True),
         f"`--lora-rank {rank}`": (rank, False)}
