@@ -3,6 +3,7 @@
     plan = plan_grpo(config, args, world, device)                   # a run of grpo.py
     plan = fit_memory(config, args, world, device, available_gib)   # the same, reduced to fit
     print(plan_line(plan, available_gib))
+    choose_trainable(config, args)                                  # all weights if they fit
 
 If the estimate was too low, halve_on_oom retries once with half the batch.
 """
@@ -17,6 +18,7 @@ import model
 from data.prompts import PRESETS
 from engine import cache_slots
 
+LORA_RANK = 32  # if all weights do not fit
 ALLOWANCE_GIB = {"cpu": 0.5, "cuda": 1.0}  # Python and libraries; CUDA context, fragmentation
 
 
@@ -127,6 +129,37 @@ def fit_memory(config, args, world, device, available_gib):
             args.max_batch //= 2
         else:
             return plan
+
+
+def choose_trainable(config, args):
+    """Decide by the available memory what grpo.py trains, all weights or an adapter, and print it.
+
+    Sets --lora-rank, --processes and whatever fit_memory sets, unless given. Raises ValueError if
+    not even an adapter fits.
+    """
+    device = launch.find_device(args.device).type
+    world = max(launch.rank_and_world()[1], args.processes or 1)
+    available_gib = launch.total_memory_gib(device, world)
+    unset = args.lora_rank is None
+    args.lora_rank = args.lora_rank or 0
+    plan = plan_grpo(config, args, world, device)
+    if unset and plan.peak > available_gib:
+        args.lora_rank = LORA_RANK
+        plan = fit_memory(config, args, world, device, available_gib)
+    sizes = f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
+    if args.free_sampler:
+        sizes += " --free-sampler"
+    if unset and plan.peak > available_gib:
+        raise ValueError(
+            f"not even an adapter of rank {LORA_RANK} fits: it needs {plan.peak:.1f} GiB at "
+            f"{sizes}, and {available_gib:.1f} are available; try a smaller --max-new-tokens, or "
+            f"more GPUs; `python bench.py plan --model {args.model}` shows what fits")
+    trained = "all weights"
+    if args.lora_rank:
+        trained = f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with {sizes}"
+    launch.say(f"training {trained}: {plan_line(plan, available_gib)}")
+    if args.processes is None:
+        args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
 
 # ------------------------------------------------------------ out of memory
