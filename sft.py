@@ -31,7 +31,7 @@ import view
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, follows_format, prompt_flag
 from engine import cache_slots
 from eval import evaluate, fit_context, leave_out
 from launch import above, at_least, printable, rank_and_world, say
@@ -339,7 +339,7 @@ def measure(run, step, params, config, tokenizer, validation, problems, form, ar
     for problem, record in zip(problems, records):
         [answer] = record["samples"]
         rewards = {"accuracy": float(answer["strict"] is True),
-                   "format": float(in_form(answer["text"], args.think_tag))}
+                   "format": float(follows_format(answer["text"], args.think_tag))}
         completion = {"text": answer["text"], "right": answer["strict"], "rewards": rewards,
                       "finish": answer["finish"], "num_tokens": answer["tokens"]}
         samples.append({"kind": "held_out", "problem": problem["problem"],

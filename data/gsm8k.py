@@ -13,7 +13,7 @@ FILES = {
 
 
 def from_row(row, name):
-    """One row as published, {"question", "answer": "worked solution #### 72"}, as a problem."""
+    """A problem from a published row, {"question", "answer": "worked solution #### 72"}."""
     solution, _, answer = row["answer"].rpartition("####")
     return {
         "id": name, "problem": row["question"], "answer": answer.strip().replace(",", ""),
@@ -22,7 +22,7 @@ def from_row(row, name):
 
 
 def problems(split):
-    """The published test, or for any other split the published train."""
+    """The published test set if `split` is "test", otherwise the published training set."""
     file = "test.jsonl" if split == "test" else "train.jsonl"
     path = fetch("gsm8k", file, URL + file, *FILES[file])
     return [from_row(row, f"gsm8k/{path.stem}/{number}") for number, row in read_rows(path)]
