@@ -1,7 +1,6 @@
 """Problem sets by name: generated families, published sets, your own files.
 
-    load_problems("gsm8k", "train", limit=100)
-    load_problems("my/problems.jsonl")
+    load_problems("gsm8k", "train", limit=100)    load_problems("my/problems.jsonl")
     load_problems("arithmetic,words:1-2,science:1")    several sets, some restricted by level
 """
 
@@ -11,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data import gsm8k, math500
-from data.families import SIZES, draw_problems, split_of  # noqa: F401 (split_of is re-exported)
+from data.families import SIZES, draw_problems
 from data.files import random_subset, read_rows, select_split
 from model import did_you_mean
 
@@ -37,10 +36,7 @@ def is_text(value):
 
 
 def check_problem(row, name, where):
-    """One row of a file as a problem; `name` is the default id. Raises ValueError.
-
-    where: the file and line, for error messages.
-    """
+    """A problem from one row of a file. name: its default id; where: file and line, for errors."""
     answer = row.get("answer")
     if "question" in row and "problem" not in row and isinstance(answer, str) and "####" in answer:
         own = {field: row[field] for field in ("id", "level") if field in row}

@@ -176,9 +176,7 @@ def check_steps(problem, thought):
         nonlocal sides, last, factored
         if found := LINE.fullmatch(line):
             rewriting, name, operand, *claim = found.groups()
-            right = sides
-            if name:
-                right = [OPERATIONS[name](side, parse(operand)) for side in sides]
+            right = [OPERATIONS[name](side, parse(operand)) for side in sides] if name else sides
             if list(map(parse, claim)) != right:
                 return rewriting or name, f"it gives {' = '.join(map(show, right))}"
             sides, last = right, claim[0]

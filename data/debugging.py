@@ -45,7 +45,6 @@ K, M = 1000000, 2000000
 
 
 def substitute(text, k, m):
-    """The text with its placeholders replaced by the parameters' values."""
     def value(found):
         n = int(found[0])
         return str(n - K + k if n < (K + M) / 2 else n - M + m)
@@ -108,22 +107,23 @@ def generate(level, rng, split):
     arguments, wanted, events = failing
 
     call = f"{parse_function(wrong).name}({', '.join(map(repr, arguments))})"
-    program = list(enumerate(wrong.split("\n"), 1))
-    number, old, new = next((i, old.strip(), new.strip())
-                            for (i, old), new in zip(program, right.split("\n")) if old != new)
+    program = wrong.split("\n")
+    repaired = right.split("\n")
+    bug = next(i for i, line in enumerate(program) if line != repaired[i])
+    new = repaired[bug].strip()
     text = "\n".join([
         f"This function should return {purpose.format(k=k, m=m)}. One line of it is wrong.",
-        *(f"{i} {line}" for i, line in program),
+        *(f"{i} {line}" for i, line in enumerate(program, 1)),
         f"{call} should return {wanted!r}. Which line is wrong, and how should it read? "
         "Answer in the form: line NUMBER: CODE",
     ])
     lines = [
         *(f"line {at}: {what}" for at, what in events),
         f"That is not {wanted!r}.",
-        f"Line {number} is wrong: {old} should be {new}",
+        f"Line {bug + 1} is wrong: {program[bug].strip()} should be {new}",
         f"Then {call} returns {wanted!r}.",
     ]
-    return record("debugging", level, text, f"line {number}: {new}", lines, wrong, split,
+    return record("debugging", level, text, f"line {bug + 1}: {new}", lines, wrong, split,
                   program=wrong, tests=tests)
 
 
@@ -174,10 +174,7 @@ def check_steps(problem, thought):
         repair = f"line {number}: {new}"
         return "repair", None
 
-    def conclusion():
-        return repair if concluded else None
-
-    return first_error(thought, check_line, conclusion)
+    return first_error(thought, check_line, lambda: repair if concluded else None)
 
 
 def corrupt(line, previous, rng):

@@ -44,19 +44,16 @@ def download(url, path, timeout_s=30):
         part.unlink(missing_ok=True)
 
 
-def fetch(name, file, url, rows, sha256):
-    """The path of one file of a set, downloaded if missing. Raises ValueError if its hash differs.
-    """
+def fetch(name, file, url, sha256):
+    """The path of a file of a set, downloaded if missing. Raises ValueError if its hash differs."""
     path = next((root / file for root in search_dirs(name) if (root / file).is_file()), None)
     if not path:
         path = CACHE / name / file
         download(url, path)
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
-        raise ValueError(f"{path} is not the published {name}/{file}: {len(content.splitlines())} "
-                         f"rows with sha256 {found[:12]}..., expected {rows} with "
-                         f"{sha256[:12]}...; delete it to download it again")
+        raise ValueError(f"{path} is not the published {name}/{file}: its sha256 is {found[:12]}, "
+                         f"expected {sha256[:12]}; delete it to download it again")
     return path
 
 
@@ -95,8 +92,7 @@ def select_split(problems, split):
 
 
 def random_subset(problems, limit, seed):
-    """`limit` random problems, a subset of any larger draw. Not a prefix: files are often sorted.
-    """
+    """`limit` random problems (files are often sorted); a subset of any larger draw."""
     if limit is None or limit >= len(problems):
         return problems
     order = list(range(len(problems)))

@@ -75,10 +75,8 @@ def known_people(worlds, people):
 
 
 def propagate(worlds, known, constraints, names):
-    """Apply one statement at a time until nothing changes; returns (proof lines, worlds left).
-
-    No world is left after a contradiction.
-    """
+    """Apply single statements until nothing changes, or to a contradiction, which leaves no world;
+    returns (proof lines, worlds left)."""
     lines = []
     known = set(known)
     before = None

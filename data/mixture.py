@@ -34,10 +34,9 @@ def files_of(words):
 
 
 def load_held_out(name, trained_on, dev_limit, test_limit):
-    """(dev problems, test problems) of the sets in `name`. test_limit 0: no test problems.
+    """(dev problems, test problems) of the sets in `name`; no test problems if test_limit is 0.
 
-    trained_on: the words passed to load_mixture. A file that is also trained on provides only its
-    dev split, for both.
+    trained_on: load_mixture's words. A file that is trained on provides its dev split for both.
     """
     dev = load_problems(name, "dev", dev_limit)
     test = []
@@ -65,10 +64,7 @@ def data_hash(*problem_lists):
 
 
 def problem_order(sets, proportions, seed):
-    """Yield problems forever: draw a set by proportion, then its next problem.
-
-    Each set is shuffled once per epoch, seeded from (seed, set, epoch).
-    """
+    """Yield problems forever: draw a set by proportion; each set is reshuffled every epoch."""
     taken = [0] * len(sets)
     orders = [None] * len(sets)
     for place in itertools.count():

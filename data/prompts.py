@@ -26,8 +26,7 @@ def format_response(thought, answer, think_tag="think"):
 
 
 def extract_thought(text):
-    """The content of a response's thinking block; without one, the whole text with boxes unwrapped.
-    """
+    """A response's thinking block; if it has none, the whole text with its boxes unwrapped."""
     block = re.search(rf"<({'|'.join(THINK_TAGS)})>(.*?)</\1>", text, re.DOTALL)
     if not block:
         return re.sub(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1", text).strip()
@@ -173,10 +172,7 @@ def load_shots(source, count, seed, problems):
     shots = load_problems(source, "train", count, seed) if count else []
     texts = {p["problem"] for p in problems}
     for shot in shots:
-        fault = "is one of the problems to be solved" if shot["problem"] in texts else None
-        if not shot.get("solution"):
-            fault = "has no solution"
-        if fault:
-            raise ValueError(f"{source}: example {shot['id']} {fault}; name another set with "
-                             "--shots-from")
+        if shot["problem"] in texts or not shot.get("solution"):
+            raise ValueError(f"{source}: example {shot['id']} has no solution, or is one of the "
+                             "problems to be solved; name another set with --shots-from")
     return shots

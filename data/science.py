@@ -62,10 +62,8 @@ def consistent(values):
 
 
 def draw_problem(level, rng):
-    """(givens {name: value}, steps, all values), or None if the draw is unusable.
-
-    Each step is a form of a law that uses the result of the step before.
-    """
+    """(givens {name: value}, steps, all values), or None if the draw is unusable. Each step is a
+    form of a law, applied to the result of the step before."""
     current = rng.choice(list(QUANTITIES))
     values = {current: rng.randint(2, 60)}
     steps = []

@@ -27,8 +27,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import model
-from data import FAMILIES, family_of, load_problems, split_of, teachers
-from data.families import SIZES, draw_problems, plant_error, plant_slip
+from data import FAMILIES, family_of, load_problems, teachers
+from data.families import SIZES, draw_problems, plant_error, plant_slip, split_of
 from data.prompts import THINK_TAGS, extract_thought, format_response
 from data.steps import check_text
 from eval import fit_context
@@ -260,14 +260,14 @@ def split_words(text):
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 
-def ngrams(words, n):
+def ngrams(text, n):
+    words = split_words(text)
     return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)} or {" ".join(words)}
 
 
 def form_fault(record, max_chars):
     """Why a trace's form is unacceptable (length, repetition, markup, language), or None."""
     thought = record["thought"]
-    words = split_words(thought)
     if record["source"]["finish"] not in ("stop", "None"):
         return f"cut off: the finish reason is {record['source']['finish']}"
     if not 1 <= len(thought) <= max_chars:
@@ -275,7 +275,8 @@ def form_fault(record, max_chars):
     if re.search(r"</?(?:think|thought)>|<\|\w+\|>", thought):
         return "markup inside the thought"
     lines = Counter(line for line in thought.split("\n") if len(line) > 3)
-    monotonous = len(words) > 200 and len(ngrams(words, 4)) < 0.5 * len(words)
+    num_words = len(split_words(thought))
+    monotonous = num_words > 200 and len(ngrams(thought, 4)) < 0.5 * num_words
     if monotonous or max(lines.values(), default=0) > 4:
         return "repetition: the same lines or words over and over"
     foreign = sum(c.isalpha() and ord(c) > 0x24F and not 0x370 <= ord(c) <= 0x3FF for c in thought)
@@ -311,10 +312,10 @@ def contamination_faults(traces, args, facts):
             continue
         checked[name] = len(problems)
         for problem in problems:
-            grams |= dict.fromkeys(ngrams(split_words(problem["problem"]), n), problem["id"])
+            grams |= dict.fromkeys(ngrams(problem["problem"], n), problem["id"])
     faults = []
     for problem, _, _ in traces:
-        hit = min(ngrams(split_words(problem["problem"]), n) & grams.keys(), default=None)
+        hit = min(ngrams(problem["problem"], n) & grams.keys(), default=None)
         fault = None
         if hit:
             fault = f"{n} words from {grams[hit].split('/')[0]}: {hit!r} is in {grams[hit]}"
@@ -394,7 +395,7 @@ def self_test(count):
 
 def main(args):
     if args.self_test:
-        return 0 if self_test(args.self_test) else 1
+        return int(not self_test(args.self_test))
     problems = {problem["id"]: problem for name in args.data
                 for problem in load_problems(name, args.split, args.limit, args.seed)}
     settings = teacher_settings(args)

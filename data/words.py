@@ -152,8 +152,7 @@ LINE = re.compile(r"(.{1,60}): (\d{1,9}) ([-+*/]) (\d{1,9}) = (-?\d{1,9})")
 
 
 def check_steps(problem, thought):
-    """Each line is `label: a op b = c`: the label's operation on known amounts, computed correctly.
-    """
+    """Each line is `label: a op b = c`, the label's operation on known amounts, with its result."""
     *lines, _ = problem["solution"].split("\n")
     steps = {line.partition(": ")[0]: LINE.fullmatch(line).groups() for line in lines}
     labels = list(steps)
@@ -176,10 +175,8 @@ def check_steps(problem, thought):
         known = max(known, index + 1)
         return label, None
 
-    def conclusion():
-        return problem["answer"] if known == len(labels) else None
-
-    return first_error(thought, check_line, conclusion)
+    return first_error(
+        thought, check_line, lambda: problem["answer"] if known == len(labels) else None)
 
 
 def corrupt(line, previous, rng):

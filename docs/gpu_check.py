@@ -7,7 +7,6 @@ the number of WRONG lines.
 """
 
 import sys
-from typing import NamedTuple
 
 import torch
 
@@ -22,23 +21,15 @@ from data.prompts import encode_prompt
 from engine import Engine
 
 
-class Task(NamedTuple):
-    """The tiny model on the CPU, and problems for it."""
-
-    config: model.Config
-    params: dict
-    prompts: list
-    sampling: dict  # keyword arguments of generate
-
-
 def load_task(count):
+    """(config, params on the CPU, prompts, sampling arguments) of the tiny model."""
     path = model.resolve_model("tiny")
     config, tokenizer = model.load_config(path), model.load_tokenizer(path)
     problems = load_problems("arithmetic", "test", count)
     prompts = [encode_prompt(tokenizer, "plain", problem) for problem in problems]
     sampling = {"num_samples": 2, "max_new_tokens": 100, "tokenizer": tokenizer,
                 "stop_tokens": model.end_tokens(tokenizer, config)}
-    return Task(config, model.load_params(path), prompts, sampling)
+    return config, model.load_params(path), prompts, sampling
 
 
 def distance(a, b):
@@ -87,31 +78,27 @@ def check_decode(device):
         yield f"decode, {rows} rows", distance(out.view(rows, 2, 6, 128), expected), 1e-2
 
 
-def check_sampler(device, task):
+def check_sampler(device, config, on_cpu, prompts, sampling):
     """The share of rows whose tokens differ between the CPU and the GPU."""
     for temperature in (0.0, 1.0):
         for changes in ({}, {"max_batch": 7}, {"think_budget": 20}):
-            sampling = task.sampling | {"temperature": temperature} | changes
-            want = sum(generate.generate(task.params, task.config, task.prompts, **sampling), [])
+            options = sampling | {"temperature": temperature} | changes
+            want = sum(generate.generate(on_cpu, config, prompts, **options), [])
             for dtype, bound in ((torch.float32, 0.05), (torch.bfloat16, 0.5)):
-                params = {name: t.to(device, dtype) for name, t in task.params.items()}
+                params = {name: t.to(device, dtype) for name, t in on_cpu.items()}
                 engine = Engine()
-                got = generate.generate(params, task.config, task.prompts, engine=engine,
-                                        **sampling)
-                differ = sum(a.tokens != b.tokens for a, b in zip(want, sum(got, [])))
+                got = sum(generate.generate(params, config, prompts, engine=engine, **options), [])
+                differ = sum(a.tokens != b.tokens for a, b in zip(want, got)) / len(want)
                 yield (f"temperature {temperature}, {[*changes]}, {dtype}: share of rows that "
-                       f"differ from the CPU's ({len(engine.graphs)} CUDA graphs)",
-                       differ / len(want), bound)
+                       f"differ from the CPU's ({len(engine.graphs)} CUDA graphs)", differ, bound)
 
 
-def check_gradients(device, task):
+def check_gradients(device, config, on_cpu, prompts, sampling):
     """Gradients of the policy loss on one packed row, against the CPU's."""
-    config, on_cpu = task.config, task.params
-    pairs = generate.generate(on_cpu, config, task.prompts[:12], temperature=1.0, think_budget=20,
-                              **task.sampling)
+    pairs = generate.generate(on_cpu, config, prompts[:12], think_budget=20, **sampling)
     row = [(prompt, [grpo.Sequence(a.tokens, a.logprobs, 1.0),
                      grpo.Sequence(b.tokens, b.logprobs, -1.0)])
-           for prompt, (a, b) in zip(task.prompts, pairs)]
+           for prompt, (a, b) in zip(prompts, pairs)]
     args = grpo.parse_args(["--device", device.type])
     grpo.fill_defaults(args, config)
 
@@ -138,8 +125,8 @@ def check_gradients(device, task):
 def run_checks(device, task):
     """Print every figure; returns the number that exceed their bound."""
     num_wrong = 0
-    for figures in (check_packed_row(device), check_decode(device), check_sampler(device, task),
-                    check_gradients(device, task)):
+    for figures in (check_packed_row(device), check_decode(device), check_sampler(device, *task),
+                    check_gradients(device, *task)):
         for label, value, bound in figures:
             verdict = "ok" if value <= bound else "WRONG"
             num_wrong += verdict == "WRONG"

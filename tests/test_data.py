@@ -29,11 +29,18 @@ from data import (
     load_problems,
     programs,
     science,
-    split_of,
     teachers,
     traces,
 )
-from data.families import OFFSETS, REPAIRS, answer_line, draw_problems, plant_error, plant_slip
+from data.families import (
+    OFFSETS,
+    REPAIRS,
+    answer_line,
+    draw_problems,
+    plant_error,
+    plant_slip,
+    split_of,
+)
 from data.mixture import load_mixture
 from data.prompts import PRESETS, encode_prompt, format_response, render_prompt
 from data.steps import check_text
@@ -79,12 +86,10 @@ def test_data_files_name_line_and_field():
             list(files.read_rows(home))
         with raises(FileNotFoundError, "no file"):
             load_problems(home / "other.jsonl")
-        for arguments, *words in [
-            (("gsm9k",), "gsm9k", "knights", "jsonl", "did you mean gsm8k?"),
-            (("words", "half"), "'half'", "train"), (("words", "test", 0), "0"),
-        ]:
+        for call, *words in [(("gsm9k",), "gsm9k", "knights", "jsonl", "did you mean gsm8k?"),
+                             (("words", "half"), "'half'", "train"), (("words", "test", 0), "0")]:
             with raises(ValueError, *words):
-                load_problems(*arguments)
+                load_problems(*call)
         raw = {"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 1,204"}
         [problem] = load_problems(write_lines(path, [raw]))
         assert problem["answer"] == "1204" and problem["problem"] == "How many?"
@@ -112,7 +117,7 @@ def test_data_subsets_are_random_and_splits_are_disjoint():
 
 def test_data_published_files_are_downloaded_and_verified():
     content = json.dumps({"question": "q", "answer": "a #### 3"}).encode() + b"\n"
-    published = {"test.jsonl": (1, hashlib.sha256(content).hexdigest())}
+    published = {"test.jsonl": hashlib.sha256(content).hexdigest()}
     with (temporary_dir() as home, mock.patch.dict(os.environ),
           mock.patch.object(files, "CACHE", home / "cache"),
           mock.patch.multiple(gsm8k, URL=f"file://{home}/", FILES=published)):
@@ -124,7 +129,7 @@ def test_data_published_files_are_downloaded_and_verified():
         source.unlink()
         assert load_problems("gsm8k")[0]["id"] == "gsm8k/test/1"  # from the cache
         cached.write_bytes(content * 2)
-        with raises(ValueError, "2 rows", "expected 1"):
+        with raises(ValueError, "sha256", "download it again"):
             load_problems("gsm8k")
         cached.unlink()
         with raises(FileNotFoundError, "by hand", str(cached), "REASONER_DATA"):
