@@ -28,6 +28,7 @@ import model
 from data.prompts import encode_prompt
 from engine import Engine, sampling_params
 from launch import at_least, gather_objects, rank_and_world, say
+from plan import fit_memory, plan_grpo
 from run import make_trainable
 from stats import markdown
 
@@ -234,7 +235,7 @@ def bench_step(args, counted=3):
     if args.size in ("tiny", "30m"):  # as for the tiny model
         args.micro_tokens = args.micro_tokens or grpo.TINY["micro_tokens"]
         args.checkpointing = bool(args.checkpointing)
-    grpo.settle_flags(args, config)
+    grpo.resolve_flags(args, config)
     _, world, device = launch.init_distributed(args.device, args.processes)
     dtype = launch.compute_dtype(args.dtype, device)
     base = model.init_params(config, args.seed, device, dtype if args.lora_rank else torch.float32)
@@ -255,7 +256,7 @@ def bench_step(args, counted=3):
         if step:
             spent += torch.stack((rolled - begin, clock() - rolled)) / counted
             sampled += sum(len(c.tokens) for g in groups for c in g.completions) / counted
-    plan = grpo.memory_plan(config, args, world, device.type, prompt_lengths[1])
+    plan = plan_grpo(config, args, world, device.type, prompt_lengths[1])
     say(f"{args.size} | {args.load} | {args.prompts * args.group} rows, {sampled:.0f} sampled "
         f"tokens a step | {world} x {torch.get_num_threads()} threads, the figures of one | "
         f"{dtype} | --micro-tokens {args.micro_tokens}"
@@ -275,7 +276,7 @@ def fitting(config, args, world, device, there, lora_rank, offload):
     """What a run would hold, and the flags that it would need to fit, as a cell of a table."""
     args = argparse.Namespace(**vars(args) | {"lora_rank": lora_rank, "offload": offload})
     asked = vars(args).copy()
-    plan = grpo.fit_memory(config, args, world, device, there)
+    plan = fit_memory(config, args, world, device, there)
     if plan.peak > there:
         return f"no: {plan.peak:.1f}"
     flags = ["`--free-sampler`"] if args.free_sampler else []
@@ -299,7 +300,7 @@ def bench_plan(args):
     kinds = {"all weights": (0, False), "all weights, `--offload`": (0, True),
              f"`--lora-rank {rank}`": (rank, False)}
     rows = []
-    for world, there in args.gpus or [(world, launch.memory_there(device, world))]:
+    for world, there in args.gpus or [(world, launch.total_memory_gib(device, world))]:
         cells = [fitting(config, args, world, device, there, *kind) for kind in kinds.values()]
         rows.append([f"{world} x {there:.3g} GiB", *cells])
     print(markdown([args.size or args.model, *kinds], rows))

@@ -208,6 +208,12 @@ def fit_context(problems, prompts, config, reply_tokens):
     return kept, list(compress(prompts, fits))
 
 
+def drop_long_prompts(problems, tokenizer, config, prompt, reply_tokens, **form):
+    """The problems whose prompt leaves room for `reply_tokens`. form: as for render_prompt."""
+    prompts = [encode_prompt(tokenizer, prompt, problem, **form) for problem in problems]
+    return fit_context(problems, prompts, config, reply_tokens)[0]
+
+
 def leave_out(problems, keys, held_out, name):
     """The training problems of the set `name` whose keys are not among `held_out`."""
     held_out = set(held_out)

@@ -48,11 +48,12 @@ import view
 from data import mixture
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
-from engine import Engine, cache_slots, sampling_params
-from eval import fit_context, leave_out
+from engine import Engine, sampling_params
+from eval import drop_long_prompts, leave_out
 from generate import completion_text, generate
 from launch import at_least, below_one, gather_objects, rank_and_world, say
 from losses import group_advantages, policy_loss
+from plan import fit_memory, halve_on_oom, plan_grpo, plan_line
 from stats import rate_metrics
 from verify import verify_many
 
@@ -209,7 +210,7 @@ def roll_out(policy, problems, args, seed=0, refills=()):
                 engine=policy.engine, compiled=args.compile, on_step=on_step, on_done=on_done)
         return groups
 
-    groups = optim.halve_on_oom(args, "max_batch", sample, policy.engine)
+    groups = halve_on_oom(args, "max_batch", sample, policy.engine)
     return sorted(itertools.chain(*gather_objects(groups)), key=lambda group: group.place)
 
 
@@ -389,7 +390,7 @@ def update(policy, reference, optimizer, rows, total, lr, args):
     own = Counter()  # of tensors, so that the device is not waited for
     skipped = 0
     for _ in range(args.updates):
-        for each in launch.show_phase(list(zip(rows, old, ref)), "updating"):
+        for each in launch.phase_bar(list(zip(rows, old, ref)), "updating"):
             loss, stats = row_loss(params, config, *each, total, args)
             loss.backward()
             own.update(stats)
@@ -418,49 +419,12 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
 
     if args.free_sampler:
         policy.engine.release()
-    sums = optim.halve_on_oom(args, "micro_tokens", attempt, policy.engine)
+    sums = halve_on_oom(args, "micro_tokens", attempt, policy.engine)
     args.micro_tokens = min(gather_objects(args.micro_tokens))  # one for all, who deal the rows
     return sums
 
 
-# ------------------------------------------------------------ what fits the memory
-
-
-def memory_plan(config, args, world=1, device="cpu", prompt=200):
-    """optim.plan_memory of a run. prompt: tokens of a problem; of GSM8K's, with template, 200."""
-    groups = math.ceil(args.prompts / world)
-    prompt += len(PRESETS[args.prompt].text or "") // 3  # letters of worked examples in a token
-    longest = prompt + args.max_new_tokens
-    in_all = groups * (prompt + args.group * args.max_new_tokens)
-    rows = min(args.max_batch, groups * args.group)
-    slots = cache_slots(rows, math.ceil(rows / args.group), prompt, args.max_new_tokens,
-                        device == "cuda")
-    reference = config if args.beta and not args.lora_rank else None
-    if args.teacher:
-        reference = model.load_config(model.resolve_model(args.teacher, config_only=True))
-    return optim.plan_memory(
-        config, launch.compute_dtype(args.dtype, device), device, world, longest=longest,
-        row_tokens=min(max(args.micro_tokens, longest), in_all), rows=rows, cache_slots=slots,
-        lora_rank=args.lora_rank, checkpointing=args.checkpointing, reference=reference,
-        offload=args.offload, keep_sampler=not args.free_sampler)
-
-
-def fit_memory(config, args, world, device, there):
-    """The plan of a run, with --free-sampler, and less --micro-tokens and --max-batch, as it needs.
-
-    Writes into `args`. No result depends on these three.
-    """
-    plan = memory_plan(config, args, world, device)
-    while plan.peak > there:
-        name = "max_batch" if plan.update <= there or args.micro_tokens <= 2048 else "micro_tokens"
-        if device == "cuda" and not args.free_sampler:
-            args.free_sampler = True
-        elif getattr(args, name) >= 16:
-            setattr(args, name, getattr(args, name) // 2)
-        else:
-            break
-        plan = memory_plan(config, args, world, device)
-    return plan
+# ------------------------------------------------------------ flags left out
 
 
 def fill_defaults(args, config):
@@ -501,36 +465,37 @@ def check_teacher(args):
                          f"--model {args.model}; take a teacher of the student's family")
 
 
-def settle_flags(args, config):
-    """Fill in what was left out, by the model and the memory there is, and say what is trained.
+def resolve_flags(args, config):
+    """Fill in the unset flags from the model and the available memory; print what is trained.
 
-    Writes into `args`. Raises ValueError for flags that contradict each other, and when neither
-    all weights nor an adapter can be trained in the memory.
+    Writes into `args`. Raises ValueError for flags that contradict each other, and when not even an
+    adapter fits in memory.
     """
     device = launch.find_device(args.device).type
     world = max(rank_and_world()[1], args.processes or 1)
-    there = launch.memory_there(device, world)
+    available_gib = launch.total_memory_gib(device, world)
     lr = args.lr
     fill_defaults(args, config)
     if args.teacher:
         check_teacher(args)
-    plan = memory_plan(config, args, world, device)
-    rank, args.lora_rank = args.lora_rank, args.lora_rank or 0
-    if rank is None and plan.peak > there:
+    automatic = args.lora_rank is None
+    args.lora_rank = args.lora_rank or 0
+    plan = plan_grpo(config, args, world, device)
+    if automatic and plan.peak > available_gib:
         args.lora_rank = LORA_RANK
-        plan = fit_memory(config, args, world, device, there)
+        plan = fit_memory(config, args, world, device, available_gib)
     sizes = f"--micro-tokens {args.micro_tokens} and --max-batch {args.max_batch}"
-    if rank is None and plan.peak > there:
+    if automatic and plan.peak > available_gib:
         raise ValueError(
-            f"not even an adapter of rank {LORA_RANK} can be trained: it takes {plan.peak:.1f} GiB "
-            f"at {sizes}, and there are {there:.1f}; try a smaller --max-new-tokens, or more GPUs; "
-            f"`python bench.py plan --model {args.model}` shows what fits")
+            f"not even an adapter of rank {LORA_RANK} fits: it needs {plan.peak:.1f} GiB at "
+            f"{sizes}, and {available_gib:.1f} are available; try a smaller --max-new-tokens, or "
+            f"more GPUs; `python bench.py plan --model {args.model}` shows what fits")
     trained = "all weights"
     if args.lora_rank:
         args.lr = lr or LORA_LR
         trained = (f"an adapter of rank {args.lora_rank} (--lora-rank 0: all weights) with {sizes}"
                    + args.free_sampler * " --free-sampler")
-    say(f"training {trained}: {optim.plan_line(plan, there)}")
+    say(f"training {trained}: {plan_line(plan, available_gib)}")
     if args.processes is None:
         args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 
@@ -538,18 +503,15 @@ def settle_flags(args, config):
 # ------------------------------------------------------------ the run
 
 
-def drop_long_prompts(problems, policy, args):
-    """The problems whose prompt leaves room for --max-new-tokens in the context."""
-    prompts = [encode_problem(policy, problem, args) for problem in problems]
-    return fit_context(problems, prompts, policy.config, args.max_new_tokens)[0]
-
-
 def load_data(policy, args):
     """(sets of problems to train on, dev, test), with their hash as a flag: --resume must find the
     same. Those that are held out are not trained on."""
     sets, _ = mixture.load_mixture(args.data, args.train_limit)
     held_out = mixture.load_held_out(args.eval_data, args.data, args.eval_limit, args.test_limit)
-    *sets, dev, test = [drop_long_prompts(each, policy, args) for each in (*sets, *held_out)]
+    *sets, dev, test = [
+        drop_long_prompts(problems, policy.tokenizer, policy.config, args.prompt,
+                          args.max_new_tokens, system=policy.system, think_tag=args.think_tag)
+        for problems in (*sets, *held_out)]
     for path in mixture.files_of(args.data) & mixture.files_of([args.eval_data]):
         say(f"{path} is given for training and for evaluation: a tenth of it is held out, "
             "for dev and test alike")
@@ -622,7 +584,7 @@ def make_reference(params, config, args):
 def open_training(args):
     """(the Training that the flags name, the number of steps that it has behind it)."""
     config = model.load_config(model.resolve_model(args.model, config_only=True))
-    settle_flags(args, config)
+    resolve_flags(args, config)
     run.claim_run_dir(args)
     path = model.resolve_model(args.model)
     policy = Policy(None, config, model.load_tokenizer(path), model.load_system_prompt(path),

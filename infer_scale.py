@@ -21,7 +21,7 @@ from operator import itemgetter
 from statistics import fmean
 
 import eval
-from data.prompts import encode_prompt, load_shots
+from data.prompts import load_shots
 from eval import cost_row, measure, votes_of
 from launch import Parser, above, at_least, between, run_main, say
 from model import is_tiny
@@ -128,9 +128,8 @@ def compare_prompts(setup, exemplars, shots_from, seed):
     at_once = "plain" if is_tiny(setup.config) else "direct"  # "only" is no word of the tiny model
     most = load_shots(shots_from or setup.settings["data"], max(exemplars), seed, setup.problems)
     form = {"system": setup.options["system"], "think_tag": setup.options["think_tag"]}
-    longest = [encode_prompt(setup.tokenizer, "cot", p, shots=most, **form) for p in setup.problems]
-    problems, _ = eval.fit_context(setup.problems, longest, setup.config,
-                                   setup.options["max_new_tokens"])
+    problems = eval.drop_long_prompts(setup.problems, setup.tokenizer, setup.config, "cot",
+                                      setup.options["max_new_tokens"], shots=most, **form)
     setup = setup._replace(problems=problems)  # the same for every row
     rows = []
     for prompt, k in [(at_once, 0), ("cot", 0), *(("cot", k) for k in exemplars)]:

@@ -10,7 +10,7 @@ from statistics import fmean
 from data.prompts import PRESETS
 from data.rewards import has_spread
 from launch import say
-from run import write_whole
+from run import write_atomic
 from stats import gains, interval, markdown, paired_bootstrap, pass_at_k, percent
 from verify import extract_answer
 
@@ -113,7 +113,7 @@ def save_solved(run, counts):
     always = [name for name, (right, asked) in counts.items() if right == asked]
     path = run.dir / "problems.json"
     if run.rank == 0:
-        write_whole(path, json.dumps({"never": never, "always": always}, indent=1))
+        write_atomic(path, json.dumps({"never": never, "always": always}, indent=1))
     say(f"of {len(counts)} problems asked, {len(never)} were never solved and {len(always)} "
         f"always: {path} lists them")
 
@@ -164,5 +164,5 @@ def add_result(run, rows, method, groups):
         change = percent(*paired_bootstrap(right[0], right[-1]))
         text += f"\nBefore to {method}: {change} points; {gains(right[0], right[-1])}.\n"
     if run.rank == 0:
-        write_whole(run.dir / "results.md", text)
+        write_atomic(run.dir / "results.md", text)
         print(text, flush=True)

@@ -32,7 +32,7 @@ from eval import votes_of
 from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from run import append_lines, write_whole
+from run import append_lines, write_atomic
 from stats import maj_at_k, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
@@ -223,7 +223,7 @@ def write_traces(path, problems, history, rows):
                  for r, row in zip(rounds, rows)]
         trace = {"id": problem["id"], "reference": problem["answer"], "rounds": lines}
         text += json.dumps(trace) + "\n"
-    write_whole(Path(path), text)
+    write_atomic(Path(path), text)
 
 
 def print_rounds(rows):

@@ -33,9 +33,10 @@ from data.files import read_rows
 from data.mixture import keys_of, problem_key
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, follows_format, prompt_flag
 from engine import cache_slots
-from eval import evaluate, fit_context, leave_out
+from eval import drop_long_prompts, evaluate, leave_out
 from launch import above, at_least, printable, rank_and_world, say
 from optim import optimizer_step
+from plan import plan_line, plan_memory
 from run import (
     claim_run_dir,
     load_base,
@@ -280,8 +281,8 @@ def hold_out(examples, count, seed):
 def load_data(args, config, tokenizer, form):
     """(examples to learn, others for validation, problems to be asked): no problem is in two."""
     problems = load_problems(args.eval_data, "dev", args.eval_limit) if args.eval_data else []
-    prompts = [encode_prompt(tokenizer, args.prompt, problem, **form) for problem in problems]
-    problems, _ = fit_context(problems, prompts, config, args.max_new_tokens)
+    problems = drop_long_prompts(problems, tokenizer, config, args.prompt, args.max_new_tokens,
+                                 **form)
     max_tokens = min(args.max_tokens, config.max_context)
     examples = read_examples(args.data, tokenizer, max_tokens, prompt=args.prompt, **form)
     # a flag, so that --resume on other examples is refused
@@ -310,11 +311,11 @@ def settle_flags(args, config):
     device = launch.find_device(args.device)
     world = max(rank_and_world()[1], args.processes or 1)
     slots = cache_slots(64, 64, args.max_tokens, args.max_new_tokens, device.type == "cuda")
-    plan = optim.plan_memory(
+    plan = plan_memory(
         config, launch.compute_dtype(args.dtype, device), device, world, longest=args.max_tokens,
-        row_tokens=args.micro_tokens, rows=64, cache_slots=slots, lora_rank=args.lora_rank,
+        row_tokens=args.micro_tokens, rows=64, slots=slots, lora_rank=args.lora_rank,
         checkpointing=args.checkpointing, offload=args.offload, keep_sampler=False)
-    say(optim.plan_line(plan, launch.memory_there(device, world)))
+    say(plan_line(plan, launch.total_memory_gib(device, world)))
     if args.processes is None:
         args.processes = launch.default_processes(args.device, plan.peak - plan.shared, plan.shared)
 

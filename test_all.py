@@ -15,8 +15,8 @@ import traceback
 import unittest
 from pathlib import Path
 
-ORDER = ("model", "attention", "verify", "launch", "optim", "run", "data", "generate", "eval",
-         "infer_scale", "refine", "view", "sft", "losses", "grpo")
+ORDER = ("model", "attention", "verify", "launch", "optim", "run", "data", "plan", "generate",
+         "eval", "infer_scale", "refine", "view", "sft", "losses", "grpo")
 
 
 def load_tests():

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from launch import Parser, run_main
-from run import write_whole
+from run import write_atomic
 
 TEMPLATE = Path(__file__).with_name("view.html")
 MAX_TEXT = 20_000  # characters of a text; of a longer one the page has both ends
@@ -142,7 +142,7 @@ def write_page(run_dirs, path):
     runs = json.dumps(list(map(read_run, run_dirs)), allow_nan=False)  # ASCII: surrogates, too
     runs = runs.replace("<", "\\u003c")  # so that no text can end the data
     page = TEMPLATE.read_text(encoding="utf-8")
-    write_whole(Path(path), page.replace("DATA_OF_THE_RUNS", runs))
+    write_atomic(Path(path), page.replace("DATA_OF_THE_RUNS", runs))
 
 
 def write_report(run):

@@ -34,7 +34,7 @@ from data.steps import check_text
 from eval import fit_context
 from generate import completion_text, generate
 from launch import Parser, above, at_least, between, compute_dtype, find_device, printable
-from run import write_whole
+from run import write_atomic
 from stats import markdown
 from verify import extract_answer, verify_many
 
@@ -427,8 +427,8 @@ def main(args):
 
     out = Path(args.out)
     card = out.with_suffix(".md")
-    write_whole(card, data_card(out.name, records, dropped, len(raw), facts))
-    write_whole(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_atomic(card, data_card(out.name, records, dropped, len(raw), facts))
+    write_atomic(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     for stage, drops in dropped.items():
         example = f" | {printable(drops[0][1]):.100}" if drops else ""
         print(f"dropped by {stage:16}| {len(drops):6}{example}")

@@ -1,4 +1,4 @@
-"""Checks for the first hour on a GPU: kernels, agreement with the CPU, gradients, CUDA graphs.
+"""Checks for the first hour on a GPU: kernels, agreement with the CPU, gradients.
 
     python -m docs.gpu_check    # two minutes; needs a GPU of compute capability 8.0 or above
 
@@ -90,7 +90,7 @@ def check_sampler(device, config, on_cpu, prompts, sampling):
                 got = sum(generate.generate(params, config, prompts, engine=engine, **options), [])
                 differ = sum(a.tokens != b.tokens for a, b in zip(want, got)) / len(want)
                 yield (f"temperature {temperature}, {[*changes]}, {dtype}: share of rows that "
-                       f"differ from the CPU's ({len(engine.graphs)} CUDA graphs)", differ, bound)
+                       f"differ from the CPU's ({len(engine.graphs)} graph captures)", differ, bound)
 
 
 def check_gradients(device, config, on_cpu, prompts, sampling):

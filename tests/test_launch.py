@@ -60,7 +60,7 @@ def test_launch_default_processes():
     """A core each, at most 8, and what memory holds; 1 wherever this process cannot fork."""
     def count(*gib, cores=16, platform="linux", environ={}):
         with (mock.patch.object(launch, "usable_cores", lambda: cores),
-              mock.patch.object(launch, "memory_there", lambda *_: 10.0),
+              mock.patch.object(launch, "total_memory_gib", lambda *_: 10.0),
               mock.patch.object(sys, "platform", platform), mock.patch.dict(os.environ, environ)):
             return launch.default_processes("cpu", *gib)
 
@@ -118,7 +118,7 @@ def test_launch_forks_end_together():
             wait_for_steps(metrics, 8, process)
             return process
 
-        for victim, code, message in (("fork", 1, "it was killed, often because memory ran out"),
+        for victim, code, message in (("fork", 1, "it was killed, often for lack of memory"),
                                       ("parent", -9, "")):
             process = resumed()
             fork = _fork_of(process)
@@ -132,7 +132,7 @@ def test_launch_forks_end_together():
         process.send_signal(signal.SIGINT)
         _, err = finish(process, code=130)
         command = "python script.py --run-dir run --processes 2 --fail-at 0 --resume"
-        assert f"go on with: {command}" in err, err
+        assert f"resume with: {command}" in err, err
         finish(start_training(home, "forked", "--processes", "2"))
         finish(start_training(home, "launched", processes=2))
         first, second = (file_hashes(home / run / "checkpoints" / "step_000012")
@@ -163,7 +163,7 @@ def test_launch_ctrl_c_before_the_first_step():
         for script, words, how in (
                 ("grpo.py", ["--run-dir", run], f"python grpo.py --run-dir {run} --resume"),
                 ("eval.py", ["--records", records, "--results", home / "results.jsonl"],
-                 f"the same command goes on from what {records} holds")):
+                 f"run the same command again to continue from {records}")):
             process = subprocess.Popen(
                 [sys.executable, script, *map(str, words)], cwd=ROOT, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,

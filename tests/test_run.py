@@ -309,8 +309,8 @@ def test_run_killed_and_resumed():
         process.send_signal(signal.SIGINT)
         _, err = finish(process, code=130)
         command = "python script.py --run-dir run --save-every 1 --resume"
-        assert err.endswith(f"script.py: stopped; go on with: {command}\n"), err
-        assert "once more to quit" in err and "Traceback" not in err, err
+        assert err.endswith(f"script.py: stopped; resume with: {command}\n"), err
+        assert "interrupt again to quit" in err and "Traceback" not in err, err
         for _ in range(2):
             process = start_training(home, "run", "--save-every", "1", "--resume")
             wait_for_steps(metrics, metrics.read_bytes().count(b"\n") + 1, process)

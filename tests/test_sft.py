@@ -233,7 +233,7 @@ def test_sft_plans_for_one_gpu():
     config = model.Config(151936, 1536, 8960, 28, 12, 2)  # qwen2.5-1.5b
     args = sft.parse_args(["--data", "traces.jsonl", "--lora-rank", "32"])
     with mock.patch.object(launch, "find_device", lambda name: torch.device("cuda", 0)), \
-            mock.patch.object(launch, "memory_there", lambda *_: 24.0), \
+            mock.patch.object(launch, "total_memory_gib", lambda *_: 24.0), \
             mock.patch.object(sft, "say") as say:
         sft.settle_flags(args, config)
     assert args.checkpointing
