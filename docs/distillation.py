@@ -50,8 +50,7 @@ def sample(name, source, count):
 
 def fine_tune(name, samples, steps, shared):
     data = HOME / f"{name}.train.jsonl"
-    write_atomic(data, "".join(json.dumps(s) + "
-" for s in samples))
+    write_atomic(data, "".join(json.dumps(s) + "\n" for s in samples))
     print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
     run(last_checkpoint(name, steps), "sft.py", "--data", data, "--batch", 256, "--epochs",
         (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data", "arithmetic", *shared,

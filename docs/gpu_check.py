@@ -89,8 +89,9 @@ def check_sampler(device, config, on_cpu, prompts, sampling):
                 engine = Engine()
                 got = sum(generate.generate(params, config, prompts, engine=engine, **options), [])
                 differ = sum(a.tokens != b.tokens for a, b in zip(want, got)) / len(want)
-                yield (f"temperature {temperature}, {[*changes]}, {dtype}: share of rows that "
-                       f"differ from the CPU's ({len(engine.graphs)} graph captures)", differ, bound)
+                label = f"temperature {temperature}, {[*changes]}, {dtype}"
+                yield (f"{label}: share of rows that differ from the CPU's "
+                       f"({len(engine.graphs)} graph captures)", differ, bound)
 
 
 def check_gradients(device, config, on_cpu, prompts, sampling):
