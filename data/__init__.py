@@ -39,8 +39,7 @@ def check_problem(row, name, where):
     """A problem from one row of a file. name: its default id; where: file and line, for errors."""
     answer = row.get("answer")
     if "question" in row and "problem" not in row and isinstance(answer, str) and "####" in answer:
-        own = {field: row[field] for field in ("id", "level") if field in row}
-        row = gsm8k.from_row(row, name) | own
+        row = gsm8k.from_row(row, row.get("id")) | {"level": row.get("level")}
     # Drop nulls, and the NaN that pandas writes for an empty cell.
     given = {field: value for field, value in row.items() if value is not None and value == value}
     problem = {"id": name} | given

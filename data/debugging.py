@@ -36,7 +36,8 @@ def programs_of(level):
 
 def draw_argument(kind, rng):
     if kind in "lt":
-        return [rng.randint(1, 30) for _ in range(rng.randint(2, 4) if kind == "l" else 3)]
+        length = rng.randint(2, 4) if kind == "l" else 3
+        return [rng.randint(1, 30) for _ in range(length)]
     return rng.randint(*{"n": (2, 30), "s": (1, 5), "b": (12, 99)}[kind])
 
 
@@ -59,7 +60,7 @@ def mutants(source):
     right = ast.unparse(tree)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = sorted(names - {"range", "len"})
-    wrongs = []
+    broken = []
     for node in ast.walk(tree):
         match node:
             case ast.BinOp(op=old):
@@ -74,18 +75,18 @@ def mutants(source):
                 continue
         for other in others:
             setattr(node, field, other)
-            wrongs.append(ast.unparse(tree))
+            broken.append(ast.unparse(tree))
         setattr(node, field, old)
-    return right, wrongs
+    return right, broken
 
 
 def generate(level, rng, split):
     """A problem, or None if it is of another split or the tests do not expose the bug."""
     kinds, purpose, source = rng.choice(programs_of(level))
     k, m = rng.randint(2, 12), rng.randint(2, 9)
-    right, wrongs = mutants(source)
+    right, broken = mutants(source)
     right = substitute(right, k, m)
-    wrong = substitute(rng.choice(wrongs), k, m)
+    wrong = substitute(rng.choice(broken), k, m)
     if split_of(f"debugging {wrong}") != split:
         return None
     tests = []
@@ -93,18 +94,21 @@ def generate(level, rng, split):
     for _ in range(NUM_TESTS):
         arguments = [draw_argument(kind, rng) for kind in kinds]
         try:
-            events, got = trace(wrong, arguments)
+            _, got = trace(wrong, arguments)
         except ValueError:
             return None
         if got is None:
             return None
-        wanted = trace(right, arguments)[1]
-        tests.append([arguments, wanted])
-        if not failing and got != wanted:
-            failing = arguments, wanted, events
-    if not failing or len(failing[2]) > MAX_EVENTS:
+        _, expected = trace(right, arguments)
+        tests.append([arguments, expected])
+        if not failing and got != expected:
+            failing = tests[-1]
+    if not failing:
         return None
-    arguments, wanted, events = failing
+    arguments, expected = failing
+    events, _ = trace(wrong, arguments)
+    if len(events) > MAX_EVENTS:
+        return None
 
     call = f"{parse_function(wrong).name}({', '.join(map(repr, arguments))})"
     program = wrong.split("\n")
@@ -114,14 +118,14 @@ def generate(level, rng, split):
     text = "\n".join([
         f"This function should return {purpose.format(k=k, m=m)}. One line of it is wrong.",
         *(f"{i} {line}" for i, line in enumerate(program, 1)),
-        f"{call} should return {wanted!r}. Which line is wrong, and how should it read? "
+        f"{call} should return {expected!r}. Which line is wrong, and how should it read? "
         "Answer in the form: line NUMBER: CODE",
     ])
     lines = [
-        *(f"line {at}: {what}" for at, what in events),
-        f"That is not {wanted!r}.",
+        *(f"line {number}: {event}" for number, event in events),
+        f"That is not {expected!r}.",
         f"Line {bug + 1} is wrong: {program[bug].strip()} should be {new}",
-        f"Then {call} returns {wanted!r}.",
+        f"Then {call} returns {expected!r}.",
     ]
     return record("debugging", level, text, f"line {bug + 1}: {new}", lines, wrong, split,
                   program=wrong, tests=tests)

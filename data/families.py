@@ -19,7 +19,7 @@ from collections import deque
 ALL_LEVELS = (1, 2, 3, 4, 5)
 SIZES = {"train": 2000, "dev": 500, "test": 1000}
 REPAIRS = ("Wait, that is wrong. ", "Wait, let me redo this. ", "Hold on, I made a slip. ")
-OFFSETS = (-10, -2, -1, 1, 2, 10)  # errors of a wrong result
+OFFSETS = (-10, -2, -1, 1, 2, 10)  # of a wrong result from the right one
 
 # ---- problems
 
@@ -87,7 +87,7 @@ def first_error(thought, check_line, conclusion, repairs=REPAIRS):
     lines = [(i, line.strip()) for i, line in enumerate(thought.split("\n")) if line.strip()]
     slip = subject = None  # slip: the previous line, if it is wrong but may yet be repaired
     for index, line in lines:
-        repair = next((words for words in repairs if line.startswith(words)), "")
+        repair = next((phrase for phrase in repairs if line.startswith(phrase)), "")
         claim = line.removeprefix(repair)
         slip_subject = subject
         if claim.startswith("The answer is "):

@@ -64,11 +64,11 @@ def data_hash(*problem_lists):
 
 
 def problem_order(sets, proportions, seed):
-    """Yield problems forever: draw a set by proportion; each set is reshuffled every epoch."""
+    """Yield problems forever: a set drawn by proportion, its problems reshuffled every epoch."""
     taken = [0] * len(sets)
     orders = [None] * len(sets)
-    for place in itertools.count():
-        i = random.Random(f"{seed} {place}").choices(range(len(sets)), proportions)[0]
+    for position in itertools.count():
+        i = random.Random(f"{seed} {position}").choices(range(len(sets)), proportions)[0]
         epoch, index = divmod(taken[i], len(sets[i]))
         if index == 0:
             orders[i] = random.Random(f"{seed} {i} {epoch}").sample(sets[i], len(sets[i]))

@@ -129,14 +129,14 @@ def build_prompt(preset, problem, *, system=None, shots=(), think_tag="think"):
     shots: solved problems, dicts with "problem", "solution" and "answer", shown as earlier turns.
     """
     preset = PRESETS[preset]
-    *examples, question = [preset.user.replace("{problem}", p["problem"])
-                           for p in [*shots, problem]]
+    question = preset.user.replace("{problem}", problem["problem"])
     if preset.text is not None:
         return preset.text + question
     if preset.system is not None:
         system = preset.system.replace("{tag}", think_tag)
     turns = [] if system is None else [("system", system)]
-    for example, shot in zip(examples, shots):
+    for shot in shots:
+        example = preset.user.replace("{problem}", shot["problem"])
         thought = re.sub(r"<<.*?>>", "", shot["solution"])  # GSM8K's calculator annotations
         reply = format_response(thought, shot["answer"], think_tag)
         turns += [("user", example), ("assistant", reply)]

@@ -45,7 +45,7 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--data", nargs="+", default=["words"], help="problem sets or .jsonl files")
-    add("--split", default="train", choices=SIZES, help="of each set")
+    add("--split", default="train", choices=SIZES, help="split of each set")
     add("--limit", type=at_least(1),
         help="problems per set (default: all, or 2000 of a generated family)")
     add("--out", default="runs/traces/traces.jsonl", help="output file, for sft.py")

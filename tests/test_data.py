@@ -32,15 +32,7 @@ from data import (
     teachers,
     traces,
 )
-from data.families import (
-    OFFSETS,
-    REPAIRS,
-    answer_line,
-    draw_problems,
-    plant_error,
-    plant_slip,
-    split_of,
-)
+from data.families import OFFSETS, REPAIRS, draw_problems, plant_error, plant_slip, split_of
 from data.mixture import load_mixture
 from data.prompts import PRESETS, encode_prompt, format_response, render_prompt
 from data.steps import check_text
@@ -260,7 +252,8 @@ def test_data_family_splits_are_disjoint():
 def test_data_step_checkers():
     """A small `python -m data.traces --self-test 2000`, plus hostile text. "The answer is None."
     once passed when no answer was established."""
-    hostile = ("", "(" * 5000, "9" * 5000, "\N{ARABIC-INDIC DIGIT ONE}\n" * 3, answer_line(None))
+    hostile = ("", "(" * 5000, "9" * 5000, "\N{ARABIC-INDIC DIGIT ONE}\n" * 3,
+               "The answer is None.")
     for name, family in FAMILY.items():
         rng = random.Random(name)
         for p in draw_problems(family, "train", 60, seed=3):
@@ -291,7 +284,7 @@ def test_data_slips_are_forgiven_only_when_repaired_at_once():
         (0, wrong, REPAIRS[0] + wrong, two, three, last),  # wrong again
         (0, wrong, REPAIRS[0] + two, one, three, last),  # a different step
         (1, one, REPAIRS[1] + one, two, three, last),  # nothing to retract
-        (3, one, two, three, answer_line(int(p["answer"]) + 1)),
+        (3, one, two, three, f"The answer is {int(p['answer']) + 1}."),
     ]:
         found = FAMILY["words"].check_steps(p, "\n".join(lines))
         assert (found and found[0]) == wrong_index, (lines, found)
