@@ -593,8 +593,8 @@ def test_grpo_no_problem_is_both_trained_on_and_held_out():
                                ([f"{os.path.relpath(path)}=2"], path),
                                ([f"{home}/../{home.name}/mine.jsonl=2"], path)):
             said, _ = load(data, held_out)
-            assert "is given for training and for evaluation" in said, said
-            assert "dev problems, too" in said and "left out" not in said, said
+            assert "is used for training and for evaluation" in said, said
+            assert "also dev problems" in said and "dropped" not in said, said
         said, _ = load([path, "arithmetic"], some)
         assert f"training problems of {path} are also held out for evaluation" in said, said
         assert load(["arithmetic"], path)[1] == 60
@@ -735,11 +735,11 @@ def test_grpo_stops_at_an_accuracy():
             out = _grpo(home, "--eval-every", 1, "--until", 0.5)
         assert pack.call_count == 3  # at the start, for the step, for all measurements after it
         assert "step 1/4" in out and "step 2/4" not in out and "| after |" in out, out
-        asked, never, always = map(int, re.search(
-            r"of (\d+) problems asked, (\d+) were never solved and (\d+) always", out).groups())
+        sampled, never, always = map(int, re.search(
+            r"of (\d+) problems, (\d+) were never solved and (\d+) always", out).groups())
         solved = json.loads((home / "problems.json").read_text())
         assert [len(solved["never"]), len(solved["always"])] == [never, always], solved
-        assert 4 <= asked <= 12
+        assert 4 <= sampled <= 12
         assert "step 2/4" not in _resumed(home)
         with _right_answers(*[[0, 0]] * 4):
             out = _resumed(home, "--until", 1.0)
@@ -893,7 +893,7 @@ def test_grpo_resumes_with_its_own_flags_and_data():
         saved.write_text(json.dumps(flags))
         out = _resumed(home / "run", "--steps", 2, "--micro-tokens", 64, "--max-batch", 2,
                        "--free-sampler", "--checkpointing")
-        for said in ("--steps is 2, but the run was started with 1", "--micro-tokens is 64, and",
+        for said in ("--steps is 2, but the run was started with 1", "--micro-tokens is 64, but",
                      "step 2/2"):
             assert said in out, out
         _write_problems(path, range(1, 41))

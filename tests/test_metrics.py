@@ -19,10 +19,10 @@ def test_metrics_says_whether_training_helped():
             ([start, equal], 0, "did not help"),
             ([start, better], 50, "training helped: dev"),
             ([start, better], 50, "0.500 at step 50, +25.0 points [+19.0, +31.0]"),
-            ([start, barely, worse], 50, "cannot be told")):
+            ([start, barely, worse], 50, "it is unclear")):
         kept = metrics.keep_first_and_best(evaluations)
         assert kept[0] == start and kept[1][0] == best
-        assert said in metrics.whether_it_helped(kept), metrics.whether_it_helped(kept)
+        assert said in metrics.training_verdict(kept), metrics.training_verdict(kept)
 
 
 def test_metrics_token_texts():
