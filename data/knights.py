@@ -190,9 +190,9 @@ def check_steps(problem, thought):
     """Each line follows from one person's statement and what is known or supposed."""
     names = problem["names"]
     constraints = constraints_of(problem["statements"])
-    name = f"({'|'.join(names)})"
-    by = re.compile(rf"By {name}, (?:{name} is a (knave|knight)|a contradiction)\.")
-    suppose = re.compile(rf"(Suppose|So) {name} is a (knave|knight)\.")
+    any_name = f"({'|'.join(names)})"
+    by = re.compile(rf"By {any_name}, (?:{any_name} is a (knave|knight)|a contradiction)\.")
+    suppose = re.compile(rf"(Suppose|So) {any_name} is a (knave|knight)\.")
     stack = [(all_worlds(len(names)), None)]  # (worlds left, (person, supposed kind))
     refuted = False  # whether the last supposition is refuted
 
@@ -202,7 +202,7 @@ def check_steps(problem, thought):
         if not found:
             return None, "not a valid step"
         worlds, supposed = stack[-1]
-        first, name, kind = found.groups()
+        first, name, kind = found.groups()  # first: the speaker, "Suppose" or "So"
         if not name:
             if refuted or not supposed or worlds & constraints[names.index(first)]:
                 return "contradiction", "no contradiction"

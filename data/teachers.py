@@ -51,10 +51,10 @@ def read_raw(path, settings):
             row = json.loads(line)
             if number == 1:
                 found = dict(row["settings"])
-            elif isinstance(row["text"], str) and isinstance(row["finish"], str):
-                traces.setdefault((row["problem_id"], row["sample"]), row)
-            else:
+                continue
+            if not isinstance(row["text"], str) or not isinstance(row["finish"], str):
                 raise TypeError
+            traces.setdefault((row["problem_id"], row["sample"]), row)
         except (ValueError, KeyError, TypeError):
             where = f"{path}, line {number}"
             raise ValueError(f"{where}: not a raw trace; give another --out") from None

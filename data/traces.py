@@ -224,6 +224,14 @@ def outcome_faults(traces, args, facts):
     return [names[verdict] for verdict in verdicts]
 
 
+def family_fault(family, problem, thought):
+    wrong = family.check_steps(problem, thought)
+    if not wrong:
+        return None
+    index, line, reason = wrong
+    return f"a wrong step in {problem['subject']}: line {index + 1}, {line!r}: {reason}"
+
+
 def process_faults(traces, args, facts):
     """Every step that can be checked must be right."""
     mode = args.steps
@@ -238,14 +246,10 @@ def process_faults(traces, args, facts):
         fault = None
         family = family_of(problem) if mode == "family" else None
         if family:
-            wrong = family.check_steps(problem, thought)
-            if wrong:
-                index, line, reason = wrong
-                where = f"{problem['subject']}: line {index + 1}, {line!r}"
-                fault = f"a wrong step in {where}: {reason}"
+            fault = family_fault(family, problem, thought)
         elif mode != "off":
             if record["source"]["teacher"] == "gsm8k-solutions":
-                thought = problem["solution"]  # its <<...>> annotations are steps too
+                thought = problem["solution"]  # check its <<...>> annotations as well
             steps = check_text(thought)
             counts.update(step.verdict for step in steps)
             wrong = next((step for step in steps if step.verdict == "wrong"), None)

@@ -20,11 +20,8 @@ from generate import generate
 NEW = 128  # tokens to generate
 
 
-@torch.inference_mode()
-def main(model_dir, *files):
-    config = model.load_config(model_dir)
-    tokenizer = model.load_tokenizer(model_dir)
-    texts = [tokenizer.encode(Path(file).read_text(encoding="utf-8")).ids[:1000] for file in files]
+def reference(model_dir, texts):
+    """(log-probabilities of each text, greedy continuation of each prefix) by transformers."""
     theirs = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     expected, greedy = [], []
     for text in texts:
@@ -33,8 +30,15 @@ def main(model_dir, *files):
         out = theirs.generate(torch.tensor([text[:40]]), do_sample=False, max_new_tokens=NEW,
                               min_new_tokens=NEW, repetition_penalty=1.0)
         greedy.append(out[0, 40:].tolist())
-    del theirs
+    return expected, greedy
 
+
+@torch.inference_mode()
+def main(model_dir, *files):
+    config = model.load_config(model_dir)
+    tokenizer = model.load_tokenizer(model_dir)
+    texts = [tokenizer.encode(Path(file).read_text(encoding="utf-8")).ids[:1000] for file in files]
+    expected, greedy = reference(model_dir, texts)
     params = model.load_params(model_dir)
     answers = generate(params, config, [text[:40] for text in texts], max_new_tokens=NEW,
                        temperature=0)
