@@ -32,7 +32,7 @@ import view
 from data import load_problems
 from data.files import read_rows
 from data.mixture import keys_of, problem_key
-from data.prompts import PRESETS, THINK_TAGS, encode_prompt, in_form, prompt_flag
+from data.prompts import PRESETS, THINK_TAGS, encode_prompt, follows_format, prompt_flag
 from engine import cache_slots
 from eval import drop_held_out, drop_long_prompts, evaluate
 from launch import above, at_least, printable, rank_and_world, say
@@ -336,7 +336,7 @@ def answer(this_run, step, params, config, tokenizer, problems, prompt_options, 
     for problem, record in zip(problems, records):
         [reply] = record["samples"]
         accuracy.append(float(reply["strict"] is True))
-        in_format.append(float(in_form(reply["text"], args.think_tag)))
+        in_format.append(float(follows_format(reply["text"], args.think_tag)))
         completion = {"text": reply["text"], "right": reply["strict"],
                       "rewards": {"accuracy": accuracy[-1], "format": in_format[-1]},
                       "finish": reply["finish"], "num_tokens": reply["tokens"]}

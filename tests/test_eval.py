@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
-from data import split_of
+from data.families import split_of
 from data.prompts import PRESETS, load_shots, prompt_hash, render_prompt
 from model import save_model
 from tests.common import (
