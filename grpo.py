@@ -51,7 +51,7 @@ from data import mixture
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
 from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
 from engine import Engine, sampling_params
-from eval import drop_long_prompts, leave_out
+from eval import drop_held_out, drop_long_prompts
 from generate import completion_text, generate
 from launch import at_least, gather_objects, rank_and_world, say
 from losses import group_advantages, policy_loss
@@ -209,9 +209,9 @@ def roll_out(policy, problems, args, seed=0, refills=()):
 def as_sampler(policy):
     """The policy with weights in the sampler's form. On a GPU they overwrite the previous ones."""
     engine = policy.engine
-    form = sampling_params(policy.params, policy.config, out=engine and engine.form)
+    form = sampling_params(policy.params, policy.config, out=engine and engine.params)
     if engine and form["model.norm.weight"].is_cuda:
-        engine.form = form
+        engine.params = form
     return policy._replace(params=form)
 
 
@@ -498,7 +498,7 @@ def load_data(policy, args):
         say(f"{len(shared)} of {len(test)} test problems are also dev problems, on which the best "
             "checkpoint is chosen")
     held_out = mixture.keys_of(dev + test)
-    sets = [leave_out(problems, mixture.keys_of(problems), held_out, word)
+    sets = [drop_held_out(problems, mixture.keys_of(problems), held_out, word)
             for problems, word in zip(sets, args.data)]
     args.data_sha256 = mixture.data_hash(*sets, dev, test)
     return sets, dev, test

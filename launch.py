@@ -95,8 +95,8 @@ def add_device_flags(parser):
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="compute dtype; auto: bfloat16 on a GPU that supports it, else float32")
-    add("--processes", type=between(1, max(8, usable_cores())), help="single-threaded forks, on "
-        "a CPU under Linux only (default: one per core, at most 8, fewer if memory is short)")
+    add("--processes", type=between(1, max(8, usable_cores())), help="single-threaded "
+        "processes to fork, on a Linux CPU only (default: one per core, at most 8, fewer if memory is short)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
@@ -157,14 +157,14 @@ def find_device(name):
     gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "cpu"
-    found = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
-    if not found:
+    match = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
+    if not match:
         raise ValueError(f"unknown --device {name}; expected auto, cpu, cuda, cuda:N or mps")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: PyTorch found no Apple GPU; pass --device cpu")
     if name in ("cpu", "mps"):
         return torch.device(name)
-    index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
+    index = int(os.environ.get("LOCAL_RANK", match[1] or 0))
     if index >= gpus:
         raise ValueError(f"no GPU {index}, {gpus} found; run fewer processes or pass --device cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN replans for every shape, up to 0.4 s
@@ -177,13 +177,13 @@ def compute_dtype(name, device):
         return getattr(torch, name)
     kind = torch.device(device).type
     modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
-    if kind == "cuda":  # without a GPU, plan for a recent one
+    if kind == "cuda":  # if none is present, assume a recent one
         modern = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if modern else torch.float32
 
 
 def total_memory_gib(device, processes=1):
-    """GiB of a GPU, or of host memory for each of `processes`; inf if unknown."""
+    """Total GiB of the GPU, or of host memory per process; inf if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     if not hasattr(os, "sysconf"):  # Windows

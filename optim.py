@@ -69,12 +69,12 @@ def init_optimizer(trainable, device="cpu", dtype=torch.float32, offload=False):
         if dtype == torch.float32:
             param.grad = grad  # backward accumulates into it
         else:
-            param.register_post_accumulate_grad_hook(functools.partial(move_grad, total=grad))
+            param.register_post_accumulate_grad_hook(functools.partial(accumulate_grad, total=grad))
     updates = torch.zeros((), dtype=torch.int64)
     return params, Optimizer(spans, num_decayed, flat, grads, master, m, v, updates)
 
 
-def move_grad(param, total):
+def accumulate_grad(param, total):
     total += param.grad
     param.grad = None
 
@@ -118,7 +118,7 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
     norm = squares.sqrt().item()
     if math.isfinite(norm):
         optimizer.updates.add_(1)
-        fix1, fix2 = (1 - beta ** optimizer.updates.item() for beta in betas)
+        fix1, fix2 = (1 - beta ** optimizer.updates.item() for beta in betas)  # bias correction
         scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         for begin in range(0, shard, SLICE):
             piece = slice(begin, begin + SLICE)
@@ -132,7 +132,7 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
             if optimizer.m.is_pinned():
                 for t, updated in zip(stored, (p, m, v)):
                     t.copy_(updated, non_blocking=True)
-            if p.data_ptr() != params[piece].data_ptr():
+            if p.data_ptr() != params[piece].data_ptr():  # the master is a separate tensor
                 params[piece] = p
         if world > 1:
             dist.all_gather_single(optimizer.params, params)
@@ -144,7 +144,7 @@ def optimizer_step(optimizer, lr, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=
 
 def count_failures(failures, skipped, lr):
     """Consecutive skipped updates, including this step's. Raises ValueError at the third."""
-    failures = failures + skipped if skipped else 0
+    failures = failures + 1 if skipped else 0
     if failures >= 3:
         raise ValueError(f"the gradient was not finite in {failures} consecutive updates, which "
                          "were skipped; start another --run-dir from the last checkpoint with --lr "

@@ -1,11 +1,11 @@
-"""Memory: an estimate of what a run needs, and smaller batches when that is too much.
+"""Estimate the memory that a run needs, and shrink its batches if that is too much.
 
     plan = plan_grpo(config, args, world, device)                   # a run of grpo.py
-    plan = fit_memory(config, args, world, device, available_gib)   # the same, made to fit
+    plan = fit_memory(config, args, world, device, available_gib)   # the same, reduced to fit
     print(plan_line(plan, available_gib))
     choose_trainable(config, args)                                  # all weights if they fit
 
-Where the estimate was too low after all, halve_on_oom tries once more with half the batch.
+If the estimate was too low, halve_on_oom retries once with half the batch.
 """
 
 import math
@@ -35,10 +35,10 @@ class MemoryPlan(NamedTuple):
 
 def plan_memory(config, dtype, device, world, *, longest, row_tokens, rows, slots, lora_rank,
                 checkpointing, offload, keep_sampler, reference=None):
-    """Estimate the MemoryPlan of a training run; at most a fifth too high, rather than too low.
+    """Estimate the MemoryPlan of a training run, erring high, by up to a fifth.
 
     longest: tokens of the longest sequence, prompt and completion. row_tokens: tokens of a packed
-    row. rows: completions that decode at once. slots: of the KV cache. reference: the Config of a
+    row. rows: completions decoded at once. slots: KV cache slots. reference: the Config of a
     frozen second model. keep_sampler: on a GPU, its cache and weights stay during the update.
     """
     D, V, width = config.hidden_size, config.vocab_size, config.intermediate_size
@@ -48,7 +48,7 @@ def plan_memory(config, dtype, device, world, *, longest, row_tokens, rows, slot
     trainable = model.lora_shapes(config, lora_rank) if lora_rank else model.param_shapes(config)
     trained = sum(map(math.prod, trainable.values()))
 
-    held = weights + 4 * trained  # and gradients
+    held = weights + 4 * trained  # plus gradients
     if reference:
         held += size * sum(map(math.prod, model.param_shapes(reference).values()))
     if not (offload and on_gpu):  # moments, and float32 masters of other dtypes
@@ -85,7 +85,7 @@ def plan_line(plan, available_gib):
             f"of {available_gib:.1f} GiB")
     if plan.peak <= available_gib:
         return line
-    return (f"{line}\nwarning: that is more than is available; try --checkpointing, a smaller "
+    return (f"{line}\nwarning: this exceeds the available memory; try --checkpointing, a smaller "
             "--micro-tokens (update) or --max-batch (rollouts), --offload, --lora-rank, more GPUs")
 
 
@@ -112,10 +112,10 @@ def plan_grpo(config, args, world, device, prompt_tokens=200):
 
 
 def fit_memory(config, args, world, device, available_gib):
-    """plan_grpo, with whatever settings it takes to fit; the smallest plan if none does.
+    """plan_grpo with settings reduced until the run fits, or the smallest plan if it never does.
 
-    Sets --free-sampler, then halves --micro-tokens and --max-batch, in `args`. No result depends
-    on these.
+    Sets --free-sampler, then halves --micro-tokens and --max-batch, in `args`. None of these
+    affects results.
     """
     while True:
         plan = plan_grpo(config, args, world, device)
@@ -166,10 +166,10 @@ def choose_trainable(config, args):
 
 
 def halve_on_oom(args, name, attempt, engine=None):
-    """attempt(); if a GPU runs out of memory, permanently halve args.NAME and try once more.
+    """Return attempt(); if a GPU runs out of memory, halve args.NAME for good and retry once.
 
     args.NAME must not affect results. engine: the sampler's, released before the second attempt.
-    Raises ValueError if that one runs out of memory as well.
+    Raises ValueError if that attempt fails for the same reason.
     """
     for _ in range(2):
         size = getattr(args, name)

@@ -86,8 +86,7 @@ def disk_errors(path):
             shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path}: could not be written ({reason}). Earlier files are intact: "
-                         "make room or choose another path; continue a run with --resume"
-                         ) from None
+                         "make room or choose another path; resume a run with --resume") from None
 
 
 def write_atomic(path, text):
@@ -259,27 +258,28 @@ def load_checkpoint(path, optimizer):
     """
     if path is None:
         return {"step": 0, "best_step": None, "extra": {}}
-    path = Path(path)
     rank, world = rank_and_world()
-    written = {}
+    expected = {}
     with suppress(OSError, ValueError):
-        written = read_json(path / "checksums.json")
-    found = fingerprints(path, sorted(written)[rank::world])
-    damaged = [name for name in written if found[name] != written[name]]
-    if damaged or "trainer.json" not in written:
-        raise ValueError(f"{path / (damaged or ['checksums.json'])[0]} is damaged. Remove {path}; "
+        expected = read_json(path / "checksums.json")
+    found = fingerprints(path, sorted(expected)[rank::world])
+    damaged = [name for name in expected if found[name] != expected[name]]
+    if "trainer.json" not in expected:
+        damaged.append("checksums.json")
+    if damaged:
+        raise ValueError(f"{path / damaged[0]} is damaged. Remove {path}; "
                          "--resume then continues from the checkpoint before it, or from step 0")
     trainer = read_json(path / "trainer.json")
     if {name: tuple(span) for name, span in trainer["spans"].items()} != optimizer.spans:
         raise ValueError(f"{path} has other parameters than this run trains; resume with the "
                          "run's own model and LoRA rank")
     for index in range(trainer["world"]):
-        begin = index * trainer["shard"] - rank * len(optimizer.master)  # in this one's shard
-        mine = slice(max(0, begin), max(0, begin + trainer["shard"]))
-        start = max(0, -begin)
+        offset = index * trainer["shard"] - rank * len(optimizer.master)  # in this process's shard
+        overlap = slice(max(0, offset), max(0, offset + trainer["shard"]))
+        start = max(0, -offset)  # in the saved shard
         with safe_open(path / shard_name(index, trainer["world"]), framework="pt") as file:
             for name in STATE:
-                target = getattr(optimizer, name)[mine]
+                target = getattr(optimizer, name)[overlap]
                 if len(target):
                     target.copy_(file.get_slice(name)[start:start + len(target)])
     optimizer.updates.fill_(trainer["updates"])
@@ -304,8 +304,9 @@ class Run(NamedTuple):
 
 def truncate_log(path, step):
     """Drop records of later steps, and lines that a kill cut short, from a .jsonl file."""
+    data = path.read_bytes() if path.is_file() else b""
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
+    for line in data.splitlines(keepends=True):
         with suppress(ValueError, TypeError, LookupError):  # drop what is not a record
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line.decode())
@@ -383,7 +384,7 @@ def claim_run_dir(args):
 
 
 def save_flags(args, path, checkpoint):
-    """Print the flags and save them in flags.json; on --resume, check them against those there."""
+    """Print the flags and save them in flags.json; with --resume, compare them with those there."""
     flags = {name: value for name, value in vars(args).items() if name not in UNSAVED_FLAGS}
     flags = json.loads(json.dumps(flags, default=str))  # as they will be read back
     saved = read_json(path) if args.resume and path.is_file() else {}
@@ -410,18 +411,18 @@ def code_commit():
 def describe_start(args, checkpoint):
     """The record for starts.jsonl: command, commit, machine and versions."""
     device = find_device(args.device)
-    name = platform.processor()
+    processor = platform.processor()
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        processor = torch.cuda.get_device_name(device)
     elif sys.platform == "linux":  # platform.processor() is empty
         cpuinfo = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*: (.*)|$", cpuinfo)[1] or name
+        processor = re.search(r"model name\s*: (.*)|$", cpuinfo)[1] or processor
     packages = ("torch", "tokenizers", "safetensors", "numpy")
     versions = [f"{package} {importlib.metadata.version(package)}" for package in packages]
     return {
         "time": time.time(), "command": own_command(), "commit": code_commit(),
         "from": checkpoint.name if checkpoint else "the start",
-        "machine": f"{rank_and_world()[1]} x {device.type}: {name}, {os.cpu_count()} cores, "
+        "machine": f"{rank_and_world()[1]} x {device.type}: {processor}, {os.cpu_count()} cores, "
                    f"{platform.platform()}",
         "versions": f"Python {platform.python_version()}, {', '.join(versions)}"}
 
@@ -444,10 +445,10 @@ def start_run(args):
     """Open the run that claim_run_dir reserved: (Run, the checkpoint to resume from or None).
 
     With --resume, truncates the logs to the checkpoint and raises ValueError if a flag other than
-    FREE_FLAGS differs from flags.json, since the resumed run would not equal an unbroken one.
+    FREE_FLAGS differs from flags.json, since the run would then differ from an uninterrupted one.
     Process 0 writes; the others wait.
     """
-    rank, _ = rank_and_world()
+    rank = rank_and_world()[0]
     run_dir = Path(args.run_dir)
     checkpoint = wandb_run = None
     if rank == 0:
@@ -455,7 +456,7 @@ def start_run(args):
             remove_dir(run_dir / "checkpoints")
         checkpoint = max(list_checkpoints(run_dir), key=step_of, default=None)
         if args.resume:
-            print("resuming from", checkpoint or f"the start: {run_dir} holds no checkpoint")
+            print("resuming from", checkpoint or f"step 0: {run_dir} holds no checkpoint")
         save_flags(args, run_dir / "flags.json", checkpoint)
         for name in ("metrics.jsonl", "samples.jsonl"):
             truncate_log(run_dir / name, step_of(checkpoint) if checkpoint else -1)

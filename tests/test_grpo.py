@@ -591,7 +591,7 @@ def test_grpo_no_problem_is_both_trained_on_and_held_out():
                                ([f"{home}/../{home.name}/mine.jsonl=2"], path)):
             printed, _ = load(data, held_out)
             assert "is used for training and for evaluation" in printed, printed
-            assert "also dev problems" in printed and "left out" not in printed, printed
+            assert "also dev problems" in printed and "dropped" not in printed, printed
         printed, _ = load([path, "arithmetic"], some)
         assert f"training problems of {path} are also held out for evaluation" in printed, printed
         assert load(["arithmetic"], path)[1] == 60
