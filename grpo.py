@@ -49,7 +49,7 @@ import run
 import view
 from data import mixture
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
-from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
+from data.rewards import REWARDS, Group, has_spread, parse_rewards, reward_group
 from engine import Engine, sampling_params
 from eval import drop_held_out, drop_long_prompts
 from generate import completion_text, generate
@@ -123,21 +123,6 @@ def parse_args(argv=None):
 # ------------------------------------------------------------ rollouts
 
 
-class Group(NamedTuple):
-    """A problem, its G completions and their grades: the argument of a reward function."""
-    problem: dict
-    prompt: list[int]  # tokens
-    texts: list[str]  # without end tokens, and without an opening tag that is in the prompt
-    completions: list  # of generate.Completion: tokens, logprobs, finish
-    right: list[bool | None]  # None: undecided
-    max_new_tokens: int
-    think_tag: str
-    place: int = 0  # of the problem within the step
-    parts: dict[str, list] = {}  # name of a reward -> [G]
-    rewards: list[float | None] = ()  # [G] weighted sums of the parts; None: undecided
-    advantages: list[float | None] = ()  # [G] None: undecided, not trained on
-
-
 class Policy(NamedTuple):
     """A model and what is needed to sample from it."""
     params: dict[str, torch.Tensor]
@@ -153,7 +138,7 @@ def encode_problem(policy, problem, args):
 
 
 def grade(place, problem, prompt, completions, texts, args):
-    """The Group of these completions, with verdicts and rewards."""
+    """The rewards.Group of these completions, graded."""
     pairs = [(text, problem["answer"]) for text in texts]
     right = verify_many(pairs, strict=PRESETS[args.prompt].grade == "strict")
     group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag,
