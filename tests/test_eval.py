@@ -354,7 +354,7 @@ def test_eval_a_problem_too_long_for_the_context_is_dropped():
         printed = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
                           "--prompts", 2, "--group", 2, *usual, "--train-limit", 9, "--refill", 0,
                           "--run-dir", folder / "run")
-        assert printed.count("problems dropped") == 2 and "30 for the result" in printed, printed
+        assert printed.count("problems dropped") == 2 and "3 dev, 30 test" in printed, printed
         examples = write_lines(folder / "examples.jsonl", [
             {"problem": p["problem"], "response": "1"} for p in problems[:9]])
         printed = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,
