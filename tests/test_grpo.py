@@ -49,7 +49,7 @@ TINY = ROOT / "data" / "tiny"
 SMALL_RUN = ["--prompts", 2, "--group", 2, "--max-new-tokens", 4, "--refill", 0,
              "--eval-limit", 2, "--test-limit", 0]
 
-# ---- what the tests share
+# ---- helpers
 
 
 def _grpo(run_dir, *words):
@@ -195,8 +195,8 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
 
 
 def test_grpo_bad_rewards_stop_the_run():
-    """A reward of nan did not stop the run, exit code 0. A list that was too short gave rewards to
-    the wrong completions."""
+    """A run with rewards of nan went on to the end, with exit code 0. A list that was too short gave
+    rewards to the wrong completions."""
     group = _group(["a", "b"])
     for values, message in (([0.0, math.nan], "returned nan"), ([-math.inf, 0.0], "returned -inf"),
                          ([0.0], "[0.0], expected a list of 2"), ([0.0] * 3, "list of 2"),
@@ -429,7 +429,7 @@ def test_grpo_distillation_is_the_reverse_kl_of_each_token():
 
 
 def _with_oom(function, too_much):
-    """The function, out of GPU memory whenever too_much(*args, **kwargs)."""
+    """The function, raising OutOfMemoryError if too_much(*args, **kwargs)."""
     def limited(*args, **kwargs):
         if too_much(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
@@ -608,7 +608,7 @@ def test_grpo_prompts_that_fill_the_context_are_left_out():
 
 
 def test_grpo_follows_the_protocols_of_base_models():
-    """Without a chat template; with a stop string, trained on but not graded; with their grade."""
+    """No chat template; a stop string, trained on but not graded; their own way of grading."""
     policy = _policy()
     reply = "6 * 7 = 42. The answer is 42.\n\nQuestion: What is 1 + 1?\nAnswer: 2. The answer is 2."
     seen = []
@@ -727,7 +727,7 @@ def test_grpo_best_checkpoint_can_be_the_first():
 def test_grpo_stops_at_an_accuracy():
     """The schedule still follows --steps. A resumed run ends at once unless --until is raised."""
     with temporary_dir() as home:
-        with (_right_answers([0, 0], [0], [0], [1, 0], [0]),  # on dev, the test before and after
+        with (_right_answers([0, 0], [0], [0], [1, 0], [0]),  # dev, test twice, dev, test
               mock.patch.object(grpo, "sampling_params", wraps=grpo.sampling_params) as pack):
             out = _grpo(home, "--eval-every", 1, "--until", 0.5)
         assert pack.call_count == 3  # at the start, for the step, for all evaluations after it
@@ -846,7 +846,7 @@ TIMED = ("time", "rollout_s", "update_s", "tokens_per_s", "left_min", "peak_memo
 def test_grpo_killed_and_resumed_ends_with_the_same_weights(kills=1, seed=0):
     """kill -9 at random moments: the resumed run ends with the same weights, bit for bit."""
     rng, steps = random.Random(seed), 3 + 2 * kills
-    flags = [*GRPO_RUN, "--steps", steps]  # argparse heeds the last
+    flags = [*GRPO_RUN, "--steps", steps]  # argparse keeps the last
     with temporary_dir() as home:
         unbroken, broken = home / "unbroken", home / "broken"
         run(*flags, "--run-dir", unbroken)

@@ -26,8 +26,7 @@ def test_metrics_says_whether_training_helped():
 
 
 def test_metrics_token_texts():
-    """A character of several tokens belongs to the last. An invalid byte affects nothing after it.
-    """
+    """A character belongs to the last of its tokens; an invalid byte affects nothing after it."""
     tokenizer = bytes_tokenizer()
     tokens = tokenizer.encode("é = √2 😀ab", add_special_tokens=False).ids
     pieces = metrics.token_texts(tokenizer, tokens)
