@@ -195,7 +195,7 @@ def test_grpo_worst_right_answer_beats_best_wrong_one():
 
 
 def test_grpo_bad_rewards_stop_the_run():
-    """A run with rewards of nan went on to the end, with exit code 0. A list that was too short gave
+    """A run with rewards of nan ran to the end, with exit code 0. A list that was too short gave
     rewards to the wrong completions."""
     group = _group(["a", "b"])
     for values, message in (([0.0, math.nan], "returned nan"), ([-math.inf, 0.0], "returned -inf"),
@@ -680,7 +680,7 @@ def test_grpo_bad_input():
                 (["--model", "no-such-model"], "no-such-model"),
                 (["--data", home / "none.jsonl"], "none.jsonl"),
                 (["--data", home / "empty.jsonl"], "empty"),
-                (["--data", "arithmetic=0"], "not a positive"),
+                (["--data", "arithmetic=0"], "must be positive"),
                 (["--reward", "kindness=1"], "kindness"),
                 (["--reward", "acuracy=1"], "did you mean accuracy?"),
                 (["--reward", f"{home}/mine.py:shrt"], "did you mean short?"),
