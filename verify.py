@@ -13,9 +13,8 @@ do not depend on the machine.
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma form one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three or more are ordered.
 `x = 5` is 5 and `y = f(x)` is f(x); other equations may differ by a factor. Labels must match.
-28 % is both 28 and 0.28. A unit or counted noun is ignored if the other side is a bare number; if
-both sides have words, these must agree. A decimal of 8 or more significant digits matches the exact
-value.
+28 % is both 28 and 0.28. A unit or counted noun is ignored if the other side is a bare number; two
+of them must agree. A rounded decimal is accepted from 8 significant digits.
 """
 
 import argparse
@@ -66,28 +65,23 @@ BOX = re.compile(r"\\(?:begin)?(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)")
 PLACEHOLDER = re.compile(r"(?i:[\s?.…_${}\\]|text|l?dots|your|final|the|answer|here)*")
 JOINER = re.compile(  # text between two boxes of one answer: ", ", "and", "; for part (b)"
     r"(?=.*(?:[,;&]|\band\b|\bor\b))(?:[^\w.]|\b(?:and|or|for|in|part|case|the|first|second|text"
-    r"|q?quad|[a-e]|\d)\b)*", re.S,
-)  # fmt: skip
+    r"|q?quad|[a-e]|\d)\b)*", re.S)
 FORMULA = re.compile(
     r"\$\$(.{1,1000}?)\$\$|\\\[(.{1,1000}?)\\\]|\\\((.{1,1000}?)\\\)"
-    r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S,  # not 5$ to Jack and 7$
-)  # fmt: skip
+    r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S)  # not 5$ to Jack and 7$
 ENGLISH = re.compile(  # a word that is not mathematics
     r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent|and|or)\b)"
     r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
 )
 BREAK = re.compile(  # separates two runs of mathematics
     rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)(?:[aAI]|and|or)(?!\S)"
-    r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S,
-)  # fmt: skip
+    r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S)
 ANSWER_PHRASE = re.compile(
     r"####|<answer>|^[#*_ ]*(?:final )?answer[*_ ]*\n"
-    r"|\banswers?\b[*_]*\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[]))", re.I | re.M,
-)  # fmt: skip
+    r"|\banswers?\b[*_]*\s*(?:is(?!n)|are|=|:|(?=\$|\\[(\[]))", re.I | re.M)
 REMARK = re.compile(  # "this answer is correct" and "the answer is not 7" contain no answer
     r"not |(?:in)?(?:correct|right|wrong|valid|verified|consistent|reasonable)"
-    r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I,
-)  # fmt: skip
+    r"(?:\s*$|,| (?:because|since|as|and|with|for)\b)", re.I)
 VERDICT = re.compile(r"(?:(?i:yes|no|true|false)\b|\(?[B-J]\b\)?)(?!\s*,?\s*(?:or|and)\b|\s*/)")
 HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|gain|loss|off\b)")
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`|</")  # not 5!
@@ -99,8 +93,7 @@ WRAPPER = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|bf|sf)|operatorname)\s*\{(
 OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; but not A: 5, B: 7
     r"\(?([A-Ja-j])\)?[\s.)]*|"
     r"\(?([A-J])(?:[).:]|,(?=\s[a-z]{2})|(?:\s[-–—]\s|—)(?=.*[a-z]{2}))"
-    r"(?!.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s])(.*\S.*)", re.S,
-)  # fmt: skip
+    r"(?!.*(?:\([A-J]\)|\b[A-J][:)])|\s*[;+*/^=&]|\s*,\s*[^a-z\s])(.*\S.*)", re.S)
 
 
 def closing_brace(text, begin):
@@ -114,7 +107,7 @@ def closing_brace(text, begin):
 
 
 def boxes(text):
-    r"""Yield each box, last first: where `\boxed` and its content begin, its last brace or None."""
+    r"""Yield each box, last first: (start of `\boxed`, start of content, closing brace or None)."""
     for box in reversed(deque(BOX.finditer(text), maxlen=20)):
         end = closing_brace(text, box.end()) if box[1] else None
         yield box.start(), box.end(), end
@@ -187,10 +180,9 @@ def extract_answer(text, strict=False):
     r"""The answer in a model's output, or None.
 
     strict: the content of the last `\boxed{}` or `\fbox{}` after the thinking block; None if the
-    block or the brace is never closed. Otherwise, the first that is found: the box; `<answer>`
-    tags, "#### 42" or "the answer is ..."; "option C"; the entire text, its last line or bold text
-    if that is pure mathematics; the last formula or number. The thinking block is searched only if
-    nothing follows it.
+    block or the brace is never closed. Otherwise the first that exists: the box; `<answer>` tags,
+    "#### 42" or "the answer is ..."; "option C"; the entire text, its last line or bold text, if
+    purely mathematical; the last formula or number. Thoughts count only if nothing follows them.
 
     >>> extract_answer(r"<think>\boxed{1}</think> so $\boxed{2}$ and $\boxed{3}$")
     '2, 3'
@@ -234,7 +226,7 @@ END = Token("end of text")
 
 
 def spellings(table):
-    """{spelling: the first spelling in its group}; two spaces or a newline separate groups."""
+    """{spelling: the first spelling in its group}; two or more blanks separate groups."""
     groups = [group.split() for group in re.split(r"\s{2,}", table.strip())]
     return {name: group[0] for group in groups for name in group}
 
@@ -273,11 +265,9 @@ NAMES = {  # commands and characters
     **{name: ("op", name) for name in "odot otimes oplus ominus circ bullet star bmod".split()},
     **dict.fromkeys("infty ∞ inf infinity oo".split(), ("value", ("inf",))),
     **dict.fromkeys("emptyset varnothing ∅".split(), ("value", ("empty",))),
-    **dict.fromkeys("pi π".split(), ("value", ("const", "pi"))), "R": ("value", ("reals",)),
-}  # fmt: skip
+    **dict.fromkeys("pi π".split(), ("value", ("const", "pi"))), "R": ("value", ("reals",))}
 BARE = {  # names that need no backslash
-    *FUNCTIONS, *LETTERS, *"sqrt cbrt binom frac inf infinity oo pi in".split()
-}  # fmt: skip
+    *FUNCTIONS, *LETTERS, *"sqrt cbrt binom frac inf infinity oo pi in".split()}
 ONES = "zero one two three four five six seven eight nine".split()
 TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
 NUMERALS = {word: value for value, word in enumerate(ONES + TEENS)}
@@ -309,8 +299,7 @@ UNICODE = str.maketrans({
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("′’‘“”", "'"), "º": "°",
     **dict.fromkeys("€£¥¢₹₩\u200b\ufeff\u2061", ""),
     **{char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"},
-    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")},
-})  # fmt: skip
+    **{char: rf"\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")}})
 SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣ"
 SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()nx" * 2)
@@ -335,7 +324,7 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
     (r"\(\s*\\?[bp]?mod\s*(\d+)\s*\)|\\b?mod(?![a-z])\s*\{?(\d+)\}?", r"\\pmod{\1\2}"),
     (r'\s*(?:\\q?quad(?![a-z])\s*)+([,;"]|$)?', lambda m: " , " if m[1] is None else f" {m[1]}"),
     (r"(?:[(\[]|\\\{)[^()\[\]]*", lambda m: re.sub(",(?=[1-9])", ", ", m[0])),  # (2,125) is a pair
-]]  # fmt: skip
+]]
 
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
 NUMBER = (
@@ -373,14 +362,12 @@ LEXEME = re.compile(
     r"|\\(?P<command>[a-zA-Z]+)"
     r"|(?P<letters>[a-zA-ZÀ-ž]+)"
     r"|(?P<symbol>\\\\(?:\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\])?"  # \\[2pt]
-    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|\.{3}|.)", re.S,
-)  # fmt: skip
+    r"|\\.|<=|>=|(?<![\d)])!=|==|\*\*|=>|\+/?-|\.{3}|.)", re.S)
 CONNECTIVES = {"and": "and", "or": "or", "percent": "%", "pct": "%", "to": ":", "per": "/"}
 JOINED = re.compile(r"([a-zA-Z]?)(sqrt|sin|cos|tan|cot|log|ln|pi|theta)([a-zA-Z]?)")  # xsin, lnx
 CLOSERS = {  # closing tokens of each bracket
     "(": (")", "]"), "[": ("]", ")"), "{": ("}",), "set{": ("set}", "mid", "|", ":"), "|": ("|",),
-    "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",),
-}  # fmt: skip
+    "langle": ("rangle",), "lfloor": ("rfloor",), "lceil": ("rceil",), "begin": ("end",)}
 OPERANDS = {*CLOSERS, *"number sym value word fn frac sqrt cbrt binom big".split()}
 
 
@@ -390,9 +377,9 @@ def quote_words(match):
     content = match[2] or match[3] or ""
     if not match[1]:
         name = content.strip("~ ")
-        behind_value = re.search(r'[\d}"/°]\s*(?:\\[,;: ]\s*)*$|\\cdot\s*$', text[: match.start()])
-        letter = len(name) == 1 and (name in "dei" or not behind_value)
-        call = name.isalpha() and text[match.end() :].startswith("(") and not behind_value
+        after_value = re.search(r'[\d}"/°]\s*(?:\\[,;: ]\s*)*$|\\cdot\s*$', text[: match.start()])
+        letter = len(name) == 1 and (name in "dei" or not after_value)
+        call = name.isalpha() and text[match.end() :].startswith("(") and not after_value
         if name in FUNCTIONS or letter or call:
             return f" {name} " if letter else f"\\{name} "
     content = re.sub(r"[.`?](?!\d)|(?<![a-zA-Z])'", "", content).replace("&", " and ")
@@ -446,8 +433,7 @@ def read_mixed(match):
 def read_based(match):
     """The tree of a number in a given base, 52_8."""
     base = re.sub(r'\\[a-z]+|base|\W', "", match["short"] or match["base"].lower())
-    base = NUMERALS.get(base, base)
-    return ("based", match["digits"], str(base))
+    return ("based", match["digits"], str(NUMERALS.get(base, base)))
 
 
 def read_clock(match):
@@ -460,8 +446,7 @@ READERS = {
     "based": read_based, "clock": read_clock, "literal": lambda match: number(int(match[0], 0)),
     "number": read_number, "periodic": read_periodic, "mixed": read_mixed,
     "digit": lambda match: number(match[0]),
-    "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"]),
-}  # fmt: skip
+    "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"])}
 
 
 def read_word(word, before):
@@ -559,10 +544,9 @@ TEXT_VALUES = {
     **dict.fromkeys(("all real numbers", "all reals", "real numbers"), ("reals",)),
     **dict.fromkeys(("does not exist", "undefined"), ("words", "dne")),
     "all integers": ("words", "Z"), "infinity": ("inf",),
-    **{word: number(value) for word, value in NUMERALS.items()},
-}  # fmt: skip
+    **{word: number(value) for word, value in NUMERALS.items()}}
 TRIGONOMETRIC = set("sin cos tan cot sec csc".split())
-ONE, MINUS_ONE = number(1), number(-1)
+ZERO, ONE, MINUS_ONE = map(number, (0, 1, -1))
 INFINITY, MINUS_INFINITY = ("inf",), ("mul", MINUS_ONE, ("inf",))
 DEGREE = ("mul", ("const", "pi"), number(Fraction(1, 180)))
 
@@ -636,8 +620,7 @@ def list_items(node):
 
 
 INFIX = {
-    "+": partial(chain, "add"), "*": partial(chain, "mul"), "-": minus, "/": divide, "over": divide,
-}  # fmt: skip
+    "+": partial(chain, "add"), "*": partial(chain, "mul"), "-": minus, "/": divide, "over": divide}
 
 
 class Parser:
@@ -710,7 +693,7 @@ class Parser:
         return ("list", kind, *flat) if len(flat) > 1 else left
 
     def infix(self, left, power):
-        """Parse the next operator, if it is explicit, and its right operand."""
+        """Parse an operator, explicit or not, and its right operand; `left` is its left operand."""
         kind = self.kind
         if kind == "number":
             words = left[0] == "mul" and unit_words(left[-1])
@@ -794,12 +777,12 @@ class Parser:
             return ("binomial", self.atom(), self.atom())
         if kind in ("sqrt", "cbrt"):
             degree = number(2 if kind == "sqrt" else 3)
-            degree = self.parse_until("]") if self.accept("[") else degree
+            if self.accept("["):
+                degree = self.parse_until("]")
             return ("root", degree, self.atom())
         parse = {
             "sym": self.name, "fn": self.function, "big": self.big_operator, "begin": self.matrix,
-            "set{": self.braces,
-        }  # fmt: skip
+            "set{": self.braces}
         return parse.get(kind, self.bracket)(token)
 
     def name(self, token):
@@ -830,11 +813,12 @@ class Parser:
     def function(self, token):
         name = token.value
         base = [number(10)] if name == "log10" else []
-        base = [self.atom()] if self.accept("_") else base
+        if self.accept("_"):
+            base = [self.atom()]
         power = self.exponent() if self.accept("^") else None
         opening = self.accept("(", "{", "[")
         value = self.parse_until(CLOSERS[opening.kind][0]) if opening else self.bare_argument()
-        if name in TRIGONOMETRIC:  # a degree sign matters here only
+        if name in TRIGONOMETRIC:  # only here do degree signs matter
             value = substitute(value, ("words", "degree"), DEGREE)
             if power == MINUS_ONE:
                 return ("a" + name, value)
@@ -949,8 +933,7 @@ def combine_matrices(node):
         a, b = map(rows_of, matrices[:2])
         if len(a[0]) != len(b) or len(a) * len(b) * len(b[0]) > 100:
             raise ParseError("a product of matrices of unsuitable sizes")
-        cells = [[("add", *(chain("mul", *pair) for pair in zip(row, column)))
-                  for column in zip(*b)] for row in a]  # fmt: skip
+        cells = [[("add", *map(INFIX["*"], row, column)) for column in zip(*b)] for row in a]
         if sum(size(cell) for row in cells for cell in row) > MAX_TERMS:
             raise ParseError("a matrix product with too many terms")
         rest = (*scalars, matrix(cells), *matrices[2:])
@@ -1078,8 +1061,7 @@ OPS = {name: (fn, partial(call_mpmath, name)) for name, fn in MPMATH_FUNCTIONS.i
     "quantity": (lambda a: a, lambda m, a: a),
     "abs": (abs, lambda m, x: abs(x)),
     "floor": (lambda a: Fraction(math.floor(a)), None),
-    "ceiling": (lambda a: Fraction(math.ceil(a)), None),
-}  # fmt: skip
+    "ceiling": (lambda a: Fraction(math.ceil(a)), None)}
 
 
 @lru_cache(maxsize=4096)
@@ -1111,7 +1093,7 @@ def exact(node, at_random=False):
 
 
 # A sample point is (index, real). Variables take real values around each of RADII: first positive,
-# then negative, then of random sign. If `real`, all intermediate values must be real, too.
+# then negative, then of random sign. If `real`, all intermediate values must be real.
 
 RADII = (1, 4, 0.05, 30, 600, 10**6, 10**12)
 
@@ -1210,7 +1192,7 @@ def agree(a, b, point):
 
 
 def same_function(a, b):
-    """Whether two trees agree at real points, where (unless they contain i) both are real."""
+    """Whether two trees agree at sample points: where both are real, unless they contain i."""
     if not symbols(a, b):
         return agree(a, b, CONSTANT) is True
     real = ("const", "i") not in {*nodes(a), *nodes(b)}
@@ -1267,13 +1249,11 @@ def same_value(a, b):
 # ---- sets
 #
 # Two sets of reals are equal if they contain the same endpoints and the same gaps between them.
-# Places are integers: 0 for zero, 2, 4, ... for the endpoints above it, odd ones for the gaps.
+# Places are integers: 0 for zero, even ones for endpoints in their order, odd ones for the gaps.
 
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
-COMPARE = {
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq,
-    "!=": operator.ne,
-}  # fmt: skip
+COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+           "=": operator.eq, "!=": operator.ne}
 
 
 def is_set(node):
@@ -1290,7 +1270,7 @@ def place_constants(*trees):
     values = {part: constant(part) for tree in trees for part in nodes(tree)}
     ends = [end for end, value in values.items() if value is not None and abs(value.imag) < 1e-12]
     place = {}
-    last = number(0)
+    last = ZERO
     at = 0
     for end in sorted(ends, key=lambda end: abs(values[end])):
         negative = values[end].real < 0
@@ -1322,10 +1302,10 @@ def contains(node, place, x):
         return tag == "reals"
     if tag == "interval" or tag == "tuple" and len(node) == 3:
         low, high = place_of(node[1], place), place_of(node[2], place)
-        less, more = node[3:] or ("<", "<")
-        if low > high or low == high and (less, more) != ("<=", "<="):
+        lower, upper = node[3:] or ("<", "<")
+        if low > high or low == high and (lower, upper) != ("<=", "<="):
             raise ValueError("an empty interval")
-        return COMPARE[less](low, x) and COMPARE[more](x, high)
+        return COMPARE[lower](low, x) and COMPARE[upper](x, high)
     if tag == "rel" and node[1] == ("in",) and node[2][0][0] == "sym":
         return contains(node[2][1], place, x)
     if tag == "rel":
@@ -1376,14 +1356,14 @@ def same_links(a, b):
 
 def same_relation(a, b):
     """Whether two (relation, left, right) are equal up to a factor, positive in inequalities."""
-    (relation, *sides), (other, *others) = a, b
+    relation, *sides = a
+    other, *others = b
     if other == FLIPPED.get(relation) != relation:
         other, others = relation, others[::-1]
     if relation != other:
         return False
     f, g = (rebuild(minus(*pair), as_symbol) for pair in (sides, others))
-    zero = number(0)
-    if not symbols(f) or same_value(f, zero) or same_value(g, zero):
+    if not symbols(f) or same_value(f, ZERO) or same_value(g, ZERO):
         return False
     primed_f, primed_g = rebuild(f, prime_names), rebuild(g, prime_names)
     if not same_value(chain("mul", f, primed_g), chain("mul", primed_f, g)):
@@ -1431,8 +1411,9 @@ def split_assignment(node):
 def compatible_names(a, b):
     """Whether two names may mean the same: x_1 and x, y and f(x), but not x and y."""
     if a[0] == b[0] == "sym":
-        (one, _, sub), (other, _, below) = a[1].partition("_"), b[1].partition("_")
-        return one.lower() == other.lower() and (sub == below or not sub or not below)
+        one, _, sub = a[1].partition("_")
+        other, _, other_sub = b[1].partition("_")
+        return one.lower() == other.lower() and (sub == other_sub or not sub or not other_sub)
     if a[0] == b[0] or a[0] in OPS and b[0] in OPS:
         return a == b
     return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
@@ -1488,7 +1469,7 @@ def same_unnamed(a, b):
 
 
 def compare_kinds(one, other):
-    """The verdict on kinds that have a rule of their own, such as 3:4 and 3/4; else None."""
+    """The verdict if one kind has a rule for matching the other, such as 3:4 and 3/4; else None."""
     tag, kind = one[0], other[0]
     if tag == "option":
         letter = other[1].lower() if kind in ("option", "sym", "const", "words") else ""
@@ -1547,7 +1528,7 @@ def compare(answer, reference):
 
 
 def judge(answer, reference, timeout_s=TIMEOUT_S):
-    """Whether an answer equals the reference; None if the budget does not suffice to tell."""
+    """Whether an answer equals the reference; None if undecided within the budget."""
     if not isinstance(answer, str) or not isinstance(reference, str) or not answer.strip():
         return False
     if max(len(answer), len(reference)) > MAX_ANSWER:
@@ -1556,7 +1537,7 @@ def judge(answer, reference, timeout_s=TIMEOUT_S):
     try:
         return compare(answer.strip(), reference.strip())
     except (ArithmeticError, RecursionError, ValueError):
-        return None  # TooHard; nothing else is known to occur, but must not end a training run
+        return None  # TooHard; the others should not occur, and must not end a training run
 
 
 def equivalent(answer, reference, timeout_s=TIMEOUT_S):
@@ -1571,7 +1552,7 @@ def equivalent(answer, reference, timeout_s=TIMEOUT_S):
 def verify_many(pairs, timeout_s=TIMEOUT_S, strict=False):
     """Verdicts for (text, reference) pairs, in order; None where undecided.
 
-    timeout_s: the limit for one comparison on a slow core, counted in steps, not measured.
+    timeout_s: limit per comparison, on a slow core; counted in steps rather than measured.
     """
     verdicts = []
     for text, reference in pairs:
@@ -1586,7 +1567,7 @@ def verify(text, reference, strict=False):
 
 
 def canonical(answer):
-    """A hashable key. Equal keys mean equivalent answers, but not the other way round."""
+    """A hashable key. Equal keys mean equivalent answers; the converse does not hold."""
     node = readings(answer.strip(), True)[0]
     value = exact(node) if node[0] in ("num", "mul") else None
     return ("tree", node) if value is None else ("number", value)
@@ -1645,8 +1626,8 @@ def grade_file(path, strict, explain):
     total = sum(table.values(), Counter())
     print(f"{total['total']} answers | {total[True]} right | {total[None]} undecided")
     for name, counts in sorted(table.items()):
-        errors = f"{counts['accepted']} false + | {counts['refused']} false -"
-        print(f"{name:24} {counts['total']:6} | {errors}")
+        accepted, refused = counts["accepted"], counts["refused"]
+        print(f"{name:24} {counts['total']:6} | {accepted} false + | {refused} false -")
 
 
 def main(args):
@@ -1655,11 +1636,10 @@ def main(args):
     if args.answer is None or args.reference is None:
         raise ValueError("expected either --file, or both --answer and --reference")
     answer = extract_answer(args.answer, args.strict)
-    verdict = judge(answer, args.reference)
+    words = {True: "equal", False: "not equal", None: "undecided"}
     for name, text in (("answer", answer), ("reference", args.reference)):
         print(f"{name:10} {text!r}\n{'':10} {show(read(text.strip())) if text else '-'}")
-    words = {True: "equal", False: "not equal", None: "undecided"}
-    print(f"verdict    {words[verdict]}")
+    print(f"verdict    {words[judge(answer, args.reference)]}")
 
 
 if __name__ == "__main__":

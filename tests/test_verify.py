@@ -422,8 +422,7 @@ _WRONGLY_STRICT = r"""
 """
 _STRICT = {  # what is found in an output
     "The answer is 5": None, r"<think>\boxed{5}": None, r"<think>\boxed{5}</think> so 5": None,
-    r"\boxed{4} and \boxed{5": None, r"a</think> \boxed{5}": "5",
-}  # fmt: skip
+    r"\boxed{4} and \boxed{5": None, r"a</think> \boxed{5}": "5"}
 
 
 def _pairs(*tables):
@@ -490,7 +489,7 @@ def test_verify_extraction():
     for table, strict, expected in [
         (_RIGHTLY_LENIENT, False, True), (_WRONGLY_LENIENT, False, False),
         (_RIGHTLY_STRICT, True, True), (_WRONGLY_STRICT, True, False),
-    ]:  # fmt: skip
+    ]:
         for text, reference in _pairs(table):
             found = verifier.extract_answer(text, strict)
             assert verifier.verify(text, reference, strict) is expected, (text, found)
@@ -504,7 +503,7 @@ def test_verify_box_span():
         (r"\boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\fbox {5}", "5"),
         (r"\boxed{}", ""), (r"\boxed{1} \boxed{2", None), ("none", None), (r"\boxed 5", None),
         (r"\boxed{\{1\}}", r"\{1\}"),
-    ]:  # fmt: skip
+    ]:
         span = verifier.box_span(text)
         assert (span and text[slice(*span)]) == content, (text, span)
 
@@ -514,16 +513,14 @@ def test_verify_format_reward():
     good = [
         r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]",
         r"$\boxed{8}$.", r"\boxed{4}</s>", r"\boxed{4}<|im_end|>", "\\boxed{4}.<|im_end|>\n",
-        r"<think>a</think>\boxed{4}<|endoftext|>", "\\boxed{4}</s></s>",
-    ]  # fmt: skip
+        r"<think>a</think>\boxed{4}<|endoftext|>", "\\boxed{4}</s></s>"]
     bad = [
         r"<think></think>\boxed{5}", r"<think> </think>\boxed{5}", r"<think>a\boxed{5}", "5", "",
         r"a</think>\boxed{5}", r"x<think>a</think>\boxed{5}", r"<think>a</think>\boxed{}",
         r"<think>a</think><think>b</think>\boxed{5}", r"<think>\boxed{5}</think>", r"\boxed{5",
         r"\boxed{5}\boxed{5}", r"\boxed{5} as I said", r"<think>a</think></think>\boxed{5}",
         r"\boxed{4}</s> more \boxed{9}", r"\boxed{4}<|im_end|>text", r"<|im_end|>\boxed{4}",
-        r"\boxed{4}<|endoftext|>\boxed{5}", r"<think>a<|im_end|></think>\boxed{4}",
-    ]  # fmt: skip
+        r"\boxed{4}<|endoftext|>\boxed{5}", r"<think>a<|im_end|></think>\boxed{4}"]
     for text in good + bad:
         assert verifier.format_reward(text) == float(text in good), text
     text = r"<thought>a</thought> \boxed{5}<|im_end|>"
@@ -532,8 +529,7 @@ def test_verify_format_reward():
 
 _LEAVES = [  # three spellings of a number, and Python's value
     (r"\sqrt{%d}", "sqrt(%d)", "%d^{1/2}", math.sqrt), (r"\frac{%d}{8}", "%d/8", "%d/2^3", 0.125),
-    (r"%d\pi", "%d*pi", "%dπ", math.pi), ("%d", "%d.0", r"\frac{%d00}{100}", 1),
-]  # fmt: skip
+    (r"%d\pi", "%d*pi", "%dπ", math.pi), ("%d", "%d.0", r"\frac{%d00}{100}", 1)]
 _NODES = [  # three spellings of two numbers a and b joined
     ("A+B", "(B) + (A)", r"\left(B\right)+A", operator.add),
     (r"A-\left(B\right)", "-((B) - (A))", r"(-1 \cdot (B) + (A))", operator.sub),
@@ -618,7 +614,7 @@ _SWAPS = [tuple(pair.split()) for pair in (
     r"+ -|- +|( [|[ (|) ]|] )|< >|> <|\le \ge|\ge \le|\le <|\ge >|\cup \cap|\sin \cos|\cos \tan"
     r"|\cot \tan|\sqrt \sin|\pi e|\frac \binom|^ _|= <|even odd|x y|n m|\infty 9|\pm +|and not"
     r"|\{ (|i j|a b"
-).split("|")]  # fmt: skip
+).split("|")]
 
 
 def _near_misses(text):
@@ -685,8 +681,7 @@ _CONSTANTS = {  # what each of them truly equals among the references; the other
     "yes": "Yes || yes || A) yes", r"\infty": r"\infty", "x=x": "x = x", "()": "()", "?": "?",
     "True or False": r"True, False || \text{True or False}",
     "True/False": r"True/False || \text{True/False}", r"\ldots": r"\ldots", "": "", "1:1": "",
-    "x,y": "",
-}  # fmt: skip
+    "x,y": ""}
 
 
 def test_verify_constants():
@@ -845,8 +840,7 @@ def test_verify_hostile():
         *(piece * 20_000 + "x" for piece in ("\n", ".", ",", "!", "*", " .", "9", "a ", "$a", "=")),
         r"e^{-10^{4}x}+\sin(10^{9}x)", "0x" + "F" * 690, r"\prod_{k=1}^{2000} k^{2000}",
         "1e999" * 130, "0." + "1" * 600 + "...", "x^{100}" * 90,
-        r"\begin{pmatrix}1&x&3\\4&x&6\\x&8&9\end{pmatrix}" * 13,
-    ]  # fmt: skip
+        r"\begin{pmatrix}1&x&3\\4&x&6\\x&8&9\end{pmatrix}" * 13]
     for bomb in bombs:
         for text in (bomb, rf"so $\boxed{{{bomb}}}$", "The answer is " + bomb):
             begin = time.thread_time()
