@@ -71,8 +71,7 @@ FORMULA = re.compile(
     r"|(?<!\\)\$(\s?)(?!\s)((?:[^$\\]|\\.){1,1000}?)(?<!\s)\4\$", re.S)  # not 5$ to Jack and 7$
 ENGLISH = re.compile(  # a word that is not mathematics
     r"(?<![\\\w{/])(?!(?:sqrt|pi|sin|cos|tan|log|ln|percent|and|or)\b)"
-    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*"
-)
+    r"(?:\d+-)?[a-zA-Z]{2}[\w'’&-]*")
 BREAK = re.compile(  # separates two runs of mathematics
     rf"{FORMULA.pattern}|\bnot\s+\S+|\(?{ENGLISH.pattern}|(?<!\S)(?:[aAI]|and|or)(?!\S)"
     r"|[\u3000-\uffff]|\n|(?<![<>!:])=|(?:[.,;:?]{1,3}|!)[*_\"'`]*(?=\s)", re.S)
@@ -87,8 +86,7 @@ HEDGE = re.compile(r"\W*(?:(?:or|and)\W+[\d$\\]|(?:in|de)crease|more\b|less\b|ga
 SENTENCE_END = re.compile(r"\n|[.?](?=\s|$)|(?<![\\\dn)])!(?=\s|$)|\*\*|`|</")  # not 5!
 LETTER = re.compile(  # an option letter in prose
     r"\b(?:(?i:option|choice)(?: is)?|(?:think|believe|guess) (?:that )?it(?: is|'s))\s+"
-    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)"
-)
+    r"\(?([A-J])\b(?!\)?,?\s*(?:or|and)\b)")
 WRAPPER = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|bf|sf)|operatorname)\s*\{([^{}]*)\}")
 OPTION = re.compile(  # B, (B), (B) 12, B: 12, B, since ..., B - 12 apples; but not A: 5, B: 7
     r"\(?([A-Ja-j])\)?[\s.)]*|"
@@ -268,9 +266,9 @@ NAMES = {  # commands and characters
     **dict.fromkeys("pi π".split(), ("value", ("const", "pi"))), "R": ("value", ("reals",))}
 BARE = {  # names that need no backslash
     *FUNCTIONS, *LETTERS, *"sqrt cbrt binom frac inf infinity oo pi in".split()}
-ONES = "zero one two three four five six seven eight nine".split()
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-NUMERALS = {word: value for value, word in enumerate(ONES + TEENS)}
+NUMERALS = {word: value for value, word in enumerate((
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen").split())}
 SCALES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 UNITS = spellings("""
     cm centimeter centimetre  mm millimeter millimetre  km kilometer kilometre  m meter metre  nm
@@ -291,8 +289,7 @@ QUALIFIER = re.compile(  # words that change the meaning of a value, and are nev
     r"|small|bigg)er|positive|negative|true|false|rise|fall|growth|decline|drop|profit|deficit"
     r"|surplus|discount|off|ahead|behind|(?:for|back)wards?|debit|credit|(?:ir)?rational|real"
     r"|(?:con|di)verges|imaginary|if|when|where|only|except|without|reduc\w+|raised|won|equals?"
-    r"|exceeds|at|between|or|from"
-)
+    r"|exceeds|at|between|or|from")
 WORDS = set("no if is of to we us".split())  # all other words have at least three letters
 
 UNICODE = str.maketrans({
@@ -305,8 +302,7 @@ SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ"
 PLAIN = str.maketrans(SUPERSCRIPTS + SUBSCRIPTS, "0123456789+-()nx" * 2)
 STYLED = re.compile(  # \text{} and \mathrm{}
     r"\\(?:(text\w*|[mh]box|emph)|mathrm|operatorname|mathsf)\*?\s*"
-    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)"
-)
+    r"(?:\{((?:[^{}]|\{[^{}]*\})*)\}|([a-zA-Z])\b)")
 STYLED_WORD = re.compile(r"(?<![\\a-zA-Z])(?!i\b)[a-zA-ZÀ-ž]+(?:['.\-][a-zA-ZÀ-ž]+)*")
 SCRIPT = r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-zA-Z]+|\w)"
 CIRCLE = r'(?:\\circ(?![a-zA-Z])|"?o"?)'
@@ -329,21 +325,18 @@ REWRITES = [(re.compile(pattern), by) for pattern, by in [
 GAP = r"(?:,\s?\\!\s?|(?:\\,)?\{,\s?\}\s?(?:\\!)?|\\[,!;: ]\s?|~|')"
 NUMBER = (
     rf"(?:[1-9]\d{{0,2}}(?:(?:{GAP}|,| (?!\d+\s*/))\d{{3}}(?!\d))+(?:\.\d+)?|\d+\.?\d*|\.\d+)"
-    r"(?:[eE][+-]?\d{1,3}(?![\d.]))?"
-)
+    r"(?:[eE][+-]?\d{1,3}(?![\d.]))?")
 PERIODIC = r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\))"
 MIXED = (  # 2 1/3 or 1\frac45
     r"(\d+)(?:\s|\\[,;: ])*(?:\{?\s*\\?[dt]?frac\s*(?:\{(\d+)\}\s*|(\d)\s*)(?:\{(\d+)\}|(\d))\}?"
-    r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))"
-)
+    r"|(?<=\s)(\d+)\s?[/⁄]\s?(\d+))")
 SINGLE = "|".join(  # the next digit is a number by itself: \frac12, \binom52
     f"(?<={name}{gap})" for name in ("frac", "binom") for gap in ("", " ", r"\d", r" \d")
 )
 LAYOUT = (  # commands without mathematical meaning
     "displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?|hline|bm|boldsymbol|mathcal|mathit"
     r"|mathbf(?!\s*\{?[RZ]\b)|mathop|vec|hat|boxed|fbox|[lL]arge|checkmark|num"
-    "|therefore|angle|measuredangle|triangle|overrightarrow"
-)
+    "|therefore|angle|measuredangle|triangle|overrightarrow")
 LEXEME = re.compile(
     rf"(?P<space>(?:\s|~|\\[,;:!> ]|\\(?:left|right)\.(?!\d)|\\(?:{LAYOUT})(?![a-zA-Z])"
     r"|\\(?:begin|end)\s*\{(?:align|aligned|gathered|cases)\*?\}|&(?=\s*=)"
@@ -444,8 +437,7 @@ def read_clock(match):
 
 READERS = {
     "based": read_based, "clock": read_clock, "literal": lambda match: number(int(match[0], 0)),
-    "number": read_number, "periodic": read_periodic, "mixed": read_mixed,
-    "digit": lambda match: number(match[0]),
+    "number": read_number, "digit": read_number, "periodic": read_periodic, "mixed": read_mixed,
     "set": lambda match: ("reals",) if match["set"] == "R" else ("words", match["set"])}
 
 
@@ -536,8 +528,7 @@ SIGNS = ("+", "-")
 LEAD_IN = set(  # words that may precede an answer
     "the a an answer final is are so thus hence therefore equals equal to value result solution "
     "solutions we get have option approximately about roughly exactly that point points ordered "
-    "pair pairs vector interval values roots us usd rs".split()
-)
+    "pair pairs vector interval values roots us usd rs".split())
 TEXT_VALUES = {
     **dict.fromkeys("no solution|no solutions|no real solution|no real solutions|no real roots|"
                     "empty set|none".split("|"), ("empty",)),
@@ -1050,8 +1041,7 @@ MPMATH_FUNCTIONS = dict.fromkeys(  # {name: exact}
     "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh asinh acosh atanh exp".split()
 ) | {
     "factorial": partial(integer_function, math.factorial, 3_000),
-    "binomial": partial(integer_function, math.comb, 20_000),
-}
+    "binomial": partial(integer_function, math.comb, 20_000)}
 OPS = {name: (fn, partial(call_mpmath, name)) for name, fn in MPMATH_FUNCTIONS.items()} | {
     "add": (lambda *v: sum(v), lambda m, *v: sum(v)),
     "mul": (lambda *v: math.prod(v), lambda m, *v: math.prod(v)),
@@ -1499,8 +1489,7 @@ def compare_kinds(one, other):
 
 UNIT = re.compile(  # a unit without \text{}: 80m, 9.8 m/s^2
     r"(?<=\d)(?:\s|\\[ ,;])*((?:(?:[mshgLNJWVK]|[kcm]m|kg|mol)(?:\^\{?-?\d\}?)?"
-    r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$"
-)
+    r"(?:\s*(?:[/*]|\\cdot)\s*|$))+)$")
 
 
 def readings(text, is_answer):
@@ -1585,11 +1574,9 @@ def format_reward(text, think_tag="think"):
     tags = re.findall(rf"</?{think_tag}>", tail)
     block = re.match(rf"<{think_tag}>\s*\S.*?</{think_tag}>", tail, re.S)
     tail = tail[block.end() :] if block else tail
-    found = list(boxes(tail))
-    if "".join(rest).strip() or len(tags) != 2 * bool(block) or len(found) != 1:
-        return 0.0
-    _, begin, end = found[0]
-    if end is None or not tail[begin:end].strip():
+    begin, end = box_span(tail) or (0, 0)
+    one_box = len(list(boxes(tail))) == 1 and tail[begin:end].strip()
+    if "".join(rest).strip() or len(tags) != 2 * bool(block) or not one_box:
         return 0.0
     return float(re.fullmatch(r"(?:[\s.,;:!$*]|\\[\])])*", tail[end + 1 :]) is not None)
 

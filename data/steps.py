@@ -342,8 +342,7 @@ def check_sentence(sentence, equation):
 def check_text(text):
     """All steps in a text, in order.
 
-    A wrong step becomes "repaired" if a retraction follows it and then a right step with the same
-    left side.
+    A wrong step is "repaired" if a retraction and a right step with its left side follow it.
     """
     found = []  # (step, its left side, number of retractions up to it)
     equation = None

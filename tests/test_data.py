@@ -436,7 +436,7 @@ def first_wrong_step(text):
 
 
 def test_data_steps_by_hand():
-    """Verdicts on single lines; most of them are how GSM8K's authors write."""
+    """Verdicts on single lines, most of them in the style of GSM8K's authors."""
     for text, *verdicts in [
         ("48/2 = 24", "right"), ("48/2 = 26", "wrong"),
         ("Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.", "right", "right"),
@@ -469,7 +469,7 @@ def test_data_steps_by_hand():
 
 
 def test_data_steps_catch_planted_slips_in_gsm8k():
-    """One result changed in each solution without a wrong step, where it is annotated and after."""
+    """Alter one result per correct solution, in its annotation and right after it."""
     skip_without("gsm8k/train.jsonl")
     rng, tried, caught = random.Random(0), 0, 0
     for p in load_problems("gsm8k", "dev"):
@@ -791,8 +791,8 @@ def test_data_traces_of_a_local_model():
             make_traces(home, *flags, "--seed", 1, "--out", home / "gpu", "--device", "cuda:99")
 
 
-def test_data_judge_tells_right_answers_from_right_thoughts():
-    """By hand: a right thought, a wrong step, no thinking block, and a wrong answer."""
+def test_data_judge_distinguishes_right_answers_from_right_thoughts():
+    """Four cases: a right thought, a wrong step, no thinking block, and a wrong answer."""
     name = "words:1-2,arithmetic:2"
     problems = load_problems(name, "dev", 8)
     settings = {"data": name, "split": "dev", "data_seed": 0, "think_tag": "think"}
@@ -820,7 +820,7 @@ def test_data_judge_tells_right_answers_from_right_thoughts():
             judge.read_verdicts(write_lines(home / "r.jsonl", [rows[0] | {"id": "words/none"}]))
         plain = write_lines(home / "plain.jsonl", [{"id": "a", "problem": "1+1", "answer": 2}])
         row = rows[0] | {"id": "a", "settings": settings | {"data": str(plain), "split": "test"}}
-        found = judge.read_verdicts(write_lines(home / "r.jsonl", [row]))  # of no subject
+        found = judge.read_verdicts(write_lines(home / "r.jsonl", [row]))  # without a subject
         assert found["a"][0] == str(plain)
     assert judge.first_fault({}, "She had 3 + 4 = 7 clips.") is None
     assert judge.first_fault({}, "She had 3 + 4 = 8 clips.")
