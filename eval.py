@@ -1,13 +1,13 @@
-"""Accuracy with error bars: any model, any problem set, a named prompt; and the table of methods.
+"""Accuracy with error bars for any model, problem set and prompt style; the table of all methods.
 
     python eval.py                                    # the embedded tiny model, 500 unseen problems
     python eval.py --model qwen2.5-1.5b-instruct --data gsm8k       # the protocol behind its 73.2 %
     python eval.py --records a.jsonl; python eval.py --prompt cot --records b.jsonl
     python eval.py --compare a.jsonl b.jsonl          # the two runs, problem by problem
-    python eval.py --report                           # a row per method; measures what is missing
+    python eval.py --report                           # one row per method; measures missing rows
 
-A run with --records can be interrupted and goes on where it was. Every rate has a 95 % interval
-over problems, and two runs are compared problem by problem (stats.py).
+An interrupted run with --records resumes when restarted. Every rate has a 95 % interval over
+problems; two runs are compared problem by problem (stats.py).
 """
 
 import hashlib
@@ -44,12 +44,12 @@ from stats import interval, markdown, percent
 from verify import extract_answer, verify_many
 
 ROOT = Path(__file__).resolve().parent
-SAMPLING_TEMPERATURE = 0.7  # one for all methods that sample, so that they compare; chosen on dev
-# What a flag left out means, for a tiny model and for any other.
+SAMPLING_TEMPERATURE = 0.7  # chosen on dev; shared by all sampling methods, so that they compare
+# Defaults of flags that depend on the model: for a tiny one, and for any other.
 TINY = {"data": "arithmetic", "prompt": "plain", "max_new_tokens": 128, "max_batch": 256}
 OTHERS = {"data": "gsm8k", "prompt": "boxed", "max_new_tokens": 1024, "max_batch": 64}
-NO_SETTINGS = ("system", "max_batch", "engine", "compiled")  # options that no answer depends on
-ANSWER = {"strict": "answer", "lenient": "lenient_answer"}  # the field that each grade is about
+NOT_SETTINGS = ("system", "max_batch", "engine", "compiled")  # in prompt_hash, or without effect
+ANSWER_FIELDS = {"strict": "answer", "lenient": "lenient_answer"}  # grade -> the answer it judges
 
 
 def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=PRESETS):
@@ -58,18 +58,18 @@ def add_eval_flags(parser, temperature=0.0, tiny_prompt=TINY["prompt"], prompts=
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     add("--adapter", help="directory of a LoRA adapter (PEFT's format) for the model")
     add("--data", help="problem set or .jsonl file")
-    add("--split", default="test", choices=("train", "dev", "test"), help="make choices on dev")
-    add("--limit", type=at_least(0), default=500, help="problems, a random subset; 0: all")
-    add("--data-seed", type=int, default=0, help="chooses the subset and the solved examples")
+    add("--split", default="test", choices=("train", "dev", "test"), help="use dev for tuning")
+    add("--limit", type=at_least(0), default=500, help="size of the random subset; 0: all problems")
+    add("--data-seed", type=int, default=0, help="seed of the subset and the few-shot examples")
     add("--prompt", type=prompt_flag(prompts), metavar="NAME",
-        help=f"how a problem is put: {', '.join(prompts)}, or your text with {{problem}} in it")
-    add("--shots", type=at_least(0), help="solved examples first (default: the prompt's own)")
+        help=f"prompt style: {', '.join(prompts)}, or your own text containing {{problem}}")
+    add("--shots", type=at_least(0), help="number of few-shot examples (default: the prompt's own)")
     add("--shots-from", help="problem set whose train split has the examples (default: --data)")
-    add("--grade", choices=ANSWER, help="lenient: no box is needed (default: the prompt's own)")
+    add("--grade", choices=ANSWER_FIELDS, help="lenient: no box needed (default: the prompt's own)")
     add_sampling_flags(parser, temperature=temperature, max_new_tokens=None)
-    add("--seed", type=int, default=0, help="of the sampling")
-    add("--results", default="results.jsonl", help="every measured row is appended to this file")
-    add("--records", help="directory or .jsonl file that keeps the record of each problem")
+    add("--seed", type=int, default=0, help="sampling seed")
+    add("--results", default="results.jsonl", help="file to append every result row to")
+    add("--records", help="directory or .jsonl file for the record of each problem")
     launch.add_device_flags(parser)
     parser.set_defaults(max_batch=None, tiny_prompt=tiny_prompt)
     parser.epilog = f"defaults if tiny: {TINY | {'prompt': tiny_prompt}}\notherwise: {OTHERS}"
@@ -79,13 +79,12 @@ def parse_args(argv=None):
     p = launch.Parser(__doc__)
     add_eval_flags(p)
     add = p.add_argument
-    add("--num-samples", type=at_least(1), default=1, help="per problem; more need --temperature")
+    add("--num-samples", type=at_least(1), default=1, help="per problem; > 1 needs --temperature")
     add("--compare", nargs=2, metavar=("A", "B"), help="compare two files of records")
-    add("--report", action="store_true", help="the table and plot of all methods")
-    add("--sampled-limit", type=at_least(0), default=0,
-        help="problems of the report's rows that sample; 0: as --limit")
-    add("--trained", default="runs/grpo/checkpoints/best", help="the report's GRPO checkpoint")
-    add("--out", default="runs/report", help="where the report goes")
+    add("--report", action="store_true", help="make the table and plot of all methods")
+    add("--sampled-limit", type=at_least(0), default=0, help="for sampled report rows; 0: --limit")
+    add("--trained", default="runs/grpo/checkpoints/best", help="GRPO checkpoint for the report")
+    add("--out", default="runs/report", help="directory of the report")
     return p.parse_args(argv)
 
 
@@ -93,73 +92,70 @@ def parse_args(argv=None):
 
 
 def make_record(problem, prompt, completions, texts):
-    """What is kept of a problem and its answers; strict, lenient None: undecided."""
+    """The record of a problem and its graded samples; a grade of None means undecided."""
     pairs = [(text, problem["answer"]) for text in texts]
-    verdicts = zip(verify_many(pairs, strict=True), verify_many(pairs, strict=False))
-    samples = [{"text": text, "answer": extract_answer(text, strict=True),
-                "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
-                "tokens": len(c.tokens), "finish": c.finish, "logprob": round(sum(c.logprobs), 4)}
-               for c, text, (strict, lenient) in zip(completions, texts, verdicts)]
+    grades = verify_many(pairs, strict=True), verify_many(pairs, strict=False)
+    samples = []
+    for completion, text, strict, lenient in zip(completions, texts, *grades):
+        samples.append({
+            "text": text, "answer": extract_answer(text, strict=True),
+            "lenient_answer": extract_answer(text), "strict": strict, "lenient": lenient,
+            "tokens": len(completion.tokens), "finish": completion.finish,
+            "logprob": round(sum(completion.logprobs), 4)})
     return {"id": problem["id"], "level": problem.get("level"), "subject": problem.get("subject"),
             "prompt": prompt, "reference": problem["answer"], "samples": samples}
 
 
 def prompt_seeds(problems):
-    """For `generate`: what a problem is answered does not depend on the others."""
+    """A seed per problem, from its id alone: its answers do not depend on the other problems."""
     return [zlib.crc32(problem["id"].encode()) for problem in problems]
 
 
 def evaluate(params, config, tokenizer, problems, *, prompt="plain", system=None, shots=(),
              think_tag="think", num_samples=1, temperature=0.0, keep=None, quiet=False, **sampling):
-    """Ask every problem and grade what comes: a record (dict) for each, in their order.
+    """Sample and grade answers to every problem: a list of records (dicts), in the same order.
 
-    Every process calls this with the same problems, asks its share of them and gets all records; a
-    record depends neither on the other problems nor on the batch nor on the number of processes.
+    Every process calls this with the same problems, samples its share and gets all records. A
+    record does not depend on the other problems, the batch size or the number of processes.
     prompt, system, shots, think_tag: as for render_prompt. sampling: more keywords of generate().
-    keep(record): called, by the process that asked, as soon as a problem has all its answers.
-    quiet: the progress is shown on a terminal only.
+    keep(record): called, on the process that sampled it, as soon as a record is complete.
+    quiet: show progress on a terminal only.
     """
     rank, world = rank_and_world()
-    mine = problems[rank::world]
-    form = {"system": system, "shots": shots, "think_tag": think_tag}
-    ends = model.end_tokens(tokenizer, config)
-    stop = PRESETS[prompt].stop
-    answers = [[None] * num_samples for _ in mine]
+    share = problems[rank::world]
+    prompt_options = {"system": system, "shots": shots, "think_tag": think_tag}
+    stop_tokens = model.end_tokens(tokenizer, config)
+    stop_strings = PRESETS[prompt].stop
     records = {}
     last = time.perf_counter()
 
-    def finish(problem, completions):
+    def on_done(i, completions):
         nonlocal last
-        texts = [completion_text(tokenizer, c, ends, stop) for c in completions]
-        text = render_prompt(prompt, problem, **form)
-        record = make_record(problem, text, completions, texts)
+        problem = share[i]
+        texts = [completion_text(tokenizer, c, stop_tokens, stop_strings) for c in completions]
+        prompt_text = render_prompt(prompt, problem, **prompt_options)
+        record = make_record(problem, prompt_text, completions, texts)
         now = time.perf_counter()
-        record["seconds"] = round((now - last) / world, 4)  # of a run: their sum
+        record["seconds"] = round((now - last) / world, 4)  # they add up to the run's wall time
         last = now
         records[problem["id"]] = record
         if keep:
             keep(record)
 
-    with launch.progress_bar(len(problems) * num_samples, quiet=quiet) as show:
-        def on_step(ended, num_tokens):
-            for i, sample, completion in ended:
-                answers[i][sample] = completion
-                if None not in answers[i]:
-                    finish(mine[i], answers[i])
-            show(ended, num_tokens)
-
-        generate(params, config, [encode_prompt(tokenizer, prompt, p, **form) for p in mine],
-                 num_samples=num_samples, temperature=temperature, stop_tokens=ends,
-                 stop_strings=stop, tokenizer=tokenizer, think_tag=think_tag,
-                 seeds=prompt_seeds(mine), on_step=on_step, **sampling)
-    found = ChainMap(*gather_objects(records))
-    return [found[problem["id"]] for problem in problems]
+    prompts = [encode_prompt(tokenizer, prompt, p, **prompt_options) for p in share]
+    with launch.progress_bar(len(problems) * num_samples, quiet=quiet) as on_step:
+        generate(params, config, prompts, num_samples=num_samples, temperature=temperature,
+                 stop_tokens=stop_tokens, stop_strings=stop_strings, tokenizer=tokenizer,
+                 think_tag=think_tag, seeds=prompt_seeds(share), on_step=on_step, on_done=on_done,
+                 **sampling)
+    gathered = ChainMap(*gather_objects(records))
+    return [gathered[problem["id"]] for problem in problems]
 
 
 def read_records(path, settings=None):
-    """{id: record} of a file of records, without a last line that a crash cut off.
+    """{id: record} of a file of records; an incomplete last line, left by a crash, is ignored.
 
-    settings: those of the run that would go on; ValueError if the records have others.
+    settings: of the run to resume. Raises ValueError for a record with others, or for a bad line.
     """
     records = {}
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
@@ -167,76 +163,82 @@ def read_records(path, settings=None):
             record = json.loads(line)
             records[record["id"]] = record
             changes = list_changes(record["settings"], settings or {})
-            whole = all("logprob" in sample for sample in record["samples"])
+            valid = all("logprob" in sample for sample in record["samples"])
         except (ValueError, LookupError, TypeError, AttributeError):
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise ValueError(f"{path}, line {number}: not a record of eval.py")
         if changes:
-            raise ValueError(f"{path} holds a run with other settings ({changes} now); give "
+            raise ValueError(f"{path} belongs to a run with other settings ({changes}); choose "
                              "another --records")
     return records
 
 
 def list_changes(old, new):
-    """The settings that differ, as text."""
-    return ", ".join(f"{name} {old.get(name)!r}, {value!r}" for name, value in new.items()
+    """The settings that differ, as text: "seed 0 -> 1, top_k 0 -> 20"."""
+    return ", ".join(f"{name} {old.get(name)!r} -> {value!r}" for name, value in new.items()
                      if old.get(name) != value)
 
 
 # ---------------------------------------------------------------------- which problems
 
 
-def drop(problems, fits, why, remedy):
-    """The problems that fit (a bool each). Says how many do not; ValueError when none does."""
+def keep_only(problems, fits, why, remedy):
+    """The problems that fit (one bool each). Print how many do not; ValueError if none is left."""
     kept = list(compress(problems, fits))
-    left_out = len(problems) - len(kept)
-    said = f"{left_out} of {len(problems)} {why}"
+    dropped = len(problems) - len(kept)
+    message = f"{dropped} of {len(problems)} {why}"
     if problems and not kept:
-        raise ValueError(f"{said}; {remedy}")
-    if left_out:
-        say(said)
+        raise ValueError(f"{message}; {remedy}")
+    if dropped:
+        say(message)
     return kept
 
 
 def fit_context(problems, prompts, config, reply_tokens):
-    """(problems, prompts) of those whose prompt leaves room for so many tokens in the context."""
+    """The (problems, prompts) that leave room for `reply_tokens` new tokens in the context."""
     fits = [len(prompt) + reply_tokens <= config.max_context for prompt in prompts]
-    kept = drop(problems, fits, "problems are left out: their prompts leave no room for "
-                f"{reply_tokens} new tokens in the context of {config.max_context}",
-                "try a smaller --max-new-tokens, or fewer solved examples")
+    kept = keep_only(problems, fits, "problems dropped: their prompts leave no room for "
+                     f"{reply_tokens} new tokens in the context of {config.max_context}",
+                     "try a smaller --max-new-tokens or fewer few-shot examples")
     return kept, list(compress(prompts, fits))
 
 
-def leave_out(problems, keys, held_out, name):
+def drop_long_prompts(problems, tokenizer, config, prompt, reply_tokens, **options):
+    """The problems whose prompt leaves room for `reply_tokens`. options: as for render_prompt."""
+    prompts = [encode_prompt(tokenizer, prompt, problem, **options) for problem in problems]
+    return fit_context(problems, prompts, config, reply_tokens)[0]
+
+
+def drop_held_out(problems, keys, held_out, name):
     """The training problems of the set `name` whose keys are not among `held_out`."""
     held_out = set(held_out)
-    return drop(problems, [key not in held_out for key in keys],
-                f"training problems of {name} are also held out for evaluation: they are left out "
-                "of training", "change --data or --eval-data")
+    return keep_only(problems, [key not in held_out for key in keys],
+                     f"training problems of {name} are also held out for evaluation: dropped",
+                     "change --data or --eval-data")
 
 
-# ---------------------------------------------------------------------- the setup that flags name
+# ---------------------------------------------------------------------- setup from flags
 
 
 class Setup(NamedTuple):
-    """A model, the problems that it is asked, and how."""
-    params: dict  # as the sampler takes them
+    """A model, the problems to evaluate it on, and how to sample."""
+    params: dict  # in the sampler's form
     config: tuple
     tokenizer: object
     problems: list
-    prompts: list  # token ids, one for each problem
+    prompts: list  # token ids, one list per problem
     options: dict  # keyword arguments of evaluate()
-    settings: dict  # what identifies a row, beside its method and the options
-    grade: str = "strict"  # which one counts
-    trained_on: frozenset = frozenset()  # ids of problems
-    records: Path | None = None  # a directory for files of records, or one such file
-    results: str | None = None  # the file of rows
+    settings: dict  # identify a row, together with its method and the options
+    grade: str = "strict"  # the one reported as accuracy
+    trained_on: frozenset = frozenset()  # ids of problems in the model's training data
+    records: Path | None = None  # a directory for files of records, or one .jsonl file
+    results: str | None = None  # the file of result rows
 
 
 def weights_hash(*directories):
-    """Eight characters that change with the weights in the directories (None stands for no
-    directory); a path does not say which weights it held."""
+    """Eight hex characters that identify the weights in these directories: their paths do not.
+    Hashes three samples of 1 MiB per file. None entries are skipped."""
     digest = hashlib.sha256()
     for directory in filter(None, directories):
         for path in sorted(Path(directory).glob("*.safetensors")):
@@ -248,29 +250,38 @@ def weights_hash(*directories):
 
 
 def fill_defaults(args, config):
-    """Fill in the flags that were left out and depend on the model. Writes into `args`."""
+    """Set the flags whose defaults depend on the model. Writes into `args`."""
     defaults = TINY | {"prompt": args.tiny_prompt} if model.is_tiny(config) else OTHERS
     launch.fill_unset(args, defaults)
 
 
 def settings_of(setup, **changes):
-    """Everything that a record depends on, as rows and records carry it."""
+    """Everything that a record depends on, as saved in records and rows."""
     options = setup.options | changes
-    form = {name: options[name] for name in ("system", "shots", "think_tag")}
-    named = {k: v for k, v in options.items() if k not in NO_SETTINGS}
-    return setup.settings | named | {"shots": len(options["shots"]),
-                                     "prompt_hash": prompt_hash(options["prompt"], **form)}
+    prompt_options = {name: options[name] for name in ("system", "shots", "think_tag")}
+    named = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
+    prompt_id = prompt_hash(options["prompt"], **prompt_options)
+    return setup.settings | named | {"shots": len(options["shots"]), "prompt_hash": prompt_id}
+
+
+def plan_processes(args, params, config, context):
+    """Default of --processes for rows of up to `context` tokens."""
+    # 8 bytes a number: weights are read as float32 and then packed; growing a cache copies it.
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    own = args.max_batch * (context * slot + config.vocab_size)
+    shared = sum(tensor.shape.numel() for tensor in params.values())
+    return launch.default_processes(args.device, 0.25 + own / 2**27, shared / 2**27)
 
 
 def load_setup(args, replies=1):
-    """The Setup that the flags name, in each of --processes.
+    """The Setup that the flags describe, in each of --processes.
 
-    replies: how many completions of --max-new-tokens a context has to hold.
+    replies: number of completions, of --max-new-tokens each, that must fit in the context.
     """
     if args.temperature == 0 and getattr(args, "num_samples", 1) > 1:
-        raise ValueError(f"{args.num_samples} samples at temperature 0 would all be the same; give "
-                         "a --temperature, or ask for one sample")
-    append_lines(args.results, [])  # what could not be kept need not be measured
+        raise ValueError(f"{args.num_samples} samples at temperature 0 would be identical; set "
+                         "--temperature or use a single sample")
+    append_lines(args.results, [])  # create it, or fail before sampling
     device = launch.find_device(args.device)
     dtype = launch.compute_dtype(args.dtype, device)
     path = model.resolve_model(args.model)
@@ -278,30 +289,27 @@ def load_setup(args, replies=1):
     tokenizer = model.load_tokenizer(path)
     fill_defaults(args, config)
     preset = PRESETS[args.prompt]
-    asked = load_problems(args.data, args.split, args.limit or None, args.data_seed)
-    shots = load_shots(args.shots_from or args.data,
-                       preset.shots if args.shots is None else args.shots, args.data_seed, asked)
-    form = {"system": model.load_system_prompt(path), "shots": shots, "think_tag": args.think_tag}
-    prompts = [encode_prompt(tokenizer, args.prompt, p, **form) for p in asked]
-    problems, prompts = fit_context(asked, prompts, config, replies * args.max_new_tokens)
+    loaded = load_problems(args.data, args.split, args.limit or None, args.data_seed)
+    num_shots = preset.shots if args.shots is None else args.shots
+    shots = load_shots(args.shots_from or args.data, num_shots, args.data_seed, loaded)
+    prompt_options = {"system": model.load_system_prompt(path), "shots": shots,
+                      "think_tag": args.think_tag}
+    prompts = [encode_prompt(tokenizer, args.prompt, p, **prompt_options) for p in loaded]
+    problems, prompts = fit_context(loaded, prompts, config, replies * args.max_new_tokens)
     names = ("prompt", "temperature", "top_p", "top_k", "seed", "max_new_tokens", "max_batch")
-    options = {name: getattr(args, name) for name in names} | form | {
+    options = {name: getattr(args, name) for name in names} | prompt_options | {
         "num_samples": 1, "engine": Engine(), "compiled": args.compile}
     settings = {"model": args.model, "weights": weights_hash(path, args.adapter),
                 "data": args.data, "split": args.split, "data_seed": args.data_seed,
                 "device": device.type, "dtype": str(dtype).removeprefix("torch.")}
-    if len(problems) < len(asked):
-        settings["asked"] = len(asked)
+    if len(problems) < len(loaded):
+        settings["asked"] = len(loaded)
     known = read_trained_on(path, args.adapter)
     trained_on = {p["id"] for p, key in zip(problems, keys_of(problems)) if key in known}
     params = model.load_params(path, "cpu", dtype, args.adapter)
     params = sampling_params(params, config, device=device)
-    # Weights count as float32, as they are read; caches count twice, for growing one copies it.
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     context = max(map(len, prompts)) + replies * args.max_new_tokens
-    own = args.max_batch * (context * slot + config.vocab_size)
-    shared = sum(tensor.shape.numel() for tensor in params.values())
-    default = launch.default_processes(args.device, 0.25 + own / 2**27, shared / 2**27)
+    default = plan_processes(args, params, config, context)
     launch.init_distributed(args.device, args.processes or default)
     setup = Setup(params, config, tokenizer, problems, prompts, options, settings,
                   args.grade or preset.grade, trained_on, args.records and Path(args.records),
@@ -311,9 +319,9 @@ def load_setup(args, replies=1):
 
 
 def collect_records(setup, name="records", **changes):
-    """evaluate() for a setup, some of its options changed: (records, settings of their rows).
+    """(records, settings for their rows) of evaluate() on a setup, with `changes` to its options.
 
-    What setup.records, or the file of this name there, holds already is not asked again.
+    Records already in setup.records, or in NAME.jsonl if that is a directory, are reused.
     """
     options = setup.options | changes
     settings = settings_of(setup, **changes)
@@ -321,49 +329,49 @@ def collect_records(setup, name="records", **changes):
     if path and path.suffix != ".jsonl":
         path = path / f"{name}.jsonl"
     done = {}
-    if path and path.is_file() and rank_and_world()[0] == 0:
-        done = read_records(path, settings)
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a line cut off goes
+    if path:
+        append_lines(path, [])  # create it, or fail before sampling
+        if rank_and_world()[0] == 0:
+            done = read_records(path, settings)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # drop an incomplete last line
     done = gather_objects(done)[0]
     todo = [p for p in setup.problems if p["id"] not in done]
 
-    def keep(*records):
-        if path:
-            append_lines(path, [record | {"settings": settings} for record in records])
+    def keep(record):
+        append_lines(path, [record | {"settings": settings}])
 
-    keep()  # what could not be kept need not be asked
-    records = evaluate(setup.params, setup.config, setup.tokenizer, todo, keep=keep, **options)
+    records = evaluate(setup.params, setup.config, setup.tokenizer, todo,
+                       keep=keep if path else None, **options)
     done |= {record["id"]: record for record in records}
     row_settings = settings | {"grade": setup.grade, "max_batch": options["max_batch"]}
     return [done[p["id"]] for p in setup.problems], row_settings
 
 
-# ---------------------------------------------------------------------- rows: what a run comes to
+# ---------------------------------------------------------------------- result rows
 
 
 def votes_of(record, grade="strict"):
-    """(the class that each sample votes for, None without an answer; the classes that are right)"""
-    votes = stats.pool_answers([s[ANSWER[grade]] for s in record["samples"]])
+    """(votes, right): the answer class of each sample, None if it has no answer; right classes."""
+    votes = stats.pool_answers([s[ANSWER_FIELDS[grade]] for s in record["samples"]])
     right = {v for v, s in zip(votes, record["samples"]) if s[grade] and v is not None}
     return votes, right
 
 
 def rates_by_level(records, scores, tokens):
-    """{level: [accuracy, low, high, problems, tokens]}"""
+    """{level: [accuracy, low, high, number of problems, mean tokens]}"""
     levels = [record.get("level") for record in records]
     rates = {}
     for level in sorted(set(levels) - {None}):
-        mine = [other == level for other in levels]
-        members = list(compress(scores, mine))
-        rates[str(level)] = [*interval(members), len(members), fmean(compress(tokens, mine))]
+        at_level = [other == level for other in levels]
+        members = list(compress(scores, at_level))
+        rates[str(level)] = [*interval(members), len(members), fmean(compress(tokens, at_level))]
     return rates
 
 
 def score_row(records, scores, tokens, seconds, **settings):
-    """A row of results: accuracy with its interval, by level, and what it cost.
+    """A result row: accuracy with its interval, accuracy by level, and cost.
 
-    records: anything with "id" and "level", such as the problems. scores, tokens: one for each.
-    seconds: for all together.
+    records: dicts with "id" and "level". scores, tokens: one per record. seconds: total.
     """
     accuracy, low, high = interval(scores)
     return settings | {
@@ -374,20 +382,20 @@ def score_row(records, scores, tokens, seconds, **settings):
 
 
 def cost_row(records, outcomes, **settings):
-    """score_row of a method that uses part of each pool: (its success, samples used) of each."""
+    """score_row() of a method that uses part of each pool: outcomes are (success, samples used)."""
     scores, drawn = zip(*outcomes)
     tokens = [n * fmean(s["tokens"] for s in r["samples"]) for n, r in zip(drawn, records)]
     seconds = sum(n * r["seconds"] / len(r["samples"]) for n, r in zip(drawn, records))
     return score_row(records, scores, tokens, seconds, samples=fmean(drawn), **settings)
 
 
-def rates_of(record, grade):
-    """{name: share of the samples of a problem, or success of k of them}"""
+def problem_rates(record, grade):
+    """{name: rate} over one problem's samples, with pass@k and maj@k if there are several."""
     samples = record["samples"]
     n = len(samples)
-    rates = {name: fmean(s[name] is True for s in samples) for name in ANSWER}
+    rates = {name: fmean(s[name] is True for s in samples) for name in ANSWER_FIELDS}
     rates["cut off"] = fmean(s["finish"] != "stop" for s in samples)
-    rates["no answer"] = fmean(s[ANSWER[grade]] is None for s in samples)
+    rates["no answer"] = fmean(s[ANSWER_FIELDS[grade]] is None for s in samples)
     rates["undecided"] = fmean(s[grade] is None for s in samples)
     votes, right = votes_of(record, grade)
     correct = sum(s[grade] is True for s in samples)
@@ -399,36 +407,31 @@ def rates_of(record, grade):
 
 
 def summarize(records, *, grade, **settings):
-    """The row of a run, at the cost of one sample a problem; "rates" holds all other rates.
-
-    What could not be decided counts as wrong.
-    """
-    found = [rates_of(record, grade) for record in records]
-    row = cost_row(records, [(rates[grade], 1) for rates in found], grade=grade, **settings)
-    return row | {"rates": {name: interval([rates[name] for rates in found]) for name in found[0]}}
+    """The row of a run, at the cost of one sample per problem; undecided answers count as wrong.
+    "rates" holds its other rates."""
+    rates = [problem_rates(record, grade) for record in records]
+    row = cost_row(records, [(r[grade], 1) for r in rates], grade=grade, **settings)
+    return row | {"rates": {name: interval([r[name] for r in rates]) for name in rates[0]}}
 
 
 def measure(setup, method, name="records", **changes):
-    """summarize() of collect_records."""
+    """summarize() of collect_records()."""
     records, settings = collect_records(setup, name, **changes)
     return summarize(records, method=method, **settings)
 
 
 def append_rows(path, rows):
-    """Add rows to the results, with the command, the code and the library that made them.
-
-    On process 0 only.
-    """
-    made = {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": code_commit(), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
-            "time": time.strftime("%F %T")}
+    """Append rows to the results file, with their command and versions; on process 0 only."""
+    source = {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+              "commit": code_commit(), "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "processes": rank_and_world()[1],
+              "time": time.strftime("%F %T")}
     if rank_and_world()[0] == 0:
-        append_lines(path, [row | made for row in rows])
+        append_lines(path, [row | source for row in rows])
 
 
 def publish(setup, rows):
-    """Print rows as a table, with their accuracy without what was trained on, and keep them."""
+    """Print rows as a table and save them; also print accuracy without the training problems."""
     say_table(*table(rows))
     if setup.trained_on:
         say(f"warning: the model was trained on {len(setup.trained_on)} of these "
@@ -441,7 +444,7 @@ def publish(setup, rows):
 
 
 def say_table(head, rows):
-    """Print a table as Markdown; on a terminal too narrow, its rows one below the other."""
+    """Print a table as Markdown or, if the terminal is too narrow, one cell per line."""
     text = markdown(head, rows)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     if max(map(len, text.splitlines())) <= width:
@@ -451,25 +454,25 @@ def say_table(head, rows):
         say("".join(f"{name:{longest}}  {cell}\n" for name, cell in zip(head, row)))
 
 
-def paired(a, b):
-    """The scores of two rows on the problems that both have: (those of a, those of b)."""
+def paired_scores(a, b):
+    """(scores of row a, scores of row b) on the problems they share."""
     shared = [i for i in a["scores"] if i in b["scores"]]
     return [a["scores"][i] for i in shared], [b["scores"][i] for i in shared]
 
 
-def change(row, better):
-    """(mean, low, high): how much more `better` has than `row`, on the problems of both."""
-    return stats.paired_bootstrap(*paired(row, better))
+def difference(row, baseline):
+    """(mean, low, high) of the row's accuracy minus the baseline's, on the problems they share."""
+    return stats.paired_bootstrap(*paired_scores(baseline, row))
 
 
-def gain(row, baseline):
-    """The points that a row has gained over a baseline, with their interval, as text."""
-    mean, low, high = (100 * value for value in change(baseline, row))
+def format_gain(row, baseline):
+    """The difference in percentage points, with its interval: "+1.0 [-0.5, +2.5]"."""
+    mean, low, high = (100 * value for value in difference(row, baseline))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def table(rows):
-    """Rows of results as a table: (its head, lists of cells)."""
+    """(header, lines of cells) of result rows, each compared with the first."""
     lines = []
     for row in rows:
         levels = {f"level {level}": percent(row["levels"].get(level, [math.nan])[0])
@@ -477,14 +480,14 @@ def table(rows):
         lines.append({
             "method": row["method"],
             "accuracy, % [95 %]": percent(row["accuracy"], row["low"], row["high"]),
-            "points over the first": gain(row, rows[0]), **levels,
+            "points over the first": format_gain(row, rows[0]), **levels,
             "tokens per problem": round(row["tokens_mean"]),
             "seconds per problem": f"{row['seconds'] / row['n']:.3f}", **row.get("cells", {})})
     return list(lines[0]), [list(line.values()) for line in lines]
 
 
 def compare(paths, grade=None):
-    """Prints what changed from one file of records to the other, over the problems in both."""
+    """Print how two files of records differ, over the problems they share."""
     runs = [read_records(path) for path in paths]
     shared = [i for i in runs[0] if i in runs[1]]
     if not shared:
@@ -497,7 +500,7 @@ def compare(paths, grade=None):
                               method=f"{path} ({len(shared)} of {len(records)})"))
     say_table(*table(rows))
     say(f"settings that differ: {list_changes(*[row['settings'] for row in rows]) or 'none'}")
-    a, b = paired(*rows)
+    a, b = paired_scores(*rows)
     if {*a, *b} <= {0, 1}:
         say(stats.gains(a, b))
 
@@ -505,7 +508,7 @@ def compare(paths, grade=None):
 # ---------------------------------------------------------------------- the report of all methods
 
 
-REPORT = [  # label, model, prompt, the script that measures it, what it calls the method
+REPORT = [  # label, model, prompt, script that measures the row, its method there
     ("base", "base", "plain", "eval.py", "greedy"),
     ("+ chain of thought", "base", "cot", "eval.py", "greedy"),
     ("+ chain of thought, sampled once", "base", "cot", "infer_scale.py", "one sample"),
@@ -515,33 +518,35 @@ REPORT = [  # label, model, prompt, the script that measures it, what it calls t
      "self-consistency at the tokens of K = 2"),
     ("+ GRPO", "trained", "plain", "eval.py", "greedy"),
     ("base, sampled", "base", "plain", "eval.py", "sampled"),  # is GRPO more than sharpening?
-    ("+ GRPO, sampled", "trained", "plain", "eval.py", "sampled")]  # see pass@10
-OF_REPORT = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
-             "limit", "report", "sampled_limit", "trained", "out")  # flags not passed on
+    ("+ GRPO, sampled", "trained", "plain", "eval.py", "sampled")]  # compare their pass@10
+REPORT_FLAGS = ("model", "prompt", "shots", "shots_from", "num_samples", "temperature", "records",
+                "limit", "report", "sampled_limit", "trained", "out")  # not passed on as they are
 
 
 def find_row(path, **wanted):
     """The latest row of a results file with these fields, or None."""
-    found = None
-    for _, row in read_rows(path) if Path(path).is_file() else ():
+    if not Path(path).is_file():
+        return None
+    latest = None
+    for _, row in read_rows(path):
         row = {"asked": row.get("n")} | row
         if wanted.items() <= row.items():
-            found = row
-    return found
+            latest = row
+    return latest
 
 
 def run_script(script, *flags):
     print(f"\n$ python {script} {' '.join(flags)}", flush=True)
     if code := subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
-        raise ValueError(f"{script} ended with exit code {code}; its own message is above")
+        raise ValueError(f"{script} failed with exit code {code}; its error message is above")
 
 
 def draw_cost(rows, path):
-    """Draws accuracy against tokens per problem."""
+    """Plot accuracy against tokens per problem."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print(f"{path} is not drawn: pip install matplotlib")
+        return print(f"{path} was not drawn; pip install matplotlib")
     axes = Figure((7, 4.5), dpi=150).subplots()
     axes.set(xlabel="tokens per problem", ylabel="accuracy", ylim=(0, 1), xscale="log")
     for row in rows:
@@ -552,23 +557,23 @@ def draw_cost(rows, path):
 
 
 def report(args):
-    """One row per method, as Markdown and a plot; rows that the results lack are measured."""
+    """Write one row per method as Markdown and a plot, measuring rows that the results lack."""
     if args.adapter:
         raise ValueError(f"--adapter {args.adapter}: --report compares --model with --trained; "
-                         "pass the checkpoint with the adapter merged as --trained")
+                         "pass the merged checkpoint as --trained")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     models = {"base": args.model, "trained": args.trained}
     paths = {name: model.resolve_model(path) for name, path in models.items()}
     config = model.load_config(paths["base"])
-    usual = vars(parse_args([]))
+    defaults = vars(parse_args([]))
     shared = [f"{launch.flag_name(name)}={value}".removesuffix("=True")
               for name, value in vars(args).items()
-              if name not in OF_REPORT and value != usual[name]]
+              if name not in REPORT_FLAGS and value != defaults[name]]
     fill_defaults(args, config)
     rows = []
     for label, name, prompt, script, method in REPORT:
-        if not model.is_tiny(config):  # grpo.py asks it for steps, as the sampled rows do
+        if not model.is_tiny(config):  # grpo.py's default prompt already asks for steps
             prompt = "direct" if label == "base" else "boxed"
         greedy = method == "greedy"
         temperature = 0.0 if greedy else SAMPLING_TEMPERATURE
@@ -579,9 +584,9 @@ def report(args):
                   "grade": args.grade or PRESETS[prompt].grade, "temperature": temperature,
                   "seed": args.seed}
         if not find_row(args.results, **wanted):
-            ten = ["--num-samples=10"] if method == "sampled" else []
+            extra = ["--num-samples=10"] if method == "sampled" else []
             run_script(script, f"--model={models[name]}", f"--prompt={prompt}",
-                       f"--limit={limit}", f"--temperature={temperature}", *ten, *shared)
+                       f"--limit={limit}", f"--temperature={temperature}", *extra, *shared)
         row = find_row(args.results, **wanted)
         pass_10 = row.get("rates", {}).get("pass@10")
         rows.append(row | {"method": label, "cells": {

@@ -1,7 +1,7 @@
-"""What every script needs as a command: flags, devices, processes, and what it says on the way.
+"""Command-line support for every script: flags, devices, processes, console output, errors.
 
-torchrun starts many processes, or on a CPU the first one forks. From then on they are the same:
-ranked, in one process group, and ended together by an error or a second Ctrl-C.
+Multiple processes are started by torchrun or, on a CPU, by forking. Either way they form one
+process group, and an error in any of them ends all of them.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from model import did_you_mean, read_json
 
 
 def bounded(kind, fits, expected):
-    """An argparse type: `kind` (int or float), finite, for which fits(value) holds."""
+    """Return an argparse type: a finite `kind` (int or float) for which fits(value) is true."""
     def parse(text):
         value = kind(text)
         if not math.isfinite(value) or not fits(value):
             raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls it in its errors
+    parse.__name__ = kind.__name__  # argparse prints this name in its errors
     return parse
 
 
@@ -57,11 +57,11 @@ def between(low, high):
 
 below_one = bounded(float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
 step_size = bounded(float, lambda value: 0 < value <= 1, "more than 0 and at most 1: AdamW moves "
-                    "every weight by about so much in a step")
+                    "each weight by about this much per step")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the docstring, and shows the defaults that there are."""
+    """Preserves the docstring's line breaks and shows the default of each flag that has one."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or "default" in action.help:
@@ -70,11 +70,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with such help, and a guess at what an unknown flag was meant to be."""
+    """An ArgumentParser with this help format, which suggests a match for an unknown flag."""
 
-    def __init__(self, description, **more):
+    def __init__(self, description, **kwargs):
         super().__init__(description=description, formatter_class=HelpFormatter,
-                         usage=argparse.SUPPRESS, **more)  # an error is one line
+                         usage=argparse.SUPPRESS, **kwargs)  # keeps errors to one line
 
     def parse_args(self, args=None, namespace=None):
         args, unknown = self.parse_known_args(args, namespace)
@@ -90,35 +90,35 @@ def usable_cores():
 
 
 def add_device_flags(parser):
-    """The flags of every script that samples or trains: --device, --dtype, --processes."""
+    """Add --device, --dtype and --processes, which every script that samples or trains has."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda, cuda:N or mps")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of the computation; auto: bfloat16 on a GPU that has it, else float32")
-    add("--processes", type=between(1, max(8, usable_cores())), help="forks of one thread each, on "
-        "a CPU under Linux (default: one per core, at most 8 and as many as memory holds)")
+        help="compute dtype; auto: bfloat16 on a GPU that supports it, else float32")
+    add("--processes", type=between(1, max(8, usable_cores())), help="single-threaded forks "
+        "on a Linux CPU (default: one per core, at most 8, as memory allows)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):
-    """The flags that sft.py and grpo.py share. lr, run_dir: defaults; lr_help says what None is."""
+    """Add the flags common to sft.py and grpo.py. lr, run_dir: their defaults."""
     add_device_flags(parser)
     add = parser.add_argument_group("training").add_argument
-    add("--adapter", help="directory of a LoRA adapter (PEFT's format) to go on from")
+    add("--adapter", help="directory of a LoRA adapter (PEFT format) to start from")
     add("--lr", type=step_size, default=lr, help=lr_help)
     add("--warmup", type=at_least(0), default=10, help="steps of linear warm-up")
-    add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="of AdamW")
-    add("--weight-decay", type=at_least(0.0), default=0.0, help="of the matrices")
-    add("--clip", type=at_least(0.0), default=1.0, help="largest norm of the gradient; 0: any")
-    add("--seed", type=between(0, 2**63 - 1), default=0, help="every random choice follows from it")
+    add("--betas", type=below_one, nargs=2, default=[0.9, 0.999], help="AdamW's betas")
+    add("--weight-decay", type=at_least(0.0), default=0.0, help="applied to matrices only")
+    add("--clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
+    add("--seed", type=between(0, 2**63 - 1), default=0, help="seed of every random choice")
     add("--offload", action="store_true", help="masters and Adam moments in host memory (GPU only)")
     add("--timeout-min", type=above(0.0), default=120.0,
-        help="minutes that a process waits for the others before all end")
-    add("--run-dir", default=run_dir, help="where the run lives")
+        help="minutes a process waits for the others before the run is aborted")
+    add("--run-dir", default=run_dir, help="directory of the run")
     add("--save-every", type=at_least(1), default=25, help="steps between checkpoints")
-    add("--keep", type=at_least(1), default=2, help="checkpoints kept, beside the best")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (pip install wandb)")
+    add("--keep", type=at_least(1), default=2, help="recent checkpoints to keep besides the best")
+    add("--wandb", metavar="PROJECT", help="also log to Weights & Biases (pip install wandb)")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    add("--resume", action="store_true", help="continue from the newest checkpoint, if any")
     add("--overwrite", action="store_true", help="delete the run in --run-dir first")
 
 
@@ -127,14 +127,14 @@ def flag_name(name):
 
 
 def fill_unset(args, defaults):
-    """Fill in the flags that were left out. Writes into `args`."""
+    """Set the flags of `args` that are None to their defaults, in place."""
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def parse_train_args(parser, argv=None):
-    """parser.parse_args(argv); with --resume, the run's own flags are the defaults."""
+    """parser.parse_args(argv); with --resume, flags default to the values saved with the run."""
     args = parser.parse_args(argv)
     saved = Path(args.run_dir, "flags.json")
     if args.resume and saved.is_file():
@@ -148,43 +148,42 @@ def parse_train_args(parser, argv=None):
 
 
 def find_device(name):
-    """The torch.device of "auto", "cpu", "cuda", "cuda:N" or "mps" (never chosen by "auto").
+    """Return the torch.device for auto, cpu, cuda, cuda:N or mps (which auto never picks).
 
-    torchrun's processes take a GPU each. Raises ValueError when there is no such device.
+    Under torchrun each process gets its own GPU. Raises ValueError if there is no such device.
     """
-    # for packed rows; they are of every length, and it is read when CUDA is first used
+    # packed rows vary in length and fragment memory; must be set before CUDA is first used
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gpus = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if gpus else "cpu"
-    found = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
-    if not found:
-        raise ValueError(f"--device {name} is not known; expected auto, cpu, cuda, cuda:N or mps")
+    match = re.fullmatch(r"cpu|mps|cuda(?::(\d+))?", name)
+    if not match:
+        raise ValueError(f"unknown --device {name}; expected auto, cpu, cuda, cuda:N or mps")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch finds no Apple GPU here; pass --device cpu")
+        raise ValueError("--device mps: PyTorch found no Apple GPU; pass --device cpu")
     if name in ("cpu", "mps"):
         return torch.device(name)
-    index = int(os.environ.get("LOCAL_RANK", found[1] or 0))
+    index = int(os.environ.get("LOCAL_RANK", match[1] or 0))
     if index >= gpus:
-        raise ValueError(f"GPU {index} is wanted and there are {gpus}; run fewer processes, or "
-                         "pass --device cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, up to 0.4 s, for every shape
+        raise ValueError(f"no GPU {index}, {gpus} found; run fewer processes or pass --device cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN replans for every shape, up to 0.4 s
     return torch.device("cuda", index)
 
 
 def compute_dtype(name, device):
-    """The dtype of --dtype NAME; "auto": bfloat16 on a GPU that computes in it, else float32."""
+    """Return the dtype for --dtype; "auto": bfloat16 on a GPU that supports it, else float32."""
     if name != "auto":
         return getattr(torch, name)
     kind = torch.device(device).type
     modern = kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
-    if kind == "cuda":  # a plan may be made where there is none
+    if kind == "cuda":  # if none is present, assume a recent one
         modern = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if modern else torch.float32
 
 
-def memory_there(device, processes=1):
-    """GiB of a GPU, or of this machine for each of so many processes; inf where it is not known."""
+def total_memory_gib(device, processes=1):
+    """Total GiB of the GPU, or of host memory per process; inf if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
     if not hasattr(os, "sysconf"):  # Windows
@@ -194,7 +193,7 @@ def memory_there(device, processes=1):
 
 
 def peak_memory_gib(device):
-    """The most that this process has held: resident on a CPU, allocated tensors on a GPU. GiB."""
+    """This process's peak memory in GiB: allocated tensors on a GPU, resident set on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
@@ -208,84 +207,85 @@ def peak_memory_gib(device):
 
 
 def rank_and_world():
-    """(rank, number of processes), under torchrun known from the start; (0, 1) for one process."""
+    """(rank, number of processes), also before init_distributed; (0, 1) for a single process."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def default_processes(device, gib_each, gib_shared=0.0):
-    """What --processes means when it is left out: a usable core each, at most 8, as memory allows.
+    """Return the default of --processes: one per usable core, at most 8, as memory allows.
 
-    1 where this process cannot fork, or torchrun has started it. gib_each: what a process takes
-    beside the gib_shared that all of them read.
+    1 where forking is unavailable, and under torchrun. gib_each: memory per process, in addition
+    to the gib_shared that all of them share.
     """
     if sys.platform != "linux" or "WORLD_SIZE" in os.environ or find_device(device).type != "cpu":
         return 1
-    return max(1, min(usable_cores(), 8, int((memory_there("cpu") - gib_shared) / gib_each)))
+    return max(1, min(usable_cores(), 8, int((total_memory_gib("cpu") - gib_shared) / gib_each)))
 
 
-def fork_into(count):
-    """Become `count` processes of one thread each, in the environment that torchrun gives.
+def fork_processes(count):
+    """Become `count` single-threaded processes, with torchrun's environment variables set.
 
-    This one is rank 0. The others end with it, whatever ends it.
+    This process is rank 0; whatever ends it, the kernel kills the others.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     sys.stdout.flush()
     parent = os.getpid()
     rank = 0
-    for number in range(1, count):
+    for child_rank in range(1, count):
         if rank == 0 and os.fork() == 0:
-            rank = number
+            rank = child_rank
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:  # it had ended before
+            if os.getppid() != parent:  # the parent ended before the prctl call
                 os._exit(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
         "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "TOKENIZERS_PARALLELISM": "false"}  # the tokenizer's threads are not forked
+        "TOKENIZERS_PARALLELISM": "false"}  # its threads do not survive a fork
     torch.set_num_threads(1)
 
 
-def leave_at_once(kind, error, trace):
-    """The excepthook of one process among many, without the clean-up that could wait for ever."""
+def exit_immediately(kind, error, trace):
+    """The excepthook of multi-process runs: report the error; skip clean-up, which could hang."""
     rank, world = rank_and_world()
     text = "".join(traceback.format_exception(error))
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        # the process that failed first ends this one, when its error is shown
+        # give the process that failed first time to report; its exit ends this one
         time.sleep(5 if rank == 0 else 30)
-        text = (f"it lost another process, whose error is the one to read; without one it was "
-                f"killed, often because memory ran out ({error})\n")
+        text = (f"another process failed; see its error. If there is none, it was killed, often "
+                f"for lack of memory ({error})\n")
     print(f"process {rank} of {world} failed: {text}", end="", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
 
 
 def quit_on_second_signal():
-    """From here on a second Ctrl-C or SIGTERM ends this process at once, even in a collective.
+    """From now on, a second Ctrl-C or SIGTERM ends this process at once, even inside a collective.
 
-    Python's own handlers wait until the main thread is back from it, which is never when another
-    process is frozen. What the system's handler writes to a socket, a thread reads at once.
+    Python runs signal handlers in the main thread only, which stays in a collective for as long as
+    another process is frozen. A thread reads the signals from the interpreter's wakeup socket.
     """
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    signal.set_wakeup_fd(theirs.detach())
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach())
 
     def wait():
-        received = []
-        while len(received) < 2:
-            received += {signal.SIGINT, signal.SIGTERM}.intersection(ours.recv(1))
-        os._exit(128 + received[-1])
+        count = 0
+        while count < 2:
+            number = reader.recv(1)[0]
+            count += number in (signal.SIGINT, signal.SIGTERM)
+        os._exit(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def init_distributed(device="auto", processes=1, timeout_min=120):
-    """(rank, world, device), the process group set up: torchrun's, or forks of this process.
+    """Set up the process group and return (rank, world, device).
 
-    device: as for find_device. processes: how many to become without torchrun. They share what was
-    loaded before, such as frozen weights. When one fails, all end; so they do when one has waited
-    `timeout_min` minutes for the others.
+    device: a name for find_device. processes: how many to fork into if torchrun started none; forks
+    share memory loaded before the call, such as frozen weights. All processes end when one fails
+    or has waited `timeout_min` minutes for the others.
     """
     device = find_device(device)
     on_gpu = device.type == "cuda"
@@ -293,21 +293,21 @@ def init_distributed(device="auto", processes=1, timeout_min=120):
         torch.cuda.set_device(device)
     if processes > 1 and rank_and_world()[1] == 1:
         if on_gpu or sys.platform != "linux":
-            raise ValueError(f"--processes {processes} forks on a CPU under Linux only; elsewhere "
-                             "torchrun starts many processes, and --processes 1 is one")
-        fork_into(processes)
+            raise ValueError(f"--processes {processes} works on a CPU under Linux only; elsewhere "
+                             "use torchrun, or --processes 1")
+        fork_processes(processes)
     rank, world = rank_and_world()
     if world > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
                                 timeout=timedelta(minutes=timeout_min))
         atexit.register(dist.destroy_process_group)
         quit_on_second_signal()
-        sys.excepthook = leave_at_once
+        sys.excepthook = exit_immediately
     return rank, world, device
 
 
 def gather_objects(value):
-    """What every process passed, in the order of their ranks, known to every process."""
+    """Return every process's value, in rank order, on every process."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -315,7 +315,7 @@ def gather_objects(value):
     return values
 
 
-# ------------------------------------------------------------ what it says
+# ------------------------------------------------------------ console output
 
 
 def say(*words):
@@ -324,22 +324,22 @@ def say(*words):
         print(*words, flush=True)
 
 
-say_once = functools.cache(say)  # the same words
+say_once = functools.cache(say)  # each distinct message
 
 
 def printable(text):
-    """A model's or a server's text without the codes that a terminal would obey, spelled out."""
+    """Escape the control codes in a model's or server's text, so that no terminal acts on them."""
     codes = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
     return re.sub(codes, lambda code: ascii(code[0])[1:-1], text)
 
 
 @contextmanager
 def progress_bar(total, name=None, quiet=False):
-    """Yields an on_step for `generate`, which moves a bar over so many completions.
+    """Show progress over `total` completions. Yields the on_step callback to pass to `generate`.
 
-    They are those of all processes, guessed from this one's. The bar says how many tokens a second
-    these are, and how long the rest will take; in a log file, once a minute. quiet: only on a
-    terminal, and gone at the end. on_step(..., joined): so many more completions are asked for.
+    Counts cover all processes, extrapolated from this one. The bar shows tokens per second and the
+    time left; in a log file it prints once a minute. quiet: only on a terminal, and cleared at the
+    end. on_step(..., joined=n) adds n completions to the total.
     """
     rank, world = rank_and_world()
     terminal = sys.stderr.isatty()
@@ -360,8 +360,8 @@ def progress_bar(total, name=None, quiet=False):
         bar.n = bar.total
 
 
-def show_phase(items, name):
-    """The items, with a bar while they are gone through: on process 0's terminal, and then gone."""
+def phase_bar(items, name):
+    """Iterate over `items` with a bar, on process 0's terminal only, cleared at the end."""
     return tqdm(items, desc=name, leave=False, disable=rank_and_world()[0] > 0 or None)
 
 
@@ -369,7 +369,7 @@ def show_phase(items, name):
 
 
 def own_command():
-    """The command that this script was started with, but for --resume and --overwrite."""
+    """The command that started this script, without --resume and --overwrite."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     launcher = "python"
     if dist.is_torchelastic_launched():
@@ -377,36 +377,36 @@ def own_command():
     return f"{launcher} {shlex.join(words)}"
 
 
-def how_to_go_on(args):
-    """What a script says when it is stopped, by the flags that it has."""
+def resume_hint(args):
+    """How to resume, given the script's flags."""
     if hasattr(args, "resume"):
-        return f"; go on with: {own_command()} --resume"
+        return f"; resume with: {own_command()} --resume"
     if getattr(args, "records", None):
-        return f"; the same command goes on from what {args.records} holds"
-    return "; with --records it could go on from here" if hasattr(args, "records") else ""
+        return f"; run the same command again to continue from {args.records}"
+    return "; pass --records to make it resumable" if hasattr(args, "records") else ""
 
 
 def run_main(main, parse_args):
-    """A script's main as a command. What its user can mend is one line on stderr, exit code 2.
+    """Run a script's main. A user's error becomes one line on stderr and exit code 2.
 
-    Ctrl-C is one, too, with how to go on, and exit code 130.
+    Ctrl-C becomes one line with how to resume, and exit code 130.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+        stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     script = Path(sys.argv[0]).name
-    how = ""
+    hint = ""
     try:
         args = parse_args()
-        how = how_to_go_on(args)
+        hint = resume_hint(args)
         main(args)
     except (ValueError, OSError) as error:
         if rank_and_world()[0] > 0:
-            time.sleep(2)  # if process 0 fails for the same reason, this one is over before
+            time.sleep(2)  # if process 0 fails for the same reason, its exit ends this one
         print(f"{script}: {error}", file=sys.stderr, flush=True)
-        if dist.is_initialized():  # the clean-up would wait for the others
+        if dist.is_initialized():  # clean-up would wait for the others
             os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank_and_world()[0] == 0:
-            print(f"\n{script}: stopped{how}", file=sys.stderr)
+            print(f"\n{script}: stopped{hint}", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Advantages and losses: what a completion's reward says of its tokens.
+"""Advantages and losses, from the rewards of completions to a loss over their tokens.
 
 GRPO is group_advantages, ppo and policy_loss; the rest are options of grpo.py.
 """
@@ -8,18 +8,43 @@ from typing import NamedTuple
 
 import torch
 
+from launch import above, at_least, below_one
+
+
+def add_loss_flags(parser):
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", default="dapo", choices=LOSSES)
+    add("--level", default="token", choices=("token", "sequence"), help="sequence: GSPO's ratio")
+    add("--scale", default="group", choices=("group", "batch", "none", "mean"), help="divide "
+        "advantages by the standard deviation of group or batch, or by the group's mean (MaxRL)")
+    add("--clip-low", type=below_one, default=0.2, help="clip the ratio below 1 - this")
+    add("--clip-high", type=at_least(0.0), help="and above 1 + this (default: 0.28; dppo: 0.2)")
+    add("--clip-hard", type=above(1.0), help="and above this if the advantage is negative")
+    add("--beta", type=at_least(0.0), help="coefficient of the KL divergence (default: 0)")
+    add("--kl", default="k3_corrected", choices=("k1", "k2", "k3", "k3_corrected"))
+    add("--entropy-bonus", type=float, default=0.0, help="coefficient of the entropy")
+    add("--sampler-level", default="token", choices=("token", "sequence"), help="if sampler and "
+        "trainer disagree, truncate the weight of a token, or drop the whole completion")
+    add("--sampler-cap", type=at_least(1.0), help="beyond this ratio (default: 2; sequence: 3)")
+
+
 # ------------------------------------------------------------ advantages
+
+
+def as_tensor(rows):
+    """Lists of rewards as [N, G] float32, with nan for None, which is undecided."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
 
 
 def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 
-    rewards: [N, G] float, nan where undecided, which stays nan and has no part in the others.
+    rewards: [N, G] float. An undecided one is nan, stays nan, and does not affect the others.
     Returns [N, G] float: rows sum to zero; equal rewards give zeros.
-    scale: divide by the standard deviation (n - 1) of the "group" (GRPO, arXiv:2402.03300) or of
-    the "batch" (REINFORCE++-baseline, arXiv:2501.03262), plus 1e-4, by "none" (Dr. GRPO,
-    arXiv:2503.20783), or by the group's "mean" (MaxRL, arXiv:2602.02710: for rewards of 0 and 1).
-    Raises ValueError when G < 2: one alone has no baseline.
+    scale: divide by the standard deviation (n - 1), plus 1e-4, of the "group" (GRPO,
+    arXiv:2402.03300) or the "batch" (REINFORCE++-baseline, arXiv:2501.03262); by nothing, "none"
+    (Dr. GRPO, arXiv:2503.20783); or by the group's "mean" (MaxRL, arXiv:2602.02710, for rewards of
+    0 and 1). Raises ValueError if G < 2: a group of one has no baseline.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards are {list(rewards.shape)}, expected [N, G] with G of at least 2")
@@ -33,15 +58,15 @@ def group_advantages(rewards, scale="group"):
     if scale == "batch":
         return advantages / (rewards[~rewards.isnan()].std() + 1e-4)
     if scale == "mean":
-        return advantages / mean.clamp(min=1e-6)  # all wrong: 0 / 1e-6
+        return advantages / mean.clamp(min=1e-6)  # 0 if all are wrong
     raise ValueError(f"scale is {scale!r}, expected group, batch, none or mean")
 
 
 def combined_advantages(parts, coefficients, scale):
-    """GDPO, arXiv:2601.05242: each reward by itself in its group, then their sum over the batch.
+    """GDPO, arXiv:2601.05242: normalise each reward in its group, then their sum over the batch.
 
-    So a reward counts by its coefficient, however little it differs. parts: {name: [N, G]}, nan
-    where undecided, which keeps a completion out of every part.
+    The influence of a reward is its coefficient, however small its spread. parts: {name: [N, G]};
+    a completion that is nan in one part is left out of all.
     """
     undecided = sum(parts.values()).isnan()
     advantages = sum(
@@ -51,9 +76,9 @@ def combined_advantages(parts, coefficients, scale):
 
 
 # ------------------------------------------------------------ objectives
-# Each takes the ratio and log-probabilities [B, T], the advantages A [B, 1] and the bounds, and
-# returns three [B, T]: what a token adds to the sum that is maximised, and whether it has no
-# gradient, its ratio being too low or too high.
+# Arguments: the ratio and log-probabilities [B, T], the advantages A [B, 1], and the bounds.
+# Returns three [B, T]: the objective of each token, which is maximised, and whether its gradient is
+# zero because its ratio is too low or too high.
 
 
 def ppo(ratio, logprobs, old_logprobs, A, low, high, hard):
@@ -63,24 +88,24 @@ def ppo(ratio, logprobs, old_logprobs, A, low, high, hard):
 
 
 def cispo(ratio, logprobs, old_logprobs, A, low, high, hard):
-    """arXiv:2506.13585, eq. 4: a factor that is clipped from above; every token has a gradient."""
+    """arXiv:2506.13585, eq. 4: REINFORCE, weighted by the ratio clipped from above."""
     above = ratio > 1 + high  # whatever the advantage
     return ratio.detach().clamp(max=1 + high) * A * logprobs, torch.zeros_like(above), above
 
 
 def dppo(ratio, logprobs, old_logprobs, A, low, high, hard):
-    """arXiv:2602.04879: bounds the move of the probability (total variation), not its ratio."""
-    moved = logprobs.detach().exp() - old_logprobs.exp()
-    below, above = (moved < -low) & (A <= 0), (moved > high) & (A > 0)
+    """arXiv:2602.04879: bounds the change of the probability (total variation), not its ratio."""
+    change = logprobs.detach().exp() - old_logprobs.exp()
+    below, above = (change < -low) & (A <= 0), (change > high) & (A > 0)
     return ratio.detach().clamp(max=20) * ~(below | above) * A * logprobs, below, above
 
 
 def sapo(ratio, logprobs, old_logprobs, A, low, high, hard):
-    """arXiv:2511.20347: a soft gate in place of the clip, sharper for negative advantages."""
+    """arXiv:2511.20347: a soft gate instead of clipping, sharper for negative advantages."""
     sharpness = torch.full_like(A, 1.05).masked_fill(A > 0, 1.0)
     gate = torch.sigmoid(sharpness * (ratio - 1)) * 4 / sharpness
-    open_everywhere = torch.zeros_like(ratio)
-    return gate * A, open_everywhere, open_everywhere
+    unclipped = torch.zeros_like(ratio)
+    return gate * A, unclipped, unclipped
 
 
 LOSSES = {"dapo": ppo, "grpo": ppo, "bnpo": ppo, "dr_grpo": ppo, "cispo": cispo, "dppo": dppo,
@@ -88,10 +113,10 @@ LOSSES = {"dapo": ppo, "grpo": ppo, "bnpo": ppo, "dr_grpo": ppo, "cispo": cispo,
 
 
 def kl_divergence(gap, ratio, kl):
-    """Estimates of KL(policy || reference) for each token, [B, T].
+    """An estimate of KL(policy || reference) for each token, [B, T].
 
-    gap: [B, T], log of reference over policy. Schulman 2020, http://joschu.net/blog/kl-approx.html;
-    k3: GRPO, eq. 4; k3_corrected, whose gradient is unbiased: DeepSeek-V3.2, arXiv:2512.02556.
+    gap: [B, T], log(reference / policy). Schulman 2020, http://joschu.net/blog/kl-approx.html; k3:
+    GRPO, eq. 4; k3_corrected, with an unbiased gradient: DeepSeek-V3.2, arXiv:2512.02556.
     """
     k3 = gap.exp() - gap - 1
     estimates = {"k1": -gap, "k2": gap.square() / 2, "k3": k3, "k3_corrected": ratio * k3}
@@ -104,18 +129,18 @@ def kl_divergence(gap, ratio, kl):
 
 
 class Total(NamedTuple):
-    """The normalisers of an optimizer step, over all its completions."""
-    loss: int  # what the sum of the loss is divided by
+    """Normalisers of an optimizer step, over all its completions."""
+    loss: int  # divides the summed loss
     tokens: int
 
 
 def loss_total(loss, lengths, max_completion_tokens):
-    """The Total of completions of these lengths."""
+    """The Total of completions with these lengths."""
     tokens = sum(lengths)
     total = tokens  # the mean over all tokens (DAPO, eq. 8)
-    if loss in ("grpo", "sapo"):  # over completions, each the mean over its tokens
+    if loss in ("grpo", "sapo"):  # the mean over completions of the mean over their tokens
         total = len(lengths)
-    if loss == "dr_grpo":  # arXiv:2503.20783: a constant instead of the length
+    if loss == "dr_grpo":  # arXiv:2503.20783: a constant in place of the length
         if max_completion_tokens is None:
             raise ValueError("dr_grpo divides by max_completion_tokens, which is None")
         total = len(lengths) * max_completion_tokens
@@ -125,24 +150,23 @@ def loss_total(loss, lengths, max_completion_tokens):
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss="dapo",
                 level="token", clip_low=0.2, clip_high=0.28, clip_hard=None, beta=0.0, kl="k3",
                 max_completion_tokens=None, total=None, weights=None):
-    """The loss whose gradient improves the policy, and what to log of it.
+    """(loss, stats): a scalar to minimise, and sums over the tokens of this call for the log.
 
     logprobs, old_logprobs, ref_logprobs: [B, T] float, under the policy, the policy that sampled,
-    the reference (None when beta is 0). advantages: [B]. mask: [B, T], 1 for tokens that count.
-    loss: one of LOSSES. level: "token", or "sequence" for the ratio of GSPO. weights: [B, T] or
-    [B, 1], factors of the objective, not of the divergence; or None. total: what the sum is divided
-    by, over the whole optimizer step; None: by loss_total of this call (so "bnpo" is "dapo"), where
-    "dr_grpo" takes max_completion_tokens for the length.
-    Returns (loss, stats): a scalar, and sums over the tokens of this call, "tokens" among them.
+    and the reference (None if beta is 0). advantages: [B]. mask: [B, T], 1 for completion tokens.
+    loss: one of LOSSES. level: "token", or "sequence" for GSPO's ratio. total: Total.loss of the
+    whole optimizer step; None: of this call, which makes "bnpo" the same as "dapo".
+    max_completion_tokens: for "dr_grpo" without a total. weights: [B, T] or [B, 1], for the
+    objective but not the divergence; or None.
     """
     if loss not in LOSSES or level not in ("token", "sequence"):
-        raise ValueError(f"loss is {loss!r}, level {level!r}, expected one of {', '.join(LOSSES)}, "
-                         "and token or sequence")
+        raise ValueError(f"loss is {loss!r}, expected one of {', '.join(LOSSES)}; level is "
+                         f"{level!r}, expected token or sequence")
     mask = mask.to(logprobs.dtype)  # [B, T]
     lengths = mask.sum(1)  # [B]
-    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; never inf * 0
+    log_ratio = (logprobs - old_logprobs).clamp(-20, 20) * mask  # [B, T]; clamped: no inf * 0
     ratio = token_ratio = log_ratio.exp()  # [B, T]
-    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: the geometric mean over the sequence
+    if level == "sequence":  # GSPO, arXiv:2507.18071, eq. 7: geometric mean over the sequence
         mean = log_ratio.sum(1) / lengths.clamp(min=1)  # [B]
         ratio = mean.exp()[:, None].expand_as(token_ratio)  # [B, T]
     objective, below, above = LOSSES[loss](
@@ -155,7 +179,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
         gap = (ref_logprobs - logprobs).clamp(-20, 20) * mask
         divergence = kl_divergence(gap, token_ratio, kl)
     per_token = (beta * divergence - objective) * mask  # [B, T]
-    if loss in ("grpo", "sapo"):  # arXiv:2402.03300, eq. 3: first the mean over each completion
+    if loss in ("grpo", "sapo"):  # arXiv:2402.03300, eq. 3: the mean over each completion first
         per_token = per_token / lengths.clamp(min=1)[:, None]
     if total is None:
         total = max(1, loss_total(loss, lengths, max_completion_tokens).loss)
@@ -165,13 +189,13 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, *, loss=
 
 
 def mismatch_weights(log_ratio, cap, level="token"):
-    """Importance weights, for a sampler whose probabilities differ from the trainer's.
+    """Importance weights for a sampler whose probabilities differ from the trainer's.
 
-    log_ratio: [B, T], log of the trainer's over the sampler's, 0 where there is no token.
-    level "token": the ratio of each token, at most `cap` (truncated importance sampling), [B, T].
-    "sequence": the ratio of the whole completion, or 0 outside 1 / cap to cap, [B, 1].
-    They are for the policy's objective, an expectation under the trainer that the sampler's draws
-    only estimate. A KL penalty goes without: it should hold in every sample, masked ones included.
+    log_ratio: [B, T], log(trainer / sampler), 0 at padding. level "token": the ratio of each token,
+    at most `cap` (truncated importance sampling), [B, T]. level "sequence": the ratio of the whole
+    completion, or 0 if it is outside 1 / cap to cap, [B, 1].
+    They correct the objective, an expectation under the trainer estimated from the sampler's draws.
+    The KL penalty is not weighted: it applies to every completion, including those with weight 0.
     """
     if level == "token":
         return log_ratio.exp().clamp(max=cap)

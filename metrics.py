@@ -1,6 +1,6 @@
-"""What a run of grpo.py tells of itself: numbers of a step, whole samples, what it came to.
+"""What a run of grpo.py logs: metrics of each step, sampled groups, and the final result.
 
-Everything here is a function of groups (grpo.Group) and of what is logged; nothing samples.
+Everything is computed from groups (data.rewards.Group) and earlier logs; nothing runs a model.
 """
 
 import json
@@ -10,7 +10,7 @@ from statistics import fmean
 from data.prompts import PRESETS
 from data.rewards import has_spread
 from launch import say
-from run import write_whole
+from run import write_atomic
 from stats import gains, interval, markdown, paired_bootstrap, pass_at_k, percent
 from verify import extract_answer
 
@@ -33,13 +33,14 @@ def mean(values):
 
 
 def step_metrics(groups, learned, args):
-    """What a step's groups and its update were like. learned: from update."""
+    """Metrics of a step's groups and of its update. learned: what grpo.update returned."""
     strict = PRESETS[args.prompt].grade == "strict"
-    rows = []  # of a completion each
+    rows = []  # one for each completion
     for g in groups:
         for i, completion in enumerate(g.completions):
             boxed = extract_answer(g.texts[i], strict) is not None
-            rows.append({f"reward_{name}": values[i] for name, values in g.parts.items()} | {
+            row = {f"reward_{name}": values[i] for name, values in g.parts.items()}
+            rows.append(row | {
                 "reward": g.rewards[i], "accuracy": g.right[i] is True,
                 "undecided": g.rewards[i] is None, "no_box": not boxed,
                 "wrong": boxed and g.right[i] is False, "length": len(completion.tokens),
@@ -64,21 +65,22 @@ def step_metrics(groups, learned, args):
 
 
 def token_texts(tokenizer, tokens):
-    """The text of each token; a character of several tokens stands at its last."""
+    """The text of each token. A character of several tokens belongs to its last one."""
     texts = []
-    begun = []  # tokens of a character that is not whole
+    pending = []  # tokens of an incomplete character
     for token in tokens:
-        begun.append(token)
-        text = tokenizer.decode(begun, skip_special_tokens=False)
-        whole = "\ufffd" not in text or len(begun) == 4  # UTF-8 has at most four bytes
-        texts.append(text if whole else "")
-        if whole:
-            begun = []
+        pending.append(token)
+        text = tokenizer.decode(pending, skip_special_tokens=False)
+        if "\ufffd" in text and len(pending) < 4:  # UTF-8 has at most four bytes
+            texts.append("")
+        else:
+            texts.append(text)
+            pending = []
     return texts
 
 
 def sample_records(groups, kind, tokenizer):
-    """Groups, whole, as samples.jsonl holds them and view.py shows them."""
+    """Complete groups as records for samples.jsonl. kind: "rollout" or "held_out"."""
     records = []
     for g in groups:
         completions = []
@@ -101,68 +103,65 @@ def sample_records(groups, kind, tokenizer):
 
 
 def count_right(groups, counts):
-    """Adds to `counts`, {id of a problem: [right completions, completions]}."""
+    """Add to `counts`, {id of a problem: [right completions, all completions]}."""
     for g in groups:
-        right, asked = counts.get(g.problem["id"], (0, 0))
-        counts[g.problem["id"]] = [right + g.right.count(True), asked + len(g.right)]
+        right, sampled = counts.get(g.problem["id"], (0, 0))
+        counts[g.problem["id"]] = [right + g.right.count(True), sampled + len(g.right)]
 
 
 def save_solved(run, counts):
-    """Write which problems were never or always solved as problems.json, and say how many."""
+    """Write the problems never or always solved to problems.json, and print how many there are."""
     never = [name for name, (right, _) in counts.items() if right == 0]
-    always = [name for name, (right, asked) in counts.items() if right == asked]
+    always = [name for name, (right, sampled) in counts.items() if right == sampled]
     path = run.dir / "problems.json"
     if run.rank == 0:
-        write_whole(path, json.dumps({"never": never, "always": always}, indent=1))
-    say(f"of {len(counts)} problems asked, {len(never)} were never solved and {len(always)} "
-        f"always: {path} lists them")
+        write_atomic(path, json.dumps({"never": never, "always": always}, indent=1))
+    say(f"of {len(counts)} problems, {len(never)} were never solved and {len(always)} always; "
+        f"they are listed in {path}")
 
 
 def right_answers(groups):
-    """For each problem 1 where its one answer is right, else 0; undecided is not right."""
+    """1 for each problem whose single answer is right, else 0; undecided counts as wrong."""
     return [g.right.count(True) for g in groups]
 
 
 def keep_first_and_best(evaluations):
-    """The first of [[step, right_answers on dev], ...] and the best, the earlier of equals."""
+    """The first and the best of [[step, right_answers on dev], ...]; on a tie, the earliest."""
     return [evaluations[0], max(evaluations, key=lambda evaluation: sum(evaluation[1]))]
 
 
 def reached(evaluations, accuracy):
-    """Whether the best of keep_first_and_best has such an accuracy; None is never reached."""
+    """Whether the best of keep_first_and_best has this accuracy. None is never reached."""
     return accuracy is not None and fmean(evaluations[-1][1]) >= accuracy
 
 
-def whether_it_helped(evaluations):
-    """What training came to, in words, by keep_first_and_best."""
+def training_verdict(evaluations):
+    """Whether training helped, as a sentence, given keep_first_and_best."""
     (first, before), (step, after) = evaluations
     accuracy = f"dev accuracy {fmean(before):.3f} at step {first}"
     if step == first:
         return f"training did not help: no later step exceeds the {accuracy}"
     change, low, high = (100 * value for value in paired_bootstrap(before, after))
-    verdict = "training helped" if low > 0 else "whether training helped cannot be told"
+    verdict = "training helped" if low > 0 else "it is unclear whether training helped"
     return (f"{verdict}: {accuracy}, {fmean(after):.3f} at step {step}, {change:+.1f} points "
-            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that it was chosen by")
+            f"[{low:+.1f}, {high:+.1f}] on the {len(after)} problems that chose the checkpoint")
 
 
 def add_result(run, rows, method, groups):
-    """Add a row to `rows`: one answer to each problem, which of them are right, and what they cost.
-
-    All rows are printed as a table and written as results.md, the last of them against the first.
-    """
+    """Add a row to `rows` for groups of one answer each; print all rows and write results.md."""
     completions = [g.completions[0] for g in groups]
     row = {"method": method, "right": "".join(map(str, right_answers(groups))),
            "tokens_mean": fmean(len(c.tokens) for c in completions),
            "truncated": fmean(c.finish != "stop" for c in completions)}
     rows[:] = [other for other in rows if other["method"] != method] + [row]
     head = ["", "problems", "accuracy %, 95 % interval", "tokens per answer", "truncated %"]
-    right = [list(map(int, row["right"])) for row in rows]
-    text = markdown(head, [
-        [row["method"], len(scores), percent(*interval(scores)), f"{row['tokens_mean']:.0f}",
-         percent(row["truncated"])] for row, scores in zip(rows, right)])
+    scores = [list(map(int, row["right"])) for row in rows]
+    cells = [[row["method"], len(right), percent(*interval(right)), f"{row['tokens_mean']:.0f}",
+              percent(row["truncated"])] for row, right in zip(rows, scores)]
+    text = markdown(head, cells)
     if method.startswith("after"):
-        change = percent(*paired_bootstrap(right[0], right[-1]))
-        text += f"\nBefore to {method}: {change} points; {gains(right[0], right[-1])}.\n"
+        change = percent(*paired_bootstrap(scores[0], scores[-1]))
+        text += f"\nBefore to {method}: {change} points; {gains(scores[0], scores[-1])}.\n"
     if run.rank == 0:
-        write_whole(run.dir / "results.md", text)
+        write_atomic(run.dir / "results.md", text)
         print(text, flush=True)

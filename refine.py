@@ -1,16 +1,16 @@
-"""Self-refinement: answer, score, critique, revise, for K rounds; and whether it pays.
+"""Self-refinement: answer, score, critique and revise for K rounds; and whether it pays off.
 
     python refine.py                                    # the embedded tiny model, three rounds
     python refine.py --model qwen2.5-1.5b-instruct --limit 200 --score answer-mean
-    python refine.py --score none --rounds 4            # every revision is kept
+    python refine.py --score none --rounds 4            # accept every revision
 
-The model answers, checks its answer, solves the problem again in sight of the check, and keeps the
-revision if its own score says so. The loop sees only questions; reference answers enter once the
-rounds are over. Two bounds stand beside the result: a gate that knows the answers, and one that
-accepts as often as the model's own, but at random.
+The model answers, critiques its answer, solves the problem again with the critique in context, and
+keeps the revision if its own score is higher. The loop sees only the problems; reference answers
+are used once the rounds are over. The result is reported with two bounds: a gate that knows the
+reference answers, and one that accepts at the model's own rate, but at random.
 
-Self-Refine: Madaan et al. 2023, arXiv:2303.17651. That it seldom helps without an outside signal,
-and should be compared with self-consistency of equal cost: Huang et al. 2023, arXiv:2310.01798.
+Self-Refine: Madaan et al. 2023, arXiv:2303.17651. Huang et al. 2023, arXiv:2310.01798: it seldom
+helps without external feedback, and should be compared with self-consistency of equal cost.
 """
 
 import json
@@ -32,7 +32,7 @@ from eval import votes_of
 from generate import completion_text, generate
 from launch import Parser, at_least, gather_objects, progress_bar, rank_and_world, run_main, say
 from model import encode_chat, end_tokens, is_tiny, token_logprobs
-from run import append_lines, write_whole
+from run import append_lines, write_atomic
 from stats import maj_at_k, percent
 from verify import box_span, equivalent, extract_answer, format_reward, verify, verify_many
 
@@ -44,14 +44,14 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     eval.add_eval_flags(p, eval.SAMPLING_TEMPERATURE, "cot", CHATS)
     add = p.add_argument
-    add("--rounds", type=at_least(1), default=3, help="K: times an answer is checked and revised")
+    add("--rounds", type=at_least(1), default=3, help="K: rounds of critique and revision")
     add("--score", choices=(*SCORES, "none"), default="mean",  # the best gate on the dev split
         help="a revision must raise it: mean log-probability of the boxed answer or of the whole "
-        "response; format: a thought, closed, and one box; none: every revision is kept")
-    add("--critique-prompt", help=f"default: {CHECK!r} for a tiny model, else a wordier one")
-    add("--revise-prompt", help=f"default: {AGAIN!r} for a tiny model, else a wordier one")
-    add("--approval", help=f"a critique that says this settles a problem, such as {ALL_RIGHT!r}")
-    add("--traces", help="a .jsonl file for every draft, critique and revision")
+        "response; format: a closed thought and one box; none: accept every revision")
+    add("--critique-prompt", help=f"default: {CHECK!r} for a tiny model, else a longer one")
+    add("--revise-prompt", help=f"default: {AGAIN!r} for a tiny model, else a longer one")
+    add("--approval", help=f"no further rounds if a critique contains this, such as {ALL_RIGHT!r}")
+    add("--traces", help="a .jsonl file for all drafts, critiques and revisions")
     return p.parse_args(argv)
 
 
@@ -59,30 +59,30 @@ def parse_args(argv=None):
 
 
 def token_span(tokenizer, tokens, begin, end):
-    """The tokens that write the characters from begin to end of their text: (first, last + 1)."""
-    def written(n):
+    """(first, last + 1) of the tokens that cover characters begin to end of the decoded text."""
+    def length(n):
         return len(tokenizer.decode(tokens[:n], skip_special_tokens=False))
 
-    places = range(len(tokens) + 1)
-    return bisect_right(places, begin, key=written) - 1, bisect_left(places, end, key=written)
+    counts = range(len(tokens) + 1)
+    return bisect_right(counts, begin, key=length) - 1, bisect_left(counts, end, key=length)
 
 
 @torch.inference_mode()
 def response_logprobs(params, config, prompts, responses, max_batch=64):
-    """Log-probabilities, at temperature 1, of the tokens of each response behind its prompt."""
+    """Log-probabilities at temperature 1 of each response's tokens, given its prompt: lists."""
     device = params["model.embed_tokens.weight"].device
     rows = [torch.tensor(prompt + response, device=device)
             for prompt, response in zip(prompts, responses)]
-    found = []
+    logprobs = []
     for begin in range(0, len(rows), max_batch):
         batch = pad_sequence(rows[begin:begin + max_batch], batch_first=True)
-        found += token_logprobs(params, config, batch).tolist()
-    return [line[len(prompt) - 1:][:len(response)]
-            for line, prompt, response in zip(found, prompts, responses)]
+        logprobs += token_logprobs(params, config, batch).tolist()
+    return [row[len(prompt) - 1:][:len(response)]
+            for row, prompt, response in zip(logprobs, prompts, responses)]
 
 
 def score_response(tokenizer, tokens, logprobs, text, think_tag):
-    """Every score of a response by name; -inf where there is no boxed answer to score."""
+    """{name: score} of a response; "answer-mean" is -inf without a boxed answer."""
     answer = [-math.inf]
     if span := box_span(text):
         first, last = token_span(tokenizer, tokens, *span)
@@ -95,50 +95,48 @@ def score_response(tokenizer, tokens, logprobs, text, think_tag):
 
 
 class Attempt(NamedTuple):
-    tokens: list  # the response, its end token included
+    tokens: list  # the response, with its end token
     text: str
     answer: str | None
     scores: dict
 
 
 class Round(NamedTuple):
-    """A problem after a round."""
-    attempt: Attempt  # the answer that stands
-    spent: int  # tokens written for it so far, critiques and refused revisions included
+    """The state of a problem after a round."""
+    attempt: Attempt  # the current one
+    spent: int  # tokens generated so far, including critiques and rejected revisions
     critique: str | None = None  # None: the problem was settled before this round
     revision: Attempt | None = None  # None: the critique approved
     accepted: bool = False
-    settled: bool = False  # no further round will be tried
+    settled: bool = False  # no further rounds
 
 
-def next_turn(tokenizer, reply, ends, prompt):
-    """The tokens of a reply without its end, then those with which the user asks on."""
-    said = reply[:-1] if reply and reply[-1] in ends else reply
+def follow_up(tokenizer, reply, ends, prompt):
+    """Token ids to append to a conversation: a reply without its end token, then a user turn."""
+    content = reply[:-1] if reply and reply[-1] in ends else reply
     turn_end = tokenizer.encode("<|im_end|>\n", add_special_tokens=False).ids
-    return said + turn_end + encode_chat(tokenizer, [{"role": "user", "content": prompt}],
-                                         system=None)
+    turn = [{"role": "user", "content": prompt}]
+    return content + turn_end + encode_chat(tokenizer, turn, system=None)
 
 
 def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_prompt, revise_prompt,
            seeds, approval=None, strict=True, think_tag="think", max_batch=64, **sampling):
-    """Answer, then `rounds` times: critique, revise, keep the better.
+    """Answer, then `rounds` times: critique, revise, keep the better answer.
 
     Returns [N][rounds + 1] Rounds, the draft first. Every process calls this with the same prompts,
-    works on its share of them and gets all.
-    prompts: token ids of N chat prompts, each ending where the model is to answer. seeds: an int
-    for each.
-    accept_fn(problem, round, old, new) -> bool decides between two Attempts.
-    A problem is settled, and costs nothing more, when its revision has the same answer or its
-    critique says `approval`. Each round sees the question, the answer that stands and the critique
-    of it, so the context does not grow. strict: an answer is what the box holds, else also words.
+    works on its share and gets all results.
+    prompts: token ids of N chat prompts, each ending where the model's turn begins. seeds: N ints.
+    accept_fn(problem, round, old, new) -> bool chooses between two Attempts.
+    A problem is settled, and costs nothing more, once its revision repeats the current answer or
+    its critique contains `approval`. Each round sees only the question, the current attempt and its
+    critique, so the context does not grow. strict: read answers only from a box.
     """
     ends = end_tokens(tokenizer, config)
     rank, world = rank_and_world()
 
-    def ask(contexts, turn):
-        """{problem: (tokens, text)} of a reply to each of {problem: context}."""
-        name = "answering" if turn == 0 else "checking" if turn % 2 else "revising"
-        with progress_bar(len(contexts) * world, name) as on_step:
+    def sample_replies(contexts, turn, label):
+        """{problem: (tokens, text)}, one reply to each of {problem: context}."""
+        with progress_bar(len(contexts) * world, label) as on_step:
             replies = generate(params, config, list(contexts.values()), stop_tokens=ends,
                                seeds=[seeds[i] + (turn << 32) for i in contexts],
                                max_batch=max_batch, think_tag=think_tag, tokenizer=tokenizer,
@@ -146,28 +144,30 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
         return {i: (reply.tokens, completion_text(tokenizer, reply, ends))
                 for i, [reply] in zip(contexts, replies)}
 
-    def attempts(replies):
-        """The replies, scored behind the bare question, so that old and new ones compare."""
-        scored = response_logprobs(params, config, [prompts[i] for i in replies],
-                                   [tokens for tokens, _ in replies.values()], max_batch)
+    def score_replies(replies):
+        """{problem: Attempt}, scored given the bare question, so that all attempts compare."""
+        logprobs = response_logprobs(params, config, [prompts[i] for i in replies],
+                                     [tokens for tokens, _ in replies.values()], max_batch)
         return {i: Attempt(tokens, text, extract_answer(text, strict),
-                           score_response(tokenizer, tokens, logprobs, text, think_tag))
-                for (i, (tokens, text)), logprobs in zip(replies.items(), scored)}
+                           score_response(tokenizer, tokens, row, text, think_tag))
+                for (i, (tokens, text)), row in zip(replies.items(), logprobs)}
 
-    drafts = attempts(ask({i: prompts[i] for i in range(rank, len(prompts), world)}, 0))
+    questions = {i: prompts[i] for i in range(rank, len(prompts), world)}
+    drafts = score_replies(sample_replies(questions, 0, "answering"))
     history = {i: [Round(draft, len(draft.tokens))] for i, draft in drafts.items()}
     for number in range(1, rounds + 1):
-        contexts = {i: prompts[i] + next_turn(tokenizer, r.attempt.tokens, ends, critique_prompt)
-                    for i, (*_, r) in history.items() if not r.settled}
-        critiques = ask(contexts, 2 * number - 1)
-        doubted = {i: contexts[i] + next_turn(tokenizer, tokens, ends, revise_prompt)
-                   for i, (tokens, text) in critiques.items()
-                   if not approval or approval not in text}
-        revisions = attempts(ask(doubted, 2 * number))
-        for i, (*_, last) in history.items():
-            old, new = last.attempt, revisions.get(i)
-            said, critique = critiques.get(i, ([], None))
-            spent = last.spent + len(said)
+        last = {i: states[-1] for i, states in history.items()}
+        contexts = {i: prompts[i] + follow_up(tokenizer, r.attempt.tokens, ends, critique_prompt)
+                    for i, r in last.items() if not r.settled}
+        critiques = sample_replies(contexts, 2 * number - 1, "checking")
+        to_revise = {i: contexts[i] + follow_up(tokenizer, tokens, ends, revise_prompt)
+                     for i, (tokens, text) in critiques.items()
+                     if not approval or approval not in text}
+        revisions = score_replies(sample_replies(to_revise, 2 * number, "revising"))
+        for i, before in last.items():
+            old, new = before.attempt, revisions.get(i)
+            tokens, critique = critiques.get(i, ([], None))
+            spent = before.spent + len(tokens)
             after = Round(old, spent, critique, settled=True)
             if new:
                 accepted = accept_fn(i, number, old, new)
@@ -175,26 +175,25 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
                 after = Round(new if accepted else old, spent + len(new.tokens), critique, new,
                               accepted, settled=same)
             history[i].append(after)
-    found = ChainMap(*gather_objects(history))
-    return [found[i] for i in range(len(prompts))]
+    gathered = ChainMap(*gather_objects(history))
+    return [gathered[i] for i in range(len(prompts))]
 
 
-# ---------------------------------------------------------------------- what it came to
+# ---------------------------------------------------------------------- results
 
 
 def auroc(confidences, right):
-    """Chance that a right answer has more confidence than a wrong one, ties half; nan unless there
-    are both."""
+    """P(a right answer has more confidence than a wrong one), ties count half; nan without both."""
     wins = [(a > b) + (a == b) / 2 for a, a_right in zip(confidences, right) if a_right
             for b, b_right in zip(confidences, right) if not b_right]
     return fmean(wins) if wins else math.nan
 
 
 def equal_cost_rows(setup, spent):
-    """Rows of self-consistency that costs what refinement spent, for each round.
+    """One row per round: self-consistency at the token cost of refinement.
 
-    spent: mean tokens per problem after 0, 1, ... rounds. A budget between k and k + 1 samples
-    takes the one more on a part of the problems; its row is that mean.
+    spent: mean tokens per problem after 0, 1, ... rounds. A budget of between k and k + 1 samples
+    is an interpolation, as if k + 1 were drawn for a fraction of the problems.
     """
     pool = math.ceil(max(spent) / spent[0]) + 1
     records, settings = eval.collect_records(setup, "samples", num_samples=pool)
@@ -203,18 +202,19 @@ def equal_cost_rows(setup, spent):
     rows = []
     for k, budget in enumerate(spent[1:], 1):
         samples = min(max(1.0, budget / per_sample), pool - 1)
-        part = samples % 1
+        fraction = samples % 1
         outcomes = []
-        for of_problem in votes:
-            fewer, more = (maj_at_k(*of_problem, int(samples) + extra) for extra in (0, 1))
-            outcomes.append(((1 - part) * fewer + part * more, samples))
+        for pair in votes:
+            fewer = maj_at_k(*pair, int(samples))
+            more = maj_at_k(*pair, int(samples) + 1)
+            outcomes.append(((1 - fraction) * fewer + fraction * more, samples))
         rows.append(eval.cost_row(records, outcomes,
                                   method=f"self-consistency at the tokens of K = {k}", **settings))
     return rows
 
 
 def write_traces(path, problems, history, rows):
-    """A line per problem: every draft, critique and revision, to be read."""
+    """Write one line per problem with its drafts, critiques and revisions, for reading."""
     text = ""
     for problem, rounds in zip(problems, history):
         lines = [{"stands": r.attempt.text, "right": row["scores"][problem["id"]] == 1,
@@ -223,53 +223,53 @@ def write_traces(path, problems, history, rows):
                  for r, row in zip(rounds, rows)]
         trace = {"id": problem["id"], "reference": problem["answer"], "rounds": lines}
         text += json.dumps(trace) + "\n"
-    write_whole(Path(path), text)
+    write_atomic(Path(path), text)
 
 
 def print_rounds(rows):
-    """How each round moved the answers, from the rows after 0, 1, ... rounds."""
-    moves = {"right to right": (1, 1), "right to wrong": (1, 0), "wrong to right": (0, 1),
-             "wrong to wrong": (0, 0)}
+    """Print how each round changed the answers, given the rows after 0, 1, ... rounds."""
+    moves = {"right to right": (1, 1), "right to wrong": (1, 0),
+             "wrong to right": (0, 1), "wrong to wrong": (0, 0)}
     lines = []
     for k, (before, after) in enumerate(zip(rows, rows[1:]), 1):
-        counts = Counter(zip(*eval.paired(before, after)))
-        lines.append([k, *(counts[move] for move in moves.values()), eval.gain(after, before)])
+        counts = Counter(zip(*eval.paired_scores(before, after)))
+        lines.append([k, *(counts[m] for m in moves.values()), eval.format_gain(after, before)])
     eval.say_table(["round", *moves, "points gained [95 %]"], lines)
 
 
 def measure(setup, gate, loop, settings, suffix=""):
-    """refine() with a gate, then graded: (history, a row for each round, the draft first)."""
+    """(history, rows) of refine() with a gate: one graded row per round, the draft first."""
     started = time.perf_counter()
     history = refine(setup.params, setup.config, setup.tokenizer, setup.prompts,
                      accept_fn=gate, **loop)
     seconds = time.perf_counter() - started
-    whole = sum(rounds[-1].spent for rounds in history)
+    total = sum(rounds[-1].spent for rounds in history)
     rows = []
-    for k, attempts in enumerate(zip(*history)):
-        pairs = [(r.attempt.text, p["answer"]) for r, p in zip(attempts, setup.problems)]
-        scores = [float(right is True) for right in verify_many(pairs, strict=loop["strict"])]
-        spent = [r.spent for r in attempts]
-        rows.append(eval.score_row(setup.problems, scores, spent, seconds * sum(spent) / whole,
+    for k, states in enumerate(zip(*history)):
+        pairs = [(r.attempt.text, p["answer"]) for r, p in zip(states, setup.problems)]
+        scores = [float(verdict is True) for verdict in verify_many(pairs, strict=loop["strict"])]
+        spent = [r.spent for r in states]
+        rows.append(eval.score_row(setup.problems, scores, spent, seconds * sum(spent) / total,
                                    method=f"refine, K = {k}{suffix}", **settings))
     return history, rows
 
 
 def main(args):
     if args.traces:
-        append_lines(args.traces, [])  # what could not be kept need not be measured
+        append_lines(args.traces, [])  # create it, or fail before sampling
     setup = eval.load_setup(args, replies=3)
-    prompts = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
+    check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
-            "critique_prompt": args.critique_prompt or prompts[0],
-            "revise_prompt": args.revise_prompt or prompts[1]}
+            "critique_prompt": args.critique_prompt or check,
+            "revise_prompt": args.revise_prompt or again}
     settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
     loop["seeds"] = eval.prompt_seeds(setup.problems)
 
-    def own_gate(i, k, old, new):
+    def score_gate(i, k, old, new):
         return args.score == "none" or new.scores[args.score] > old.scores[args.score]
 
-    history, own = measure(setup, own_gate, loop, settings)
+    history, rows = measure(setup, score_gate, loop, settings)
     accepted = [r.accepted for rounds in history for r in rounds if r.revision]
     rate = fmean(accepted) if accepted else 0.0
 
@@ -279,21 +279,21 @@ def main(args):
     def random_gate(i, k, old, new):
         return random.Random(f"{args.seed} {i} {k}").random() < rate
 
-    rows = own.copy()
+    bounds = []
     for name, gate in (("oracle", oracle_gate), ("random", random_gate)):
         _, bound = measure(setup, gate, loop, settings, f", {name} gate (a bound)")
-        rows += bound[1:]  # all gates share the draft
-    if args.temperature > 0:
-        rows += equal_cost_rows(setup, [row["tokens_mean"] for row in own])
-    eval.publish(setup, rows)
-    print_rounds(own)
-    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions; the random gate: as many")
-    right = [score == 1 for score in own[0]["scores"].values()]
+        bounds += bound[1:]  # all gates share the draft
+    if args.temperature:
+        bounds += equal_cost_rows(setup, [row["tokens_mean"] for row in rows])
+    eval.publish(setup, rows + bounds)
+    print_rounds(rows)
+    say(f"accepted: {percent(rate)} % of {len(accepted)} revisions (the random gate's rate)")
+    right = rows[0]["scores"].values()
     for name in SCORES:
         area = auroc([rounds[0].attempt.scores[name] for rounds in history], right)
         say(f"AUROC of the draft's score, {name}: {area:.3f}")
     if args.traces and rank_and_world()[0] == 0:
-        write_traces(args.traces, setup.problems, history, own)
+        write_traces(args.traces, setup.problems, history, rows)
 
 
 if __name__ == "__main__":

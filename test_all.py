@@ -1,11 +1,11 @@
-"""Runs the tests, in the order of the files from the ground up.
+"""Run the tests, bottom-up in the order of the files.
 
-    python test_all.py                  # all
-    python test_all.py verify resume    # those whose name, or whose file's name, holds one of these
+    python test_all.py                  # all tests
+    python test_all.py verify resume    # those with one of these words in the test or file name
     pytest                              # the same tests
 
 Everything runs on a CPU in minutes, on the embedded tiny model or on tiny random weights. A test
-that cannot run here raises `unittest.SkipTest` with its reason.
+that cannot run on this machine raises `unittest.SkipTest` with the reason.
 """
 
 import importlib
@@ -15,12 +15,12 @@ import traceback
 import unittest
 from pathlib import Path
 
-ORDER = ("model", "attention", "verify", "launch", "optim", "run", "data", "generate", "eval",
-         "infer_scale", "refine", "view", "sft", "losses", "grpo")
+ORDER = ("model", "attention", "verify", "launch", "optim", "run", "data", "plan", "generate",
+         "eval", "infer_scale", "refine", "view", "sft", "losses", "grpo")
 
 
 def load_tests():
-    """(name with its file, function) of every test. Files that ORDER does not name come last."""
+    """All tests as ("file.test", function), with files missing from ORDER at the end."""
     found = sorted(path.stem for path in (Path(__file__).parent / "tests").glob("test_*.py"))
     ordered = [f"test_{name}" for name in ORDER]
     tests = []
@@ -32,7 +32,7 @@ def load_tests():
 
 
 def run_test(name, test):
-    """Runs one test and prints its outcome: "passed", "failed" or "skipped"."""
+    """Run one test, print its outcome and return it: "passed", "failed" or "skipped"."""
     begin = time.perf_counter()
     try:
         test()
@@ -50,7 +50,7 @@ def main(words):
     chosen = [(name, test) for name, test in tests
               if not words or any(word in name for word in words)]
     if not chosen:
-        print(f"no test has {' or '.join(map(repr, words))} in its name; there are:",
+        print(f"no test name contains {' or '.join(map(repr, words))}; the tests are:",
               *(name for name, _ in tests), sep="\n  ")
         return 2
     outcomes = [run_test(name, test) for name, test in chosen]

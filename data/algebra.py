@@ -1,21 +1,21 @@
 """Algebra as derivations: solve an equation, expand a product, find the constant of an identity.
 
-A step names what is done and gives the new equation: `subtract 5: 3x = 15`. The checker does it
-itself, with exact polynomials (data/steps.py), and compares: an equation that merely has the same
-solution does not pass under a wrong name.
+A step names an operation and gives the resulting equation: `subtract 5: 3x = 15`. The checker
+carries out the named operation with exact polynomials (data/steps.py) and compares the results, so
+an equation with the same solution is not enough.
 """
 
 import re
 from fractions import Fraction
 
-from data.families import first_wrong, record, replace_match
+from data.families import first_error, record, replace_match
 from data.steps import add, divide, number, parse, subtract
 
 # ---- polynomials as text
 
 
 def show(poly):
-    """A polynomial in one letter, the highest power first: `2x^2 - 7x - 13`."""
+    """A polynomial in one letter as text, highest power first: `2x^2 - 7x - 13`."""
     text = ""
     for letters, c in sorted(poly.items(), key=lambda term: -len(term[0])):
         size = "" if abs(c) == 1 and letters else str(abs(c))
@@ -30,7 +30,7 @@ def simplify(text):
 
 
 def signed(n):
-    """A number at the end of a sum: ` + 5`, ` - 5`, nothing for 0."""
+    """The last term of a sum: ` + 5`, ` - 5`, or nothing for 0."""
     return f" {'-' if n < 0 else '+'} {abs(n)}" if n else ""
 
 
@@ -38,17 +38,17 @@ def brackets(a, b):
     return f"({simplify(f'{a}X + {b}')})"
 
 
-# ---- problems: each kind makes (question, answer, lines, what the thought starts from), or None
-# X stands for the letter.
+# ---- problems: each kind returns (question, answer, lines, starting expression), or None
+# X is a placeholder for the letter.
 
 
 def draw(rng, low, high):
-    """A whole number other than 0."""
+    """A non-zero integer from low to high."""
     return rng.choice([n for n in range(low, high + 1) if n])
 
 
 def move(sides, part, lines):
-    """The sides after a polynomial was taken away from both; what was done is added to `lines`."""
+    """Subtract the polynomial `part` from both sides; returns the sides, appends to `lines`."""
     if not part:
         return sides
     sides = [subtract(side, part) for side in sides]
@@ -84,14 +84,14 @@ def equation_linear(level, rng):
 
 
 def equation_quadratic(level, rng):
-    """x^2 + bx + c = d, and (x + p)(x + q) = d; the larger solution is asked for."""
+    """x^2 + bx + c = d, or at level 5 (x + p)(x + q) = d. The answer is the larger solution."""
     low, high = sorted(rng.sample([n for n in range(-10, 11) if n], 2))
     p, q = draw(rng, -9, 9), draw(rng, -9, 9)
     value = p
     left = simplify(f"X^2 + {-(low + high)}X + {low * high + p}")
     lines = []
     if level == 5:
-        q = -(low + high) - p  # so that the solutions have the right sum
+        q = -(low + high) - p  # gives the solutions the right sum
         value = p * q - low * high
         left = f"{brackets(1, p)}{brackets(1, q)}"
         lines.append(f"expand: {simplify(left)} = {value}")
@@ -105,7 +105,7 @@ def equation_quadratic(level, rng):
 
 
 def expansion(level, rng):
-    """(ax + b)(cx + d), and (ax + b)^2 - (cx + d)(ex + f) at level 5."""
+    """(ax + b)(cx + d), or at level 5 (ax + b)^2 - (cx + d)(ex + f)."""
     a, b, c, d, e, f = (draw(rng, -9, 9) for _ in range(6))
     first, second, third = brackets(abs(a), b), brackets(abs(c), d), brackets(abs(e), f)
     if level < 5:
@@ -121,7 +121,7 @@ def expansion(level, rng):
 
 
 def identity(level, rng):
-    """For which k is (x + a)^2 - (x - b)(x + c) - d = kx?"""
+    """For which k is (x + a)^2 - (x + b)(x + c) + d = kx for all x?"""
     a, b, c = draw(rng, -9, 9), draw(rng, -9, 9), draw(rng, -9, 9)
     if 2 * a == b + c:
         return None
@@ -164,27 +164,27 @@ SOLUTIONS = re.compile(r"so ([a-z]) = (-?\d{1,6}) or \1 = (-?\d{1,6})")
 
 
 def check_steps(problem, thought):
-    """Each line names an operation and the equation it leads to, or is an equal expression."""
+    """Each line names an operation and the resulting equation, or is an equal expression."""
     letter = problem["letter"]
     start = problem["start"].removeprefix("k: ")
     solving = " = " in start
     sides = [parse(side) for side in start.split(" = ")]
-    last = ""  # the left side, or the expression, as it was last written
+    last = ""  # the left side, or the expression, as last written
     factored = False
 
-    def read(line):
+    def apply_line(line):
         nonlocal sides, last, factored
         if found := LINE.fullmatch(line):
-            equal, name, amount, *claim = found.groups()
-            right = sides if equal else [OPERATIONS[name](side, parse(amount)) for side in sides]
+            rewriting, name, operand, *claim = found.groups()
+            right = [OPERATIONS[name](side, parse(operand)) for side in sides] if name else sides
             if list(map(parse, claim)) != right:
-                return equal or name, f"it gives {' = '.join(map(show, right))}"
+                return rewriting or name, f"it gives {' = '.join(map(show, right))}"
             sides, last = right, claim[0]
-            return equal or name, None
+            return rewriting or name, None
         if found := SOLUTIONS.fullmatch(line):
             product = re.fullmatch(r"(\([^()]+\))(\([^()]+\))", last)
             if not product or sides[1]:
-                return "so", "the product of two factors has to be zero first"
+                return "so", "the equation is not a product of two factors equal to zero"
             factors = [parse(factor) for factor in product.groups()]
             zeros = [-factor.get("", Fraction(0)) / factor[letter] for factor in factors]
             if found[1] != letter or sorted(zeros) != sorted(map(Fraction, found.group(2, 3))):
@@ -192,17 +192,17 @@ def check_steps(problem, thought):
             factored = True
             return "so", None
         if solving or not line.startswith("= "):
-            return None, "not a step of this kind"
+            return None, "not a valid step"
         if parse(line[2:250]) != sides[0]:
-            return "rewrite", f"this is not equal to {start}"
+            return "rewrite", f"not equal to {start}"
         last = line[2:]
         return "rewrite", None
 
-    def step(line):
+    def check_line(line):
         try:
-            return read(line)
+            return apply_line(line)
         except (ValueError, LookupError) as error:
-            return None, f"cannot be read ({error})"
+            return None, f"cannot be parsed ({error})"
 
     def conclusion():
         if solving:
@@ -211,11 +211,11 @@ def check_steps(problem, thought):
             done = last == show(sides[0])
         return problem["answer"] if done else None
 
-    return first_wrong(thought, step, conclusion)
+    return first_error(thought, check_line, conclusion)
 
 
-def spoil(line, before, rng):
-    """One number of the line changed, sometimes to its negative."""
+def corrupt(line, previous, rng):
+    """The line with one number changed, by at most 10."""
     places = list(re.finditer(r"(?<!\^)\d+", line))
     if not places:
         return None

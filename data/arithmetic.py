@@ -1,8 +1,7 @@
 """Compositional arithmetic: `(3+8)*2-7`, one to five operations (the level), values from 0 to 99.
 
-A worked solution rewrites the expression one operation a line. Each step is small, all of them must
-be right, and the answer can hardly be guessed or seen at once: what a model gains by thinking shows
-within minutes, on a laptop.
+A worked solution rewrites the expression one operation per line. Each step is easy, but all must be
+right and the answer is hard to guess, so a few minutes on a laptop show the benefit of thinking.
 
 An expression is a tree: an int, or (operation, left, right).
 """
@@ -11,7 +10,7 @@ import ast
 import operator
 import re
 
-from data.families import OFFSETS, conclude, first_wrong, split_of
+from data.families import OFFSETS, answer_line, first_error, split_of
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
@@ -29,7 +28,7 @@ def evaluate(tree):
 
 
 def random_tree(operations, rng):
-    """An expression with all values in VALUES and a digit on one side of each operation."""
+    """An expression with every value in VALUES and one operand of each operation at most 9."""
     if operations == 0:
         return rng.randint(1, 9) if rng.random() < 0.6 else rng.randint(10, 60)
     while True:
@@ -44,14 +43,14 @@ def random_tree(operations, rng):
 
 
 def in_range(tree):
-    """Whether every value on the way is one that a problem may have."""
+    """Whether the value of every subexpression is in VALUES."""
     if evaluate(tree) not in VALUES:
         return False
     return isinstance(tree, int) or in_range(tree[1]) and in_range(tree[2])
 
 
 def render(tree):
-    """The expression with no more brackets than precedence asks for."""
+    """The expression as text, with the fewest brackets that precedence allows."""
     if isinstance(tree, int):
         return str(tree)
     op, left, right = tree
@@ -66,7 +65,7 @@ def render(tree):
 
 
 def canonical(tree):
-    """One spelling for all expressions that differ in the order of sums and products."""
+    """A canonical form that ignores the order of operands in sums and products."""
     if isinstance(tree, int):
         return str(tree)
     op, left, right = tree
@@ -75,7 +74,7 @@ def canonical(tree):
 
 
 def parse(text):
-    """The tree of an expression as `render` writes it. Raises ValueError for any other text."""
+    """The tree of a rendered expression. Raises ValueError for any other text."""
     def tree_of(node):
         match node:
             case ast.Constant(value):
@@ -95,7 +94,7 @@ def parse(text):
 
 
 def reduce_once(tree, offset=0):
-    """The tree after the leftmost operation on two numbers, its result wrong by `offset`."""
+    """The tree after its leftmost operation on two numbers; `offset` is added to the result."""
     op, left, right = tree
     if not isinstance(left, int):
         return op, reduce_once(left, offset), right
@@ -105,7 +104,7 @@ def reduce_once(tree, offset=0):
 
 
 def work_out(tree):
-    """The trees from the expression down to its value, one operation apart."""
+    """The trees from the expression to its value, one operation at a time."""
     trees = [tree]
     while not isinstance(trees[-1], int):
         trees.append(reduce_once(trees[-1]))
@@ -128,38 +127,39 @@ def generate(level, rng, split):
 
 
 def check_steps(problem, thought):
-    """The first line is the problem; each other one carries out the next operation, or several."""
-    left = None  # the trees still to come, the last one written first
+    """The first line restates the problem; each later line does the next one or more operations."""
+    trees = None  # the current tree and those after it
 
-    def step(line):
-        nonlocal left
-        if left is None:
-            left = work_out(parse(problem["problem"]))
+    def check_line(line):
+        nonlocal trees
+        if trees is None:
+            trees = work_out(parse(problem["problem"]))
             if line != problem["problem"]:
-                return None, "the thought does not begin with the problem"
+                return None, "the thought does not start with the problem"
             return "problem", None
         try:
             tree = parse(line.removeprefix("="))
         except ValueError as error:
             return "step", str(error)
-        if not line.startswith("=") or tree not in left[1:]:
-            return "step", "does not follow from the line before"
-        left = left[left.index(tree, 1):]
+        if not line.startswith("=") or tree not in trees[1:]:
+            return "step", "does not follow from the previous line"
+        trees = trees[trees.index(tree, 1):]
         return "step", None
 
     def conclusion():
-        return left[0] if left and len(left) == 1 else None
+        return trees[0] if trees and len(trees) == 1 else None
 
-    return first_wrong(f"{thought}\n{conclude(problem['answer'])}", step, conclusion, REPAIRS)
+    return first_error(f"{thought}\n{answer_line(problem['answer'])}", check_line, conclusion,
+                       REPAIRS)
 
 
 def slip(tree, rng):
-    """The tree after its next operation, with a wrong result; None when none is in range."""
+    """The tree after its next operation, with a wrong result in range, or None."""
     slips = [reduce_once(tree, offset) for offset in OFFSETS]
     return rng.choice([wrong for wrong in slips if in_range(wrong)] or [None])
 
 
-def spoil(line, before, rng):
-    """The next operation with a wrong result."""
-    wrong = None if before is None else slip(parse(before.removeprefix("=")), rng)
+def corrupt(line, previous, rng):
+    """The operation with a wrong result."""
+    wrong = None if previous is None else slip(parse(previous.removeprefix("=")), rng)
     return None if wrong is None else "=" + render(wrong)

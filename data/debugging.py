@@ -1,9 +1,9 @@
-"""Debugging: a small program with one wrong line and a test that it fails; find and repair it.
+"""Debugging: a small program with one wrong line and a failing test; find and repair the line.
 
-Thirty programs (debugging.txt) in five levels: straight lines, branches, counting loops, loops over
-lists, while and nested loops. Each has parameters, and can go wrong in one operator, number or
-name. A thought steps through the failing test as the program runs, then names the line and its
-repair; the checker steps through it as well. Any repair that passes all tests counts.
+Thirty programs (debugging.txt) in five levels: straight-line code, branches, counting loops, loops
+over lists, and while or nested loops. Each has parameters and gets one wrong operator, number or
+name. A thought traces the failing test, then names the line and its repair; the checker compares
+the trace. Any repair that passes all tests is right.
 """
 
 import ast
@@ -11,10 +11,10 @@ import re
 from functools import cache
 from pathlib import Path
 
-from data.families import first_wrong, record, replace_match, split_of
+from data.families import first_error, record, replace_match, split_of
 from data.programs import parse_function, run_tests, trace
 
-# The likely mistakes.
+# The operator that replaces each operator in a wrong version.
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mod,
     ast.Mod: ast.FloorDiv, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -28,7 +28,7 @@ NUM_TESTS = 10
 
 @cache
 def programs_of(level):
-    """[(kinds, purpose, source)] of one level."""
+    """[(argument kinds, purpose, source), ...] of one level."""
     text = Path(__file__).with_name("debugging.txt").read_text(encoding="utf-8")
     found = re.findall(rf"^{level} (\w+) (.*)\n(def (?:.+\n)+)", text, re.MULTILINE)
     return [(kinds, purpose, source.strip()) for kinds, purpose, source in found]
@@ -36,15 +36,16 @@ def programs_of(level):
 
 def draw_argument(kind, rng):
     if kind in "lt":
-        return [rng.randint(1, 30) for _ in range(rng.randint(2, 4) if kind == "l" else 3)]
+        length = rng.randint(2, 4) if kind == "l" else 3
+        return [rng.randint(1, 30) for _ in range(length)]
     return rng.randint(*{"n": (2, 30), "s": (1, 5), "b": (12, 99)}[kind])
 
 
-# Parameters stand in a program as numbers that nothing else is near: 1000001 is k + 1.
+# Placeholders for the parameters k and m, far from any other number: 1000001 is k + 1.
 K, M = 1000000, 2000000
 
 
-def fill(text, k, m):
+def substitute(text, k, m):
     def value(found):
         n = int(found[0])
         return str(n - K + k if n < (K + M) / 2 else n - M + m)
@@ -54,12 +55,12 @@ def fill(text, k, m):
 
 @cache
 def mutants(source):
-    """(a program, every version of it with one operator, number or name replaced)."""
+    """(the program, its versions with one operator, number or name replaced)."""
     tree = ast.parse(source.format(k=K, m=M))
     right = ast.unparse(tree)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = sorted(names - {"range", "len"})
-    wrongs = []
+    broken = []
     for node in ast.walk(tree):
         match node:
             case ast.BinOp(op=old):
@@ -74,18 +75,18 @@ def mutants(source):
                 continue
         for other in others:
             setattr(node, field, other)
-            wrongs.append(ast.unparse(tree))
+            broken.append(ast.unparse(tree))
         setattr(node, field, old)
-    return right, wrongs
+    return right, broken
 
 
 def generate(level, rng, split):
-    """Also None when the bug that was drawn does not show in the tests."""
+    """A problem, or None if it is of another split or the tests do not expose the bug."""
     kinds, purpose, source = rng.choice(programs_of(level))
     k, m = rng.randint(2, 12), rng.randint(2, 9)
-    right, wrongs = mutants(source)
-    right = fill(right, k, m)
-    wrong = fill(rng.choice(wrongs), k, m)
+    right, broken = mutants(source)
+    right = substitute(right, k, m)
+    wrong = substitute(rng.choice(broken), k, m)
     if split_of(f"debugging {wrong}") != split:
         return None
     tests = []
@@ -93,36 +94,40 @@ def generate(level, rng, split):
     for _ in range(NUM_TESTS):
         arguments = [draw_argument(kind, rng) for kind in kinds]
         try:
-            events, got = trace(wrong, arguments)
+            _, got = trace(wrong, arguments)
         except ValueError:
             return None
         if got is None:
             return None
-        wanted = trace(right, arguments)[1]
-        tests.append([arguments, wanted])
-        if not failing and got != wanted:
-            failing = arguments, wanted, events
-    if not failing or len(failing[2]) > MAX_EVENTS:
+        _, expected = trace(right, arguments)
+        tests.append([arguments, expected])
+        if not failing and got != expected:
+            failing = tests[-1]
+    if not failing:
         return None
-    arguments, wanted, events = failing
+    arguments, expected = failing
+    events, _ = trace(wrong, arguments)
+    if len(events) > MAX_EVENTS:
+        return None
 
-    asked = f"{parse_function(wrong).name}({', '.join(map(repr, arguments))})"
-    program = list(enumerate(wrong.split("\n"), 1))
-    number, old, new = next((i, old.strip(), new.strip())
-                            for (i, old), new in zip(program, right.split("\n")) if old != new)
+    call = f"{parse_function(wrong).name}({', '.join(map(repr, arguments))})"
+    program = wrong.split("\n")
+    repaired = right.split("\n")
+    bug = next(i for i, line in enumerate(program) if line != repaired[i])
+    new = repaired[bug].strip()
     text = "\n".join([
         f"This function should return {purpose.format(k=k, m=m)}. One line of it is wrong.",
-        *(f"{i} {line}" for i, line in program),
-        f"{asked} should return {wanted!r}. Which line is wrong, and how should it read? "
+        *(f"{i} {line}" for i, line in enumerate(program, 1)),
+        f"{call} should return {expected!r}. Which line is wrong, and how should it read? "
         "Answer in the form: line NUMBER: CODE",
     ])
     lines = [
-        *(f"line {at}: {what}" for at, what in events),
-        f"That is not {wanted!r}.",
-        f"Line {number} is wrong: {old} should be {new}",
-        f"Then {asked} returns {wanted!r}.",
+        *(f"line {number}: {event}" for number, event in events),
+        f"That is not {expected!r}.",
+        f"Line {bug + 1} is wrong: {program[bug].strip()} should be {new}",
+        f"Then {call} returns {expected!r}.",
     ]
-    return record("debugging", level, text, f"line {number}: {new}", lines, wrong, split,
+    return record("debugging", level, text, f"line {bug + 1}: {new}", lines, wrong, split,
                   program=wrong, tests=tests)
 
 
@@ -130,28 +135,28 @@ def generate(level, rng, split):
 
 
 def patch(program, number, code):
-    """The program with other code on one line, at its depth."""
+    """The program with one line's code replaced, keeping its indentation."""
     lines = [re.match(" *", line)[0] + code.strip() if i == int(number) else line
              for i, line in enumerate(program.split("\n"), 1)]
     return "\n".join(lines)
 
 
 def check_outcome(problem, answer):
-    """Whether the program passes its tests with the line that the answer names replaced."""
+    """Whether the program passes its tests after the repair that the answer names."""
     found = re.fullmatch(r"line (\d{1,3}): ?(.{1,200})", answer.strip())
     return bool(found) and run_tests(patch(problem["program"], *found.groups()), problem["tests"])
 
 
 def check_steps(problem, thought):
-    """The failing test event by event, then the repair, which has to pass every test."""
+    """The trace of the failing test, event by event, then a repair that passes every test."""
     program = problem["program"]
     *expected, _, result, _ = problem["solution"].split("\n")
-    expected.reverse()  # the next event last
+    expected.reverse()  # the next event is last
     repair = None
-    shown = False
+    concluded = False
 
-    def step(line):
-        nonlocal repair, shown
+    def check_line(line):
+        nonlocal repair, concluded
         if expected:
             subject = f"event {len(expected)}"
             if line != expected[-1]:
@@ -159,24 +164,24 @@ def check_steps(problem, thought):
             expected.pop()
             return subject, None
         if line == result:
-            shown = repair is not None
-            return "result", None if shown else "nothing is repaired yet"
+            concluded = repair is not None
+            return "result", None if concluded else "nothing has been repaired yet"
         found = re.fullmatch(r"Line (\d{1,3}) is wrong: (.{1,100}) should be (.{1,100})", line)
         if not found or repair:
-            return "result" if line.startswith("Then ") else None, "not a step of this problem"
+            return "result" if line.startswith("Then ") else None, "not a valid step"
         number, old, new = found.groups()
-        there = program.split("\n")[int(number) - 1:int(number)]
-        if [line.strip() for line in there] != [old]:
-            return "repair", f"line {number} reads otherwise"
+        current = program.split("\n")[int(number) - 1:int(number)]  # [] if there is no such line
+        if [line.strip() for line in current] != [old]:
+            return "repair", f"line {number} is not {old!r}"
         if not run_tests(patch(program, number, new), problem["tests"]):
             return "repair", "the repaired program fails a test"
         repair = f"line {number}: {new}"
         return "repair", None
 
-    return first_wrong(thought, step, lambda: repair if shown else None)
+    return first_error(thought, check_line, lambda: repair if concluded else None)
 
 
-def spoil(line, before, rng):
+def corrupt(line, previous, rng):
     """A wrong value, condition or line number."""
     if line.endswith(" is True"):
         return line.replace("True", "False")

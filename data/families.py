@@ -1,15 +1,15 @@
-"""What the generated families share: splits, drawing problems, checking and spoiling thoughts.
+"""Shared by the generated families: splits, drawing problems, checking and corrupting thoughts.
 
-A family is a module (arithmetic, words, knights, algebra, debugging, science) with
+A family is a module (arithmetic, words, knights, algebra, debugging, science) that defines
 
-    generate(level, rng, split)      a problem, or None when it falls into another split:
+    generate(level, rng, split)      a problem, or None if the draw is unusable or of another split:
                                      id, problem, answer, level, subject, solution, key
     check_steps(problem, thought)    the first wrong line, (index, line, reason), or None
-    spoil(line, before, rng)         a line that is wrong in place of this one of a solution, whose
-                                     line before is given too; None where it knows none
+    corrupt(line, previous, rng)     a wrong replacement for one line of a solution, given the line
+                                     before it; None if there is none
 
-and REPAIRS, if it takes a slip back in words of its own. A problem's `solution` is a thought as the
-checker wants it: one step a line, the last line "The answer is ..." (in arithmetic, the answer).
+and optionally REPAIRS, its own phrases for retracting a slip. A problem's `solution` is a thought
+that passes the checker: one step per line, ending in "The answer is ..." (arithmetic: the answer).
 """
 
 import hashlib
@@ -19,37 +19,38 @@ from collections import deque
 ALL_LEVELS = (1, 2, 3, 4, 5)
 SIZES = {"train": 2000, "dev": 500, "test": 1000}
 REPAIRS = ("Wait, that is wrong. ", "Wait, let me redo this. ", "Hold on, I made a slip. ")
-OFFSETS = (-10, -2, -1, 1, 2, 10)  # how far off a wrong result is
+OFFSETS = (-10, -2, -1, 1, 2, 10)  # of a wrong result from the right one
 
 # ---- problems
 
 
 def split_of(key):
-    """The split of a key, always the same: a tenth of all keys is test, a tenth dev."""
+    """The split of a key, by its hash: a tenth of all keys are test, a tenth dev."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 10
     return {9: "test", 8: "dev"}.get(share, "train")
 
 
 def record(family, level, problem, answer, lines, key, split, **extra):
-    """A problem as a dict, or None when its key belongs to another split.
+    """A problem as a dict, or None if its key belongs to another split.
 
-    The id comes from the text, so that the same problem has the same id in every run.
+    The id is a hash of the text, so a problem has the same id in every run.
     """
     key = f"{family} {key}"
     if split_of(key) != split:
         return None
     digest = hashlib.sha256(problem.encode()).hexdigest()[:12]
+    solution = "\n".join([*lines, answer_line(answer)])
     return {
         "id": f"{family}/{digest}", "problem": problem, "answer": answer, "level": level,
-        "subject": family, "solution": "\n".join([*lines, conclude(answer)]), "key": key, **extra,
+        "subject": family, "solution": solution, "key": key, **extra,
     }
 
 
 def draw_problems(family, split, limit=None, seed=0, levels=ALL_LEVELS):
-    """`limit` problems of one split, no key twice, from each level in turn.
+    """`limit` problems of one split with distinct keys, cycling through the levels.
 
-    The key alone decides the split, so no two splits share one, whatever the seeds. There are
-    fewer only when every level has run dry.
+    The split depends on the key alone, so splits are disjoint whatever the seeds. Returns fewer
+    only if every level is exhausted.
     """
     rng = random.Random(f"{family.__name__} {split} {seed}")
     found = {}  # by key
@@ -68,53 +69,53 @@ def draw_problems(family, split, limit=None, seed=0, levels=ALL_LEVELS):
 # ---- thoughts
 
 
-def conclude(answer):
+def answer_line(answer):
     return f"The answer is {answer}."
 
 
-def first_wrong(thought, step, conclusion, repairs=REPAIRS):
-    """The first line of a thought that is not a right step, (index, line, reason), or None.
+def first_error(thought, check_line, conclusion, repairs=REPAIRS):
+    """The first wrong line of a thought, (index, line, reason), or None if all are right.
 
-    step(line) -> (subject, reason): what the line is about (None when it cannot be read), and why
-    it is wrong (None when it is right). It remembers what the right lines establish.
-    conclusion() -> the answer that they establish, or None. The last line has to state it: a
-    thought that stops short proves nothing.
+    check_line(line) -> (subject, reason): what the line is about (None if it cannot be parsed) and
+    why it is wrong (None if it is right). It keeps track of what the right lines establish.
+    conclusion() -> the answer established so far, or None. The last line must state it; an
+    incomplete thought is wrong.
 
-    A wrong line is forgiven when the next one takes it back, with one of `repairs`, and is a right
-    step about the same subject.
+    A wrong line is forgiven if the next line begins with one of `repairs` and is a right step
+    about the same subject.
     """
     lines = [(i, line.strip()) for i, line in enumerate(thought.split("\n")) if line.strip()]
-    slip = subject = None  # the line before, when it is wrong and may still be repaired
+    slip = subject = None  # slip: the previous line, if it is wrong but may yet be repaired
     for index, line in lines:
-        repair = next((words for words in repairs if line.startswith(words)), "")
+        repair = next((phrase for phrase in repairs if line.startswith(phrase)), "")
         claim = line.removeprefix(repair)
         slip_subject = subject
         if claim.startswith("The answer is "):
             answer = conclusion()
             subject = "answer"
-            right = answer is not None and claim == conclude(answer)
+            right = answer is not None and claim == answer_line(answer)
             reason = None if right else f"the steps establish {answer}"
         else:
-            subject, reason = step(claim)
+            subject, reason = check_line(claim)
         if slip and (reason or not repair or subject != slip_subject):
             return slip
         if repair and not slip:
-            return index, line, reason or "takes back a line that was right"
+            return index, line, reason or "retracts a line that was right"
         slip = (index, line, reason) if reason else None
         if slip and subject is None:
             return slip
     if not slip and subject != "answer":
-        return lines[-1][0] + 1 if lines else 0, "", "the thought does not end in the answer"
+        return lines[-1][0] + 1 if lines else 0, "", "the thought does not end with the answer"
     return slip
 
 
 def draw_offset(rng, *values):
-    """One of OFFSETS that leaves each of the values positive."""
+    """A random offset from OFFSETS that keeps every value positive."""
     return rng.choice([offset for offset in OFFSETS if min(values) + offset > 0])
 
 
 def replace_match(text, found, new):
-    """The text with a regular expression's match replaced."""
+    """The text with the match object `found` replaced by `new`."""
     return text[:found.start()] + str(new) + text[found.end():]
 
 
@@ -123,27 +124,26 @@ def repairs_of(family):
 
 
 def draw_slip(family, lines, rng):
-    """(index, wrong line) of one of the lines before the conclusion; (None, None) without any."""
+    """(index, wrong line) for a random line before the answer; (None, None) if there is none."""
     steps = [line for line in lines if not line.startswith("The answer is ")]
-    slips = [(index, family.spoil(line, before, rng))
-             for index, (before, line) in enumerate(zip([None, *steps], steps))]
+    slips = [(index, family.corrupt(line, previous, rng))
+             for index, (previous, line) in enumerate(zip([None, *steps], steps))]
     return rng.choice([slip for slip in slips if slip[1]] or [(None, None)])
 
 
 def plant_error(family, problem, rng):
-    """A thought with one wrong step and the right answer: what a step check must catch."""
+    """A thought with one wrong step but the right answer; a step checker must reject it."""
     lines = problem["solution"].split("\n")
     index, wrong = draw_slip(family, lines[:-1], rng)
     if wrong:
         lines[index] = wrong
-    else:  # the answer is the only step: it is taken back without reason and said again
+    else:  # the answer is the only step: retract it for no reason, then repeat it
         lines.append(repairs_of(family)[0] + lines[-1])
     return "\n".join(lines)
 
 
 def plant_slip(family, problem, rng):
-    """A thought with a slip, where one fits, that the next line takes back and puts right: what a
-    step check must let pass."""
+    """A thought with a slip, if possible, that the next line repairs; a checker must accept it."""
     lines = problem["solution"].split("\n")
     index, wrong = draw_slip(family, lines, rng)
     if wrong:

@@ -6,14 +6,14 @@ Cobbe et al. 2021, arXiv:2110.14168; MIT licence.
 from data.files import fetch, read_rows
 
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-FILES = {
-    "train.jsonl": (7473, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-    "test.jsonl": (1319, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+FILES = {  # {name: sha256}
+    "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
 
 
 def from_row(row, name):
-    """One row as published, {"question", "answer": "worked solution #### 72"}, as a problem."""
+    """A problem from a published row, {"question", "answer": "worked solution #### 72"}."""
     solution, _, answer = row["answer"].rpartition("####")
     return {
         "id": name, "problem": row["question"], "answer": answer.strip().replace(",", ""),
@@ -22,7 +22,7 @@ def from_row(row, name):
 
 
 def problems(split):
-    """The published test, or for any other split the published train."""
+    """The published test set if `split` is "test", otherwise the published training set."""
     file = "test.jsonl" if split == "test" else "train.jsonl"
-    path = fetch("gsm8k", file, URL + file, *FILES[file])
+    path = fetch("gsm8k", file, URL + file, FILES[file])
     return [from_row(row, f"gsm8k/{path.stem}/{number}") for number, row in read_rows(path)]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from data import family_of, load_problems
 from data.files import read_rows
-from data.prompts import in_form, thought_of
+from data.prompts import extract_thought, follows_format
 from data.steps import check_text
 from launch import Parser
 from stats import interval, markdown, paired_bootstrap, percent
@@ -74,8 +74,8 @@ def read_verdicts(path):
     for i, row in records.items():
         sample = row["samples"][0]
         right = sample["strict"] is True
-        fault = first_fault(problems[i], thought_of(sample["text"]))
-        formed = in_form(sample["text"], settings["think_tag"])
+        fault = first_fault(problems[i], extract_thought(sample["text"]))
+        formed = follows_format(sample["text"], settings["think_tag"])
         columns = right, formed, not fault, right and bool(fault)
         fault = fault and re.sub(r"\d+( [-+*/] \d+)?", "N", fault)
         verdicts[i] = Verdict(problems[i].get("subject", name), columns, fault)

@@ -1,9 +1,9 @@
-"""Knights and knaves: knights say what is true, knaves what is false; who are the knights?
+"""Knights and knaves: knights tell the truth, knaves lie; who are the knights?
 
-Each of two to five people speaks once. There is one solution, and suppositions are needed from
-level 3 on. A thought is a proof: one person's words and what is known already decide what somebody
-is, or contradict what was supposed. A world is a tuple with 1 for each knight and 0 for each knave;
-a step is checked by looking at all worlds.
+Each of two to five people makes one statement. The solution is unique; from level 3 on, the proof
+needs suppositions. A thought is a proof: each step combines one person's statement with what is
+known to determine somebody's kind or refute a supposition. A world is a tuple with 1 for each
+knight and 0 for each knave; steps are checked by enumerating all worlds.
 """
 
 import itertools
@@ -11,10 +11,10 @@ import operator
 import re
 from functools import cache
 
-from data.families import first_wrong, record, split_of
+from data.families import first_error, record, split_of
 from data.words import NAMES
 
-# What can be said of two claims about a person's kind: (whether it is true, its words).
+# Statements about two claims "PERSON is a KIND": (truth function, wording).
 FORMS = {
     "is": (lambda first, second: first, "{first}"),
     "and": (operator.and_, "{first} and {second}"),
@@ -24,7 +24,7 @@ FORMS = {
     "differ": (operator.ne, "{pair} are of different kinds"),
 }
 ALL_FORMS = tuple(FORMS)
-# level: (how many people, what they say, whether the proof needs a supposition)
+# level: (numbers of people, forms of statement, whether the proof needs a supposition)
 LEVELS = {
     1: ((2, 3), ("is", "same", "differ", "and"), False),
     2: ((3,), ALL_FORMS, False),
@@ -44,21 +44,21 @@ def all_worlds(people):
 
 @cache
 def allowed(speaker, statement, people):
-    """The worlds in which a speaker can say a statement, (form, person, kind, person, kind)."""
+    """The worlds consistent with a speaker's statement, (form, person, kind, person, kind)."""
     form, a, kind_a, b, kind_b = statement
     holds, _ = FORMS[form]
     return {world for world in all_worlds(people)
             if world[speaker] == holds(world[a] == kind_a, world[b] == kind_b)}
 
 
-def words_of(statements):
-    """For each speaker, the worlds in which they can say what they say."""
-    return [allowed(speaker, tuple(said), len(statements))
-            for speaker, said in enumerate(statements)]
+def constraints_of(statements):
+    """For each speaker, the worlds consistent with their statement."""
+    return [allowed(speaker, tuple(statement), len(statements))
+            for speaker, statement in enumerate(statements)]
 
 
 def forced(worlds, person):
-    """1 when a person is a knight in all of the worlds, 0 when in none of them, else None."""
+    """1 if a person is a knight in all of the worlds, 0 if in none of them, else None."""
     kinds = {world[person] for world in worlds}
     return kinds.pop() if len(kinds) == 1 else None
 
@@ -70,21 +70,22 @@ def where(worlds, person, kind):
 # ---- proofs
 
 
-def settled(worlds, people):
+def known_people(worlds, people):
     return {person for person in range(people) if forced(worlds, person) is not None}
 
 
-def propagate(worlds, known, words, names):
-    """(lines, worlds left) of all that single words decide: no world after a contradiction."""
+def propagate(worlds, known, constraints, names):
+    """Apply single statements until nothing changes, or to a contradiction, which leaves no world;
+    returns (proof lines, worlds left)."""
     lines = []
     known = set(known)
     before = None
     while before != len(known):
         before = len(known)
-        for speaker, constraint in enumerate(words):
+        for speaker, constraint in enumerate(constraints):
             if not worlds & constraint:
                 return [*lines, f"By {names[speaker]}, a contradiction."], set()
-            for person in range(len(words)):
+            for person in range(len(constraints)):
                 kind = forced(worlds & constraint, person)
                 if person not in known and kind is not None:
                     lines.append(f"By {names[speaker]}, {names[person]} is a {KINDS[kind]}.")
@@ -94,28 +95,29 @@ def propagate(worlds, known, words, names):
 
 
 def prove(statements, names):
-    """The lines of a proof with suppositions one deep, or None when it takes more than that.
+    """The lines of a proof without nested suppositions, or None if there is no such proof.
 
-    The statements must have a solution: without a supposition there is no contradiction.
+    The statements must be satisfiable, so that only suppositions lead to contradictions.
     """
-    words = words_of(statements)
+    constraints = constraints_of(statements)
     people = len(statements)
     worlds = all_worlds(people)
     lines = []
     while True:
-        more, worlds = propagate(worlds, settled(worlds, people), words, names)
+        more, worlds = propagate(worlds, known_people(worlds, people), constraints, names)
         lines += more
-        known = settled(worlds, people)
+        known = known_people(worlds, people)
         if len(known) == people:
             return lines
         refuted = []
         for person, kind in itertools.product(sorted(set(range(people)) - known), (1, 0)):
-            more, left = propagate(where(worlds, person, kind), known | {person}, words, names)
+            supposed = where(worlds, person, kind)
+            more, left = propagate(supposed, known | {person}, constraints, names)
             if not left:
                 refuted.append((len(more), person, kind, more))
         if not refuted:
             return None
-        _, person, kind, more = min(refuted)  # the shortest
+        _, person, kind, more = min(refuted)  # the shortest refutation
         lines.append(f"Suppose {names[person]} is a {KINDS[kind]}.")
         lines += more
         lines.append(f"So {names[person]} is a {KINDS[1 - kind]}.")
@@ -130,13 +132,13 @@ def random_statement(speaker, people, forms, rng):
     a, b = rng.sample(range(people), 2)
     if form in ("same", "differ"):
         return form, a, 1, b, 1
-    if form == "is":  # nobody can say "I am a knave", and "I am a knight" says nothing
+    if form == "is":  # not about the speaker: "I am a knight" says nothing, "a knave" is impossible
         a = rng.choice([p for p in range(people) if p != speaker])
         return form, a, rng.randint(0, 1), a, 1
     return form, a, rng.randint(0, 1), b, rng.randint(0, 1)
 
 
-def say(statement, speaker, names):
+def render(statement, speaker, names):
     form, a, kind_a, b, kind_b = statement
     first, second = (f"{'I am' if person == speaker else names[person] + ' is'} a {KINDS[kind]}"
                      for person, kind in ((a, kind_a), (b, kind_b)))
@@ -146,7 +148,7 @@ def say(statement, speaker, names):
 
 
 def canonical(statements):
-    """One spelling for all puzzles that differ only in names and order."""
+    """A canonical form that ignores names and the order of speakers."""
     spellings = []
     for order in itertools.permutations(range(len(statements))):
         renamed = []
@@ -162,19 +164,19 @@ def generate(level, rng, split):
     while True:
         people = rng.choice(sizes)
         statements = [random_statement(speaker, people, forms, rng) for speaker in range(people)]
-        solution = set.intersection(*words_of(statements))
+        solution = set.intersection(*constraints_of(statements))
         if len(solution) != 1:
             continue
         key = canonical(statements)
-        if split_of(f"knights {key}") != split:  # before the proof, which is slow
+        if split_of(f"knights {key}") != split:  # checked before the slow proof
             return None
         names = rng.sample(NAMES, people)
         lines = prove(statements, names)
         if lines and suppose == any(line.startswith("Suppose") for line in lines):
             break
-    told = [f'{name} says: "{say(said, speaker, names)}."'
-            for speaker, (name, said) in enumerate(zip(names, statements))]
-    text = f"{RULE}{' '.join(told)} Who are the knights? Give their names, or none."
+    quotes = [f'{name} says: "{render(statement, speaker, names)}."'
+              for speaker, (name, statement) in enumerate(zip(names, statements))]
+    text = f"{RULE}{' '.join(quotes)} Who are the knights? Give their names, or none."
     [world] = solution
     answer = ", ".join(itertools.compress(names, world)) or "none"
     return record("knights", level, text, answer, lines, key, split,
@@ -185,54 +187,54 @@ def generate(level, rng, split):
 
 
 def check_steps(problem, thought):
-    """Each line follows from one person's words and from what is known or supposed."""
+    """Each line follows from one person's statement and what is known or supposed."""
     names = problem["names"]
-    words = words_of(problem["statements"])
-    name = f"({'|'.join(names)})"
-    by = re.compile(rf"By {name}, (?:{name} is a (knave|knight)|a contradiction)\.")
-    suppose = re.compile(rf"(Suppose|So) {name} is a (knave|knight)\.")
-    stack = [(all_worlds(len(names)), None)]  # (worlds left, (who is supposed, to be what))
-    refuted = False  # the last supposition
+    constraints = constraints_of(problem["statements"])
+    any_name = f"({'|'.join(names)})"
+    by = re.compile(rf"By {any_name}, (?:{any_name} is a (knave|knight)|a contradiction)\.")
+    suppose = re.compile(rf"(Suppose|So) {any_name} is a (knave|knight)\.")
+    stack = [(all_worlds(len(names)), None)]  # (worlds left, (person, supposed kind))
+    refuted = False  # whether the last supposition is refuted
 
-    def step(line):
+    def check_line(line):
         nonlocal refuted
         found = by.fullmatch(line) or suppose.fullmatch(line)
         if not found:
-            return None, "not a step of this puzzle"
+            return None, "not a valid step"
         worlds, supposed = stack[-1]
-        first, name, kind = found.groups()
+        first, name, kind = found.groups()  # first: the speaker, "Suppose" or "So"
         if not name:
-            if refuted or not supposed or worlds & words[names.index(first)]:
+            if refuted or not supposed or worlds & constraints[names.index(first)]:
                 return "contradiction", "no contradiction"
             refuted = True
             return "contradiction", None
         person, kind = names.index(name), KINDS.index(kind)
         if first == "Suppose":
             if refuted or len(stack) > len(names) or forced(worlds, person) is not None:
-                return name, "nothing to suppose here"
+                return name, "cannot be supposed here"
             stack.append((where(worlds, person, kind), (person, kind)))
             return name, None
         if first == "So":
             if not refuted or supposed != (person, 1 - kind):
-                return name, "not what the contradiction shows"
+                return name, "does not follow from the contradiction"
             stack.pop()
             refuted = False
             worlds, supposed = stack[-1]
         elif refuted:
-            return name, "the supposition is refuted already"
-        elif forced(worlds & words[names.index(first)], person) != kind:
-            return name, f"this does not follow from what {first} says"
+            return name, "the supposition is already refuted"
+        elif forced(worlds & constraints[names.index(first)], person) != kind:
+            return name, f"does not follow from what {first} says"
         stack[-1] = where(worlds, person, kind), supposed
         return name, None
 
     def conclusion():
         return problem["answer"] if len(stack) == 1 and len(stack[0][0]) == 1 else None
 
-    return first_wrong(thought, step, conclusion)
+    return first_error(thought, check_line, conclusion)
 
 
-def spoil(line, before, rng):
-    """The opposite conclusion; suppositions and contradictions have none."""
+def corrupt(line, previous, rng):
+    """The opposite conclusion; None for suppositions and contradictions."""
     if line.startswith("Suppose") or line.endswith("contradiction."):
         return None
     old, new = KINDS if line.endswith("knave.") else KINDS[::-1]

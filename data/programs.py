@@ -1,11 +1,10 @@
-"""Small Python programs of unknown origin: stepped through, and tried against unit tests.
+"""An interpreter for small untrusted Python programs: traces them and runs unit tests.
 
-Nothing is ever executed, so there is nothing to be locked in: no process, no file, no name of
-Python's beyond CALLS can be reached. `trace` interprets a small part of the language itself (one
-function of whole numbers and lists of them, if, while, for), and whatever it does not know, an
-attribute or an import say, is an error. What holds on every system: at most MAX_CHARS of source,
-MAX_STEPS steps and MAX_ITEMS in a range, and no operation is given a number beyond MAX_NUMBER or
-can do worse with it than square it.
+Nothing is passed to Python for execution, so no sandbox is needed: a program can reach no process,
+no file and no builtin except CALLS. `trace` interprets a small subset of the language (one function
+of integers and lists of integers; if, while, for); anything else, such as an attribute or an
+import, is an error. The source is limited to MAX_CHARS, a run to MAX_STEPS, a range to MAX_ITEMS,
+and operands to MAX_NUMBER; no operation can do more than square them.
 """
 
 import ast
@@ -27,16 +26,16 @@ OPERATORS = {
 
 
 class Return(Exception):
-    """The return statement of an interpreted function: (its node, the value)."""
+    """Raised by an interpreted return statement; args: (node, value)."""
 
 
 @lru_cache(256)
 def parse_function(source):
-    """The syntax tree of a program that is a single function. Raises ValueError for any other."""
+    """The syntax tree of a program that is a single function. Raises ValueError otherwise."""
     if len(source) > MAX_CHARS:
         raise ValueError(f"longer than {MAX_CHARS} characters")
     try:
-        with warnings.catch_warnings():  # Python's remarks on a strange escape
+        with warnings.catch_warnings():  # invalid escape sequences
             warnings.simplefilter("ignore")
             body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -46,10 +45,11 @@ def parse_function(source):
     return body[0]
 
 
-def small(value):
+def check_size(value):
+    """The value itself. Raises ValueError if it is too large."""
     too_long = isinstance(value, range) and len(value) > MAX_ITEMS
     if too_long or isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise ValueError("a value grows too large")
+        raise ValueError("a value is too large")
     return value
 
 
@@ -57,14 +57,14 @@ def evaluate(node, state):
     """The value of an expression; state: {name: value}."""
     match node:
         case ast.Constant(value=int()):
-            return small(node.value)
+            return check_size(node.value)
         case ast.Name():
             return state[node.id]
         case ast.BinOp():
             pair = [evaluate(node.left, state), evaluate(node.right, state)]
-            if not all(isinstance(value, int) for value in pair):  # lists would grow
-                raise ValueError("only numbers are calculated with")
-            return small(OPERATORS[type(node.op)](*pair))
+            if not all(isinstance(value, int) for value in pair):  # lists could grow without limit
+                raise ValueError("operands must be numbers")
+            return check_size(OPERATORS[type(node.op)](*pair))
         case ast.UnaryOp():
             return OPERATORS[type(node.op)](evaluate(node.operand, state))
         case ast.BoolOp():
@@ -84,15 +84,14 @@ def evaluate(node, state):
         case ast.Subscript():
             return evaluate(node.value, state)[evaluate(node.slice, state)]
         case ast.Call(func=ast.Name(name), keywords=[]) if name in CALLS:
-            return small(CALLS[name](*[evaluate(item, state) for item in node.args]))
-    raise ValueError(f"{type(node).__name__} is not interpreted")
+            return check_size(CALLS[name](*[evaluate(item, state) for item in node.args]))
+    raise ValueError(f"{type(node).__name__} is not supported")
 
 
 def trace(source, arguments):
-    """(events, the value returned or None): events are (line number, what happens), (3, "x = 5").
+    """(events, return value or None); events are (line number, description), as in (3, "x = 5").
 
-    Raises ValueError for a program that cannot be interpreted, fails, grows too large or takes
-    more than MAX_STEPS steps.
+    Raises ValueError if the program is unsupported, fails, or exceeds a limit.
     """
     function = parse_function(source)
     names = [arg.arg for arg in function.args.args]
@@ -101,18 +100,18 @@ def trace(source, arguments):
     state = dict(zip(names, arguments))
     events = []
 
-    def note(node, text):
+    def add_event(node, text):
         events.append((node.lineno, text))
         if len(events) > MAX_STEPS:
             raise ValueError(f"more than {MAX_STEPS} steps")
 
     def store(node, name, value):
         state[name] = value
-        note(node, f"{name} = {value!r}")
+        add_event(node, f"{name} = {value!r}")
 
     def holds(node):
         result = bool(evaluate(node.test, state))
-        note(node, f"{ast.unparse(node.test)} is {result}")
+        add_event(node, f"{ast.unparse(node.test)} is {result}")
         return result
 
     def run(body):
@@ -135,22 +134,22 @@ def trace(source, arguments):
                 case ast.Return(value=ast.expr()):
                     raise Return(node, evaluate(node.value, state))
                 case _:
-                    raise ValueError(f"{type(node).__name__} is not interpreted")
+                    raise ValueError(f"{type(node).__name__} is not supported")
 
     try:
         run(function.body)
         return events, None
     except Return as done:
         node, value = done.args
-        note(node, f"returns {value!r}")
+        add_event(node, f"returns {value!r}")
         return events, value
     except (ArithmeticError, LookupError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def run_tests(source, tests):
-    """Whether a program passes every test [arguments, wanted value]. Never raises."""
+    """Whether a program passes every test, [arguments, expected value]. Never raises."""
     try:
-        return all(repr(trace(source, given)[1]) == repr(wanted) for given, wanted in tests)
+        return all(repr(trace(source, given)[1]) == repr(expected) for given, expected in tests)
     except ValueError:
         return False

@@ -1,13 +1,13 @@
-"""Scientific deduction: from measured quantities to an asked one; the level is the number of laws.
+"""Scientific deduction: compute a quantity from measured ones; the level is the number of laws.
 
-Every law is a product a = b * c and may be used in its three forms. A step names the law, puts the
-numbers and their units in, and computes. The checker knows the laws and the unit of each quantity.
+Every law is a product a = b * c, usable in its three forms. A step states the law, substitutes
+numbers with units, and computes. The checker knows the laws and the unit of each quantity.
 """
 
 import re
 from fractions import Fraction
 
-from data.families import draw_offset, first_wrong, record
+from data.families import draw_offset, first_error, record
 
 QUANTITIES = {
     "mass": "kg", "acceleration": "m/s^2", "force": "N", "distance": "m", "work": "J", "time": "s",
@@ -21,7 +21,7 @@ LAWS = [tuple(law.split()) for law in (
     "volume area height, mass density volume, speed wavelength frequency, charge current time, "
     "voltage current resistance, power voltage current, work charge voltage").split(", ")]
 UNITS = "m, m^2, m^3, kg, s, A, Hz, m/s, m/s^2, kg/m^3, kg m/s, N, J, W, Pa, C, V, ohm".split(", ")
-# The three ways to use a = b * c: (result, operation, first, second).
+# The three forms of a = b * c: (result, operation, first operand, second operand).
 FORMS = [form for a, b, c in LAWS for form in ((a, "*", b, c), (b, "/", a, c), (c, "/", a, b))]
 OPENINGS = [
     "In an experiment these values are measured: {}.", "A worksheet gives {}.",
@@ -42,7 +42,7 @@ def amount(value, name):
 
 
 def draw(op, known_first, known, rng):
-    """The other number of `first op second` that makes the result a whole number, or None."""
+    """The other operand, chosen so that `first op second` is a whole number, or None."""
     if op == "*":
         return rng.randint(2, 20)
     if known_first:
@@ -51,7 +51,7 @@ def draw(op, known_first, known, rng):
 
 
 def consistent(values):
-    """Whether every way to compute a quantity from these values gives the same."""
+    """Whether every way to derive a quantity from these values gives the same result."""
     known = dict(values)
     more = True
     while more:
@@ -62,8 +62,8 @@ def consistent(values):
 
 
 def draw_problem(level, rng):
-    """(what is told, as {name: value}, steps, all values), or None. Each step, a form of a law,
-    needs the result of the one before."""
+    """(givens {name: value}, steps, all values), or None if the draw is unusable. Each step is a
+    form of a law, applied to the result of the step before."""
     current = rng.choice(list(QUANTITIES))
     values = {current: rng.randint(2, 60)}
     steps = []
@@ -83,32 +83,32 @@ def draw_problem(level, rng):
         steps.append((result, op, a, b))
         current = result
     results = [step[0] for step in steps]
-    told = {name: value for name, value in values.items() if name not in results}
-    if level > 2:  # one that is not needed
+    givens = {name: value for name, value in values.items() if name not in results}
+    if level > 2:  # a distractor
         extra = rng.choice(list(QUANTITIES))
         if extra not in values:
-            told[extra] = rng.randint(2, 60)
-    return (told, steps, values) if consistent(told) else None
+            givens[extra] = rng.randint(2, 60)
+    return (givens, steps, values) if consistent(givens) else None
 
 
 def generate(level, rng, split):
     found = None
     while not found:
         found = draw_problem(level, rng)
-    told, steps, values = found
+    givens, steps, values = found
     target = steps[-1][0]
-    order = list(told)
+    order = list(givens)
     rng.shuffle(order)
-    listed = ", ".join(f"{name} {amount(told[name], name)}" for name in order)
+    listed = ", ".join(f"{name} {amount(givens[name], name)}" for name in order)
     opening = rng.choice(OPENINGS).format(listed)
     text = f"{opening} What is the {target}, in {QUANTITIES[target]}?"
     amounts = {name: amount(value, name) for name, value in values.items()}
     lines = [f"{result} = {a} {op} {b} = {amounts[a]} {op} {amounts[b]} = {amounts[result]}"
              for result, op, a, b in steps]
-    needed = sorted(told.keys() & values.keys())
+    needed = sorted(givens.keys() & values.keys())
     key = f"{target} from " + ", ".join(f"{name} {values[name]}" for name in needed)
     return record("science", level, text, str(values[target]), lines, key, split,
-                  givens=told, target=target)
+                  givens=givens, target=target)
 
 
 # ---- thoughts
@@ -120,25 +120,25 @@ LINE = re.compile(
 
 
 def check_steps(problem, thought):
-    """Each line uses a law that exists and known amounts, and gets number and unit right."""
+    """Each line applies a valid law to known amounts, with the right result and unit."""
     known = dict(problem["givens"])
     target = problem["target"]
 
-    def step(line):
+    def check_line(line):
         found = LINE.fullmatch(line)
         if not found or not {found[1], found[2], found[4]} <= QUANTITIES.keys():
-            return None, "not a step of this kind"
+            return None, "not a valid step"
         result, a, op, b, *operation, value, unit = found.groups()
         if (result, op, a, b) not in FORMS and not (op == "*" and (result, op, b, a) in FORMS):
-            return result, "there is no such law"
+            return result, "not a known law"
         unknown = {a, b} - known.keys()
         if unknown:
-            return result, f"the {min(unknown)} is not known yet"
+            return result, f"{min(unknown)} is not known yet"
         right = f"{amount(known[a], a)} {op} {amount(known[b], b)}"
         if " ".join(operation) != right:
-            return result, f"it is {right}"
+            return result, f"should be {right}"
         if unit != QUANTITIES[result]:
-            return result, f"the units do not come to {unit}"
+            return result, f"the unit of {result} is not {unit}"
         exact = compute(op, known[a], known[b])
         if int(value) != exact:
             return result, f"{known[a]} {op} {known[b]} is {exact}"
@@ -148,19 +148,19 @@ def check_steps(problem, thought):
     def conclusion():
         return known.get(target) if target not in problem["givens"] else None
 
-    return first_wrong(thought, step, conclusion)
+    return first_error(thought, check_line, conclusion)
 
 
-def spoil(line, before, rng):
-    """A wrong number or unit, a law upside down, or a value that is not the given one."""
+def corrupt(line, previous, rng):
+    """A wrong result, a wrong unit, an inverted operation, or a wrong operand."""
     result, a, op, b, x, unit_x, _, y, unit_y, z, unit_z = LINE.fullmatch(line).groups()
     offset = draw_offset(rng, int(z), int(y))
-    kind = rng.choice(("result", "unit", "law", "value"))
+    kind = rng.choice(("result", "unit", "operation", "operand"))
     if kind == "result":
         z = int(z) + offset
     elif kind == "unit":
         unit_z = rng.choice([unit for unit in UNITS if unit != unit_z])
-    elif kind == "law":
+    elif kind == "operation":
         op = "/" if op == "*" else "*"
     else:
         y = int(y) + offset

@@ -1,14 +1,14 @@
 """Arithmetic word problems of one to five operations; the level is the number of operations.
 
-There are two kinds. In a story an amount passes through events: muffins are baked, packed and
-sold, the money is shared. In a riddle people own more or fewer things than others do, told in any
-order, with people about whom nobody asks.
+There are two kinds. A story takes an amount through a series of events: muffins are baked, packed
+and sold, and the money is shared. A riddle compares how many things people own, in random order and
+including some people who are irrelevant to the question.
 """
 
 import operator
 import re
 
-from data.families import draw_offset, first_wrong, record
+from data.families import draw_offset, first_error, record
 
 NAMES = (
     "Ada Amir Bela Carlos Chen Dara Elif Farid Grace Hugo Ines Jonas Kofi Lena Marta Nia Omar "
@@ -17,8 +17,8 @@ NAMES = (
 THINGS = "marbles stickers stamps shells coins beads cards buttons pencils acorns badges corks"
 OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
-# A story's first line: the unit of its amount, how it opens. Then its events, in the order in which
-# they may happen: unit before, operation, unit after | what is told | what the result is called.
+# A story's first line: unit | opening sentence. The other lines are its possible events, in order:
+# unit before, operation, unit after | sentence | label of the result.
 STORIES = """
 muffins | {name} bakes {a} muffins a day.
 muffins * muffins | It is done on {k} days in all. | muffins baked in all
@@ -78,7 +78,7 @@ RIDDLES = {
 
 
 def draw(op, value, rng):
-    """A second operand that keeps the result a whole number of 1 to 9999, or None."""
+    """A second operand that makes the result a whole number from 1 to 9999, or None."""
     largest = {
         "+": 60, "-": min(60, value - 1), "*": min(12, 9999 // value), "/": min(12, value - 1),
     }[op]
@@ -87,62 +87,62 @@ def draw(op, value, rng):
 
 
 def tell_story(level, rng):
-    """(sentences, question, first amount, [(label, operation, second operand) of each step]).
+    """(sentences, question, first amount, [(label, operation, second operand) per step]).
 
-    None when the events drawn do not fit each other.
+    None if the events drawn are incompatible.
     """
     opening, *events = rng.choice(STORIES.strip().split("\n\n")).split("\n")
     unit, sentence = opening.split(" | ")
     name = rng.choice(NAMES)
     start = value = rng.randint(6, 90)
-    told = [sentence.format(name=name, a=value)]
+    sentences = [sentence.format(name=name, a=value)]
     steps = []
-    for chosen in sorted(rng.sample(range(len(events)), level)):
-        change, sentence, label = events[chosen].split(" | ")
+    for index in sorted(rng.sample(range(len(events)), level)):
+        change, sentence, label = events[index].split(" | ")
         before, op, after = change.split()
         k = draw(op, value, rng) if before == unit else None
         if k is None:
             return None
-        told.append(sentence.format(name=name, k=k))
+        sentences.append(sentence.format(name=name, k=k))
         steps.append((label, op, k))
         value = OPS[op](value, k)
         unit = after
-    return told, f"What is the number of {label}?", start, steps
+    return sentences, f"What is the number of {label}?", start, steps
 
 
 def tell_riddle(level, rng):
-    """Likewise; the labels are names, and each has more or less than the one before."""
+    """Like tell_story, with names as labels; each amount is relative to the previous person's."""
     names = rng.sample(NAMES, level + 3)
     things = rng.choice(THINGS.split())
     start = value = rng.randint(3, 60)
-    told = [f"{names[0]} has {value} {things}."]
+    sentences = [f"{names[0]} has {value} {things}."]
     steps = []
     for name, other in zip(names[1:level + 1], names):
         op = rng.choice("+-*/+-*")
         k = draw(op, value, rng)
         if k is None:
             return None
-        told.append(RIDDLES[op].format(name=name, other=other, k=k, things=things))
+        sentences.append(RIDDLES[op].format(name=name, other=other, k=k, things=things))
         steps.append((name, op, k))
         value = OPS[op](value, k)
-    unasked = [name for name in names[level + 1:] if level > 1 and rng.random() < 0.4]
-    told += [f"{name} has {rng.randint(3, 99)} {things}." for name in unasked]
-    rng.shuffle(told)
-    return told, f"How many {things} does {names[level]} have?", start, steps
+    irrelevant = [name for name in names[level + 1:] if level > 1 and rng.random() < 0.4]
+    sentences += [f"{name} has {rng.randint(3, 99)} {things}." for name in irrelevant]
+    rng.shuffle(sentences)
+    return sentences, f"How many {things} does {names[level]} have?", start, steps
 
 
 def generate(level, rng, split):
     found = None
     while not found:
         found = rng.choice((tell_story, tell_riddle))(level, rng)
-    told, question, value, steps = found
-    key = str(value)  # the sum alone, whatever the story
+    sentences, question, value, steps = found
+    key = str(value)  # the calculation alone, regardless of the story
     lines = []
     for label, op, k in steps:
         lines.append(f"{label}: {value} {op} {k} = {OPS[op](value, k)}")
         key += f" {op} {k}"
         value = OPS[op](value, k)
-    text = " ".join([*told, question])
+    text = " ".join([*sentences, question])
     return record("words", level, text, str(value), lines, key, split)
 
 
@@ -152,34 +152,35 @@ LINE = re.compile(r"(.{1,60}): (\d{1,9}) ([-+*/]) (\d{1,9}) = (-?\d{1,9})")
 
 
 def check_steps(problem, thought):
-    """Each line is `label: a op b = c`: the label's own operation on known amounts, done right."""
+    """Each line is `label: a op b = c`, the label's operation on known amounts, with its result."""
     *lines, _ = problem["solution"].split("\n")
     steps = {line.partition(": ")[0]: LINE.fullmatch(line).groups() for line in lines}
     labels = list(steps)
-    known = 0  # how many of them; each needs the one before
+    known = 0  # the number of known labels; each depends on the one before
 
-    def step(line):
+    def check_line(line):
         nonlocal known
         found = LINE.fullmatch(line)
         if not found or found[1] not in labels:
-            return None, "not a step of this problem"
+            return None, "not a valid step"
         label, a, op, b, result = steps[found[1]]
-        place = labels.index(label)
-        if place > known:
-            return label, f"{labels[place - 1]} is not known yet"
+        index = labels.index(label)
+        if index > known:
+            return label, f"{labels[index - 1]} is not known yet"
         orders = [(a, op, b), (b, op, a)] if op in "+*" else [(a, op, b)]
         if found.group(2, 3, 4) not in orders:
-            return label, f"it is {a} {op} {b}"
+            return label, f"should be {a} {op} {b}"
         if found[5] != result:
             return label, f"{found[2]} {op} {found[4]} is {result}"
-        known = max(known, place + 1)
+        known = max(known, index + 1)
         return label, None
 
-    return first_wrong(thought, step, lambda: problem["answer"] if known == len(labels) else None)
+    return first_error(
+        thought, check_line, lambda: problem["answer"] if known == len(labels) else None)
 
 
-def spoil(line, before, rng):
-    """A wrong result, operand (with or without the result that follows from it) or operation."""
+def corrupt(line, previous, rng):
+    """A wrong result, a wrong operation, or a wrong operand with the old or a consistent result."""
     label, a, op, b, c = LINE.fullmatch(line).groups()
     offset = draw_offset(rng, int(c), int(b))
     kind = rng.choice(("result", "operand", "both", "operation"))

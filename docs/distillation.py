@@ -1,11 +1,11 @@
-"""What a student learns from a teacher, and what from its own samples, at the same budget.
+"""Compare learning from a teacher with learning from one's own samples, at the same budget.
 
-    python -m docs.distillation 32    # steps, of the tiny model
+    python -m docs.distillation 32    # 32 steps of the tiny model
 
-The teacher is what GRPO makes of the tiny model; the students are the tiny model again. Each way of
-learning takes as many updates, of 256 completions each: of those that the student samples at that
-step (GRPO, distillation), or of samples drawn before, on the problems that GRPO would ask
-(supervised). What is there already, of a run that was interrupted, is not done again.
+The teacher is the tiny model after GRPO; each student starts from the tiny model. Every method gets
+the same number of updates of 256 completions: sampled by the student at that step (GRPO,
+distillation), or sampled beforehand on the problems that GRPO would use (SFT). Finished parts of an
+interrupted run are skipped.
 """
 
 import json
@@ -18,27 +18,27 @@ from statistics import fmean
 from data import load_problems
 from data.files import read_rows
 from eval import find_row
-from run import write_whole
+from run import write_atomic
 from stats import markdown, percent
 
 HOME = Path("runs/distillation")
 LABELS = {
     "grpo": "GRPO (the teacher)",
-    "distilled": "distilled from it on its own samples, without rewards",
-    "sft_teacher": "supervised on the teacher's verified samples",
-    "sft_own": "supervised on its own verified samples",
-    "sft_control": "supervised on as many of its own at random"}
+    "distilled": "distilled on its own samples, no rewards",
+    "sft_teacher": "SFT on the teacher's verified samples",
+    "sft_own": "SFT on its own verified samples",
+    "sft_control": "SFT on as many of its own samples at random"}
 
 
 def run(out, script, *flags):
-    """`python SCRIPT FLAGS`, unless it has written `out`."""
+    """Run `python SCRIPT FLAGS`, unless its output `out` exists."""
     if not out.exists():
         print("$ python", script, *flags, flush=True)
         subprocess.run([sys.executable, script, *map(str, flags)], check=True)
 
 
-def draw(name, source, count):
-    """[{"problem", "response", "right"}, ...]: 8 samples of each of so many training problems."""
+def sample(name, source, count):
+    """8 samples per training problem, as dicts with "problem", "response", "right", "tokens"."""
     records = HOME / f"{name}.jsonl"
     results = HOME / f"{name}_results.jsonl"
     run(results, "eval.py", "--model", source, "--split", "train", "--limit", count,
@@ -48,32 +48,32 @@ def draw(name, source, count):
              "tokens": s["tokens"]} for _, row in read_rows(records) for s in row["samples"]]
 
 
-def supervise(name, samples, steps, usual):
+def fine_tune(name, samples, steps, shared):
     data = HOME / f"{name}.train.jsonl"
-    write_whole(data, "".join(json.dumps(sample) + "\n" for sample in samples))
+    write_atomic(data, "".join(json.dumps(s) + "\n" for s in samples))
     print(f"{name}: {len(samples)} samples of {fmean(s['tokens'] for s in samples):.0f} tokens")
-    run(last_of(name, steps), "sft.py", "--data", data, "--batch", 256, "--epochs",
-        (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data", "arithmetic", *usual,
+    run(last_checkpoint(name, steps), "sft.py", "--data", data, "--batch", 256, "--epochs",
+        (steps - 0.5) * 256 / len(samples), "--validation", 0, "--eval-data", "arithmetic", *shared,
         "--run-dir", HOME / name)
 
 
-def last_of(name, steps):
+def last_checkpoint(name, steps):
     return HOME / name / "checkpoints" / f"step_{steps:06d}"
 
 
 def main(steps):
     HOME.mkdir(parents=True, exist_ok=True)
-    usual = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
-    teacher = last_of("grpo", steps)
+    shared = ["--eval-every", max(1, steps // 8), "--save-every", steps, "--warmup", 2]
+    teacher = last_checkpoint("grpo", steps)
     for name, flags in (("grpo", []), ("distilled", ["--teacher", teacher])):
-        run(last_of(name, steps), "grpo.py", "--steps", steps, *usual, *flags, "--refill", 0,
-            "--test-limit", 0, "--run-dir", HOME / name)
-    own = draw("of_student", "tiny", 32 * steps)
-    right = [sample for sample in own if sample["right"]]
-    of_teacher = [sample for sample in draw("of_teacher", teacher, 32 * steps) if sample["right"]]
-    supervise("sft_teacher", of_teacher, steps, usual)
-    supervise("sft_own", right, steps, usual)
-    supervise("sft_control", random.Random(0).sample(own, len(right)), steps, usual)
+        run(last_checkpoint(name, steps), "grpo.py", "--steps", steps, *shared, *flags,
+            "--refill", 0, "--test-limit", 0, "--run-dir", HOME / name)
+    own = sample("of_student", "tiny", 32 * steps)
+    own_right = [s for s in own if s["right"]]
+    teacher_right = [s for s in sample("of_teacher", teacher, 32 * steps) if s["right"]]
+    fine_tune("sft_teacher", teacher_right, steps, shared)
+    fine_tune("sft_own", own_right, steps, shared)
+    fine_tune("sft_control", random.Random(0).sample(own, len(own_right)), steps, shared)
 
     rows = []
     shown = [max(1, steps * part // 8) for part in (1, 2, 4, 8)]
@@ -81,7 +81,7 @@ def main(steps):
         curve = {row["step"]: row.get("dev_accuracy", row.get("val_accuracy"))
                  for _, row in read_rows(HOME / name / "metrics.jsonl")}
         results = HOME / f"{name}_results.jsonl"
-        run(results, "eval.py", "--results", results, "--model", last_of(name, steps))
+        run(results, "eval.py", "--results", results, "--model", last_checkpoint(name, steps))
         row = find_row(results, method="greedy")
         rows.append([label, *(percent(curve[step]) for step in shown),
                      percent(row["accuracy"], row["low"], row["high"])])

@@ -1,10 +1,10 @@
-"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, in twelve small steps.
+"""The exercises of docs/walkthrough.md: grpo.py with one thing broken, for twelve small steps.
 
-    python -m docs.exercises none          # as it is, to compare with
-    python -m docs.exercises baseline      # broken; then the metrics of a few steps
-    python -m docs.exercises baseline --seed 1      # with any flags of grpo.py
+    python -m docs.exercises none          # unmodified, for comparison
+    python -m docs.exercises baseline      # broken; prints the metrics of a few steps
+    python -m docs.exercises baseline --seed 1      # accepts any flags of grpo.py
 
-Each breakage is a function that replaces a part of grpo.py before its `main` begins.
+Each breakage is a function that replaces a part of grpo.py before calling its `main`.
 """
 
 import json
@@ -20,24 +20,24 @@ SHOWN = ("reward", "accuracy", "length", "truncated", "entropy", "ratio", "clipp
 
 
 def drop_baseline():
-    """An advantage is the reward itself: whatever earns something becomes likelier."""
+    """Use the reward as the advantage: anything with a positive reward becomes more likely."""
     grpo.group_advantages = lambda rewards, scale: rewards
 
 
 def forget_mask():
-    """Padding counts as tokens, and each row is divided by its own number of them."""
+    """Count padding as tokens, and divide each row by its own number of tokens."""
     policy_loss = grpo.policy_loss
 
-    def unmasked(logprobs, old_logprobs, ref_logprobs, advantages, mask, **how):
-        how["total"] = None
+    def unmasked(logprobs, old_logprobs, ref_logprobs, advantages, mask, **options):
+        options["total"] = None
         ones = mask.new_ones(mask.shape)
-        return policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, ones, **how)
+        return policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, ones, **options)
 
     grpo.policy_loss = unmasked
 
 
 def score_at_one():
-    """The loss takes log-probabilities at temperature 1, whatever the completions were drawn at."""
+    """Compute the loss at temperature 1, whatever the sampling temperature."""
     row_logprobs = grpo.row_logprobs
 
     def at_one(params, config, row, temperature, *rest):
@@ -47,11 +47,11 @@ def score_at_one():
 
 
 def lines(group):
-    """A reward for care: up to 1 with the lines that were written, of twenty."""
+    """A reward meant to encourage careful work: the number of lines over twenty, at most 1."""
     return [min(1.0, text.count("\n") / 20) for text in group.texts]
 
 
-EXERCISES = {  # name: (what it breaks, or None; flags)
+EXERCISES = {  # name: (function that breaks grpo.py or None, flags)
     "none": (None, []),
     "reuse": (None, ["--updates", "4"]),
     "clip": (None, ["--updates", "4", "--clip-low", "0.999", "--clip-high", "1e9"]),
@@ -64,7 +64,7 @@ EXERCISES = {  # name: (what it breaks, or None; flags)
 
 
 def parse_args(argv=None):
-    """(the exercise's name, the flags of grpo.py)."""
+    """(exercise name, parsed arguments of grpo.py)."""
     parser = launch.Parser(__doc__)
     parser.add_argument("name", choices=EXERCISES)
     chosen, others = parser.parse_known_args(argv)

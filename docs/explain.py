@@ -1,10 +1,10 @@
-"""Runs the code of docs/walkthrough.md from top to bottom, and prints what it prints.
+"""Run the code of docs/walkthrough.md from top to bottom and print its output.
 
-    python -m docs.explain            # every number of the page, in its order
-    python -m docs.explain --write    # puts them into the page, and writes walkthrough.ipynb
+    python -m docs.explain            # print the output of every code block
+    python -m docs.explain --write    # update the page and walkthrough.ipynb
 
-A block of Python in the page is followed by a block of text: what it printed. A test runs the
-page and compares; the notebook is the page, cell by cell.
+Each Python block in the page is followed by a text block with its output. A test runs the page and
+compares. The notebook has the same content, as cells.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def parse_args(argv=None):
 
 
 def run_blocks(page):
-    """What each block of Python prints, one after the other in one namespace."""
+    """Yield the output of each Python block; the blocks share one namespace."""
     names = {}
     for code, _ in BLOCK.findall(page):
         with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -1,9 +1,9 @@
-"""Compares adapters with the peft package, both ways, on random tiny weights. Needs `peft`.
+"""Check that LoRA adapters are exchangeable with the peft package. Needs `peft`, `transformers`.
 
     python -m docs.peft_parity
 
-What save_model writes, as PEFT loads it: laid over the base, and the merged model beside it. Then
-what PEFT writes, for a few layers or all, with other scales, as load_adapter reads it.
+On random tiny weights: PEFT loads the adapter that save_model writes, and transformers the merged
+model. Then load_params loads adapters that PEFT writes, for some or all layers and various scales.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from tests.common import FORMULA_TOKENS, formula_model
 
 
 def randomised(lora):
-    """The adapter with numbers in place of the zeros that its B starts as."""
+    """The adapter with random weights; B is initialised to zero, which would hide errors."""
     generator = torch.Generator().manual_seed(0)
     return {name: 0.1 * torch.randn(tensor.shape, generator=generator)
             for name, tensor in lora.items()}
@@ -32,11 +32,11 @@ def main():
     def load(path):
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
-    def compare(what, ours, other):
+    def compare(label, ours, other):
         gap = (ours - other(FORMULA_TOKENS).logits).abs().max().item()
         moved = (ours - bare).abs().max().item()
-        print(f"{what}: logits differ by {gap:.1e} at most; the adapter moves them by {moved:.1f}")
-        assert gap < 1e-5 < 0.1 < moved, what
+        print(f"{label}: logits differ by at most {gap:.1e}; the adapter moves them by {moved:.1f}")
+        assert gap < 1e-5 < 0.1 < moved, label
 
     with tempfile.TemporaryDirectory() as scratch:
         base, tuned, theirs = (Path(scratch) / name for name in ("base", "tuned", "theirs"))
@@ -44,9 +44,9 @@ def main():
         params |= randomised(model.init_lora(config, 4, seed=0))
         model.save_model(tuned, params, config, like=base)
         ours = model.forward(params, config, FORMULA_TOKENS)
-        compare("ours, laid over the base by PEFT", ours,
+        compare("our adapter, loaded by PEFT", ours,
                 PeftModel.from_pretrained(load(base), tuned / "adapter"))
-        compare("ours, merged, by transformers", ours, load(tuned))
+        compare("our merged model, loaded by transformers", ours, load(tuned))
 
         every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         for targets, changes in ((["q_proj", "v_proj"], {"lora_alpha": 16}),
@@ -59,7 +59,7 @@ def main():
             peft_model.load_state_dict(randomised(state), strict=False)
             peft_model.save_pretrained(theirs)
             params = model.load_params(base, adapter=theirs)
-            compare(f"PEFT's, {', '.join(targets)}, {changes}",
+            compare(f"PEFT's adapter, {', '.join(targets)}, {changes}",
                     model.forward(params, config, FORMULA_TOKENS), peft_model)
 
 

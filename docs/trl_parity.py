@@ -1,9 +1,9 @@
-"""The loss and the advantages of grpo.py beside those of TRL: value and gradient, in float64.
+"""Compare grpo.py's loss and advantages with TRL's: values and gradients, in float64.
 
-    pip install trl==1.16.0       # in an environment of its own: it brings transformers along
+    pip install trl==1.16.0       # in a separate environment: it installs transformers
     python -m docs.trl_parity
 
-TRL's own methods run, on a trainer that holds nothing but its settings.
+Runs TRL's own methods on a stand-in trainer that has only settings.
 """
 
 import inspect
@@ -19,10 +19,10 @@ import losses
 
 B, T = 8, 6
 SOURCE = inspect.getsource(grpo_trainer.GRPOTrainer)
-# Parts of a method that would need a whole trainer to run.
+# Excerpts, (first line, line after the last), of methods that need a complete trainer.
 SAMPLER_RATIO = ("per_token_logps_diff = (old_per_token_logps",
                  "# Compute the per-token log probabilities for the reference")
-SAMPLERS = {  # TRL's name of a correction, the bounds of its ratio
+SAMPLERS = {  # correction: (TRL's mode, lower and upper bound of the ratio)
     None: (None, None, None), "token": ("token_truncate", None, 2.0),
     "sequence": ("sequence_mask", 1 / 3, 3.0)}
 ADVANTAGES = ('if self.multi_objective_aggregation == "sum_then_normalize":',
@@ -30,14 +30,14 @@ ADVANTAGES = ('if self.multi_objective_aggregation == "sum_then_normalize":',
 
 
 def run_part(part, **names):
-    """Run the lines of TRL's source from the one that holds part[0] to the one with part[1]."""
+    """Run TRL's source from the line containing part[0] up to the line containing part[1]."""
     first, end = (SOURCE.rindex("\n", 0, SOURCE.index(words)) + 1 for words in part)
     names = vars(grpo_trainer) | names
     exec(textwrap.dedent(SOURCE[first:end]), names)
     return names
 
 
-def settings(loss, level, beta, kl, clip_hard, sampler, bonus):
+def make_trainer(loss, level, beta, kl, clip_hard, sampler, bonus):
     """A stand-in for GRPOTrainer."""
     accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, sync_gradients=True,
                                   reduce=lambda x, reduction: x)
@@ -58,9 +58,9 @@ def settings(loss, level, beta, kl, clip_hard, sampler, bonus):
         current_gradient_accumulation_steps=1, _metrics=defaultdict(lambda: defaultdict(list)))
 
 
-def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
-    """The largest difference of the loss, of its gradient and of that of the entropy."""
-    generator = torch.Generator().manual_seed(seed)
+def loss_gap(loss, level, beta, kl, clip_hard, sampler, bonus):
+    """The largest difference in the loss and in its gradients by log-probability and entropy."""
+    generator = torch.Generator().manual_seed(0)
     normal = torch.randn(6, B, T, generator=generator, dtype=torch.float64)
     logprobs, entropy = -normal[0].abs() - 0.1, normal[5].abs()
     old, ref = logprobs + 0.4 * normal[1], logprobs + 0.5 * normal[2]
@@ -69,7 +69,7 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
     mask = torch.arange(T) < torch.tensor([6, 4, 1, 5, 2, 3, 6, 6])[:, None]  # [B, T]
     ours, theirs = ([x.clone().requires_grad_() for x in (logprobs, entropy)] for _ in range(2))
 
-    trainer = settings(loss, level, beta, kl, clip_hard, sampler, bonus)
+    trainer = make_trainer(loss, level, beta, kl, clip_hard, sampler, bonus)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*theirs, None)
     nothing = torch.zeros(B, 1, dtype=torch.long)
     inputs = {"prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask.long(),
@@ -82,31 +82,33 @@ def loss_gap(seed, loss, level, beta, kl, clip_hard, sampler, bonus):
         inputs["importance_sampling_ratio"] = run_part(
             SAMPLER_RATIO, self=trainer, old_per_token_logps=old,
             sampling_per_token_logps=sampled, mask=mask)["vllm_importance_sampling_ratio"]
-    wanted = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
+    expected = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
     found, _ = losses.policy_loss(ours[0], old, ref if beta else None, advantages, mask, loss=loss,
                                 level=level, clip_hard=clip_hard, beta=beta, kl=kl,
                                 max_completion_tokens=T, weights=weights)
     found = found - bonus * (ours[1] * mask).sum() / mask.sum()
-    wanted.backward(), found.backward()
-    pairs = [(found, wanted), (ours[0].grad, theirs[0].grad)]
+    expected.backward()
+    found.backward()
+    pairs = [(found, expected), (ours[0].grad, theirs[0].grad)]
     pairs += [(ours[1].grad, theirs[1].grad)] if bonus else []
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-def advantage_gap(seed, scale, combine):
-    """The largest difference of the advantages of 6 groups of 5."""
-    generator = torch.Generator().manual_seed(seed)
+def advantage_gap(scale, combine):
+    """The largest difference in the advantages of 6 groups of 5."""
+    generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(2, 6, 5, generator=generator, dtype=torch.float64)
     coefficients = torch.tensor([1.0, 0.3], dtype=torch.float64)
     trainer = SimpleNamespace(multi_objective_aggregation=combine, reward_weights=coefficients,
                               scale_rewards=scale, reward_funcs=[None, None])
-    wanted = run_part(ADVANTAGES, self=trainer, rewards_per_func=rewards.flatten(1).T, device="cpu",
-                      num_generations=5, unscorable_mask=torch.zeros(30, dtype=torch.bool))
+    expected = run_part(
+        ADVANTAGES, self=trainer, rewards_per_func=rewards.flatten(1).T, device="cpu",
+        num_generations=5, unscorable_mask=torch.zeros(30, dtype=torch.bool))
     found = losses.group_advantages(rewards[0] + 0.3 * rewards[1], scale)
     if combine == "normalize_then_sum":
         found = losses.combined_advantages({"a": rewards[0], "b": rewards[1]}, {"a": 1.0, "b": 0.3},
                                            scale)
-    return (found.flatten() - wanted["advantages"]).abs().max().item()
+    return (found.flatten() - expected["advantages"]).abs().max().item()
 
 
 def main():
@@ -115,12 +117,13 @@ def main():
             ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"), ("token", "sequence"),
             ((0.0, "k3"), (0.3, "k3"), (0.3, "k3_corrected")), (None, 1.5),
             (None, "token", "sequence"), (0.0, 0.07)):
-        if (level, kl) != ("sequence", "k3_corrected"):  # TRL corrects by the sequence's ratio
-            gaps.append(loss_gap(0, loss, level, beta, kl, *rest))
-    print(f"{len(gaps)} configurations of the loss: {max(gaps):.1e} at most")
-    gaps = [advantage_gap(0, scale, "sum_then_normalize") for scale in ("group", "batch", "none")]
-    gaps.append(advantage_gap(0, "group", "normalize_then_sum"))
-    print(f"{len(gaps)} of the advantages: {max(gaps):.1e} at most (TRL rounds n / (n - 1))")
+        if (level, kl) != ("sequence", "k3_corrected"):  # TRL uses the sequence ratio here
+            gaps.append(loss_gap(loss, level, beta, kl, *rest))
+    print(f"{len(gaps)} configurations of the loss differ by at most {max(gaps):.1e}")
+    gaps = [advantage_gap(scale, "sum_then_normalize") for scale in ("group", "batch", "none")]
+    gaps.append(advantage_gap("group", "normalize_then_sum"))
+    print(f"{len(gaps)} of the advantages differ by at most {max(gaps):.1e} "
+          "(TRL rounds n / (n - 1))")
 
 
 if __name__ == "__main__":

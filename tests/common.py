@@ -1,4 +1,4 @@
-"""What several test files share: assertions, our scripts run as a user runs them, tiny models."""
+"""Shared test helpers: assertions, running our scripts as a user does, tiny models."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def varlen_on_cpu():
-    """Patches attention.varlen_attn, which needs a GPU, by what it is documented to compute."""
+    """Replace attention.varlen_attn, which needs a GPU, with its documented computation."""
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1),
                     enable_gqa=False, seqused_k=None):
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[0] == -1
@@ -43,11 +43,11 @@ def varlen_on_cpu():
             assert end - begin <= max_q and last - first <= max_k
             q, k, v = (x.transpose(0, 1)[None] for x in (
                 query[begin:end], key[first:last], value[first:last]))
-            seen = torch.ones(end - begin, last - first, dtype=torch.bool)
-            if window_size[1] == 0:  # aligned at the bottom right
-                seen = seen.tril(last - first - (end - begin))
+            mask = torch.ones(end - begin, last - first, dtype=torch.bool)
+            if window_size[1] == 0:  # causal, aligned at the bottom right
+                mask = mask.tril(last - first - (end - begin))
             out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, enable_gqa=enable_gqa)
+                q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
             outs.append(out[0].transpose(0, 1))
         return torch.cat(outs)
 
@@ -59,29 +59,29 @@ def varlen_on_cpu():
 
 @contextlib.contextmanager
 def raises(kind, *words):
-    """The block must raise `kind`, with a message of one line that holds all of `words`."""
+    """The block must raise `kind`, with a one-line message that contains all of `words`."""
     try:
         yield
     except kind as error:
         text = str(error)
         assert "\n" not in text and all(word in text for word in words), (words, text)
     else:
-        raise AssertionError(f"expected a {kind.__name__} that says {words}, nothing was raised")
+        raise AssertionError(f"expected a {kind.__name__} with {words}, but nothing was raised")
 
 
 def skip_unless(found, variable, what):
-    """Skips the test if `what` was not found. It fails if `variable` is set, for it should name it.
+    """Skip the test if `what` was not found, or fail it if `variable`, meant to locate it, is set.
 
-    CI sets the variables whose files it has, so that a test cannot be skipped there unnoticed.
+    CI sets the variables for the files it has, so that no test is skipped there unnoticed.
     """
     if not found:
-        message = f"{what}: not found; set {variable} to where it is"
+        message = f"{what}: not found; set {variable} to its path"
         assert variable not in os.environ, f"{message}, now {os.environ[variable]}"
         raise unittest.SkipTest(message)
 
 
 def gradients(params, loss_fn):
-    """Runs loss_fn(leaves), which ends in backward(), on fresh leaves: {name: gradient}."""
+    """{name: gradient} after loss_fn(leaves), which calls backward(), on a copy of params."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in params.items()}
     loss_fn(leaves)
     return {name: tensor.grad for name, tensor in leaves.items()}
@@ -95,14 +95,14 @@ def assert_same_gradients(a, b, tolerance=1e-9):
 
 # ---- our scripts
 
-# A run of grpo.py that takes seconds.
+# A GRPO run of a few seconds.
 GRPO_RUN = ["grpo.py", "--model", "tiny", "--prompts", 4, "--group", 4, "--max-new-tokens", 40,
             "--steps", 4, "--eval-limit", 4, "--test-limit", 4, "--train-limit", 40,
             "--eval-every", 2, "--save-every", 1, "--keep", 9, "--lr", 1e-4, "--processes", 1]
 
 
 def run(*words, ok=True, env=None):
-    """`python *words` in a process of its own: its stdout or, with ok=False, its one-line error."""
+    """Stdout of `python *words` in a new process or, with ok=False, its one-line error."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True,
                           text=True, timeout=600,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
@@ -115,7 +115,7 @@ def run(*words, ok=True, env=None):
 
 
 def in_process(script, *words):
-    """The script's main() in this process, where tests can patch it: what it printed."""
+    """Run the script's main() in this process, where it can be patched; returns its output."""
     module = importlib.import_module(script)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         module.main(module.parse_args(list(map(str, words))))
@@ -123,7 +123,7 @@ def in_process(script, *words):
 
 
 def error_of(script, *words):
-    """The message with which the script refuses these flags."""
+    """The error message with which the script rejects these flags."""
     try:
         in_process(script, *words)
     except (ValueError, FileNotFoundError) as error:
@@ -140,8 +140,7 @@ def weights_of(run_dir, step):
 
 
 def formula_model(tied=True, yarn=False):
-    """A model whose weights follow from a formula, so that another library can be given the same:
-    (params, config)."""
+    """(params, config) with weights from a formula, so that another library can recreate them."""
     scaling = model.Yarn(4.0, 16) if yarn else None
     config = model.Config(96, 64, 80, 3, 4, 2, max_position_embeddings=16 if yarn else 64,
                           rope_theta=10000.0, tie_word_embeddings=tied, rope_scaling=scaling,
@@ -163,7 +162,7 @@ FORMULA_TOKENS = (torch.arange(40) ** 2 * 7 % 96)[None]  # [1, 40]
 
 
 def double_model(vocab=64, **changes):
-    """A random model in float64, with grouped heads: (params, config)."""
+    """(params, config) of a random float64 model with grouped-query attention."""
     config = model.Config(vocab, 32, 48, 2, 4, 2, max_position_embeddings=256,
                           initializer_range=0.15, eos_token_id=(1,))
     config = config._replace(**changes)
@@ -171,12 +170,12 @@ def double_model(vocab=64, **changes):
 
 
 def merge_lora(params):
-    """A new dict with every adapter merged."""
+    """A copy of params with the adapter merged."""
     return {name: model.merged_weight(params, name) for name in params if ".lora_" not in name}
 
 
 def bytes_tokenizer():
-    """Single bytes and ChatML's three special tokens."""
+    """A byte-level tokenizer with ChatML's three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -187,15 +186,15 @@ def bytes_tokenizer():
 
 
 def small_model(seed=0):
-    """A random model over bytes: (params, config, tokenizer)."""
+    """(params, config, tokenizer) of a random byte-level model."""
     config = model.Config(259, 32, 48, 2, 4, 2, max_position_embeddings=2048, eos_token_id=(258,))
     return model.init_params(config, seed), config, bytes_tokenizer()
 
 
-# ---- training in small
+# ---- a small training run
 
 TRAIN_CONFIG = model.Config(61, 32, 64, 2, 4, 2)
-TRAIN_SCRIPT = '''  # a training run in small: data and weights follow from (seed, step)
+TRAIN_SCRIPT = '''  # a small training run; its data depend only on the step
 import run, time, torch
 from launch import *
 from model import init_params, token_logprobs
@@ -241,7 +240,7 @@ def temporary_dir():
 
 
 def start_training(home, run, *flags, processes=1):
-    """Popen of TRAIN_SCRIPT in `home`, in one process or under torchrun."""
+    """Start TRAIN_SCRIPT in `home`, in one process or under torchrun; returns the Popen."""
     (home / "script.py").write_text(TRAIN_SCRIPT)
     launcher = []
     if processes > 1:
@@ -259,19 +258,19 @@ def finish(process, code=0):
 
 
 def wait_for_steps(path, steps, process):
-    """Until the run has logged that many steps."""
+    """Wait until the run has logged this many steps, or has ended."""
     while process.poll() is None and (not path.is_file() or path.read_bytes().count(b"\n") < steps):
         time.sleep(0.005)
 
 
 def write_lines(path, rows):
-    """Make a .jsonl file of the rows: its path."""
+    """Write the rows to a .jsonl file; returns its path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def read_lines(path):
-    """The objects of a .jsonl file."""
+    """The objects in a .jsonl file."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -280,7 +279,7 @@ def file_hashes(directory):
 
 
 def trained_state(steps, dtype=torch.float32, trainable=None):
-    """(params, optimizer) of a tiny model after some updates from random gradients."""
+    """(params, optimizer) of a tiny model after some updates with random gradients."""
     params, optimizer = optim.init_optimizer(trainable or model.init_params(TRAIN_CONFIG, 0),
                                              dtype=dtype)
     train_on(optimizer, range(steps))
@@ -288,14 +287,14 @@ def trained_state(steps, dtype=torch.float32, trainable=None):
 
 
 def train_on(optimizer, steps):
-    """Updates from random gradients that follow from the step."""
+    """Apply one update per step, with random gradients seeded by it."""
     for step in steps:
         optimizer.grads.normal_(generator=torch.Generator().manual_seed(step))
         optim.optimizer_step(optimizer, 1e-3)
 
 
 def train_args(*flags):
-    """What a training script makes of these flags, by default of those that it was given."""
+    """Parse these flags as a training script does; the command line's if there are none."""
     parser = launch.Parser("A run.")
     launch.add_train_flags(parser, lr=1e-3, run_dir="runs/none")
     parser.add_argument("--steps", type=int, default=10)
@@ -312,9 +311,9 @@ def sum_problems(n):
 
 
 def scripted(reply_fn):
-    """A stand-in for generate() that says reply_fn(prompt text, prompt seed, sample) over bytes.
+    """A fake generate() that answers reply_fn(prompt text, prompt seed, sample), in bytes.
 
-    A reply that does not fit in max_new_tokens is cut off.
+    Replies are truncated to max_new_tokens.
     """
     from generate import Completion
 
@@ -327,13 +326,15 @@ def scripted(reply_fn):
         return Completion(tokens, [-0.25] * len(tokens), finish)
 
     def generate(params, config, prompts, *, num_samples=1, seeds=None, max_new_tokens=100,
-                 on_step=None, **_):
+                 on_step=None, on_done=None, **_):
         rows = []
         for i, prompt in enumerate(prompts):
             text = tokenizer.decode(prompt, skip_special_tokens=False)
             seed = seeds[i] if seeds else i
             rows.append([complete(reply_fn(text, seed, sample), max_new_tokens)
                          for sample in range(num_samples)])
+            if on_done:
+                on_done(i, rows[-1])
             if on_step:
                 ended = [(i, sample, c) for sample, c in enumerate(rows[-1])]
                 on_step(ended, sum(len(c.tokens) for c in rows[-1]))
@@ -344,23 +345,23 @@ def scripted(reply_fn):
 
 @contextlib.contextmanager
 def answering(reply_fn, script="eval"):
-    """Every model that eval.py, or another script, asks says reply_fn of `scripted`, without bars.
+    """Replace the script's generate() with scripted(reply_fn), and hide progress bars.
 
-    Yields what is printed.
+    Yields a StringIO with the printed output.
     """
     with (mock.patch(f"{script}.generate", scripted(reply_fn)),
           contextlib.redirect_stderr(io.StringIO()),
-          contextlib.redirect_stdout(io.StringIO()) as said):
-        yield said
+          contextlib.redirect_stdout(io.StringIO()) as output):
+        yield output
 
 
-def asked(text):
-    """n, of a prompt that asks n+1."""
+def parse_sum(text):
+    """The n in a prompt that asks for n+1."""
     return int(re.search(r"user\n(\d+)\+1", text)[1])
 
 
 def scripted_setup(problems, **options):
-    """eval.py's Setup over these problems with a small model, for generate() to be patched."""
+    """An eval.Setup of these problems and a small model, for use with a patched generate()."""
     from data.prompts import encode_prompt
     from eval import Setup
 

@@ -1,12 +1,12 @@
-"""A GPU's rules without a GPU: tensors that say `cuda:0` and hold their values on the CPU.
+"""A fake GPU that enforces CUDA's rules: tensors report `cuda:0` but keep their values on the CPU.
 
     with fake_gpu() as captured:
         x = torch.ones(3, device="cuda:0")
 
-Tensors on two devices do not meet, and while a graph is captured nothing copies from the host or
-waits for it: RuntimeError, as on a GPU. Graphs record what is launched, and replay it in the same
-memory. attention.varlen_attn is that of common.py. There is no backward pass: built without CUDA,
-PyTorch has no stream to run it on.
+As on a GPU, RuntimeError is raised for an operation on tensors of two devices, and for a host copy
+or synchronisation during graph capture. Graphs record the launched operations and replay them in
+the same memory. attention.varlen_attn is the one in common.py. There is no backward pass: without
+CUDA, PyTorch has no stream to run it on.
 """
 
 import operator
@@ -23,16 +23,16 @@ from tests.common import varlen_on_cpu
 
 aten = torch.ops.aten
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-COPIES = (aten._to_copy.default, aten.copy_.default)  # may go from one device to the other
-WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
+COPIES = (aten._to_copy.default, aten.copy_.default)  # allowed between devices
+SYNCS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default)
 ONLY_ON_GPUS = {
     aten.mm.dtype: lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     aten._fused_sdp_choice.default: lambda *args, **settings: 0}  # attention in plain PyTorch
-capturing = []  # the graph that is being captured, if one is
+capturing = []  # [the graph being captured], or empty
 
 
 class CudaTensor(torch.Tensor):
-    """Says that it is on a GPU; `held` has the values. What PyTorch does in C++ is redirected."""
+    """Reports a GPU device; `held` has the values. Methods that bypass dispatch are overridden."""
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -69,9 +69,9 @@ class Launches(TorchDispatchMode):
 
 
 def launch(func, args, kwargs):
-    """func by the rules of its tensors' devices, recorded in the graph that is being captured."""
+    """Run func after checking its tensors' devices, and record it in the graph being captured."""
     is_op = isinstance(func, torch._ops.OpOverload)
-    if is_op and func.has_kernel_for_dispatch_key(COMPOSITE):  # of those for which the rules hold
+    if is_op and func.has_kernel_for_dispatch_key(COMPOSITE):  # made of ops that are checked
         with Launches():
             return func.decompose(*args, **kwargs)
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -82,8 +82,8 @@ def launch(func, args, kwargs):
     crosses = tensors and on_gpu != to_gpu or any(x.dim() and x.is_cuda != on_gpu for x in tensors)
     if crosses and func not in COPIES:
         raise RuntimeError(f"{func}: tensors on two devices")
-    if capturing and (crosses or on_gpu and func in WAITS):
-        raise RuntimeError(f"{func}: the host cannot wait while a graph is captured")
+    if capturing and (crosses or on_gpu and func in SYNCS):
+        raise RuntimeError(f"{func}: the host cannot synchronise while a graph is captured")
 
     args, kwargs = tree_map(lambda x: x.held if isinstance(x, CudaTensor) else x, (args, kwargs))
     recording = capturing and to_gpu
@@ -93,15 +93,16 @@ def launch(func, args, kwargs):
     out = func(*args, **kwargs)
     if recording:
         capturing[0].launches.append((func, args, kwargs, out))
+    if not to_gpu:
+        return out
     with torch.inference_mode(False):
-        return tree_map(lambda x: CudaTensor(x) if isinstance(x, torch.Tensor) else x,
-                        out) if to_gpu else out
+        return tree_map(lambda x: CudaTensor(x) if isinstance(x, torch.Tensor) else x, out)
 
 
 class Graph:
     def __init__(self):
-        self.launches = []  # (function, arguments, keywords, what it gave)
-        self.before = []  # (what was written into, as it was): to capture is not to run
+        self.launches = []  # (function, arguments, keywords, output)
+        self.before = []  # (tensor written to, its old value): capture must not change memory
 
     def pool(self):
         return self
@@ -116,9 +117,9 @@ class Graph:
 
 @contextmanager
 def fake_gpu(capability=(9, 0), float32=False):
-    """Inside, there is a GPU. Yields a list: (graph, its pool, its stream) of every capture.
+    """A context with a fake GPU. Yields the list of captures: (graph, its pool, its stream).
 
-    float32: varlen_attn takes it, too, so that the static engine's tokens are those of a CPU.
+    float32: let varlen_attn accept float32, so that the static engine samples the CPU's tokens.
     """
     captured = []
 

@@ -1,4 +1,4 @@
-"""Tests of README.md and docs/: every link, command, flag and number of theirs."""
+"""Tests of README.md and docs/: links, commands, flags and numbers."""
 
 import contextlib
 import importlib
@@ -22,9 +22,9 @@ from tests.common import ROOT, in_process, run, varlen_on_cpu
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "data" / "README.md", ROOT / "data" / "tiny" / "README.md"]
-STAND_INS = {"S": "0", "N": "1", "P": "plain", "GPUS:GIB": "1:24"}  # what a page leaves to you
-SUFFIXES = ("py", "html", "png", "jsonl", "safetensors")  # model.safetensors is no function
-OTHERS = ("venv", "pip", "mine.py")  # not ours
+STAND_INS = {"S": "0", "N": "1", "P": "plain", "GPUS:GIB": "1:24"}  # values for placeholders
+SUFFIXES = ("py", "html", "png", "jsonl", "safetensors")  # such as model.safetensors
+OTHERS = ("venv", "pip", "mine.py")  # not scripts of this repository
 
 
 def _text(page):
@@ -32,13 +32,13 @@ def _text(page):
 
 
 def _slug(heading):
-    """The anchor that GitHub gives a heading."""
+    """GitHub's anchor for a heading."""
     words = re.sub(r"[`*]", "", heading.strip().lower())
     return re.sub(r"[^\w -]", "", words).replace(" ", "-")
 
 
 def _commands(text):
-    """Every command of a page, from its blocks and its lines, without comments."""
+    """Yield every command in a page's code blocks and inline code, without comments."""
     text = text.replace("\\\n", " ")
     spans = re.findall(r"`((?:python|torchrun) [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     lines = [line.strip() for line in text.splitlines()]
@@ -50,7 +50,7 @@ def _commands(text):
 
 
 def _parse(command):
-    """Give a command's words to the parser of its script."""
+    """Parse a command with its script's own parser."""
     words = [STAND_INS.get(word, word) for word in shlex.split(command)]
     if "FLAGS" in words:
         words.remove("FLAGS")
@@ -70,7 +70,7 @@ def _parse(command):
         importlib.import_module(path[:-3].replace("/", ".")).parse_args(rest)
 
 
-def test_docs_links_lead_somewhere():
+def test_docs_links_have_targets():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", _text(page)):
             path, _, anchor = target.partition("#")
@@ -84,7 +84,7 @@ def test_docs_links_lead_somewhere():
 
 
 def test_docs_name_files_and_functions_that_exist():
-    """`data/steps.py`, `grpo.policy_loss`: what stands between backticks is there."""
+    """Such as `data/steps.py` and `grpo.policy_loss`."""
     for page in PAGES:
         for path in re.findall(r"`((?:data|docs|tests)/[\w/]+\.\w+)`", _text(page)):
             assert (ROOT / path).exists() or path.startswith("data/cache"), (page.name, path)
@@ -102,7 +102,7 @@ def test_readme_names_the_functions_of_the_seven_steps():
 
 
 def test_readme_example_of_your_own_runs():
-    """Its file is run as it stands, and trained on; settings.md names metrics that come of it."""
+    """Run the README's file and train on its problems. settings.md names only logged metrics."""
     [code] = re.findall(r"```python\n(.*?)```", _text(PAGES[0]), re.DOTALL)
     with tempfile.TemporaryDirectory() as folder:
         mine = Path(folder, "mine.py")
@@ -123,7 +123,7 @@ def test_readme_example_of_your_own_runs():
 
 
 def test_readme_lists_the_files_from_the_ground_up():
-    """Every file of the table imports only files above it, and none is missing."""
+    """The table lists every file, and each imports only files above it."""
     [table] = re.findall(r"## The files(.*?)\n## ", _text(PAGES[0]), re.DOTALL)
     order = [name.removesuffix(".py").rstrip("/") for name in
              re.findall(r"^\| `([\w/]+(?:\.py|/))`", table, re.MULTILINE)]
@@ -131,47 +131,48 @@ def test_readme_lists_the_files_from_the_ground_up():
     for place, name in enumerate(order):
         files = [ROOT / f"{name}.py"] if name != "data" else (ROOT / "data").glob("*.py")
         for file in files:
-            if name == "data" and "__main__" in _text(file):  # a script, which nothing imports
+            if name == "data" and "__main__" in _text(file):  # a script, never imported
                 continue
             for found in re.findall(r"^(?:from|import) (\w+)", _text(file), re.MULTILINE):
                 assert found not in order or found in order[:place + 1], (file.name, found)
 
 
 def test_docs_commands_parse():
-    """Files moved and flags went while pages still told readers to type them."""
+    """Pages once showed commands with files that had moved and flags that were gone."""
     count = 0
     for page in PAGES:
         for command in _commands(_text(page)):
-            said = io.StringIO()
+            output = io.StringIO()
             try:
-                with contextlib.redirect_stderr(said):
+                with contextlib.redirect_stderr(output):
                     _parse(command)
             except (SystemExit, AssertionError, SyntaxError, ValueError) as error:
-                raise AssertionError(f"{page.name}: {command}: {said.getvalue()}{error}") from error
+                reason = f"{output.getvalue()}{error}"
+                raise AssertionError(f"{page.name}: {command}: {reason}") from error
             count += 1
     assert count > 60, count
 
 
 def test_settings_flags_parse():
-    """A span of docs/settings.md that begins with a flag is for grpo.py."""
+    """Inline code in docs/settings.md that starts with a flag is valid for grpo.py."""
     spans = re.findall(r"`(--[^`]+)`", _text(ROOT / "docs" / "settings.md"))
     assert len(spans) > 30, spans
     for span in spans:
         words = [STAND_INS.get(word, word) for word in span.split()]
-        said = io.StringIO()
+        output = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(output):
                 grpo.parse_args(words)
         except SystemExit as error:
-            if len(words) > 1 or "expected" not in said.getvalue():  # the bare name of a flag
-                raise AssertionError(f"settings.md: {span}: {said.getvalue()}") from error
+            if len(words) > 1 or "expected" not in output.getvalue():  # a flag without its value
+                raise AssertionError(f"settings.md: {span}: {output.getvalue()}") from error
 
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 def test_walkthrough_prints_its_numbers():
-    """Equal text, and numbers equal to the last digit but one rounding."""
+    """Text must match exactly, and numbers to within 1.5 units in the last place."""
     page = _text(explain.PAGE)
     shown = [text for _, text in explain.BLOCK.findall(page)]
     for want, got in zip(shown, explain.run_blocks(page)):
@@ -179,7 +180,7 @@ def test_walkthrough_prints_its_numbers():
         for a, b in zip(NUMBER.findall(want), NUMBER.findall(got)):
             decimals = len(a.partition(".")[2])
             assert abs(float(a) - float(b)) < 1.5 * 10**-decimals * (decimals > 0) + 1e-9, (a, b)
-    assert len(shown) == page.count("```python"), "a block without its output"
+    assert len(shown) == page.count("```python"), "a block has no output"
 
 
 def test_walkthrough_notebook_is_the_page():
@@ -189,7 +190,7 @@ def test_walkthrough_notebook_is_the_page():
 
 
 def test_walkthrough_notebook_runs():
-    """From top to bottom, in a kernel that starts where Jupyter starts it: in docs/."""
+    """It runs from top to bottom in a kernel started in docs/, as Jupyter would start it."""
     if not importlib.util.find_spec("nbclient") or not importlib.util.find_spec("ipykernel"):
         raise unittest.SkipTest("not installed: pip install nbclient ipykernel")
     import nbformat
@@ -204,17 +205,17 @@ def test_walkthrough_notebook_runs():
     assert [NUMBER.sub("0", text) for text in printed] == [NUMBER.sub("0", t) for t in wanted]
 
 
-def test_exercises_break_what_they_say():
-    """Each replaces a function that grpo.py still calls, and the metrics show it."""
+def test_exercises_break_what_they_claim():
+    """Each replaces a function that grpo.py still calls, so its metrics change."""
     metrics = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("none", "baseline", "mask", "temperature"):
             words = [name, "--run-dir", f"{folder}/{name}", "--steps", "1", "--prompts", "3",
                      "--group", "4", "--eval-limit", "1", "--train-limit", "30",
                      "--processes", "1", "--micro-tokens", "99"]
-            kept = {part: getattr(grpo, part)
-                    for part in ("group_advantages", "policy_loss", "row_logprobs")}
-            with mock.patch.multiple(grpo, **kept), contextlib.redirect_stdout(io.StringIO()):
+            originals = {part: getattr(grpo, part)
+                         for part in ("group_advantages", "policy_loss", "row_logprobs")}
+            with mock.patch.multiple(grpo, **originals), contextlib.redirect_stdout(io.StringIO()):
                 exercises.main(exercises.parse_args(words))
             lines = Path(folder, name, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             metrics[name] = json.loads(lines[-1])
@@ -224,8 +225,8 @@ def test_exercises_break_what_they_say():
     assert none["mismatch"] < 1e-5 and metrics["temperature"]["mismatch"] > 0.01
 
 
-def test_gpu_check_finds_nothing_wrong_where_a_gpu_is_played():
-    """docs/gpu_check.py itself runs: bfloat16 takes a GPU's way, through the emulation."""
+def test_gpu_check_passes_on_an_emulated_gpu():
+    """docs/gpu_check.py runs on the CPU; bfloat16 takes the GPU's path, with emulated kernels."""
     def has_varlen(device, dtype):
         return dtype == torch.bfloat16
 
@@ -236,8 +237,6 @@ def test_gpu_check_finds_nothing_wrong_where_a_gpu_is_played():
     with (varlen_on_cpu(), mock.patch.object(attention, "has_varlen", has_varlen),
           mock.patch.multiple(generate, has_varlen=has_varlen, graph_step=graph_step,
                               sampling_params=lambda params, config: params),
-          contextlib.redirect_stdout(io.StringIO()) as said):
-        device = torch.device("cpu")
-        gpu_check.check_attention(device)
-        gpu_check.check_gradients(device, *gpu_check.check_sampler(device, count=4))
-    assert not gpu_check.wrong and said.getvalue().count(" ok\n") > 25, said.getvalue()
+          contextlib.redirect_stdout(io.StringIO()) as output):
+        num_wrong = gpu_check.run_checks(torch.device("cpu"), gpu_check.load_task(4))
+    assert num_wrong == 0 and output.getvalue().count(" ok\n") > 25, output.getvalue()

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 
 import eval as evaluation
-from data import split_of
+from data.families import split_of
 from data.prompts import PRESETS, load_shots, prompt_hash, render_prompt
 from model import save_model
 from tests.common import (
     answering,
-    asked,
     error_of,
     in_process,
+    parse_sum,
     raises,
     read_lines,
     run,
@@ -29,7 +29,7 @@ from tests.common import (
 
 
 def _save_small(folder, name, seed=0):
-    """A model directory of small_model's."""
+    """Save small_model() as a model directory; return its path."""
     params, config, tokenizer = small_model(seed)
     tokenizer.save(f"{folder}/tokenizer.json")
     save_model(Path(folder) / name, params, config, like=folder)
@@ -37,13 +37,13 @@ def _save_small(folder, name, seed=0):
 
 
 def _evaluate(reply_fn, problems, **options):
-    """evaluate() of a model that says reply_fn(prompt, prompt seed, sample)."""
+    """evaluate() with a model that replies reply_fn(prompt, prompt seed, sample)."""
     with answering(reply_fn):
         return evaluation.evaluate(None, *small_model()[1:], problems, **options)
 
 
 def _collect(setup, reply_fn):
-    """collect_records() of such a model, less what is no part of an answer."""
+    """collect_records() with such a model, without timings and settings."""
     with answering(reply_fn):
         records, _ = evaluation.collect_records(setup)
     return [_answer(record) for record in records]
@@ -57,8 +57,8 @@ def _rates(row):
     return {name: rate for name, (rate, *_) in row["rates"].items()}
 
 
-def test_eval_prompts_to_the_letter():
-    """Published protocols fail by a space: blank lines join their examples, nothing ends them."""
+def test_eval_prompts_match_the_published_text():
+    """Every space counts: blank lines separate the examples, and no newline ends the prompt."""
     problem = {"problem": r"What is {x} in \boxed{}?"}
     plain = "<|im_start|>user\nWhat is {x} in \\boxed{}?<|im_end|>\n<|im_start|>assistant\n"
     assert render_prompt("plain", problem) == plain
@@ -86,17 +86,17 @@ def test_eval_prompts_to_the_letter():
     assert prompt_hash("few-shot-cot") == prompt_hash("cot")
 
 
-def test_eval_examples_are_never_problems_asked():
+def test_eval_shots_are_never_evaluated_problems():
     with temporary_dir() as folder:
         path = write_lines(folder / "own.jsonl", [p | {"solution": "so"} for p in sum_problems(30)])
         with raises(ValueError, "--shots-from"):
             load_shots(str(path), 2, 0, sum_problems(30))
     few = load_shots("arithmetic", 3, 0, [])
-    assert len(few) == 3 and few == load_shots("arithmetic", 5, 0, [])[:3], "first of the more"
+    assert len(few) == 3 and few == load_shots("arithmetic", 5, 0, [])[:3], "a prefix"
 
 
-def test_eval_counts_what_there_is_to_count():
-    """A record of each kind: right in the box, right only in words, cut off, silent, undecided."""
+def test_eval_rates_by_hand():
+    """One record each: right in a box, right only in words, cut off, no answer, undecided."""
     replies = ["\\boxed{1}", "the answer is 2", "<think>\nlet me see, 2 and 1 make ...", "no idea",
                "\\boxed{6}"]
 
@@ -105,7 +105,7 @@ def test_eval_counts_what_there_is_to_count():
                 for text, reference in pairs]
 
     with mock.patch.object(evaluation, "verify_many", grade):
-        records = _evaluate(lambda text, *_: replies[asked(text)], sum_problems(5),
+        records = _evaluate(lambda text, *_: replies[parse_sum(text)], sum_problems(5),
                             max_new_tokens=20)
     row = evaluation.summarize(records, method="greedy", grade="strict")
     assert row["accuracy"] == 0.2 and row["n"] == 5, row
@@ -118,7 +118,7 @@ def test_eval_counts_what_there_is_to_count():
 
 
 def test_eval_votes_pool_equivalent_answers():
-    """\\frac12, 0.5 and 2/4 are one candidate; without a box, not even a last number is a vote."""
+    """\\frac12, 0.5 and 2/4 are one class; without a box, a last number is not a vote."""
     replies = ["\\boxed{\\frac12}", "\\boxed{0.5}", "\\boxed{2/4}", "\\boxed{3}", "\\boxed{3}",
                "it is 3", "or 3"]
     problem = [{"id": "a", "problem": "half?", "answer": "1/2"}]
@@ -131,9 +131,9 @@ def test_eval_votes_pool_equivalent_answers():
     assert abs(rates["pass@1"] - 3 / 7) < 1e-12 and rates["pass@5"] == 1.0
 
 
-def test_eval_interrupted_run_ends_with_the_same_records():
-    """Killed at its seventh answer, with half a line written, the run goes on: nothing is asked
-    twice. Records were written by the hundred: with a real model, a kill lost twenty minutes."""
+def test_eval_resumed_run_gives_the_same_records():
+    """A run killed at its seventh answer, with half a line written, resumes without sampling any
+    problem twice. Records used to be written in hundreds, and a kill lost twenty minutes."""
     setup = scripted_setup(sum_problems(11))
     texts = []
 
@@ -141,30 +141,30 @@ def test_eval_interrupted_run_ends_with_the_same_records():
         texts.append(text)
         return f"\\boxed{{{seed % 3}}}"
 
-    def killed(text, seed, sample):
+    def interrupted(text, seed, sample):
         if len(texts) == 6:
             raise KeyboardInterrupt
         return reply(text, seed, sample)
 
-    whole = _collect(setup, reply)
+    expected = _collect(setup, reply)
     texts.clear()
     with temporary_dir() as folder:
         path = folder / "records.jsonl"
         setup = setup._replace(records=path)
         with contextlib.suppress(KeyboardInterrupt):
-            _collect(setup, killed)
+            _collect(setup, interrupted)
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") == 6
-        path.write_text(text + text[:70], encoding="utf-8")  # it died while it wrote a line
-        assert _collect(setup, reply) == whole and len(texts) == 11
-        assert list(map(_answer, evaluation.read_records(path).values())) == whole
+        path.write_text(text + text[:70], encoding="utf-8")  # killed while writing a line
+        assert _collect(setup, reply) == expected and len(texts) == 11
+        assert list(map(_answer, evaluation.read_records(path).values())) == expected
         other = setup._replace(options=setup.options | {"temperature": 1.0})
-        with raises(ValueError, "temperature 0.7, 1.0"):
+        with raises(ValueError, "temperature 0.7 -> 1.0"):
             _collect(other, reply)
 
 
-def test_eval_a_record_depends_on_its_problem_alone():
-    """Real sampling on random weights: the same completions alone, in any batch, in any order."""
+def test_eval_records_do_not_depend_on_the_batch():
+    """Sampling from random weights gives the same completions alone, in any batch and order."""
     problems = sum_problems(9)
 
     def texts(problems, **changes):
@@ -175,12 +175,12 @@ def test_eval_a_record_depends_on_its_problem_alone():
     together = texts(problems)
     assert texts(problems[::-1], max_batch=2) == together
     assert texts(problems[4:5]) == {"sum/4": together["sum/4"]}
-    assert len({t for row in together.values() for t in row}) == 27, "each sample has its own noise"
+    assert len({t for row in together.values() for t in row}) == 27, "every sample differs"
     assert texts(problems, seed=1) != together
 
 
 def test_eval_records_do_not_depend_on_the_number_of_processes():
-    """One process and three leave the same records; so do three that go on with what one left."""
+    """One process and three write the same records; so do three that resume a run of one."""
     with temporary_dir() as folder:
         words = ["eval.py", "--model", _save_small(folder, "model"), "--limit", 7,
                  "--num-samples", 2, "--temperature", 0.8, "--max-new-tokens", 9,
@@ -196,7 +196,7 @@ def test_eval_records_do_not_depend_on_the_number_of_processes():
                  for path in (one, three, broken)]
         for record in (record for records in found for record in records.values()):
             for sample in record["samples"]:
-                sample["logprob"] = round(sample["logprob"], 1)  # equal to rounding
+                sample["logprob"] = round(sample["logprob"], 1)  # equal up to rounding
         assert len(found[0]) == 7 and found[0] == found[1] == found[2]
         assert [row["processes"] for row in read_lines(folder / "rows.jsonl")] == [1, 3, 3]
 
@@ -209,18 +209,18 @@ def test_eval_compare_is_paired():
             setup.settings["model"] = path.stem
 
             def reply(text, *_, right=right):
-                return f"\\boxed{{{asked(text) + (1 if asked(text) < right else 7)}}}"
+                return f"\\boxed{{{parse_sum(text) + (1 if parse_sum(text) < right else 7)}}}"
 
             _collect(setup._replace(records=path), reply)
         text = in_process("eval", "--compare", *paths)
-    for words in ("(10 of 12) | 40.0", "(10 of 10) | 90.0", "| +50.0 [", "model 'a', 'b'",
+    for words in ("(10 of 12) | 40.0", "(10 of 10) | 90.0", "| +50.0 [", "model 'a' -> 'b'",
                   "5 of 10 problems gained, 0 lost; McNemar's exact p = 0.062"):
         assert words in text, (words, text)
 
 
-def test_eval_rows_are_found_by_what_they_are():
-    """The report takes the newest row that agrees in every field. Weights are told apart by their
-    content, not by their path."""
+def test_eval_find_row_matches_every_field():
+    """The newest row that agrees in every field is found. Weights are identified by content, not by
+    path."""
     with temporary_dir() as folder:
         path = folder / "results.jsonl"
         assert evaluation.find_row(path) is None
@@ -237,17 +237,17 @@ def test_eval_rows_are_found_by_what_they_are():
         assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_eval_tells_what_was_trained_on_where_a_row_has_fewer_problems():
-    """Of solved problems first, some prompts were too long; then a trained model's run broke off.
-    """
-    with temporary_dir() as folder, answering(lambda text, *_: f"\\boxed{{{asked(text)}}}") as said:
+def test_eval_warns_of_training_problems_when_a_row_lacks_some():
+    """Long few-shot prompts were dropped from a row; the warning for a trained model crashed."""
+    with (temporary_dir() as folder,
+          answering(lambda text, *_: f"\\boxed{{{parse_sum(text)}}}") as printed):
         setup = scripted_setup(sum_problems(4))._replace(
             trained_on={"sum/1"}, results=folder / "rows.jsonl")
         row = evaluation.measure(setup._replace(problems=setup.problems[:3]), "some")
         evaluation.publish(setup, [row])
-    said = said.getvalue()
-    assert "trained on 1 of these 4 problems" in said, said
-    assert "some: 0.0 [0.0, 65.8] % without them" in said, said
+    printed = printed.getvalue()
+    assert "trained on 1 of these 4 problems" in printed, printed
+    assert "some: 0.0 [0.0, 65.8] % without them" in printed, printed
 
 
 def test_eval_user_errors_are_one_line():
@@ -265,7 +265,7 @@ def test_eval_user_errors_are_one_line():
         path = write_lines(folder / "records.jsonl", [{"id": "a", "samples": [],
                                                   "settings": {"model": "other"}}])
         error = run("eval.py", "--limit", 2, "--records", path, *results, 2, ok=False)
-        assert "model 'other', 'tiny'" in error and "another --records" in error, error
+        assert "model 'other' -> 'tiny'" in error and "another --records" in error, error
         for line in ("1", "[]", '{"id": [1]}', '{"id": 1, "settings": []}', "\xff",
                      '{"id": 1, "settings": {}, "samples": [{"strict": true}]}',
                      '{"id": 1, "settings": {}, "samples": 3}'):
@@ -274,9 +274,9 @@ def test_eval_user_errors_are_one_line():
                 evaluation.read_records(path, {"seed": 0})
 
 
-def test_eval_report_measures_what_is_missing_and_nothing_else():
-    """Rows of other weights, shots or temperatures do not pass for the ones that are asked for.
-    Each script runs once for all of its rows; those that sample have a limit of their own."""
+def test_eval_report_measures_only_missing_rows():
+    """Rows with other weights, shots or temperatures do not match. Each script runs once for all
+    its rows; sampled rows have a limit of their own."""
     ran = []
     with temporary_dir() as folder:
         base = _save_small(folder, "base")
@@ -288,7 +288,7 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
                "scores": {str(i): 0.0 for i in range(10)}}
 
         def run_script(script, *words):
-            assert "--compile" in words  # as it was given
+            assert "--compile" in words  # passed through
             flags = dict(word.removeprefix("--").partition("=")[::2] for word in words)
             sampled = "num-samples" in flags
             ran.append((script, Path(flags["model"]).name, flags["prompt"], sampled))
@@ -318,81 +318,81 @@ def test_eval_report_measures_what_is_missing_and_nothing_else():
                 ("eval.py", "trained", "plain", False), ("eval.py", "base", "plain", True),
                 ("eval.py", "trained", "plain", True)], ran
             in_process("eval", *words)
-            assert len(ran) == 7, "what is there is not measured again"
+            assert len(ran) == 7, "existing rows are not measured again"
         text = Path(folder, "out", "results.md").read_text(encoding="utf-8")
     assert text.count("50.0 [40.0, 60.0]") == 9 and "99.0" not in text, text
     same = "50.0 [40.0, 60.0] | +0.0 [+0.0, +0.0] | 50.0 | 20 | 1.000 | 10 |"
     assert f"| + GRPO | {same}" in text, text
-    assert "| + GRPO, sampled | 50.0 [40.0, 60.0] | +50.0 [" in text, "paired on the four shared"
+    assert "| + GRPO, sampled | 50.0 [40.0, 60.0] | +50.0 [" in text, "paired on the shared four"
     assert "| 2.500 | 4 |" in text, text
 
 
-def test_eval_one_long_problem_ends_no_run():
-    """It is left out of what is asked, and that is said; one ended every run at its turn."""
+def test_eval_a_problem_too_long_for_the_context_is_dropped():
+    """With a message. One such problem used to end every run that reached it."""
     with temporary_dir() as folder:
         problems = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "solution": f"{i} + 1",
                      "level": 1} for i in range(30)]
         long = ("What is " + "1 + " * n + "1?" for n in range(600, 700))
-        long = next(text for text in long if split_of(text) == "dev")  # sft.py asks this split
+        long = next(text for text in long if split_of(text) == "dev")  # what sft.py evaluates on
         data = write_lines(folder / "mine.jsonl", [*problems, {"problem": long, "answer": "600",
                                                           "level": 1}])
         usual = ["--processes", 1, "--max-new-tokens", 8]
         words = ["--data", data, "--results", folder / "rows", *usual]
-        said = "1 of 31 problems are left out"
-        assert said in in_process("eval", *words)
-        assert evaluation.find_row(folder / "rows", asked=31)["n"] == 30, "as the report finds it"
-        assert said in in_process("refine", *words, "--rounds", 1, "--temperature", 0)
+        printed = "1 of 31 problems dropped"
+        assert printed in in_process("eval", *words)
+        assert evaluation.find_row(folder / "rows", asked=31)["n"] == 30, "the report finds the row"
+        assert printed in in_process("refine", *words, "--rounds", 1, "--temperature", 0)
         with mock.patch.object(evaluation, "generate", wraps=evaluation.generate) as generate:
-            assert said in in_process("infer_scale", *words, "--shots-from", "arithmetic",
+            assert printed in in_process("infer_scale", *words, "--shots-from", "arithmetic",
                                       "--experiments", "prompts", "--exemplars", 2, "--compile")
-        # a GPU allotted its cache and captured its graphs anew for each file of records
+        # a GPU used to allocate its cache and capture its graphs again for each file of records
         first, *others = [call.kwargs for call in generate.call_args_list]
         assert isinstance(first["engine"], evaluation.Engine) and first["compiled"]
         assert others and all(other["engine"] is first["engine"] for other in others)
         error = error_of("eval", *words, "--max-new-tokens", 1024)
-        assert "31 of 31 problems are left out" in error, error
-        said = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
+        assert "31 of 31 problems dropped" in error, error
+        printed = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
                           "--prompts", 2, "--group", 2, *usual, "--train-limit", 9, "--refill", 0,
                           "--run-dir", folder / "run")
-        assert said.count("problems are left out") == 2 and "30 for the result" in said, said
+        assert printed.count("problems dropped") == 2 and "30 test," in printed, printed
         examples = write_lines(folder / "examples.jsonl", [
             {"problem": p["problem"], "response": "1"} for p in problems[:9]])
-        said = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,
+        printed = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,
                           "--eval-data", f"{data}:1", "--run-dir", folder / "sft", *usual)
-        assert "problems are left out" in said and "val_accuracy" in said
+        assert "problems dropped" in printed and "val_accuracy" in printed
 
 
-def test_eval_on_a_full_or_forbidden_disk():
-    """One line instead of a traceback, early where it can be known, and what was measured shown."""
-    import resource  # of Unix
+def test_eval_disk_full_or_read_only():
+    """A one-line error, not a traceback; before sampling if possible, else after the table."""
+    import resource  # Unix only
     with temporary_dir() as folder:
         words = ["--limit", 2, "--processes", 1, "--results", folder / "rows"]
         for flag in ("--results", "--records"):
             error = error_of("eval", *words, flag, f"{__file__}/of.jsonl")
             assert f"{__file__}/of.jsonl: could not be written (" in error, error
-        with (contextlib.redirect_stdout(io.StringIO()) as said,
+        with (contextlib.redirect_stdout(io.StringIO()) as printed,
               raises(ValueError, "/dev/full: could not be written (No space left")):
             evaluation.main(evaluation.parse_args([*map(str, words), "--results", "/dev/full"]))
-        assert "| greedy |" in said.getvalue()
+        assert "| greedy |" in printed.getvalue()
         path = folder / "lines"
         evaluation.append_lines(path, [{"a": 1}])
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (12, limits[1]))  # as a disk that fills
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12, limits[1]))  # like a disk that fills up
         try:
             with raises(ValueError, "lines: could not be written"):
                 evaluation.append_lines(path, [{"b": 1}])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert path.read_text() == '{"a": 1}\n', "no half of a line"
+        assert path.read_text() == '{"a": 1}\n', "no partial line"
 
 
-def test_eval_long_tables_fit_a_terminal():
+def test_eval_wide_tables_fit_a_terminal():
     table = ["method", "accuracy, % [95 %]"], [["greedy", "1.0 [0, 2]"], ["b", 3]]
     for columns, expected in (("80", evaluation.markdown(*table) + "\n"), ("30", (
             "method              greedy\naccuracy, % [95 %]  1.0 [0, 2]\n\n"
             "method              b\naccuracy, % [95 %]  3\n\n"))):
         with (mock.patch.dict("os.environ", COLUMNS=columns),
-              contextlib.redirect_stdout(io.StringIO()) as said):
-            said.isatty = lambda: True
+              contextlib.redirect_stdout(io.StringIO()) as printed):
+            printed.isatty = lambda: True
             evaluation.say_table(*table)
-        assert said.getvalue() == expected, said.getvalue()
+        assert printed.getvalue() == expected, printed.getvalue()

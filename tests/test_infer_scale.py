@@ -7,7 +7,7 @@ from unittest import mock
 import eval as evaluation
 import infer_scale
 from stats import maj_at_k, percent
-from tests.common import answering, asked, scripted, scripted_setup, sum_problems
+from tests.common import answering, parse_sum, scripted, scripted_setup, sum_problems
 
 
 def test_scale_votes_by_hand():
@@ -21,7 +21,7 @@ def test_scale_votes_by_hand():
     for votes, weights, expected in (
             (votes, None, 0.0), (votes, [1] * 6, maj_at_k(votes, {0}, 6)),
             (votes, [0.9, 0.8, 0.1, 0.9, 0.2, 0.3], 1.0), ([None], None, 0.0), ([0, 1], None, 0.5)):
-        assert infer_scale.vote_once(votes, {0}, weights) == expected, (votes, weights)
+        assert infer_scale.vote_success(votes, {0}, weights) == expected, (votes, weights)
 
 
 def test_scale_best_of_k_is_the_mean_over_subsets():
@@ -34,27 +34,27 @@ def test_scale_best_of_k_is_the_mean_over_subsets():
             assert abs(found - sum(picks) / len(picks)) < 1e-12
 
 
-def test_scale_surer_votes_take_longer():
-    """A lead is surer by a tail of a Beta distribution: against the integral of x^a (1-x)^b above
-    one half, by small steps. A vote that is never sure draws all and ends as the full one."""
+def test_scale_adaptive_votes_by_hand():
+    """lead_probability equals a numerical integral of x^a (1-x)^b above one half, normalised. A
+    vote that never reaches the confidence uses the whole pool and equals the full vote."""
     for a, b in ((0, 0), (3, 0), (4, 0), (5, 2), (2, 5), (12, 8)):
         mass = [(i + 0.5) ** a * (20000 - i - 0.5) ** b for i in range(20000)]
-        assert abs(infer_scale.leads(a, b) - sum(mass[10000:]) / sum(mass)) < 1e-6, (a, b)
+        assert abs(infer_scale.lead_probability(a, b) - sum(mass[10000:]) / sum(mass)) < 1e-6
     sure = infer_scale.samples_until_sure
     assert sure([0] * 20, 0.95) == 4 and sure([0] * 20, 0.9) == 3
     assert sure([0, 1] * 10, 0.95) == sure([None] * 20, 0.95) == 20
     votes = [None, 0, 0, 1, 2, 0, 1]
-    assert infer_scale.adaptive(votes, {0}, 1.0) == (infer_scale.vote_once(votes, {0}), 7)
-    assert infer_scale.adaptive([0] * 9, {0}, 0.95) == (1.0, 4)
+    assert infer_scale.adaptive_vote(votes, {0}, 1.0) == (infer_scale.vote_success(votes, {0}), 7)
+    assert infer_scale.adaptive_vote([0] * 9, {0}, 0.95) == (1.0, 4)
 
 
 def test_scale_budget_by_level():
-    """A model that is right once it may think 10 tokens per level."""
+    """A model that is right if its budget is at least 10 tokens per level."""
     def generate(*request, think_budget=0, temperature, **more):
         def reply(text, seed, sample):
-            needed = 10 * (asked(text) % 2 + 1)
+            needed = 10 * (parse_sum(text) % 2 + 1)
             enough = needed <= (think_budget or needed)
-            return f"\\boxed{{{asked(text) + 1 if enough else 99}}}"
+            return f"\\boxed{{{parse_sum(text) + 1 if enough else 99}}}"
 
         assert temperature == 0
         return scripted(reply)(*request, **more)
@@ -66,14 +66,14 @@ def test_scale_budget_by_level():
         "thought of any length", "thought of at most 5 tokens"]
     assert [row["accuracy"] for row in rows] == [1, 0, 0.5, 0.5]
     assert rows[2]["levels"]["1"][0] == 1 and rows[2]["levels"]["2"][0] == 0
-    assert notes == ["level 1: 10 tokens of thought are not told apart from any length",
-                     "level 2: every budget tried costs accuracy"]
+    assert notes == ["level 1: a budget of 10 is not significantly worse than unlimited thinking",
+                     "level 2: every budget tried loses accuracy"]
 
 
 def _pool(num_samples, temperature=0.7):
-    """Records of which two of three samples are right, and the wrong ones differ."""
+    """Records in which two of three samples are right and the wrong answers differ."""
     def reply(text, seed, sample):
-        return f"\\boxed{{{asked(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
+        return f"\\boxed{{{parse_sum(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
 
     problems = [p | {"problem": f"{10 + i}+1", "answer": str(11 + i)}
                 for i, p in enumerate(sum_problems(10))]
@@ -82,14 +82,14 @@ def _pool(num_samples, temperature=0.7):
                                           num_samples=num_samples)
 
 
-def test_scale_every_method_costs_what_it_draws():
-    """From one pool: rows of k votes cost k samples, and the majority is right where one sample
-    often is not."""
+def test_scale_rows_cost_the_samples_they_use():
+    """From one pool: a vote of k costs k samples, and the majority is right more often than one
+    sample."""
     rows, [note] = infer_scale.self_consistency(*_pool(9), [3, 9], 0.95)
     rows = {row["method"]: row for row in rows}
     one, three, nine = (rows[name]["accuracy"]
                         for name in ("one sample", "majority of 3", "majority of 9"))
-    assert abs(one - 7 / 9) < 1e-9, "3 and 6 are wrong, 0 is off by nothing"
+    assert abs(one - 7 / 9) < 1e-9, "samples 3 and 6 are wrong; 0 is off by zero"
     assert one < three < nine == 1.0
     tokens = rows["one sample"]["tokens_mean"]
     for method in ("majority of 9", "best of 9 by mean log-probability", "pass@9 (a bound)"):
@@ -99,8 +99,8 @@ def test_scale_every_method_costs_what_it_draws():
     assert f"{adaptive['samples']:.1f} of 9; by level 1: " in note, note
 
 
-def test_scale_one_vote_among_the_votes():
-    """--votes 1 4 8 showed another column's majority in the table of temperatures."""
+def test_scale_votes_may_include_one():
+    """--votes 1 4 8 used to show the wrong column's majority in the table of temperatures."""
     assert infer_scale.choose_votes([8, 1, 4, 4], 9) == [1, 4, 8]
     pools = {t: _pool(9, t) for t in (0.4, 1.0)}
     rows, notes = infer_scale.sweep_temperature(pools, [1, 4, 8])

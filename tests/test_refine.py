@@ -13,9 +13,9 @@ from engine import sampling_params
 from generate import generate
 from tests.common import (
     answering,
-    asked,
     bytes_tokenizer,
     in_process,
+    parse_sum,
     read_lines,
     run,
     scripted_setup,
@@ -26,7 +26,7 @@ from tests.common import (
 
 
 def test_refine_finds_the_answer_span():
-    """The characters of the last box, and the tokens that write them, whatever their borders."""
+    """The characters in the last box, and the tokens covering them, however they are split."""
     tokenizer = bytes_tokenizer()
     tokenizer.add_tokens([AddedToken("4}", normalized=False)])
     text = "<think>\n\\boxed{1}\n</think>\n\\boxed{\\frac{1}{24}} done"
@@ -35,14 +35,14 @@ def test_refine_finds_the_answer_span():
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     first, last = refine.token_span(tokenizer, tokens, begin, end)
     whole = tokenizer.decode(tokens[first:last])
-    assert whole == "\\frac{1}{24}", "the token that holds 4 and } counts whole"
+    assert whole == "\\frac{1}{24}", "a token with 4 and } is included"
     assert refine.box_span("no box") is None and refine.box_span("\\boxed{never closed") is None
     assert refine.box_span("\\boxed{}") == (7, 7)
 
 
 def test_refine_scores_are_the_models_own_logprobs():
-    """What is found behind a prompt is what the sampler recorded at temperature 1, in any batch,
-    also with weights in the sampler's form."""
+    """They equal what the sampler recorded at temperature 1, for any batch size and for weights in
+    the checkpoint's or the sampler's form."""
     params, config, tokenizer = small_model()
     prompts = [list(range(3, 3 + n)) for n in (4, 9, 6)]
     drawn = [row[0] for row in generate(params, config, prompts, max_new_tokens=11,
@@ -64,11 +64,11 @@ def test_refine_scores_are_the_models_own_logprobs():
 
 
 def _reply(log):
-    """Drafts are off by one; the critic doubts all but multiples of 3; a revision is right for even
-    numbers and else unchanged."""
+    """Drafts are off by one; critiques approve multiples of 3; a revision is right for even numbers
+    and otherwise unchanged."""
     def reply(text, seed, sample):
         log.append(text)
-        n = asked(text)
+        n = parse_sum(text)
         turns = text.count("<|im_start|>assistant\n")
         if turns == 2:
             return "Every step is right." if n % 3 == 0 else "Step 1 is wrong."
@@ -78,7 +78,7 @@ def _reply(log):
 
 
 def _refine(rounds, accept, log):
-    """refine() of six problems on such a model."""
+    """refine() on six problems with the model of _reply."""
     params, config, tokenizer = small_model()
     prompts = [encode_prompt(tokenizer, "cot", p) for p in sum_problems(6)]
     with answering(_reply(log), "refine"):
@@ -89,7 +89,7 @@ def _refine(rounds, accept, log):
 
 
 def test_refine_rounds_by_hand():
-    """Approved, settled and open problems: what each costs, and what the model is shown."""
+    """The cost of approved, settled and open problems, and the context of a revision."""
     log = []
     history = _refine(2, True, log)
     answers = [" ".join(r.attempt.answer for r in rounds) for rounds in history]
@@ -98,12 +98,12 @@ def test_refine_rounds_by_hand():
         "\\boxed{2}", "Every step is right.", "Step 1 is wrong."))
     approved, revised = box + approve, 2 * box + doubt
     assert [[r.spent for r in rounds] for rounds in history[:3]] == [
-        [box, approved, approved],  # settled after a critique
-        [box, revised, revised],  # the same answer: settled after a revision
+        [box, approved, approved],  # settled by a critique
+        [box, revised, revised],  # settled by a revision with the same answer
         [box, revised, revised + box + doubt]]  # a new answer: one more round
     assert [r.settled for r in history[2]] == [False, False, True]
     assert history[2][2].revision.answer == "3"
-    assert len(log) == 6 + 6 + 4 + 2 + 2, "drafts, critiques, revisions; then the two still open"
+    assert len(log) == 6 + 6 + 4 + 2 + 2, "drafts, critiques, revisions; then the two open problems"
     assert log[12] == (
         "<|im_start|>user\n1+1\nLet's think step by step.<|im_end|>\n"
         "<|im_start|>assistant\n\\boxed{3}<|im_end|>\n"
@@ -113,11 +113,11 @@ def test_refine_rounds_by_hand():
     refused = _refine(1, False, [])
     assert [last.attempt.answer for _, last in refused] == list("234567"), "the old answers"
     draft, last = refused[2]
-    assert last.spent > draft.spent and not last.accepted, "a refused revision is paid for"
+    assert last.spent > draft.spent and not last.accepted, "a rejected revision counts as cost"
 
 
 def test_refine_loop_never_sees_the_reference():
-    """With right and with absurd reference answers, the model is asked and says the very same."""
+    """Prompts and replies are identical for correct and for absurd reference answers."""
     runs = []
     with temporary_dir() as folder:
         for name, wrong in (("right", {}), ("absurd", {"answer": "-77"})):
@@ -149,9 +149,9 @@ def test_refine_traces_do_not_depend_on_the_number_of_processes():
 
 
 def test_refine_equal_cost_is_equal():
-    """Self-consistency beside K rounds costs exactly what they cost, by one sample more on a part
-    of the problems."""
-    with answering(lambda text, seed, sample: f"\\boxed{{{asked(text) + 1 + sample % 2}}}"):
+    """The self-consistency row for K rounds costs exactly as many tokens, by interpolation between
+    two numbers of samples."""
+    with answering(lambda text, seed, sample: f"\\boxed{{{parse_sum(text) + 1 + sample % 2}}}"):
         found = refine.equal_cost_rows(scripted_setup(sum_problems(9)), [10.0, 24.0, 31.0])
     assert len(found) == 2
     for row, tokens in zip(found, (24.0, 31.0)):

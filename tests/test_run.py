@@ -48,7 +48,7 @@ def _save(run_dir, step, params, optimizer, keep=2, best_step=None):
 
 @contextlib.contextmanager
 def _saved():
-    """(run_dir, params, optimizer, path), after one update and a checkpoint of it as step 1."""
+    """(run_dir, params, optimizer, path) after one update, saved as step 1."""
     with temporary_dir() as run_dir:
         params, optimizer = trained_state(1)
         yield run_dir, params, optimizer, _save(run_dir, 1, params, optimizer)
@@ -60,28 +60,28 @@ def _equal(a, b):
 
 
 def _open(*flags):
-    """What a script does: (Run, checkpoint)."""
+    """(Run, checkpoint), opened as a script does."""
     args = train_args(*flags)
     run.claim_run_dir(args)
     return run.start_run(args)
 
 
 def test_run_checkpoint_bitwise():
-    """Loaded into a fresh state, training goes on bit for bit; in float32, in bfloat16, and with an
-    adapter on a frozen model."""
+    """Training resumes bit for bit from a fresh state that loads the checkpoint: in float32, in
+    bfloat16, and with an adapter on a frozen model."""
     base = model.init_params(TRAIN_CONFIG, 0)
     for dtype, lora in ((torch.float32, None), (torch.bfloat16, None),
                         (torch.float32, model.init_lora(TRAIN_CONFIG, 2, 0))):
         with temporary_dir() as run_dir:
-            params, unbroken = trained_state(3, dtype, lora)
-            path = _save(run_dir, 3, base | params if lora else params, unbroken)
+            params, uninterrupted = trained_state(3, dtype, lora)
+            path = _save(run_dir, 3, base | params if lora else params, uninterrupted)
             _, resumed = optim.init_optimizer(lora or model.init_params(TRAIN_CONFIG, 9),
                                               dtype=dtype)
             assert run.load_checkpoint(path, resumed)["extra"] == {"seen": 3}
-            assert _equal(unbroken, resumed)
-            train_on(unbroken, range(3, 6))
+            assert _equal(uninterrupted, resumed)
+            train_on(uninterrupted, range(3, 6))
             train_on(resumed, range(3, 6))
-            assert _equal(unbroken, resumed)
+            assert _equal(uninterrupted, resumed)
             assert len({file.stat().st_mode for file in path.rglob("*.*")}) == 1
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
@@ -102,13 +102,13 @@ def test_run_keeps_the_last_and_the_best():
         assert _names(home) == ["best", "step_000005", "step_000015", "step_000020"]
         assert (home / "best").resolve().name == "step_000005"
         assert set(model.load_params(home / "best")) == set(params)
-        # over one of the same step
+        # replaces the checkpoint of the same step
         _save(run_dir, 20, params, optimizer, keep=1, best_step=20)
         assert _names(home) == ["best", "step_000020"]
 
 
 def _die_at(last):
-    """Ends this process before the last-th thing that it does to the disk from here on."""
+    """End this process just before its last-th change to the disk, counted from now."""
     calls = itertools.count(1)
 
     def hook(event, args):
@@ -121,8 +121,8 @@ def _die_at(last):
 
 
 def test_run_killed_at_every_write():
-    """What stands under the name of a checkpoint is whole, the newest is the old state or the new,
-    and the next save clears up."""
+    """Every checkpoint is complete, the newest holds either the old or the new state, and the next
+    save removes leftovers."""
     with _saved() as (start, params, optimizer, _), temporary_dir() as home:
         old, new = trained_state(1)[1], trained_state(2)[1]
         train_on(optimizer, [1])
@@ -131,7 +131,7 @@ def test_run_killed_at_every_write():
         while code == 9:
             run_dir = shutil.copytree(start, home / str(len(outcomes)))
             if (child := os.fork()) == 0:
-                torch.set_num_threads(1)  # those of the parent are not here
+                torch.set_num_threads(1)  # the parent's threads do not survive the fork
                 _die_at(len(outcomes) + 1)
                 _save(run_dir, 2, params, optimizer, keep=1, best_step=2)
                 os._exit(0)
@@ -159,13 +159,13 @@ def test_run_full_disk():
             with mock.patch.object(owner, "save_file", side_effect=full):
                 with raises(ValueError, "No space left", "make room", "--resume"):
                     _save(run_dir, 2, params, optimizer)
-            assert _names(run_dir / "checkpoints") == [path.name]  # nothing else takes up room
+            assert _names(run_dir / "checkpoints") == [path.name]  # no leftovers fill the disk
             run.load_checkpoint(path, optimizer)
 
 
 def test_run_damaged_checkpoint():
-    """Each kind of damage names its file and what to remove, in every process: those that had found
-    nothing read on, into a traceback."""
+    """Every process names the damaged file and what to remove. Processes that had found no damage
+    themselves read on and ended in a traceback."""
     def write(text):
         return lambda path: path.write_text(text)
 
@@ -186,30 +186,30 @@ def test_run_damaged_checkpoint():
     with _saved() as (_, _, optimizer, path):
         run.load_checkpoint(path, optimizer)
         with mock.patch.object(run, "gather_objects", lambda own: [own, {shard: None}]):
-            with raises(ValueError, f"{shard} is damaged"):  # as another process has found
+            with raises(ValueError, f"{shard} is damaged"):  # found by another process
                 run.load_checkpoint(path, optimizer)
 
 
-def test_run_ruined_weights_are_not_saved():
-    """Not a number among the weights, or finite ones under which the model overflows: a run saved
-    them, and every resume ended alike."""
-    for ruin in (lambda w: w[3, 3].fill_(float("nan")), lambda w: w.mul_(1e30)):
+def test_run_never_saves_non_finite_weights():
+    """NaN weights, or finite ones with which the model overflows. A run used to save them, and no
+    resume recovered from that."""
+    for damage in (lambda w: w[3, 3].fill_(float("nan")), lambda w: w.mul_(1e30)):
         with _saved() as (run_dir, params, optimizer, path):
             with torch.no_grad():
                 for name in ("up_proj", "gate_proj"):
-                    ruin(params[f"model.layers.0.mlp.{name}.weight"])
+                    damage(params[f"model.layers.0.mlp.{name}.weight"])
             with raises(ValueError, "not finite", "--lr"):
                 _save(run_dir, 2, params, optimizer)
             assert run.list_checkpoints(run_dir) == [path]
 
 
 def test_run_directory():
-    """Never written over unasked; on --resume the run's flags are the defaults and its logs are cut
-    back to the checkpoint."""
+    """A run is overwritten only with --overwrite; --resume restores its flags and truncates its
+    logs to the checkpoint."""
     with temporary_dir() as home, contextlib.redirect_stdout(None):
-        where = ("--run-dir", str(home / "run"))
-        flags = (*where, "--lr", "0.5")
-        # nothing there yet: from the start
+        run_dir = ("--run-dir", str(home / "run"))
+        flags = (*run_dir, "--lr", "0.5")
+        # no run yet: starts at step 0
         opened, checkpoint = _open(*flags, "--resume")
         assert checkpoint is None
         params, optimizer = trained_state(1)
@@ -225,11 +225,11 @@ def test_run_directory():
             _open(*flags)
         with raises(ValueError, "--seed is 1", "started with 0"):
             _open(*flags, "--resume", "--seed", "1")
-        resume = (*where, "--resume")
-        for cut, again in (('{"step": 3, "rew', resume), ('[3]\n5\n{"reward": 1}\n', resume),
-                           ('{"step": 3}', (*resume, "--steps", "20"))):
+        resume = (*run_dir, "--resume")
+        for tail, again in (('{"step": 3, "rew', resume), ('[3]\n5\n{"reward": 1}\n', resume),
+                            ('{"step": 3}', (*resume, "--steps", "20"))):
             with open(opened.dir / "metrics.jsonl", "a") as file:
-                file.write(cut)  # a kill in the middle of a line, and just before its end
+                file.write(tail)  # killed mid-line, lines that are no records, no line end
             assert train_args(*again).lr == 0.5
             _, checkpoint = _open(*again)
             assert checkpoint.name == "step_000003"
@@ -246,14 +246,14 @@ def test_run_directory():
         assert len(read_lines(opened.dir / "starts.jsonl")) == 1
         assert (opened.dir / "notes.txt").read_text() == "mine"
         (opened.dir / "flags.json").unlink()
-        for flag in ("--overwrite", "--resume"):  # not a run: somebody's home directory, perhaps
+        for flag in ("--overwrite", "--resume"):  # not a run, but perhaps a home directory
             with raises(ValueError, "no run", "another --run-dir"):
                 _open(*flags, flag)
 
 
 def test_run_two_processes_in_one_run_directory():
-    """The second cut the logs of the first and moved its checkpoints. Who has the directory is
-    named, and when he is killed it is free, with nothing to clear away."""
+    """The second truncated the first one's logs and moved its checkpoints. The error names the
+    holder, and killing the holder frees the directory without any clean-up."""
     hold = ("import sys, time\nfrom pathlib import Path\nimport run\n"
             "lock = run.lock_run(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)")
     with temporary_dir() as home:
@@ -261,19 +261,19 @@ def test_run_two_processes_in_one_run_directory():
                                   stdout=subprocess.PIPE)
         holder.stdout.readline()
         (home / "flags.json").write_text("{}")
-        for how in ("--resume", "--overwrite"):
+        for flag in ("--resume", "--overwrite"):
             with raises(ValueError, f"in use by process {holder.pid}", "another --run-dir"):
-                run.claim_run_dir(train_args("--run-dir", str(home), how))
+                run.claim_run_dir(train_args("--run-dir", str(home), flag))
         holder.kill()
         holder.communicate()
         run.claim_run_dir(train_args("--run-dir", str(home), "--resume"))
 
 
-def test_run_is_one_run_of_wandb():
+def test_run_resumes_the_same_wandb_run():
     with (temporary_dir() as home, contextlib.redirect_stdout(None),
           mock.patch.dict(sys.modules, wandb=mock.Mock())):
-        for how in ("--overwrite", "--resume", "--overwrite"):
-            opened, _ = _open("--run-dir", str(home / "run"), "--wandb", "mine", how)
+        for flag in ("--overwrite", "--resume", "--overwrite"):
+            opened, _ = _open("--run-dir", str(home / "run"), "--wandb", "mine", flag)
             run.log_step(opened, "", {"step": 1, "loss": math.nan})
             opened.wandb.log.assert_called_with({"step": 1, "loss": None}, step=1)
         first, again, new = (call.kwargs["id"] for call in sys.modules["wandb"].init.call_args_list)
@@ -281,8 +281,8 @@ def test_run_is_one_run_of_wandb():
 
 
 def test_run_second_ctrl_c_quits():
-    """In a child whose terminal is gone: the first signal asks, though its message cannot be shown,
-    and the second ends."""
+    """In a child whose terminal is closed, the first signal requests a stop, though it cannot print
+    its message, and the second one quits."""
     before = signal.getsignal(signal.SIGINT)
     with run.stop_signals() as stop_requested:
         assert not stop_requested()
@@ -299,18 +299,18 @@ def test_run_second_ctrl_c_quits():
 
 
 def test_run_killed_and_resumed():
-    """Ctrl-C, then kill -9 at random moments: the files of the last checkpoint and the metrics end
-    as those of an unbroken run."""
+    """After Ctrl-C and kill -9 at random moments, the last checkpoint and the metrics equal an
+    uninterrupted run's."""
     with temporary_dir() as home:
-        unbroken = start_training(home, "unbroken", "--save-every", "1")
+        uninterrupted = start_training(home, "uninterrupted", "--save-every", "1")
         metrics = home / "run" / "metrics.jsonl"
         process = start_training(home, "run", "--save-every", "1")
         wait_for_steps(metrics, 1, process)
         process.send_signal(signal.SIGINT)
         _, err = finish(process, code=130)
         command = "python script.py --run-dir run --save-every 1 --resume"
-        assert err.endswith(f"script.py: stopped; go on with: {command}\n"), err
-        assert "once more to quit" in err and "Traceback" not in err, err
+        assert err.endswith(f"script.py: stopped; resume with: {command}\n"), err
+        assert "interrupt again to quit" in err and "Traceback" not in err, err
         for _ in range(2):
             process = start_training(home, "run", "--save-every", "1", "--resume")
             wait_for_steps(metrics, metrics.read_bytes().count(b"\n") + 1, process)
@@ -319,8 +319,8 @@ def test_run_killed_and_resumed():
             process.communicate()
         assert 1 < int(run.list_checkpoints(home / "run")[-1].name[5:]) < 12
         finish(start_training(home, "run", "--save-every", "1", "--resume"))
-        finish(unbroken)
+        finish(uninterrupted)
         first, second = (file_hashes(home / name / "checkpoints" / "step_000012")
-                         for name in ("unbroken", "run"))
+                         for name in ("uninterrupted", "run"))
         assert first == second and len(first) == 6, (first, second)
-        assert metrics.read_bytes() == (home / "unbroken" / "metrics.jsonl").read_bytes()
+        assert metrics.read_bytes() == (home / "uninterrupted" / "metrics.jsonl").read_bytes()

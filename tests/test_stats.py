@@ -14,7 +14,7 @@ def _close(found, expected, tolerance=1e-12):
 
 
 def _wilson(correct, n):
-    """The p for which correct/n is 1.96 standard errors away, found by bisection: (low, high)."""
+    """(low, high): the p that are 1.96 standard errors from correct/n, found by bisection."""
     bounds = []
     for outside in (0.0, 1.0):
         inside = correct / n
@@ -29,8 +29,8 @@ def _wilson(correct, n):
     return bounds
 
 
-def test_stats_interval_is_the_root_of_its_definition():
-    """Samples that differ narrow the interval; no variance at all is no certainty."""
+def test_stats_interval_solves_its_definition():
+    """Less variance narrows the interval; no variance at all does not collapse it."""
     for correct, n in ((0, 7), (3, 7), (7, 7), (120, 500), (499, 500), (1, 1319)):
         found = stats.interval([1] * correct + [0] * (n - correct))
         assert _close(found, (correct / n, *_wilson(correct, n)), 1e-9), (correct, n, found)
@@ -40,16 +40,16 @@ def test_stats_interval_is_the_root_of_its_definition():
     assert _close(stats.interval([0.5] * 8), (0.5, *_wilson(4, 8)), 1e-9)
 
 
-def test_stats_interval_covers():
-    """Of 400 evaluations of 60 problems, 4 samples each, about 95 % of intervals hold the rate."""
+def test_stats_interval_coverage():
+    """About 95 % of 400 evaluations, on 60 problems with 4 samples each, cover the true rate."""
     rng = random.Random(0)
-    held = 0
+    covered = 0
     for _ in range(400):
         rates = [rng.betavariate(0.6, 1.4) for _ in range(60)]  # mean 0.3, most easy or hard
         scores = [sum(rng.random() < p for _ in range(4)) / 4 for p in rates]
         _, low, high = stats.interval(scores)
-        held += low <= 0.3 <= high
-    assert 0.92 <= held / 400 <= 0.98, held
+        covered += low <= 0.3 <= high
+    assert 0.92 <= covered / 400 <= 0.98, covered
 
 
 def _mean_over_subsets(samples, k, success):
@@ -58,7 +58,7 @@ def _mean_over_subsets(samples, k, success):
 
 
 def test_stats_pass_and_maj_at_k_are_means_over_subsets():
-    """Brute force: silent samples, ties, and no right class, one, or two."""
+    """Against brute force, with abstentions, ties, and zero, one or two right classes."""
     rng = random.Random(1)
     for _ in range(150):
         votes = [rng.choice((None, 0, 0, 1, 2)) for _ in range(rng.randint(1, 8))]
@@ -81,18 +81,18 @@ def test_stats_pass_and_maj_at_k_are_means_over_subsets():
 
 
 def test_stats_bootstrap_agrees_with_the_exact_binomial():
-    """If B solves 30 of 200 problems more, a resample's mean is Binomial(200, 0.15) / 200."""
+    """If b solves 30 more of 200 problems, a resample's mean is Binomial(200, 0.15) / 200."""
     b = [1] * 30 + [0] * 170
     change, low, high = stats.paired_bootstrap([0] * 200, b)
     below = list(itertools.accumulate(
         math.comb(200, x) * 0.15**x * 0.85 ** (200 - x) for x in range(201)))
     exact = [next(x for x in range(201) if below[x] >= q) / 200 for q in (0.025, 0.975)]
     assert change == 0.15 and _close((low, high), exact, 1.001 / 200), (low, high, exact)
-    assert stats.paired_bootstrap(b, b) == (0.0, 0.0, 0.0), "pairing removes what both runs share"
+    assert stats.paired_bootstrap(b, b) == (0.0, 0.0, 0.0), "pairing cancels what both runs share"
 
 
 def test_stats_mcnemar_is_the_exact_sign_test():
-    """Against all 2^n ways in which the problems that differ could have fallen."""
+    """Against an enumeration of all 2^n outcomes of the problems that differ."""
     for gained, lost in ((0, 0), (1, 0), (3, 3), (9, 2), (0, 10)):
         ways = [abs(2 * sum(bits) - gained - lost) >= abs(gained - lost)
                 for bits in itertools.product((0, 1), repeat=gained + lost)]

@@ -1,4 +1,4 @@
-"""Tests of what only Linux has: everything imports and runs without it."""
+"""Portability: everything imports and runs without Linux-only modules and functions."""
 
 import json
 import tempfile
@@ -9,7 +9,7 @@ import torch
 import model
 from tests.common import GRPO_RUN, run
 
-# Every script, in one process, once the libraries are there and what Windows lacks is gone.
+# Runs the scripts in one process, after removing what Windows lacks.
 WITHOUT_LINUX = """
 import importlib, os, pathlib, sys, types
 import huggingface_hub, jinja2, numpy, sympy, tokenizers, torch, torch._dynamo, tqdm
@@ -31,23 +31,23 @@ from launch import run_main
 for name in ("bench", "data.judge", "data.tiny.corpus", "data.traces", "infer_scale", "refine",
              "sft", "verify"):
     importlib.import_module(name)
-run_folder, *words = sys.argv[1:]
+run_dir, *words = sys.argv[1:]
 for steps in ("2", "3"):
-    sys.argv = ["grpo.py", *words, "--run-dir", run_folder, "--steps", steps, "--resume"]
+    sys.argv = ["grpo.py", *words, "--run-dir", run_dir, "--steps", steps, "--resume"]
     run_main(*(getattr(importlib.import_module("grpo"), name) for name in ("main", "parse_args")))
-print("\N{GREEK SMALL LETTER PI}")  # on a terminal of ASCII
-sys.argv = ["eval.py", "--limit", "4", "--results", run_folder + ".jsonl"]
+print("\N{GREEK SMALL LETTER PI}")  # on an ASCII terminal
+sys.argv = ["eval.py", "--limit", "4", "--results", run_dir + ".jsonl"]
 run_main(*(getattr(importlib.import_module("eval"), name) for name in ("main", "parse_args")))
 """
 
 
-def test_systems_everything_imports_and_runs_without_what_linux_has():
-    """`import resource` at the top of two files kept Windows from importing anything."""
+def test_systems_everything_imports_and_runs_without_linux():
+    """Two files imported `resource` at the top, so nothing could be imported on Windows."""
     with tempfile.TemporaryDirectory() as scratch:
         script = Path(scratch, "without_linux.py")
         script.write_text(WITHOUT_LINUX, encoding="utf-8")
-        said = run(script, f"{scratch}/run", *GRPO_RUN[1:-2], env={"PYTHONIOENCODING": "ascii"})
-        assert "step 2/2" in said and "step 3/3" in said and r"\u03c0" in said, said
+        out = run(script, f"{scratch}/run", *GRPO_RUN[1:-2], env={"PYTHONIOENCODING": "ascii"})
+        assert "step 2/2" in out and "step 3/3" in out and r"\u03c0" in out, out
         best = Path(scratch, "run", "checkpoints", "best")
         assert best.is_dir() and not best.is_symlink()
         rows = map(json.loads, Path(scratch, "run", "metrics.jsonl").open())

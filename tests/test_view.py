@@ -1,4 +1,4 @@
-"""Tests of view.py and of its template."""
+"""Tests of view.py and view.html."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import metrics
 import view
 from tests.common import in_process, raises, skip_unless, temporary_dir, write_lines
 
-# What a model may write to break out of its place in the page.
+# Model output that tries to escape its text node.
 HOSTILE = [
     "</script><script>window.hacked = 1</script>",
     "<!--<script>", "</style><img src=x onerror='window.hacked = 1'>",
@@ -31,7 +31,7 @@ def _completion(text):
 
 
 def _run(home, name="run", texts=("<think>no, wait: 2</think> so \\boxed{2}",)):
-    """The directory of a run whose groups and held-out answers say these texts."""
+    """A run directory whose groups and held-out answers contain these texts."""
     run_dir = home / name
     run_dir.mkdir()
     (run_dir / "flags.json").write_text(json.dumps({"model": texts[0], "data": ["sums"]}))
@@ -51,7 +51,7 @@ def _run(home, name="run", texts=("<think>no, wait: 2</think> so \\boxed{2}",)):
 
 
 def _page(*run_dirs):
-    """(the page of these runs, what it holds of them)"""
+    """(the page of these runs, the data in it)"""
     path = run_dirs[0] / "report.html"
     view.write_page(run_dirs, path)
     page = path.read_text(encoding="utf-8")
@@ -59,8 +59,8 @@ def _page(*run_dirs):
     return page, json.loads(data)
 
 
-def test_view_text_cannot_leave_its_place():
-    """The data have no "<" and are ASCII, and nothing but element() makes anything of strings."""
+def test_view_text_is_never_markup():
+    """The data are ASCII without "<", and only element() turns strings into nodes."""
     template = view.TEMPLATE.read_text(encoding="utf-8")
     for name in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "http:"):
         assert name not in template.replace("http://www.w3.org/2000/svg", ""), name
@@ -74,11 +74,11 @@ def test_view_text_cannot_leave_its_place():
     assert [c["text"] for c in completions][:8] == HOSTILE[:8]
     assert "".join(completions[0]["pieces"]) == HOSTILE[0]
     long = completions[8]["text"]
-    assert "10000 characters are not on this page" in long and len(long) < 21_000
+    assert "10000 characters omitted" in long and len(long) < 21_000
 
 
-def test_view_is_bounded_and_takes_damaged_files():
-    """Long runs, megabyte lines, lines that a kill cut short, numbers that JSON does not have."""
+def test_view_is_bounded_and_accepts_damaged_files():
+    """Long runs, megabyte lines, truncated lines, and NaN and infinity, which are not JSON."""
     with temporary_dir() as home:
         run_dir = _run(home)
         rows = [{"step": step, "loss": 1 / step} for step in range(1, 9001)]
@@ -107,8 +107,8 @@ def test_view_is_bounded_and_takes_damaged_files():
 def test_view_command_and_errors():
     with temporary_dir() as home:
         run_dir = _run(home)
-        said = in_process("view", run_dir)
-        assert f"written to {run_dir / 'report.html'}" in said
+        out = in_process("view", run_dir)
+        assert f"written to {run_dir / 'report.html'}" in out
         _, [run] = _page(run_dir)
         assert run["seconds"] == 30
         assert run["results"] == {"table": [["", "problems"], ["before", "500"]],
@@ -117,21 +117,21 @@ def test_view_command_and_errors():
         assert "other" in (home / "both.html").read_text()
         with raises(FileNotFoundError, str(home), "flags.json", "grpo.py"):
             in_process("view", home)
-        with mock.patch("builtins.print") as said:
-            view.write_report(SimpleNamespace(rank=0, dir=home / "gone"))  # ends no training
-        assert "report.html is not written" in said.call_args[0][0]
+        with mock.patch("builtins.print") as printed:
+            view.write_report(SimpleNamespace(rank=0, dir=home / "gone"))  # must not raise
+        assert "report.html was not written" in printed.call_args[0][0]
 
 
-def test_view_knows_what_grpo_counts_as_second_thoughts():
+def test_view_highlights_the_second_thoughts_that_grpo_counts():
     assert f"/{metrics.SECOND_THOUGHTS.pattern}/gi" in view.TEMPLATE.read_text(encoding="utf-8")
 
 
 # ---- in a browser
 
 LISTEN = """<script>
-window.found = [];
+window.errors = [];
 for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
-  addEventListener(kind, event => found.push(kind + " " + event.message), true);
+  addEventListener(kind, event => errors.push(kind + " " + event.message), true);
 </script>"""
 CLICK = """<script>
 const all = (query, of = document) => [...of.querySelectorAll(query)];
@@ -151,18 +151,18 @@ for (let i = 0; i < all("select").length; i++)
     all("select")[i].selectedIndex = j;
     all("select")[i].dispatchEvent(new Event("change"));
   }
-const outcome = {...before, found, hacked: window.hacked ?? null, values: texts(".values"),
-  strange: all("img, iframe, [onload], [onerror], script[src]").length,
-  said: texts(".group .card pre"), tinted: all(".group .tinted span[title]").length,
+const outcome = {...before, errors, hacked: window.hacked ?? null, values: texts(".values"),
+  unexpected: all("img, iframe, [onload], [onerror], script[src]").length,
+  shown: texts(".group .card pre"), tinted: all(".group .tinted span[title]").length,
   page: document.body.innerText, width: innerWidth,
-  wide: Math.max(...all("body > *").map(part => part.scrollWidth)) > innerWidth};
+  overflows: Math.max(...all("body > *").map(part => part.scrollWidth)) > innerWidth};
 document.body.replaceChildren();  // --dump-dom crashes on half a surrogate
 document.title = encodeURIComponent(JSON.stringify(outcome).replace(/\\\\ud[89a-f]../g, "?"));
 </script>"""
 
 
 def _click_through(page, home):
-    """What a headless browser finds on a page in which everything that can be is clicked."""
+    """The outcome of clicking on everything in the page, in a headless browser."""
     names = [os.environ.get("REASONER_CHROMIUM", ""), "chromium", "chromium-headless-shell",
              "chromium-browser", "google-chrome"]
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -172,7 +172,7 @@ def _click_through(page, home):
     path.write_text(page, encoding="utf-8")
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
-         "--window-size=390,800",  # a phone's
+         "--window-size=390,800",  # a phone
          f"--user-data-dir={home}/browser", "--dump-dom", path.as_uri()],
         capture_output=True, timeout=60)
     found = re.search(rb"<title>([^<]*)</title>", done.stdout)
@@ -182,25 +182,25 @@ def _click_through(page, home):
 
 
 def test_view_in_a_browser():
-    """No script error, nothing loaded, and each part of a completion where it belongs."""
+    """No script errors, nothing loaded, and every part of a completion marked correctly."""
     with temporary_dir() as home:
         page, _ = _page(_run(home, "a"), _run(home, "b"))
         seen = _click_through(page, home)
-    assert not seen["found"] and not seen["strange"] and not seen["wide"], seen
+    assert not seen["errors"] and not seen["unexpected"] and not seen["overflows"], seen
     assert seen["width"] == 390 and seen["box"] == ["\\boxed{2}"], seen
     assert seen["second"] == ["wait"], seen
     assert seen["thought"] == ["<think>no, ", "wait", ": 2</think>"], seen
     assert seen["cards"] == 5 and seen["tinted"] == 7, seen  # two runs, before and after; group
     assert "step 3" in seen["values"][0] and "held out 0.5 [0.25, 0.75]" in seen["values"][0]
     for words in ("341 of 500 problems gained, 12 lost", "python grpo.py", "30 s", "--model",
-                  "1 of 1 are right", "A +0.50", "5 tokens, ended by itself", "2001-09-09"):
+                  "1 of 1 are right", "A +0.50", "5 tokens, finished", "2001-09-09"):
         assert words in seen["page"], (words, seen["page"])
 
 
-def test_view_in_a_browser_hostile_text_does_nothing():
+def test_view_in_a_browser_hostile_text_is_harmless():
     with temporary_dir() as home:
         page, _ = _page(_run(home, texts=HOSTILE))
         seen = _click_through(page, home)
-    assert seen["hacked"] is None and not seen["strange"] and not seen["found"], seen
-    assert not seen["wide"] and seen["said"][:6] == HOSTILE[:6], seen["said"][:6]
-    assert len(seen["said"]) == len(HOSTILE)
+    assert seen["hacked"] is None and not seen["unexpected"] and not seen["errors"], seen
+    assert not seen["overflows"] and seen["shown"][:6] == HOSTILE[:6], seen["shown"][:6]
+    assert len(seen["shown"]) == len(HOSTILE)

@@ -2,12 +2,12 @@
 
     python -m data.tiny.corpus --out runs/tiny/corpus.jsonl
 
-The tiny model stands in for a pretrained base model: one that can reason better than it does. So
-its corpus is mixed as human text is. Every document is a conversation of one to four problems with
-one author, and authors differ: most state their answer at once; some work in writing, an operation
-a line; some work in writing but do several operations at once, and slip, and only now and then
-notice it. Asked to think step by step, all of them write. Some are asked to check what they wrote
-and to solve the problem again. Only problems of the train split are used.
+The tiny model stands in for a pretrained base model, which can reason better than it usually does.
+So its corpus is as mixed as human text. Each document is a conversation with one author about one
+to four problems. Most authors answer immediately; some show their work, one operation per line;
+some do several operations per line, make mistakes and only occasionally notice them. When told to
+think step by step, every author shows work. Some are told to check their work and solve the problem
+again. All problems are from the train split.
 """
 
 import json
@@ -18,17 +18,17 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data import arithmetic
-from data.prompts import AGAIN, ALL_RIGHT, CHECK, STEP_BY_STEP, respond
+from data.prompts import AGAIN, ALL_RIGHT, CHECK, STEP_BY_STEP, format_response
 from launch import Parser, at_least
 
 AUTHORS = {"blunt": 0.60, "careful": 0.18, "careless": 0.22}
-LEVELS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2}  # how often problems of each come
-THINK_SHARE = 0.3  # of the documents, whose problems ask for steps
-CHECK_SHARE = 0.1  # of the documents, in which the author is asked to check
-# Of a careless author's operations, or lines:
-SLIP_RATE = 0.12  # they err in an operation
-NOTICE_RATE = 0.2  # they notice a slip, and repair it on the next line
-SKIP_RATE = 0.6  # they do one more operation on the same line
+LEVELS = {1: 3, 2: 2, 3: 2, 4: 2, 5: 2}  # {level: relative frequency}
+THINK_SHARE = 0.3  # share of documents that ask for step-by-step thinking
+CHECK_SHARE = 0.1  # share of documents that ask the author to check their work
+# A careless author's probabilities:
+SLIP_RATE = 0.12  # of a mistake, per operation
+NOTICE_RATE = 0.2  # of repairing a mistake on the next line
+SKIP_RATE = 0.6  # of doing another operation on the same line
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,26 +38,26 @@ QWEN_SPLIT = (
 def parse_args(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
-    add("--documents", type=at_least(1), default=160000, help="conversations in the corpus")
-    add("--seed", type=int, default=0, help="every random choice follows from it")
-    add("--out", default="runs/tiny/corpus.jsonl", help="where the corpus goes")
+    add("--documents", type=at_least(1), default=160000, help="number of conversations")
+    add("--seed", type=int, default=0, help="seed of every random choice")
+    add("--out", default="runs/tiny/corpus.jsonl", help="output file")
     add("--tokenizer", action="store_true",
-        help="only make tokenizer.json beside this file, and stop")
+        help="write only tokenizer.json, next to this file")
     return p.parse_args(argv)
 
 
 def careless_thought(tree, rng):
-    """(thought, its value): several operations a line, slips, and now and then their repair."""
+    """(thought, final value), with several operations per line, slips, and occasional repairs."""
     lines = []
     while not isinstance(tree, int):
-        ahead = arithmetic.work_out(tree)
-        done = 1
-        while done + 1 < len(ahead) and rng.random() < SKIP_RATE:
+        trees = arithmetic.work_out(tree)
+        done = 1  # operations on this line
+        while done + 1 < len(trees) and rng.random() < SKIP_RATE:
             done += 1
-        right = ahead[done]
+        right = trees[done]
         wrong = None
         if rng.random() < SLIP_RATE * done:
-            wrong = arithmetic.slip(ahead[done - 1], rng)
+            wrong = arithmetic.slip(trees[done - 1], rng)
         tree = right if wrong is None else wrong
         lines.append("=" + arithmetic.render(tree))
         if wrong is not None and rng.random() < NOTICE_RATE:
@@ -67,25 +67,26 @@ def careless_thought(tree, rng):
 
 
 def write_answer(problem, author, thinks, rng):
-    """What an author answers: (text, the thought or None)."""
+    """An author's reply: (text, its thought or None)."""
     if author == "blunt" and not thinks:
         return f"\\boxed{{{problem['answer']}}}", None
     thought, answer = problem["solution"], problem["answer"]
     if author == "careless":
         thought, answer = careless_thought(arithmetic.parse(problem["problem"]), rng)
-    return respond(thought, answer), thought
+    return format_response(thought, answer), thought
 
 
 def review(problem, thought):
-    """What a careful reader says about a thought: each step is checked against the line before."""
-    before = problem["problem"]
-    lines = [line for line in thought.split("\n") if line != before]
+    """A careful reader's verdict on a thought: each step is checked against the previous line."""
+    previous = problem["problem"]
+    lines = [line for line in thought.split("\n") if line != previous]
     for number, line in enumerate(lines, 1):
         claim = line.removeprefix("wait ").removeprefix("=")
-        steps = [arithmetic.render(tree) for tree in arithmetic.work_out(arithmetic.parse(before))]
+        trees = arithmetic.work_out(arithmetic.parse(previous))
+        steps = [arithmetic.render(tree) for tree in trees]
         if claim not in steps[1:]:
             return f"Step {number} is wrong: ={steps[1]}"
-        before = claim
+        previous = claim
     return ALL_RIGHT
 
 
@@ -100,7 +101,7 @@ def draw_problem(rng):
 def write_document(rng):
     [author] = rng.choices(list(AUTHORS), AUTHORS.values())
     thinks = rng.random() < THINK_SHARE
-    turns = []  # of the user and of the author by turns
+    turns = []  # alternately of the user and the author
     for _ in range(rng.choices((1, 2, 3, 4), (76, 12, 7, 5))[0]):
         problem = draw_problem(rng)
         style = author
@@ -109,7 +110,7 @@ def write_document(rng):
         text, thought = write_answer(problem, style, thinks, rng)
         turns += [problem["problem"] + (STEP_BY_STEP if thinks else ""), text]
     if thought and rng.random() < CHECK_SHARE / (1 - AUTHORS["blunt"] * 0.7):
-        solved = respond(problem["solution"], problem["answer"])
+        solved = format_response(problem["solution"], problem["answer"])
         turns += [CHECK, review(problem, thought), AGAIN, solved]
     messages = [{"role": role, "content": text}
                 for role, text in zip(cycle(("user", "assistant")), turns)]
@@ -117,7 +118,7 @@ def write_document(rng):
 
 
 def make_tokenizer():
-    """Byte-level BPE with Qwen's split into words and digits, and merges for the few words here."""
+    """Byte-level BPE with Qwen's split into words and digits, and merges for a few phrases."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
