@@ -13,8 +13,8 @@ do not depend on the machine.
 Conventions where graders differ: the last box wins, and boxes joined by "and" or a comma form one
 answer. Bare lists and sets are unordered; tuples and bracketed lists of three or more are ordered.
 `x = 5` is 5 and `y = f(x)` is f(x); other equations may differ by a factor. Labels must match.
-28 % is both 28 and 0.28. A unit or counted noun is ignored if the other side is a bare number; two
-of them must agree. A rounded decimal is accepted from 8 significant digits.
+28 % is both 28 and 0.28. A unit or counted noun is ignored if the other side is a bare number; if
+both sides have one, they must agree. A rounded decimal is accepted from 8 significant digits.
 """
 
 import argparse
@@ -941,7 +941,7 @@ def normal_form(node):
         words = [unit_words(factor) for factor in node[1:]]
         values = [factor for factor, names in zip(node[1:], words) if names is None]
         if values and len(values) < len(words):
-            return quantity(values, [name for names in words if names for name in names])
+            return quantity(values, sum(filter(None, words), []))
     if node[0] in ("add", "mul") and any(child[0] in ("tuple", "array") for child in node[1:]):
         return combine_matrices(node)
     if node[0] == "ratio" and not symbols(node):
@@ -1250,8 +1250,8 @@ def is_set(node):
     if node[0] == "rel":
         return any(relation not in ("=", "~") for relation in node[1])
     if node[0] == "list":
-        sets = [is_set(item) for item in node[2:]]
-        return any(sets) and all(found or item[0] == "rel" for found, item in zip(sets, node[2:]))
+        items = node[2:]
+        return any(map(is_set, items)) and all(is_set(item) or item[0] == "rel" for item in items)
     return node[0] in ("interval", "cup", "cap", "minus", "reals", "empty")
 
 
@@ -1391,8 +1391,8 @@ def split_assignment(node):
     if relations == ("=",) and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]  # 5 = x
     name = sides[0] if is_name(sides[0]) and sides[0] not in sides[1:] else None
-    cut = relations.index("~") + 1 if "~" in relations else len(sides)
-    precise = sides[bool(name) : cut] or sides[-1:]
+    end = relations.index("~") + 1 if "~" in relations else len(sides)
+    precise = sides[bool(name) : end] or sides[-1:]  # without roundings
     if not name and (symbols(node) or len({*map(exact, precise)} - {None}) > 1):
         return None, node  # an equation; 2 + 2 = 5
     return name, precise[-1]
@@ -1406,7 +1406,8 @@ def compatible_names(a, b):
         return one.lower() == other.lower() and (sub == other_sub or not sub or not other_sub)
     if a[0] == b[0] or a[0] in OPS and b[0] in OPS:
         return a == b
-    return all(part[0] == "sym" for node in (a, b) if node[0] == "call" for part in node[2:])
+    call = a if a[0] == "call" else b
+    return call[0] != "call" or all(part[0] == "sym" for part in call[2:])
 
 
 def same_items(a, b, compare=None):
@@ -1469,7 +1470,7 @@ def compare_kinds(one, other):
         return words == one[2] and same_unnamed(one[1], value)
     if tag == "words" and kind in ("sym", "const"):
         return one[1].lower() == other[1].lower()
-    if tag == "time" and kind in ("ratio", "num", "mul"):  # a ratio if it is in lowest terms
+    if tag == "time" and kind in ("ratio", "num", "mul"):  # 3:20 may be a ratio, if in lowest terms
         lowest = not one[1] and one[3][1] > 9 and math.gcd(*(int(part[1]) for part in one[2:])) == 1
         return lowest and same_unnamed(normal_form(("ratio", *one[2:4])), other)
     if tag == "ratio" and len(one) == 3 and kind in ("num", "mul"):  # 3:4 is 3/4

@@ -301,7 +301,7 @@ def check_consequence(first, then):
     """(verdict, reason) for deducing `then` from `first`, both given as left minus right."""
     terms = {*first, *then}
     ratios = {then.get(term, 0) / first[term] if first.get(term) else None for term in terms}
-    if len(ratios) == 1 and None not in ratios:
+    if len(ratios) == 1 and None not in ratios:  # a multiple of the first equation
         return "right", ""
     letters = set("".join(terms))
     linear = max(map(len, terms)) == 1
@@ -328,12 +328,13 @@ def check_sentence(sentence, equation):
         if labelled:
             verdict, reason = "unchecked", "a label"
         difference = subtract(left.value, right.value)
+        units = UNITS.search(context)
+        chained = steps and is_bare(left) and not labelled  # `5 + 3 = 8 = 9`
         if verdict == "unchecked" and number(difference) is None:
-            if equation and CONSEQUENCE.search(before) and not UNITS.search(context):
+            if equation and CONSEQUENCE.search(before) and not units:
                 verdict, reason = check_consequence(equation, difference)
             equation = difference
-        elif (verdict == "unchecked" and difference and steps and is_bare(left) and not labelled
-              and not UNITS.search(context)):
+        elif verdict == "unchecked" and difference and chained and not units:
             verdict, reason = "wrong", "the chain changes its value"
         steps.append(Step(" ".join([*left.tokens, sign, *right.tokens]), verdict, reason))
     return steps, equation
