@@ -680,7 +680,7 @@ def test_grpo_bad_input():
                 (["--model", "no-such-model"], "no-such-model"),
                 (["--data", home / "none.jsonl"], "none.jsonl"),
                 (["--data", home / "empty.jsonl"], "empty"),
-                (["--data", "arithmetic=0"], "not a positive"),
+                (["--data", "arithmetic=0"], "must be positive"),
                 (["--reward", "kindness=1"], "kindness"),
                 (["--reward", "acuracy=1"], "did you mean accuracy?"),
                 (["--reward", f"{home}/mine.py:shrt"], "did you mean short?"),
