@@ -1,8 +1,8 @@
-"""What a completion is worth: rewards, and their sum.
+"""Rewards of completions, and their weighted sum.
 
-A reward takes a grpo.Group and returns a float for each of its completions, or None where it cannot
-say. Yours is one more function and one more name in REWARDS, or a function in a file of yours:
-`--reward accuracy=1 mine.py:short=0.2`.
+A reward is a function of a Group that returns a float for each completion, or None where it is
+undecided. To add one, write the function and add its name to REWARDS, or keep it in a file of your
+own: `--reward accuracy=1 mine.py:short=0.2`.
 """
 
 import functools
@@ -36,14 +36,14 @@ def accuracy(group):
 
 
 def well_formed(group):
-    """A well-formed thinking block at most, one boxed answer, nothing after it."""
+    """1 for an optional well-formed thinking block, then one boxed answer, then nothing; else 0."""
     return [format_reward(text, group.think_tag) for text in group.texts]
 
 
 def brevity(group):
-    """0 for the shortest right completion, down to -1 for one of three times its length; wrong: 0.
+    """0 for the shortest right completion, down to -1 at three times its length; 0 if wrong.
 
-    Relative to the group, so that easy problems get short thoughts and hard ones may stay long.
+    Lengths are compared within the group, so that hard problems may keep long thoughts.
     """
     lengths = [len(c.tokens) for c in group.completions]
     shortest = min((n for n, right in zip(lengths, group.right) if right), default=1)
@@ -53,7 +53,7 @@ def brevity(group):
 
 
 def repetition(group, n=4, free=0.2):
-    """Down to -1 with the share of repeated token n-grams above `free`, in any language."""
+    """Minus the share of repeated token n-grams above `free`, scaled to 1; for any language."""
     rewards = []
     for c in group.completions:
         grams = [tuple(c.tokens[i:i + n]) for i in range(len(c.tokens) - n + 1)]
@@ -70,17 +70,17 @@ def script_of(letter):
 
 
 def language(group):
-    """Down to -1 with the share of letters of scripts that the problem does not use.
-
-    Latin is free: formulas need it.
-    """
+    """Minus the share of letters in scripts that the problem lacks; formulas may use Latin."""
     home = {"latin"} | {script_of(c) for c in group.problem["problem"] if c.isalpha()}
-    scripts = [[script_of(c) for c in text if c.isalpha()] for text in group.texts]
-    return [-sum(script not in home for script in row) / max(1, len(row)) for row in scripts]
+    rewards = []
+    for text in group.texts:
+        foreign = [script_of(c) not in home for c in text if c.isalpha()]
+        rewards.append(-sum(foreign) / max(1, len(foreign)))
+    return rewards
 
 
 def overlong(group, share=0.2):
-    """0 up to the last `share` of the token budget, then in a line to -1 (DAPO, eq. 13)."""
+    """0 up to the last `share` of the token budget, then linearly down to -1 (DAPO, eq. 13)."""
     start = (1 - share) * group.max_new_tokens
     return [-max(0.0, (len(c.tokens) - start) / (group.max_new_tokens - start))
             for c in group.completions]
@@ -90,12 +90,12 @@ def overlong(group, share=0.2):
 REWARDS = {"accuracy": accuracy, "format": well_formed, "brevity": brevity,
            "repetition": repetition, "language": language, "overlong": overlong}
 
-# ------------------------------------------------------------ their sum
+# ------------------------------------------------------------ the weighted sum
 
 
 @functools.cache
 def load_function(path, name):
-    """A function of a Python file. Raises FileNotFoundError, or ValueError when there is none."""
+    """Load a function from a Python file. Raises FileNotFoundError or ValueError if missing."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward {path}:{name}: no file {path}")
     found = runpy.run_path(path)
@@ -106,13 +106,13 @@ def load_function(path, name):
 
 
 def reward_fn(name):
-    """The function behind a name of REWARDS, or behind FILE.py:FUNCTION."""
+    """The function for a name in REWARDS or for FILE.py:FUNCTION."""
     path, _, function = name.rpartition(":")
     if path.endswith(".py"):
         return load_function(path, function)
     if name not in REWARDS:
-        raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT, a number of at least 0 "
-                         f"and a name of {', '.join(REWARDS)}, or FILE.py:FUNCTION"
+        raise ValueError(f"--reward {name!r}: expected NAME=COEFFICIENT with a coefficient of at "
+                         f"least 0 and a name from {', '.join(REWARDS)}, or FILE.py:FUNCTION"
                          f"{did_you_mean(name, REWARDS)}")
     return REWARDS[name]
 
@@ -120,7 +120,7 @@ def reward_fn(name):
 def parse_rewards(words):
     """["accuracy=1", "mine.py:short=0.1"] -> {name: coefficient}.
 
-    Raises ValueError for unknown names, and when a wrong answer could score above a right one.
+    Raises ValueError for unknown names, and if a wrong answer could score higher than a right one.
     """
     coefficients = dict(map(split_number, words))
     for name in coefficients:
@@ -128,28 +128,28 @@ def parse_rewards(words):
     accuracy = coefficients.get("accuracy", math.inf)
     others = sum(c for name, c in coefficients.items() if name != "accuracy")
     if others >= accuracy:
-        raise ValueError(f"--reward: the other coefficients sum to {others:g}, that of accuracy is "
-                         f"{accuracy:g}; it needs more, or a wrong answer may beat a right one")
+        raise ValueError(f"--reward: accuracy has coefficient {accuracy:g}, the others sum to "
+                         f"{others:g}; raise accuracy, or a wrong answer may beat a right one")
     return coefficients
 
 
-def reward_by(name, group):
-    """What a reward says of each completion. Raises ValueError, with its name, unless it may."""
+def evaluate_reward(name, group):
+    """One reward for each completion of a group. Raises ValueError for invalid values."""
     values = reward_fn(name)(group)
     if not isinstance(values, (list, tuple)) or len(values) != len(group.texts):
         raise ValueError(f"--reward {name} returned {values!r:.60}, expected a list of "
-                         f"{len(group.texts)} numbers, one for each completion")
+                         f"{len(group.texts)} numbers, one per completion")
     for value in values:
         number = isinstance(value, (int, float)) and math.isfinite(value)
         if value is not None and not number:
             raise ValueError(f"--reward {name} returned {value!r:.60} for a completion, expected a "
-                             "finite number, or None where it cannot say")
+                             "finite number, or None if undecided")
     return list(values)
 
 
 def reward_group(group, coefficients):
-    """The group with `parts` and `rewards`; a completion with an undecided part has no reward."""
-    parts = {name: reward_by(name, group) for name in coefficients}
+    """Fill in `parts` and `rewards` of a group; a reward is None if one of its parts is."""
+    parts = {name: evaluate_reward(name, group) for name in coefficients}
     rewards = []
     for i in range(len(group.texts)):
         values = [part[i] for part in parts.values()]
@@ -159,6 +159,6 @@ def reward_group(group, coefficients):
 
 
 def has_spread(group):
-    """Whether a group has a gradient: two of its rewards are decided and differ."""
+    """Whether a group has a gradient, that is, two decided rewards that differ."""
     decided = [reward for reward in group.rewards if reward is not None]
     return len(decided) > 1 and max(decided) - min(decided) > 1e-6

@@ -1,12 +1,12 @@
-"""Process verification of free text: every step that can be read is computed again, exactly.
+"""Process verification of free text: recompute every readable step exactly.
 
-A step is one equality sign with an expression on either side: `48/2 = 24`, the links of a chain
+A step is an equality sign with an expression on each side: `48/2 = 24`, each link of a chain
 `a = b = c`, GSM8K's `<<48/2=24>>`, LaTeX such as `\\frac{1}{2} \\times 6 = 3`, identities such as
-`2x + 3x = 5x`; or an equation that is said to follow from another: `2x + 3 = 11, so 2x = 8`. It is
-"right", "wrong", "repaired" when the text takes a wrong one back, or "unchecked" where exact
-arithmetic cannot tell: `x = 5`, `1 hour = 60 minutes`. Currency, units, thousands separators,
-percent and rounded decimals are read as people mean them. Text is never evaluated, only parsed,
-with limits on its length, depth and numbers.
+`2x + 3x = 5x`; or an equation stated as a consequence of another: `2x + 3 = 11, so 2x = 8`. A step
+is "right", "wrong", "repaired" (wrong, but corrected later in the text), or "unchecked" if exact
+arithmetic cannot decide: `x = 5`, `1 hour = 60 minutes`. Currency, units, thousands separators,
+percent signs and rounded decimals are read the way people use them. Text is parsed, never
+evaluated, with limits on its length, its nesting and the size of its numbers.
 """
 
 import re
@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 MAX_LINE = 2000  # characters
-MAX_TOKENS = 60  # on a side of an equality sign
+MAX_TOKENS = 60  # on each side of an equality sign
 MAX_BITS = 400
 MAX_POWER = 12
 MAX_TERMS = 60
@@ -34,14 +34,15 @@ class Side(NamedTuple):
 
     tokens: list
     value: dict  # a polynomial
-    whole: bool  # whether it is all of the text on that side
+    complete: bool  # whether it covers all text on that side
 
 
 # ---- polynomials
 # {"": 3, "x": 2, "xxy": 5} is 3 + 2x + 5x^2 y; a number is {"": n}, zero is {}.
 
 
-def tidy(poly):
+def drop_zeros(poly):
+    """Drop zero coefficients; ValueError if the polynomial is too large."""
     parts = [n for c in poly.values() for n in c.as_integer_ratio()]
     if len(poly) > MAX_TERMS or any(n.bit_length() > MAX_BITS for n in parts):
         raise ValueError("too large")
@@ -49,7 +50,7 @@ def tidy(poly):
 
 
 def add(a, b):
-    return tidy({letters: a.get(letters, Fraction(0)) + b.get(letters, 0)
+    return drop_zeros({letters: a.get(letters, Fraction(0)) + b.get(letters, 0)
                  for letters in {**a, **b}})
 
 
@@ -65,30 +66,30 @@ def multiply(a, b):
             if len(letters) > MAX_POWER:
                 raise ValueError("power too high")
             product[letters] = product.get(letters, 0) + m * n
-    return tidy(product)
+    return drop_zeros(product)
 
 
 def number(poly):
-    """The value of a polynomial without letters, or None."""
+    """The value of a constant polynomial, or None."""
     return None if poly.keys() - {""} else poly.get("", Fraction(0))
 
 
 def divide(a, b):
     value = number(b)
     if not value:
-        raise ValueError("division by zero or by an expression with letters")
+        raise ValueError("division by zero or by a polynomial")
     return multiply(a, {"": 1 / value})
 
 
 def power(base, exponent):
     n = number(exponent)
     if n is None or n.denominator != 1 or not 0 <= n <= MAX_POWER:
-        raise ValueError("not a small whole power")
+        raise ValueError("the exponent is not a small natural number")
     return reduce(multiply, [base] * int(n), {"": Fraction(1)})
 
 
 # ---- parsing
-# The three readers take what they read from the front of `tokens`, which ends in "".
+# The read_* functions consume tokens from the front of `tokens`, which ends in "".
 
 NUMBER = re.compile(r"[0-9.]{1,40}")
 TOKEN = re.compile(r"\d+(?:\.\d+)?|\.\d+|[-+*/^()%]|[a-zA-Z]+|\S")
@@ -143,10 +144,9 @@ def read_factor(tokens, percent, depth):
 
 
 def parse(tokens, percent=Fraction(1, 100)):
-    """The polynomial that `tokens` writes down. Raises ValueError when it writes none.
+    """The polynomial written in `tokens`. Raises ValueError if they do not form one.
 
-    tokens: a list, or a text to be split. percent: what a percent sign multiplies by; 1 reads it
-    as a mere unit.
+    tokens: a list, or a text to split. percent: the value of a percent sign; 1 if it is a unit.
     """
     tokens = TOKEN.findall(tokens) if isinstance(tokens, str) else tokens
     if len(tokens) > 4 * MAX_TOKENS:
@@ -154,7 +154,7 @@ def parse(tokens, percent=Fraction(1, 100)):
     tokens = [*tokens, ""]
     value = read_sum(tokens, percent)
     if tokens[0]:
-        raise ValueError(f"{tokens[0]!r} is left over")
+        raise ValueError(f"{tokens[0]!r} after the expression")
     return value
 
 
@@ -185,8 +185,8 @@ SENTENCE = re.compile(r"\.(?=\s|$)|:(?!\d)|[;!?|]|,(?=\s)")
 ROUNDED = re.compile(
     r"\b(?:about|around|approximately|roughly|nearly|almost|round\w*|at (?:least|most)|full|whole|"
     r"complete|remainder)\b|≈", re.I)
-FOLLOWS = re.compile(r"\b(?:so|thus|hence|therefore|which (?:gives|means)|giving)\b", re.I)
-RETRACTED = re.compile(
+CONSEQUENCE = re.compile(r"\b(?:so|thus|hence|therefore|which (?:gives|means)|giving)\b", re.I)
+RETRACTION = re.compile(
     r"\b(?:wait|hold on|actually|mistake|slip|oops|wrong|incorrect|let me re\w+|correct\w*)\b|"
     r"\bno,", re.I)
 UNITS = re.compile(
@@ -194,7 +194,7 @@ UNITS = re.compile(
     r"yard|mile|meter|metre|gram|liter|litre|gallon|quart|pint|cup|ounce|pound|ton|cent|dollar|"
     r"dime|nickel|quarter|dozen|score|pair)(?:s|es)?|cm|mm|km|kg|g|m|lbs?|oz|ft|mins?|hrs?|half|"
     r"halves|twice|double|thousand|million)\b", re.I)
-BREAKS = set("because since so and or is are was which then but if as of I".split())
+NOT_UNITS = set("because since so and or is are was which then but if as of I".split())
 
 
 def is_word(token):
@@ -202,10 +202,7 @@ def is_word(token):
 
 
 def without_units(tokens):
-    """The tokens without units, the words between a number and an operation or the end.
-
-    None stands for any other words.
-    """
+    """Drop units (words between a number and an operator or the end); other words become None."""
     kept = []
     begin = 0
     for worded, group in groupby(tokens, is_word):
@@ -215,17 +212,17 @@ def without_units(tokens):
             kept += group
             continue
         last = kept[-1] if kept else None
-        behind_number = last and (last[-1].isdecimal() or last in (")", "%"))
+        after_number = last and (last[-1].isdecimal() or last in (")", "%"))
         before_sign = begin == len(tokens) or tokens[begin] in ("+", "-", "*", "/", ")")
-        if not (behind_number and before_sign and BREAKS.isdisjoint(group)):
+        if not (after_number and before_sign and NOT_UNITS.isdisjoint(group)):
             kept.append(None)
     return kept
 
 
 def read_side(text, at_end):
-    """The longest expression that ends (at_end) or begins a text, or None.
+    """The longest expression at the end (at_end) or the start of a text, or None.
 
-    None too when a sign or a letter joins it to what cannot be read: `cost of a pen * 3 = 6`.
+    None also if a sign or letter joins it to unreadable text: `cost of a pen * 3 = 6`.
     """
     tokens = TOKEN.findall(text)
     tokens = without_units(tokens[-MAX_TOKENS:] if at_end else tokens[:MAX_TOKENS])
@@ -240,8 +237,8 @@ def read_side(text, at_end):
             value = parse(chosen)
         except ValueError:
             continue
-        joint = next((token for token in rest if token not in ("(", ")")), None)
-        joined = joint and (joint in "+-*/^:,." or len(joint) == 1 and joint.isalpha())
+        next_to = next((token for token in rest if token not in ("(", ")")), None)
+        joined = next_to and (next_to in "+-*/^:,." or len(next_to) == 1 and next_to.isalpha())
         if joined or cut and at_end and chosen[0] in "+-":
             return None
         return Side(chosen, value, cut == 0)
@@ -252,12 +249,12 @@ def read_side(text, at_end):
 
 
 def is_bare(side):
-    """A number alone, with at most a sign and a percent."""
+    """Whether a side is a single number, perhaps with a sign, parentheses or a percent sign."""
     return len([token for token in side.tokens if token not in "-%()"]) <= 1
 
 
 def readings(side):
-    """A percent sign means a hundredth; alone, in a sum or in `* 100%` perhaps a mere unit."""
+    """Yield possible values: `%` is 1/100, or only a unit if alone, in a sum or in `* 100%`."""
     yield side.value
     tokens = side.tokens
     if "%" in tokens and (not {"*", "/", "^"} & set(tokens) or tokens[-3:] == ["*", "100", "%"]):
@@ -265,9 +262,9 @@ def readings(side):
 
 
 def rounds_to(exact, side, loosely):
-    """Whether a bare decimal is `exact` rounded or cut off at its last place.
+    """Whether a bare number is `exact`, rounded or truncated to its last decimal place.
 
-    A whole number is one only where the text says so (loosely).
+    Integers are accepted only if the text announces rounding (loosely).
     """
     text = next((token for token in side.tokens if token[0].isdecimal() or token[0] == "."), "0")
     places = len(text.partition(".")[2])
@@ -279,7 +276,7 @@ def rounds_to(exact, side, loosely):
 
 
 def compare(left, right, context):
-    """(verdict, reason) for `left = right`; `context` is the text around it."""
+    """(verdict, reason) for `left = right`, given the text around it."""
     both_bare = is_bare(left) and is_bare(right)
     if any(a == b for a in readings(left) for b in readings(right)):
         return ("unchecked", "a bare number on both sides") if both_bare else ("right", "")
@@ -289,22 +286,22 @@ def compare(left, right, context):
         return "unchecked", "an equation, not an identity"
     loosely = bool(ROUNDED.search(context))
     for side, decimal in ((left, right), (right, left)):
-        values = [number(value) for value in readings(side)]
-        if is_bare(decimal) and any(rounds_to(value, decimal, loosely) for value in values):
+        rounded = (rounds_to(number(value), decimal, loosely) for value in readings(side))
+        if is_bare(decimal) and any(rounded):
             return "right", "rounded"
     units = {unit.lower().rstrip("s") for unit in UNITS.findall(context)}
     if len(units) > 1 or both_bare and re.search("[A-Za-z]", context):
-        return "unchecked", "numbers that differ, in units that may too"
+        return "unchecked", "different numbers, perhaps in different units"
     if "cent" in context and exact in (100 * claimed, claimed / 100):
         return "unchecked", "dollars and cents"
     return "wrong", f"it is {float(exact):.10g}"
 
 
-def follows(first, then):
-    """(verdict, reason) for two equations, each as left minus right; the second is to follow."""
+def check_consequence(first, then):
+    """(verdict, reason) for deducing `then` from `first`, both given as left minus right."""
     terms = {*first, *then}
     ratios = {then.get(term, 0) / first[term] if first.get(term) else None for term in terms}
-    if len(ratios) == 1 and None not in ratios:
+    if len(ratios) == 1 and None not in ratios:  # a multiple of the first equation
         return "right", ""
     letters = set("".join(terms))
     linear = max(map(len, terms)) == 1
@@ -315,40 +312,40 @@ def follows(first, then):
 
 
 def check_sentence(sentence, equation):
-    """(the steps of a sentence, the last equation with letters), given the last one before it."""
+    """(steps, last equation with letters) after a sentence, given the last equation before it."""
     parts = re.split(r"([=≈])", sentence)
     steps = []
     for i in range(1, len(parts), 2):
-        said, sign, claim = parts[i - 1:i + 2]
-        left = read_side(said, True)
-        right = read_side(claim, False)
+        before, sign, after = parts[i - 1:i + 2]
+        left = read_side(before, True)
+        right = read_side(after, False)
         if not left or not right:
             continue
-        context = said + sign + claim
-        worded = i == 1 and re.search("[A-Za-z]", said)
-        labelled = is_bare(left) and (not left.whole or worded)  # `8 boxes = 8 * 6`
+        context = before + sign + after
+        worded = i == 1 and re.search("[A-Za-z]", before)
+        labelled = is_bare(left) and (not left.complete or worded)  # `8 boxes = 8 * 6`
         verdict, reason = compare(left, right, context)
         if labelled:
             verdict, reason = "unchecked", "a label"
         difference = subtract(left.value, right.value)
+        units = UNITS.search(context)
+        chained = steps and is_bare(left) and not labelled  # `5 + 3 = 8 = 9`
         if verdict == "unchecked" and number(difference) is None:
-            if equation and FOLLOWS.search(said) and not UNITS.search(context):
-                verdict, reason = follows(equation, difference)
+            if equation and CONSEQUENCE.search(before) and not units:
+                verdict, reason = check_consequence(equation, difference)
             equation = difference
-        elif verdict == "unchecked" and difference and steps and is_bare(left) and not labelled:
-            if not UNITS.search(context):
-                verdict, reason = "wrong", "the chain changes its value"
+        elif verdict == "unchecked" and difference and chained and not units:
+            verdict, reason = "wrong", "the chain changes its value"
         steps.append(Step(" ".join([*left.tokens, sign, *right.tokens]), verdict, reason))
     return steps, equation
 
 
 def check_text(text):
-    """Every step found in a text, in order of the lines.
+    """All steps in a text, in order.
 
-    A wrong one is "repaired" when the text takes something back after it and then has the same
-    left side right.
+    A wrong step is "repaired" if a retraction and a right step with its left side follow it.
     """
-    found = []  # (step, its left side, how often something was taken back before it)
+    found = []  # (step, its left side, number of retractions up to it)
     equation = None
     retractions = 0
     for line in text.split("\n"):
@@ -357,11 +354,14 @@ def check_text(text):
         pieces.append(LIST_MARK.sub("", re.sub(r"<<[^<>]*>>", "", line)))
         for pattern, new in SPELLINGS:
             pieces = [pattern.sub(new, piece) for piece in pieces]
-        for sentence in pieces[:-1] + SENTENCE.split(pieces[-1]):
-            retractions += bool(RETRACTED.search(sentence))
+        *annotations, prose = pieces
+        for sentence in annotations + SENTENCE.split(prose):
+            retractions += bool(RETRACTION.search(sentence))
             steps, equation = check_sentence(sentence, equation)
             found += [(step, re.split("[=≈]", step.text)[0], retractions) for step in steps]
     right = {left: count for step, left, count in found if step.verdict == "right"}
-    return [step._replace(verdict="repaired")
-            if step.verdict == "wrong" and right.get(left, 0) > count else step
-            for step, left, count in found]
+    checked = []
+    for step, left, count in found:
+        repaired = step.verdict == "wrong" and right.get(left, 0) > count
+        checked.append(step._replace(verdict="repaired") if repaired else step)
+    return checked

@@ -9,15 +9,18 @@ import os
 import random
 import re
 import resource
+import subprocess
+import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import verify as verifier
-from tests.common import read_lines, run, skip_unless, temporary_dir
+from tests.common import ROOT, read_lines, run, skip_unless, temporary_dir
 
-# The cells of a table read `answer :: reference :: reference ...`, and their pairs are tested both
-# ways; ⏎ is a new line.
+# Table cells have the form `answer :: reference :: reference ...`; each pair is tested in both
+# directions, and ⏎ is a newline.
 
 _RIGHT = r"""
 # numbers, formulas, statements
@@ -172,7 +175,7 @@ a=1,b=2,c=3;a=4,b=5,c=6 :: (1,2,3),(4,5,6) || \sum_{k=1}^n (k+1) :: \sum_{j=1}^n
 \sum_{k=1}^{3} k + 1 :: 7
 """
 _WRONG = r"""
-# what differs in a little
+# small differences
 (1,2) :: (2,1) :: 1,2 :: \{1,2\} :: [1,2] :: (1,2,0) :: () || \mathbb{R} :: \mathbb{Z} :: (0,\infty)
 [0,1) :: [0,1] || 5 :: \text{at least 5} :: x+y=5 :: 2+2=5 :: \ldots :: - || 28\% :: 2800\% :: 2.8
 5 :: 5i :: \text{5 or more} :: \pm1\pm1\pm1\pm1\pm1 :: x \ne 5 :: ANSWER :: \text{five or six} :: ?
@@ -321,7 +324,7 @@ TEA :: EAT || OWN :: WON || ARC :: CAR || SUM :: MUS || Tea :: Eat || NO :: ON |
 R :: r || \int_0^1 x^{10}dx :: \int_0^1 x^1 0dx || \iint_D F dA :: \iint_D f dA || a_{n+1} :: a_n+1
 2X :: 2x || \foo{ab}c :: \foo{a}bc || \det(AB) :: \det(ab) || \Gamma :: \gamma || \Delta :: \delta
 4 5 :: 45 || x_{12} :: x_1 2 || 12 34 :: 1 234 || 2^{3x} :: 2^3x || N :: n
-# functions that look equal near zero, or in doubles; poles
+# functions that are almost equal near zero or in double precision; poles
 \lfloor x \rfloor :: \lceil x \rceil - 1 :: x :: \lfloor x + 0.001 \rfloor || e^{-500} :: e^{-501}
 I = 5\cos(120\pi t) :: I = 10\cos(120\pi t) || \lfloor x/1000 \rfloor :: \lfloor x/100 \rfloor :: 0
 \lfloor x/10^7 \rfloor :: \lfloor x/10^8 \rfloor || 0 :: \sqrt{10^{200}+1}-10^{100} :: e^{-200}
@@ -345,7 +348,7 @@ V=120\sin(377t) :: V=60\sin(377t) || V=120\sin(377t)+5 :: V=120\sin(377t)+6 || x
 5 :: \tan(\pi/2) :: \sin\pi :: \tan(\pi/2) - \tan(\pi/2) :: \frac{\sin\pi}{\sin 2\pi}
 \emptyset :: \infty || f(3) < 2 :: f(2) < 2
 """
-# Whole outputs, of which an answer is read leniently or strictly.
+# Complete outputs, whose answers are extracted leniently or strictly.
 _RIGHTLY_LENIENT = r"""
 So the total is 3x. :: 3x || The answer is 59. I checked it. This answer is correct. :: 59
 \boxed{___} Answer: 3 :: 3 || The answer is 7.⏎This answer is right because it fits. :: 7
@@ -420,14 +423,13 @@ _WRONGLY_STRICT = r"""
 \boxed{True/False} :: True || \boxed{\text{True or False}} :: True || The answer is 0.5 :: 0.5
 \boxed{?} :: 5 || \boxed{\text{Yes and No}} :: Yes
 """
-_STRICT = {  # what is found in an output
+_STRICT = {  # {output: answer}
     "The answer is 5": None, r"<think>\boxed{5}": None, r"<think>\boxed{5}</think> so 5": None,
-    r"\boxed{4} and \boxed{5": None, r"a</think> \boxed{5}": "5",
-}  # fmt: skip
+    r"\boxed{4} and \boxed{5": None, r"a</think> \boxed{5}": "5"}
 
 
 def _pairs(*tables):
-    """The (a, b) and (a, c) of tables of `a :: b :: c`; \\bp and \\ep are a matrix's borders."""
+    """The pairs (a, b) and (a, c) for each `a :: b :: c`; \\bp and \\ep delimit a matrix."""
     lines = [line for table in tables for line in table.strip().splitlines() if line[:2] != "# "]
     text = " || ".join(lines).replace(r"\bp", r"\begin{pmatrix}").replace(r"\ep", r"\end{pmatrix}")
     cells = [cell.split(" :: ") for cell in text.replace("⏎", "\n").split(" || ")]
@@ -441,7 +443,7 @@ def _dev_rows():
 
 
 def _references():
-    """Every reference of MATH-500, GSM8K and the dev set."""
+    """All reference answers of MATH-500, GSM8K and the dev set."""
     home = Path(os.environ.get("REASONER_DATA", "nowhere"))
     skip_unless(home.is_dir(), "REASONER_DATA", "the data sets")
     files = ("math500/test.jsonl", "gsm8k/test.jsonl", "gsm8k/train.jsonl")
@@ -451,7 +453,7 @@ def _references():
 
 
 def test_verify_tables():
-    """Both directions of every pair; a shared canonical key means equivalence."""
+    """All pairs in both directions; equal canonical keys imply equivalence."""
     for table, expected in ((_RIGHT, True), (_WRONG, False)):
         for a, b in _pairs(table):
             for answer, reference in ((a, b), (b, a)):
@@ -459,13 +461,13 @@ def test_verify_tables():
                 assert (verdict is True) is expected, (answer, reference, verdict)
             assert expected or verifier.canonical(a) != verifier.canonical(b), (a, b)
             assert verifier.read(a) == verifier.read("") or verifier.equivalent(a, f" {a} "), a
-    # A last letter may be a unit of the answer; where the reference has it, it is a variable.
+    # A final letter may be a unit in the answer, but is a variable in the reference.
     assert verifier.equivalent("80m", "80") and verifier.equivalent("t = 2 s", r"2\text{ seconds}")
     assert not verifier.equivalent("80", "80m") and not verifier.equivalent("80x", "80")
 
 
 def test_verify_dev():
-    """All 1,534 labelled cases; on a quiet core 2,000 a second, 99 % of them within 10 ms."""
+    """All 1,534 labelled cases. An idle core grades 2,000 a second, 99 % of them within 10 ms."""
     times = []
     for row in _dev_rows():
         begin = time.process_time()
@@ -483,14 +485,14 @@ def test_verify_examples_in_docstrings():
 
 
 def test_verify_extraction():
-    """The last box wins, joined boxes are one answer; what follows the thinking outranks it.
+    """The last box wins, joined boxes form one answer, and thoughts have the lowest priority.
 
-    Strict, as for rewards, only a closed box after a closed block counts, and no hedge.
+    Strict mode, as used for rewards, needs a closed box after a closed block, and no hedging.
     """
     for table, strict, expected in [
         (_RIGHTLY_LENIENT, False, True), (_WRONGLY_LENIENT, False, False),
         (_RIGHTLY_STRICT, True, True), (_WRONGLY_STRICT, True, False),
-    ]:  # fmt: skip
+    ]:
         for text, reference in _pairs(table):
             found = verifier.extract_answer(text, strict)
             assert verifier.verify(text, reference, strict) is expected, (text, found)
@@ -504,37 +506,34 @@ def test_verify_box_span():
         (r"\boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\fbox {5}", "5"),
         (r"\boxed{}", ""), (r"\boxed{1} \boxed{2", None), ("none", None), (r"\boxed 5", None),
         (r"\boxed{\{1\}}", r"\{1\}"),
-    ]:  # fmt: skip
+    ]:
         span = verifier.box_span(text)
         assert (span and text[slice(*span)]) == content, (text, span)
 
 
 def test_verify_format_reward():
-    """The form of a response. What follows a token that ends the turn was once overlooked."""
+    """The required form of a response. Text after an end-of-turn token was once ignored."""
     good = [
         r"<think>a</think> So \boxed{5}.", r"\boxed{5}", "<think>\na\n</think>\n\\[\\boxed{5}\\]",
         r"$\boxed{8}$.", r"\boxed{4}</s>", r"\boxed{4}<|im_end|>", "\\boxed{4}.<|im_end|>\n",
-        r"<think>a</think>\boxed{4}<|endoftext|>", "\\boxed{4}</s></s>",
-    ]  # fmt: skip
+        r"<think>a</think>\boxed{4}<|endoftext|>", "\\boxed{4}</s></s>"]
     bad = [
         r"<think></think>\boxed{5}", r"<think> </think>\boxed{5}", r"<think>a\boxed{5}", "5", "",
         r"a</think>\boxed{5}", r"x<think>a</think>\boxed{5}", r"<think>a</think>\boxed{}",
         r"<think>a</think><think>b</think>\boxed{5}", r"<think>\boxed{5}</think>", r"\boxed{5",
         r"\boxed{5}\boxed{5}", r"\boxed{5} as I said", r"<think>a</think></think>\boxed{5}",
         r"\boxed{4}</s> more \boxed{9}", r"\boxed{4}<|im_end|>text", r"<|im_end|>\boxed{4}",
-        r"\boxed{4}<|endoftext|>\boxed{5}", r"<think>a<|im_end|></think>\boxed{4}",
-    ]  # fmt: skip
+        r"\boxed{4}<|endoftext|>\boxed{5}", r"<think>a<|im_end|></think>\boxed{4}"]
     for text in good + bad:
         assert verifier.format_reward(text) == float(text in good), text
     text = r"<thought>a</thought> \boxed{5}<|im_end|>"
     assert verifier.format_reward(text, think_tag="thought") == 1.0
 
 
-_LEAVES = [  # three spellings of a number, and Python's value
+_LEAVES = [  # three spellings of a number, and its value in Python
     (r"\sqrt{%d}", "sqrt(%d)", "%d^{1/2}", math.sqrt), (r"\frac{%d}{8}", "%d/8", "%d/2^3", 0.125),
-    (r"%d\pi", "%d*pi", "%dπ", math.pi), ("%d", "%d.0", r"\frac{%d00}{100}", 1),
-]  # fmt: skip
-_NODES = [  # three spellings of two numbers a and b joined
+    (r"%d\pi", "%d*pi", "%dπ", math.pi), ("%d", "%d.0", r"\frac{%d00}{100}", 1)]
+_NODES = [  # three spellings of an operation on a and b, and that operation in Python
     ("A+B", "(B) + (A)", r"\left(B\right)+A", operator.add),
     (r"A-\left(B\right)", "-((B) - (A))", r"(-1 \cdot (B) + (A))", operator.sub),
     (r"\left(A\right)\left(B\right)", "(B)*(A)", r"(A) \times (B)", operator.mul),
@@ -544,7 +543,7 @@ _NODES = [  # three spellings of two numbers a and b joined
 
 
 def _random_value(rng, depth):
-    """[a LaTeX, a plain and a wordy spelling, Python's value] of a random expression."""
+    """[LaTeX, plain spelling, verbose spelling, value in Python] of a random expression."""
     if depth == 0 or rng.random() < 0.2:
         n = rng.randrange(1, 50)
         *spellings, value = rng.choice(_LEAVES)
@@ -560,7 +559,7 @@ def _random_value(rng, depth):
 
 
 def test_verify_random_expressions():
-    """A random number in three spellings is one number, and a perturbed one another."""
+    """The spellings of a random number are equal, and every perturbed number differs."""
     rng = random.Random(0)
     checked = 0
     while checked < 250:
@@ -578,21 +577,24 @@ def test_verify_random_expressions():
 
 
 def test_verify_symmetry():
-    """No side has a special role but for a unit; what equals one thing equals another that does."""
-    rng = random.Random(3)
-    cells = [cell for pair in _pairs(_RIGHT, _WRONG) for cell in pair if "%" not in cell]
-    for a, b in _pairs(_RIGHT)[::2]:
-        for c in (*rng.sample(cells, 4), rng.choice(cells) + "m"):
+    """Verdicts are symmetric, except for units, and transitive, except for some conventions."""
+    cells = {cell for cell in set().union(*_pairs(_RIGHT, _WRONG)) if "%" not in cell}
+    cells |= {cell + "m" for cell in cells}
+    for a, b in _pairs(_RIGHT):
+        crc = zlib.crc32(f"{a} :: {b} :: ".encode())
+        for c in cells:
+            if zlib.crc32(c.encode(), crc) % 2000:  # a sample that does not depend on other rows
+                continue
             verdicts = [verifier.equivalent(*pair) for pair in ((a, c), (c, a), (b, c))]
             assert c[-1] == "m" or verdicts[0] == verdicts[1], (a, c)
             # 28 % is 28 and 0.28, 5 m and 5 s are 5, x = 5 and y = 5 are 5, 7:32 is 7:32 p.m.
-            loose = {"quantity", "rel", "time", "pct", "words", "list", "raw"}
-            loose &= {verifier.read(text)[0] for text in (a, b)}
+            tags = {tree[0] for text in (a, b) for tree in verifier.readings(text, True)}
+            loose = tags.intersection("quantity rel time pct words list raw option".split())
             assert loose or verdicts[0] == verdicts[2], (a, b, c)
 
 
 def test_verify_random_structures():
-    """Lists ignore order, tuples do not; an interval is its inequality; brackets count."""
+    """Order matters in tuples, not in lists; intervals equal their inequalities."""
     rng = random.Random(1)
     numbers = [*map(str, range(-9, 10)), r"\frac{1}{3}", r"\sqrt{2}", r"-\frac{\pi}{2}"]
     equal = verifier.equivalent
@@ -618,11 +620,11 @@ _SWAPS = [tuple(pair.split()) for pair in (
     r"+ -|- +|( [|[ (|) ]|] )|< >|> <|\le \ge|\ge \le|\le <|\ge >|\cup \cap|\sin \cos|\cos \tan"
     r"|\cot \tan|\sqrt \sin|\pi e|\frac \binom|^ _|= <|even odd|x y|n m|\infty 9|\pm +|and not"
     r"|\{ (|i j|a b"
-).split("|")]  # fmt: skip
+).split("|")]
 
 
 def _near_misses(text):
-    """The text with one digit, sign, bracket, exponent, relation or function changed."""
+    """All variants of a text with one digit, sign, bracket, exponent or name changed."""
     found = [f"-{text}", f"{text}+1", f"2{text}", f"{text},1", f"{text}x"]
     for match in re.finditer(r"\d", text):
         others = [str((int(match[0]) + step) % 10) for step in (1, 7)]
@@ -635,7 +637,7 @@ def _near_misses(text):
     return [other for other in dict.fromkeys(found) if other != text]
 
 
-_SAME = [  # spellings that do not matter, and what is left of them
+_SAME = [  # equivalent spellings: (pattern, replacement)
     (r"(?<![\d.])0+(?=\d)", ""),  # 007
     (r"(?<=\d)\.0*(?!\d)|(\.\d*[1-9])0+(?!\d)", r"\1"),  # 0.50, 5.00
     (r"(?<![\d.])0*(\.\d)", r"\1"),  # .5
@@ -646,7 +648,7 @@ _SAME = [  # spellings that do not matter, and what is left of them
 
 
 def _same_by_convention(near, reference):
-    """Whether a near miss is the reference after all: 007, 0.50, 28 %, no subscript and such."""
+    """Whether a near miss is equal by convention: 007, 0.50, 28 %, a missing subscript."""
     if re.search(r"^-?\d+:\d|(?:=|neq) 0$", reference):  # 0:5 is 0:6, -x = 0 is x = 0
         return True
     if len(near) > 10 and reference.startswith(near) and near.replace(".", "").isdecimal():
@@ -657,14 +659,13 @@ def _same_by_convention(near, reference):
 
 
 def test_verify_near_misses():
-    """Every reference with one thing changed: none is accepted but by a convention."""
+    """No reference with a single edit is accepted, except by convention."""
     pairs = [(near, reference) for reference in _references() for near in _near_misses(reference)]
     accepted = [pair for pair in pairs if verifier.judge(*pair)]
-    true = {r"\binom{5}{3}", r"n \equiv 10 \pmod 3"}
-    left = [pair for pair in accepted if pair[0] not in true and not _same_by_convention(*pair)]
-    share = 100 * len(accepted) / len(pairs)
-    print(f"{len(accepted)} of {len(pairs)} ({share:.2f} %), {len(left)} unexplained", end=" ")
-    assert left == [], left
+    equal = {r"\binom{5}{3}", r"n \equiv 10 \pmod 3"}
+    wrong = [pair for pair in accepted if pair[0] not in equal and not _same_by_convention(*pair)]
+    print(f"{len(accepted)} of {len(pairs)}, {len(wrong)} unexplained", end=" ")
+    assert wrong == [], wrong
 
 
 _ZERO = (
@@ -672,7 +673,7 @@ _ZERO = (
     r"e^{i\pi}+1 || \sqrt{3+2\sqrt2}-1-\sqrt2"
 )
 _ONE = r"1 || 0b1 || 100\% || 100 percent || 2^{\sin\pi}"
-_CONSTANTS = {  # what each of them truly equals among the references; the others equal nothing
+_CONSTANTS = {  # {constant: the references that it equals}
     "0": _ZERO, "0x": _ZERO, "0=0": _ZERO, "1=1": _ONE,
     "1": _ONE + r" || \sum_{k=1}^{n} a_k = 1 || \sum_{k=1}^{n} b_k = 1 || f(x)=1 || k=1 "
     r"|| f(0) = 1 || y(0)=1 || u(2)=1 || u(3) = 1 || n \equiv 1 \pmod 3 || |AB|=1 || |AB| = 1 "
@@ -685,21 +686,19 @@ _CONSTANTS = {  # what each of them truly equals among the references; the other
     "yes": "Yes || yes || A) yes", r"\infty": r"\infty", "x=x": "x = x", "()": "()", "?": "?",
     "True or False": r"True, False || \text{True or False}",
     "True/False": r"True/False || \text{True/False}", r"\ldots": r"\ldots", "": "", "1:1": "",
-    "x,y": "",
-}  # fmt: skip
+    "x,y": ""}
 
 
 def test_verify_constants():
-    """No constant passes for more than the references that it truly equals."""
-    references = {*_references(), *(cell for pair in _pairs(_RIGHT, _WRONG) for cell in pair)}
-    for reference in references:
+    """No constant is accepted for a reference that it does not equal."""
+    for reference in set().union(_references(), *_pairs(_RIGHT, _WRONG)):
         for constant, equal in _CONSTANTS.items():
-            true = reference in equal.split(" || ")
-            assert true or not verifier.judge(constant, reference), (constant, reference)
+            correct = reference in equal.split(" || ")
+            assert correct or not verifier.judge(constant, reference), (constant, reference)
 
 
 def test_verify_many_keeps_order():
-    """What is too hard is None, at once; large powers of a variable are not too hard."""
+    """Hard comparisons end early, undecided or False; large powers of a variable are not hard."""
     tower = (r"\boxed{9^{9^{9^9}}}", "9^{9^{9^8}}")
     begin = time.process_time()
     pairs = [("#### 5", "5"), tower, ("#### 5", "6"), (None, "5")]
@@ -716,7 +715,7 @@ def test_verify_many_keeps_order():
 
 
 def test_verify_same_everywhere():
-    """Verdicts alone, in threads and in a process are the same, in any order."""
+    """Verdicts do not depend on their order, on threads or on the process."""
     pairs = _pairs(_RIGHT, _WRONG)[::3]
     alone = [verifier.judge(*pair) for pair in pairs]
     verifier.compare.cache_clear()
@@ -724,28 +723,32 @@ def test_verify_same_everywhere():
         found = list(pool.map(lambda pair: verifier.judge(*pair), pairs[::-1]))
     assert found == alone[::-1]
     with temporary_dir() as home:
-        (home / "pairs.json").write_text(json.dumps(pairs[::-1]))
-        code = f"import json, verify; pairs = json.load(open({str(home / 'pairs.json')!r}));"
+        file = home / "pairs.json"
+        file.write_text(json.dumps(pairs[::-1]))
+        code = "import json, sys, verify; pairs = json.load(open(sys.argv[1])); "
         code += "print(json.dumps([verify.judge(*pair) for pair in pairs]))"
-        assert json.loads(run("-c", code)) == alone[::-1]
+        assert json.loads(run("-c", code, file)) == alone[::-1]
 
 
 def test_verify_imports_little():
-    """mpmath is not loaded before it is needed; SymPy and the rest of this repository never."""
+    """Importing does not load mpmath, and never SymPy or the rest of this repository."""
     modules = run("-c", "import sys, verify; verify.verify('#### 1/2', '0.5'); print(*sys.modules)")
     assert not {"sympy", "mpmath", "torch", "model", "generate", "eval"} & set(modules.split())
 
 
 def test_verify_command_line():
-    said = run("verify.py", "--answer", r"so \boxed{\frac{2}{4}}", "--reference", "0.5")
-    assert "verdict    equal" in said, said
+    output = run("verify.py", "--answer", r"so \boxed{\frac{2}{4}}", "--reference", "0.5")
+    assert "verdict    equal" in output, output
     with temporary_dir() as home:
         file = home / "rows.jsonl"
         right = {"pred": "#### 5", "gold": "5", "expected": True, "category": "a"}
         rows = [right, {"completion": "6", "reference": "5", "expected": True}]
         file.write_text("\n".join(map(json.dumps, rows)))
-        said = run("verify.py", "--file", file)
-        assert "2 answers | 1 right" in said and "WRONG" in said, said
+        output = run("verify.py", "--file", file)
+        assert "2 answers | 1 right" in output and "WRONG" in output, output
+        piped = f"{sys.executable} verify.py --file {file} | true"  # once a BrokenPipeError
+        done = subprocess.run(piped, shell=True, cwd=ROOT, capture_output=True)
+        assert done.stderr == b"", done.stderr
         file.write_text('{"pred": "5"}')
         for flags in ([], ["--file", file], ["--file", "missing.jsonl"]):
             run("verify.py", *flags, ok=False)
@@ -767,7 +770,7 @@ _SHAPES = (
 
 
 def _hostile_text(rng):
-    """A random or mutated expression, a soup of pieces, random characters, or a long repetition."""
+    """A random or mutated expression, random fragments or characters, or a long repetition."""
 
     def expression(depth):
         if depth == 0 or rng.random() < 0.25:
@@ -796,14 +799,14 @@ def _hostile_text(rng):
 
 
 def test_verify_fuzz(count=1500, seed=0):
-    """No exception, no hang, no growth.
+    """No exception, no hang, no memory growth.
 
     Longer: python -c "import tests.test_verify as t; print(t.test_verify_fuzz(100_000))"
     """
     rng = random.Random(seed)
     previous = "x"
     slowest = (0.0, "")
-    verifier.equivalent(r"\sqrt2", "1.41421356")  # mpmath is loaded
+    verifier.equivalent(r"\sqrt2", "1.41421356")  # load mpmath
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(count):
         text = _hostile_text(rng)
@@ -812,7 +815,7 @@ def test_verify_fuzz(count=1500, seed=0):
         begin = time.thread_time()
         for output in (text, rf"so \boxed{{{text}}}"):
             verifier.verify(output, reference, strict=True)
-            if verifier.verify_many([(output, reference)]) == [None]:  # too hard, and no error
+            if verifier.verify_many([(output, reference)]) == [None]:  # too hard, not an error
                 answer = verifier.extract_answer(output).strip()
                 with contextlib.suppress(verifier.TooHard, RecursionError):
                     verifier.compare(answer, reference.strip())
@@ -825,7 +828,7 @@ def test_verify_fuzz(count=1500, seed=0):
 
 
 def test_verify_hostile():
-    """Resource bombs, code and malformed text end in False, each within a fraction of a second."""
+    """Resource bombs, code and malformed text yield False within a fraction of a second."""
     bombs = [
         "9**9**9", "9^{9^{9^9}}", "10^{10^{10}}", "((9!)!)!", "99999999!", "!" * 5000,
         "(" * 100_000, "-" * 100_000 + "1", r"\frac{" * 50_000, r"\sqrt{" * 999 + "2" + "}" * 999,
@@ -845,8 +848,7 @@ def test_verify_hostile():
         *(piece * 20_000 + "x" for piece in ("\n", ".", ",", "!", "*", " .", "9", "a ", "$a", "=")),
         r"e^{-10^{4}x}+\sin(10^{9}x)", "0x" + "F" * 690, r"\prod_{k=1}^{2000} k^{2000}",
         "1e999" * 130, "0." + "1" * 600 + "...", "x^{100}" * 90,
-        r"\begin{pmatrix}1&x&3\\4&x&6\\x&8&9\end{pmatrix}" * 13,
-    ]  # fmt: skip
+        r"\begin{pmatrix}1&x&3\\4&x&6\\x&8&9\end{pmatrix}" * 13]
     for bomb in bombs:
         for text in (bomb, rf"so $\boxed{{{bomb}}}$", "The answer is " + bomb):
             begin = time.thread_time()
@@ -859,5 +861,5 @@ def test_verify_hostile():
             assert time.thread_time() - begin < 1.0, (bomb[:60], time.thread_time() - begin)
     assert not Path("/tmp/verify_was_here").exists()
     begin = time.thread_time()
-    verifier.read("$" * 699)  # once half a second: blanks before a variable, looked for in blanks
+    verifier.read("$" * 699)  # once 0.5 s: a quadratic search for blanks
     assert time.thread_time() - begin < 0.2
