@@ -142,7 +142,7 @@ def teacher_settings(args):
 
 
 def collect_traces(problems, settings, args):
-    """(raw traces of this and earlier runs in problem order, cost of this run, failure counts)."""
+    """(raw traces of this and earlier runs, in problem order; facts about this run)."""
     kind = settings["teacher"]
     samples = 1 if kind in teachers.SOLUTIONS else args.samples
     path = Path(args.out).with_suffix(".raw.jsonl")
@@ -174,13 +174,16 @@ def collect_traces(problems, settings, args):
                 on_reply(problem, sample, teachers.SOLUTIONS[kind](problem, sample, settings))
     found, _ = teachers.read_raw(path, settings)
     new = [row for job, row in found.items() if job not in traces]
-    cost = {field: sum(row.get(field, 0) for row in new)
-            for field in ("prompt_tokens", "completion_tokens")}
-    cost["unanswered"] = len(jobs) - len(new)
+    unanswered = str(len(jobs) - len(new))
+    if failures:
+        unanswered += f", most common failure: {failures.most_common(1)[0][0]}"
+    prompt_tokens = sum(row.get("prompt_tokens", 0) for row in new)
+    completion_tokens = sum(row.get("completion_tokens", 0) for row in new)
+    cost = f"{prompt_tokens:,} prompt + {completion_tokens:,} completion tokens in this run"
     order = {problem["id"]: i for i, problem in enumerate(problems)}
     rows = [row for row in found.values() if row["problem_id"] in order]
     rows.sort(key=lambda row: (order[row["problem_id"]], row["sample"]))
-    return rows, cost, failures
+    return rows, {"unanswered": unanswered, "cost": cost}
 
 
 class Trace(NamedTuple):
@@ -403,15 +406,8 @@ def main(args):
     problems = {problem["id"]: problem for name in args.data
                 for problem in load_problems(name, args.split, args.limit, args.seed)}
     settings = teacher_settings(args)
-    raw, cost, failures = collect_traces(list(problems.values()), settings, args)
-    unanswered = str(cost["unanswered"])
-    if failures:
-        unanswered += f", most common failure: {failures.most_common(1)[0][0]}"
-    facts = {
-        "teacher": settings, "problems": len(problems), "unanswered": unanswered,
-        "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
-                "tokens in this run",
-    }
+    raw, run_facts = collect_traces(list(problems.values()), settings, args)
+    facts = {"teacher": settings, "problems": len(problems)} | run_facts
     traces = [make_trace(row, problems[row["problem_id"]], settings, args) for row in raw]
     dropped = {}  # {stage: [(id, fault)]}
     for stage, faults_fn in STAGES.items():
@@ -420,7 +416,8 @@ def main(args):
         traces = [trace for trace, fault in pairs if not fault]
     if not traces:
         reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
-        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered {unanswered}")
+        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered "
+                         f"{facts['unanswered']}")
     records = [add_slip(trace, args) for trace in traces]
     random.Random(args.seed).shuffle(records)
     facts["self-correction"] = sum("self_correction" in record["source"] for record in records)

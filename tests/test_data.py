@@ -20,18 +20,7 @@ from unittest import mock
 
 import sympy
 
-from data import (
-    FAMILIES,
-    family_of,
-    files,
-    gsm8k,
-    judge,
-    load_problems,
-    programs,
-    science,
-    teachers,
-    traces,
-)
+from data import FAMILIES, family_of, files, gsm8k, judge, load_problems, programs, teachers, traces
 from data.families import OFFSETS, REPAIRS, draw_problems, plant_error, plant_slip, split_of
 from data.mixture import load_mixture
 from data.prompts import PRESETS, encode_prompt, format_response, render_prompt
@@ -369,6 +358,7 @@ def test_data_science_laws_are_dimensionally_right():
     units = {"m": m, "m^2": m**2, "m^3": m**3, "kg": kg, "s": s, "A": A, "Hz": 1 / s, "m/s": m / s,
              "m/s^2": m / s**2, "kg/m^3": kg / m**3, "kg m/s": kg * m / s, "N": J / m, "J": J,
              "W": J / s, "Pa": J / m**3, "C": A * s, "V": J / s / A, "ohm": J / s / A**2}
+    science = FAMILY["science"]
     assert {*units} == {*science.UNITS} == {*science.QUANTITIES.values()}
     for law in science.LAWS:
         result, a, b = (units[science.QUANTITIES[name]] for name in law)
