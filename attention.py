@@ -271,8 +271,8 @@ def cached_attention(cache, positions):
 
 class Layout(NamedTuple):
     """Which of the running rows share a prompt."""
-    prompt_lengths: torch.Tensor  # [B] int64: of each row; prompts have slots of their own
-    prompt_masked: torch.Tensor  # [K * N, 1, P] bool: slots after the end of a prompt
+    cached: torch.Tensor  # [B] int64: tokens of each row's prompt, cached apart from the row
+    masked: torch.Tensor  # [K * N, 1, P] bool: slots after the end of each prompt
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
     index: torch.Tensor  # [B] int64: of each row in members.flatten(); empty if already in order
 
@@ -288,7 +288,7 @@ def decode_attention(own, prompts, layout, positions):
     K, B, S = own[0][0].shape[:3]
     N, g = layout.members.shape
     device = positions.device
-    last = (positions - layout.prompt_lengths).clamp(max=S - 1).repeat(K)  # [K * B]
+    last = (positions - layout.cached).clamp(max=S - 1).repeat(K)  # [K * B]
     masked = torch.arange(S, device=device) > last[:, None, None]  # [K * B, 1, S]
     slots = torch.arange(0, K * B * S, S, device=device) + last  # of the new tokens, flattened
 
@@ -312,7 +312,7 @@ def decode_attention(own, prompts, layout, positions):
         scores = float_scores(q, keys).masked_fill_(masked, -torch.inf)  # [K * B, R, S]
         prompt_keys, prompt_values = (cached.flatten(0, 1) for cached in prompts[layer])
         prompt_scores = float_scores(by_prompt(q), prompt_keys)  # [K * N, g * R, P]
-        prompt_scores = by_row(prompt_scores.masked_fill_(layout.prompt_masked, -torch.inf))
+        prompt_scores = by_row(prompt_scores.masked_fill_(layout.masked, -torch.inf))
         weights = torch.cat((prompt_scores, scores), -1).softmax(-1).to(q.dtype)
         prompt_weights, own_weights = weights.split((prompt_keys.shape[1], S), -1)
         out = by_row(torch.bmm(by_prompt(prompt_weights), prompt_values))

@@ -103,7 +103,7 @@ def peak_rates(like):
     x, weight = like.new_ones(2, size, size)
     if like.device.type == "cpu" and torch.backends.mkldnn.is_available():
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, size)
-    gather_objects(None)
+    gather_objects(None)  # a barrier
     read_s = seconds(big.sum)
     product_s = seconds(lambda: model.project(x, weight))
     rates = gather_objects((big.nbytes / read_s, 2 * size**3 / product_s))
@@ -142,15 +142,16 @@ def time_sampling(params, config, args, lengths, limits, max_batch):
     engine = Engine()
     runs = []
     for _ in range(args.repeat + 1):
-        gather_objects(None)
+        gather_objects(None)  # a barrier
         stats = {}
         generate.generate(params, config, prompts[rank::world], max_new_tokens=limits[rank::world],
                           num_samples=len(limits[0]), max_batch=-(-max_batch // world), stats=stats,
                           compiled=args.compile, engine=engine)
         stats["total_s"] = stats["prefill_s"] + stats["decode_s"]
-        shares = gather_objects(stats)
-        runs.append(max(shares, key=lambda share: share["total_s"]))
-        runs[-1]["cache_gib"] = sum(share["cache_gib"] for share in shares)
+        all_stats = gather_objects(stats)
+        slowest = max(all_stats, key=lambda stats: stats["total_s"])
+        slowest["cache_gib"] = sum(stats["cache_gib"] for stats in all_stats)
+        runs.append(slowest)
     first, *runs = runs  # the first run captures the graphs
     median = sorted(runs, key=lambda stats: stats["total_s"])[len(runs) // 2]
     return median | {"capture_s": first["capture_s"], "captures": len(engine.graphs)}
@@ -180,7 +181,7 @@ def bench_sample(args):
         line = (f"{name}, batch {rows:3d} | {sampled / stats['total_s']:8.1f} sampled tok/s, "
                 f"prefill included | prefill {sum(lengths) / stats['prefill_s']:8.1f} tok/s | "
                 f"decode {sampled / stats['decode_s']:8.1f} tok/s, {step_s * 1e3:6.2f} ms a step")
-        if name != "mixed":
+        if name == "fixed":
             context = lengths[0] + limits[0][0] / 2
             best_s = roofline_s(config, like, rows, context, read_rate, product_rate)
             line += f", {best_s / step_s:4.0%} of the roofline"
@@ -200,8 +201,7 @@ def reward_odd_ids(group):
 
 
 def word_tokenizer(vocab_size):
-    """A tokenizer of words w1, w2, ... without control tokens, so that no word ends a completion.
-    """
+    """A tokenizer of words w1, w2, ... without control tokens, so no word ends a completion."""
     vocabulary = {"<unknown>": 0} | {f"w{i}": i for i in range(1, vocab_size)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

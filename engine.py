@@ -28,8 +28,8 @@ def sampling_params(params, config, device=None, out=None):
 
     Adapters are merged. On a CPU, matrices are packed for oneDNN, whose products are bitwise equal
     for (almost) any number of rows. When weights are copied anyway, layers with the same input are
-    joined (model.FUSED). Unchanged tensors are shared with `params`; weights that are packed
-    already are returned as they are.
+    fused (model.FUSED). Unchanged tensors are shared with `params`; weights that are packed already
+    are returned as they are.
     out: an earlier result to overwrite in place, so that CUDA graphs can keep reading it.
     """
     if model.head_weight(params).is_mkldnn:
@@ -41,7 +41,7 @@ def sampling_params(params, config, device=None, out=None):
     if packed:
         sources.setdefault("lm_head.weight", ["model.embed_tokens.weight"])
     if packed or device != like.device or len(sources) < len(params):
-        sources = joined_sources(sources, config)
+        sources = fused_sources(sources, config)
     prepared = {}
     for name, parts in sources.items():  # one by one: never two copies of all weights
         parts = [model.merged_weight(params, part).detach() for part in parts]
@@ -55,17 +55,17 @@ def sampling_params(params, config, device=None, out=None):
     return prepared
 
 
-def joined_sources(sources, config):
-    """{name: [name]} with model.FUSED layers replaced by {joined name: [names to concatenate]}."""
-    joined = dict(sources)
+def fused_sources(sources, config):
+    """{name: [name]} with model.FUSED layers replaced by {fused name: [names to concatenate]}."""
+    fused = dict(sources)
     for layer in range(config.num_hidden_layers):
         for part, names in model.FUSED.items():
             pre = f"model.layers.{layer}.{part}"
             for kind in (".weight", ".bias"):
                 found = [pre + name + kind for name in names]
-                if found[0] in joined:  # the MLP has no biases
-                    joined[pre + "+".join(names) + kind] = [joined.pop(name)[0] for name in found]
-    return joined
+                if found[0] in fused:  # the MLP has no biases
+                    fused[pre + "+".join(names) + kind] = [fused.pop(name)[0] for name in found]
+    return fused
 
 
 # ------------------------------------------------------------ both kinds of batch
@@ -205,17 +205,17 @@ def batch_layout(batch):
         cached[place] = prompt_lengths[prompt] = row.cached
         groups[prompt].append(place)
     g = max(map(len, groups))
-    places = [0] * B
+    index = [0] * B
     for prompt, group in enumerate(groups):
         for i, place in enumerate(group):
-            places[place] = prompt * g + i
+            index[place] = prompt * g + i
     members = [group + [0] * (g - len(group)) for group in groups]
     if sum(members, []) == list(range(B)):  # in order already: no gather needed
-        places = []
-    ended = torch.arange(P) >= torch.tensor(prompt_lengths * K)[:, None, None]  # [K * N, 1, P]
+        index = []
+    masked = torch.arange(P) >= torch.tensor(prompt_lengths * K)[:, None, None]  # [K * N, 1, P]
     device = batch.own.layers[0][0].device
     return Layout(*(torch.as_tensor(column).to(device)
-                    for column in (cached, ended, members, places)))
+                    for column in (cached, masked, members, index)))
 
 
 def seat(params, config, batch, waiting, prompts, max_batch, chunk):

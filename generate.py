@@ -58,9 +58,9 @@ def add_sampling_flags(parser, temperature=1.0, top_p=1.0, max_new_tokens=512):
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=at_least(0.0), default=temperature, help="0 is greedy")
     add("--top-p", type=between(1e-9, 1.0), default=top_p,
-        help="sample from the most likely tokens that hold this probability; 1: all")
-    add("--top-k", type=at_least(0), default=0, help="from this many most likely tokens; 0: all")
-    add("--max-new-tokens", type=at_least(1), default=max_new_tokens, help="per completion")
+        help="sample from the most likely tokens holding this probability mass; 1: all")
+    add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens; 0: all")
+    add("--max-new-tokens", type=at_least(1), default=max_new_tokens, help="limit per completion")
     add("--max-batch", type=at_least(1), default=64, help="maximum rows decoded at once")
     add("--think-tag", default="think", help="name of the thinking block: <think> ... </think>")
     add("--compile", action="store_true", help="torch.compile a GPU's decode step (a minute, once)")
@@ -75,11 +75,12 @@ def parse_args(argv=None):
     add("--system", help="system message; default: the model's own")
     add("--hide-thinking", action="store_true", help="show only the text outside thinking blocks")
     add("--raw", action="store_true", help="pass the prompt as it is, without the chat template")
-    add("--think-budget", type=at_least(0), default=0, help="longest thinking block; 0: no limit")
+    add("--think-budget", type=at_least(0), default=0,
+        help="close a thinking block after this many tokens; 0: never")
     add("--think-minimum", type=at_least(0), default=0,
         help='reopen a thinking block closed before this many tokens, with "Wait"')
     add("--repetition", type=at_least(0), default=0,
-        help="stop when this many final tokens only repeat one phrase; 0: never")
+        help="stop when this many tokens in a row repeat one phrase; 0: never")
     add("--seed", type=int, default=0)
     add_sampling_flags(p, temperature=0.7, top_p=0.8)
     add_device_flags(p)

@@ -19,11 +19,11 @@ Departures from the GRPO paper, and the flags that undo them:
 3. A group of equal rewards has no gradient. A new problem replaces it (DAPO), without waiting for
    the rest of the batch: --refill 0.
 4. A token is weighted by the ratio of its probabilities under the trainer and the sampler, at most
-   --sampler-cap (truncated importance sampling). Only rounding moves the ratio from 1.
+   --sampler-cap (truncated importance sampling). The ratio differs from 1 only by rounding.
    --sampler-level sequence drops whole completions instead.
 5. Advantages are divided by the sample standard deviation (n - 1) plus 1e-4, as in TRL.
-On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): --teacher replaces the reference model
-by another one, and the rewards by none unless --reward names some.
+On-policy distillation (arXiv:2306.13649, arXiv:2306.08543): with --teacher, the KL divergence is
+from that model, and there are no rewards unless --reward names some.
 Other losses and advantages are in losses.py, other rewards in data/rewards.py, with their papers.
 """
 
@@ -49,7 +49,7 @@ import run
 import view
 from data import mixture
 from data.prompts import PRESETS, THINK_TAGS, encode_prompt, prompt_flag
-from data.rewards import REWARDS, has_spread, parse_rewards, reward_group
+from data.rewards import REWARDS, Group, has_spread, parse_rewards, reward_group
 from engine import Engine, sampling_params
 from eval import drop_held_out, drop_long_prompts
 from generate import completion_text, generate
@@ -75,7 +75,7 @@ def add_flags(parser):
     add("--model", default="tiny", help="tiny, qwen2.5-1.5b[-instruct], a hub id, or a directory")
     add("--data", nargs="+", help="problem sets or .jsonl files, each NAME or NAME=PROPORTION")
     add("--eval-data", help="held-out problems (default: the first of --data)")
-    add("--eval-limit", type=at_least(1), default=200, help="dev problems, to choose by")
+    add("--eval-limit", type=at_least(1), default=200, help="dev problems, to choose checkpoints")
     add("--test-limit", type=at_least(0), default=500, help="test problems, before and after")
     add("--eval-every", type=at_least(1), default=25, help="steps between evaluations on dev")
     add("--prompt", type=prompt_flag(PROMPTS), metavar="NAME",
@@ -123,23 +123,8 @@ def parse_args(argv=None):
 # ------------------------------------------------------------ rollouts
 
 
-class Group(NamedTuple):
-    """A problem, its G completions and their grades. Reward functions take one."""
-    problem: dict
-    prompt: list[int]  # tokens
-    texts: list[str]  # without end tokens, and without an opening tag that is in the prompt
-    completions: list  # of generate.Completion: tokens, logprobs, finish
-    right: list[bool | None]  # None: undecided
-    max_new_tokens: int
-    think_tag: str
-    place: int = 0  # of the problem within the step
-    parts: dict[str, list] = {}  # name of a reward -> [G]
-    rewards: list[float | None] = ()  # [G] their weighted sum; None: undecided
-    advantages: list[float | None] = ()  # [G] None: undecided, not trained on
-
-
 class Policy(NamedTuple):
-    """A model, and what it takes to sample from it."""
+    """A model and what is needed to sample from it."""
     params: dict[str, torch.Tensor]
     config: model.Config
     tokenizer: Any  # tokenizers.Tokenizer
@@ -153,7 +138,7 @@ def encode_problem(policy, problem, args):
 
 
 def grade(place, problem, prompt, completions, texts, args):
-    """The Group of these completions, rewarded."""
+    """The rewards.Group of these completions, graded."""
     pairs = [(text, problem["answer"]) for text in texts]
     right = verify_many(pairs, strict=PRESETS[args.prompt].grade == "strict")
     group = Group(problem, prompt, texts, completions, right, args.max_new_tokens, args.think_tag,
@@ -162,7 +147,7 @@ def grade(place, problem, prompt, completions, texts, args):
 
 
 def sample_groups(policy, problems, args, seed, refills):
-    """This process's share of the groups of roll_out."""
+    """This process's share of roll_out."""
     rank, world = rank_and_world()
     preset = PRESETS[args.prompt]
     ends = model.end_tokens(policy.tokenizer, policy.config)
@@ -207,7 +192,7 @@ def roll_out(policy, problems, args, seed=0, refills=()):
 
 
 def as_sampler(policy):
-    """The policy with its weights in the sampler's form, which a GPU overwrites in place."""
+    """The policy with weights in the sampler's form. On a GPU they overwrite the previous ones."""
     engine = policy.engine
     form = sampling_params(policy.params, policy.config, out=engine and engine.params)
     if engine and form["model.norm.weight"].is_cuda:
@@ -232,11 +217,6 @@ def roll_out_step(policy, orders, step, args):
     return roll_out(as_sampler(policy), problems, args, step_seed(args, step), refills)
 
 
-def as_tensor(rows):
-    """[N, G] from lists of floats, with nan for None."""
-    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
-
-
 def with_advantages(groups, args):
     """The groups with their advantages.
 
@@ -247,10 +227,10 @@ def with_advantages(groups, args):
     found = torch.empty(0)
     if learned and args.combine == "normalise":
         coefficients = parse_rewards(args.reward)
-        parts = {name: as_tensor([g.parts[name] for g in learned]) for name in coefficients}
+        parts = {name: losses.as_tensor([g.parts[name] for g in learned]) for name in coefficients}
         found = losses.combined_advantages(parts, coefficients, args.scale)
     elif learned:
-        found = group_advantages(as_tensor([g.rewards for g in learned]), args.scale)
+        found = group_advantages(losses.as_tensor([g.rewards for g in learned]), args.scale)
     rows = iter(found.tolist())
     result = []
     for g in groups:
@@ -264,14 +244,14 @@ def with_advantages(groups, args):
 
 
 class Sequence(NamedTuple):
-    """One completion as the loss needs it."""
+    """What the loss needs of a completion."""
     tokens: list[int]
     logprobs: list[float]  # the sampler's
     advantage: float
 
 
 def num_tokens(row):
-    """The tokens in a packed row, [(prompt tokens, [Sequence, ...]), ...]."""
+    """The length of a packed row, [(prompt tokens, [Sequence, ...]), ...]."""
     return sum(len(prompt) + sum(len(s.tokens) for s in piece) for prompt, piece in row)
 
 
@@ -346,7 +326,7 @@ def row_logprobs(params, config, row, temperature, checkpointing=False):
 
 @torch.no_grad()
 def score_rows(policy, rows, temperature):
-    """row_logprobs' logprobs of each row, without gradient."""
+    """The logprobs of row_logprobs for each row, without gradient."""
     return [row_logprobs(policy.params, policy.config, row, temperature)[0] for row in rows]
 
 
@@ -379,7 +359,7 @@ def row_loss(params, config, row, old_logprobs, ref_logprobs, total, args):
 
 
 def update(policy, reference, optimizer, rows, total, lr, args):
-    """--updates optimizer steps on this process's rows. reference: a Policy, for --beta.
+    """Make --updates optimizer steps on this process's rows. reference: a Policy, for --beta.
 
     Returns row_loss's stats, summed over rows, processes and optimizer steps, with the "grad_norm"
     of the last step and the number of steps "skipped".
@@ -406,7 +386,7 @@ def update(policy, reference, optimizer, rows, total, lr, args):
 
 
 def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
-    """`update`; if a GPU runs out of memory, again with rows half as long and the same gradient."""
+    """`update`, retried on rows half as long if a GPU runs out of memory: the same gradient."""
     if not total.tokens:
         return Counter()
     before = optimizer.updates.item()
@@ -426,7 +406,7 @@ def update_within_memory(policy, reference, optimizer, rows, total, lr, args):
     return sums
 
 
-# ------------------------------------------------------------ unset flags
+# ------------------------------------------------------------ defaults
 
 
 def fill_defaults(args, config):
@@ -551,7 +531,7 @@ class Training(NamedTuple):
     num_problems: int  # to train on
     dev: list[dict]
     test: list[dict]
-    progress: dict  # saved in checkpoints, with the weights and the optimizer
+    progress: dict  # saved with each checkpoint
     run: run.Run
     model_dir: Path  # of the initial model
     trained_on: set[str]  # keys of problems
@@ -560,7 +540,7 @@ class Training(NamedTuple):
 
 
 def make_reference(params, config, args):
-    """The Policy that --beta holds the trained one to: --teacher, or a copy of the weights."""
+    """The Policy that the KL divergence is from: --teacher, or a copy of the initial weights."""
     weights = None
     if args.teacher:
         path = model.resolve_model(args.teacher)
@@ -648,7 +628,7 @@ def evaluate_start(training):
 
 
 def finish_step(training, groups, record, stop_requested):
-    """Evaluate, log and save as the flags say; return whether this was the last step.
+    """Evaluate, log and save, each when it is due; return whether this was the last step.
 
     record: the metrics of the step. Raises KeyboardInterrupt if asked to stop.
     """

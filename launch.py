@@ -95,8 +95,8 @@ def add_device_flags(parser):
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="compute dtype; auto: bfloat16 on a GPU that supports it, else float32")
-    add("--processes", type=between(1, max(8, usable_cores())), help="single-threaded "
-        "processes to fork, on a Linux CPU only (default: one per core, at most 8, fewer if memory is short)")
+    add("--processes", type=between(1, max(8, usable_cores())), help="single-threaded forks "
+        "on a Linux CPU (default: one per core, at most 8, as memory allows)")
 
 
 def add_train_flags(parser, lr, run_dir, lr_help="peak learning rate"):

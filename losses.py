@@ -31,6 +31,11 @@ def add_loss_flags(parser):
 # ------------------------------------------------------------ advantages
 
 
+def as_tensor(rows):
+    """Lists of rewards as [N, G] float32, with nan for None, which is undecided."""
+    return torch.tensor([[math.nan if x is None else x for x in row] for row in rows])
+
+
 def group_advantages(rewards, scale="group"):
     """How much better each completion did than its group.
 

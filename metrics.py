@@ -1,6 +1,6 @@
 """What a run of grpo.py logs: metrics of each step, sampled groups, and the final result.
 
-Everything is computed from groups (grpo.Group) and from earlier logs; nothing here runs a model.
+Everything is computed from groups (data.rewards.Group) and earlier logs; nothing runs a model.
 """
 
 import json

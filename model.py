@@ -438,6 +438,8 @@ def reading(path, kind):
 def read_json(path):
     """The object in a JSON file (a Path). Raises FileNotFoundError or ValueError naming it."""
     with reading(path, "a JSON object"):
+        if path.stat().st_size > 2**26:
+            raise ValueError(f"{path.stat().st_size:,} bytes, at most {2**26:,} are read")
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError(f"found a {type(raw).__name__}")
@@ -489,6 +491,8 @@ def load_config(model_dir):
         if config.hidden_size % (2 * heads) or heads % kv_heads or head_dim != config.head_dim:
             raise ValueError(f"hidden_size {config.hidden_size}, {heads} heads of head_dim "
                              f"{head_dim} and {kv_heads} key/value heads are inconsistent")
+        if config.num_hidden_layers > 1000:  # listing the tensors would take minutes
+            raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, at most 1000")
     return config
 
 

@@ -134,8 +134,8 @@ def fit_memory(config, args, world, device, available_gib):
 def choose_trainable(config, args):
     """Decide by the available memory what grpo.py trains, all weights or an adapter, and print it.
 
-    Sets --lora-rank, --processes and whatever fit_memory sets, unless given. Raises ValueError if
-    not even an adapter fits.
+    Fills in --lora-rank and --processes. If only an adapter fits, also reduces what fit_memory
+    reduces. Raises ValueError if not even an adapter fits.
     """
     device = launch.find_device(args.device).type
     world = max(launch.rank_and_world()[1], args.processes or 1)

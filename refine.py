@@ -145,35 +145,36 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
                 for i, [reply] in zip(contexts, replies)}
 
     def score_replies(replies):
-        """{problem: Attempt}, scored given the question alone: drafts and revisions compare."""
+        """{problem: Attempt}, scored given the bare question, so that all attempts compare."""
         logprobs = response_logprobs(params, config, [prompts[i] for i in replies],
                                      [tokens for tokens, _ in replies.values()], max_batch)
         return {i: Attempt(tokens, text, extract_answer(text, strict),
                            score_response(tokenizer, tokens, row, text, think_tag))
                 for (i, (tokens, text)), row in zip(replies.items(), logprobs)}
 
-    share = {i: prompts[i] for i in range(rank, len(prompts), world)}
-    drafts = score_replies(sample_replies(share, 0, "answering"))
+    questions = {i: prompts[i] for i in range(rank, len(prompts), world)}
+    drafts = score_replies(sample_replies(questions, 0, "answering"))
     history = {i: [Round(draft, len(draft.tokens))] for i, draft in drafts.items()}
     for number in range(1, rounds + 1):
-        contexts = {i: prompts[i] + follow_up(tokenizer, last.attempt.tokens, ends, critique_prompt)
-                    for i, (*_, last) in history.items() if not last.settled}
+        last = {i: states[-1] for i, states in history.items()}
+        contexts = {i: prompts[i] + follow_up(tokenizer, r.attempt.tokens, ends, critique_prompt)
+                    for i, r in last.items() if not r.settled}
         critiques = sample_replies(contexts, 2 * number - 1, "checking")
         to_revise = {i: contexts[i] + follow_up(tokenizer, tokens, ends, revise_prompt)
                      for i, (tokens, text) in critiques.items()
                      if not approval or approval not in text}
         revisions = score_replies(sample_replies(to_revise, 2 * number, "revising"))
-        for i, (*_, last) in history.items():
-            old, new = last.attempt, revisions.get(i)
+        for i, before in last.items():
+            old, new = before.attempt, revisions.get(i)
             tokens, critique = critiques.get(i, ([], None))
-            spent = last.spent + len(tokens)
-            current = Round(old, spent, critique, settled=True)
+            spent = before.spent + len(tokens)
+            after = Round(old, spent, critique, settled=True)
             if new:
                 accepted = accept_fn(i, number, old, new)
                 same = None not in (old.answer, new.answer) and equivalent(new.answer, old.answer)
-                current = Round(new if accepted else old, spent + len(new.tokens), critique, new,
-                                accepted, settled=same)
-            history[i].append(current)
+                after = Round(new if accepted else old, spent + len(new.tokens), critique, new,
+                              accepted, settled=same)
+            history[i].append(after)
     gathered = ChainMap(*gather_objects(history))
     return [gathered[i] for i in range(len(prompts))]
 
@@ -182,8 +183,7 @@ def refine(params, config, tokenizer, prompts, *, rounds, accept_fn, critique_pr
 
 
 def auroc(confidences, right):
-    """Probability that a right answer has more confidence than a wrong one, ties counting half;
-    nan unless there are both."""
+    """P(a right answer has more confidence than a wrong one), ties count half; nan without both."""
     wins = [(a > b) + (a == b) / 2 for a, a_right in zip(confidences, right) if a_right
             for b, b_right in zip(confidences, right) if not b_right]
     return fmean(wins) if wins else math.nan
@@ -205,7 +205,8 @@ def equal_cost_rows(setup, spent):
         fraction = samples % 1
         outcomes = []
         for pair in votes:
-            fewer, more = (maj_at_k(*pair, int(samples) + extra) for extra in (0, 1))
+            fewer = maj_at_k(*pair, int(samples))
+            more = maj_at_k(*pair, int(samples) + 1)
             outcomes.append(((1 - fraction) * fewer + fraction * more, samples))
         rows.append(eval.cost_row(records, outcomes,
                                   method=f"self-consistency at the tokens of K = {k}", **settings))
@@ -227,8 +228,8 @@ def write_traces(path, problems, history, rows):
 
 def print_rounds(rows):
     """Print how each round changed the answers, given the rows after 0, 1, ... rounds."""
-    moves = {"right to right": (1, 1), "right to wrong": (1, 0), "wrong to right": (0, 1),
-             "wrong to wrong": (0, 0)}
+    moves = {"right to right": (1, 1), "right to wrong": (1, 0),
+             "wrong to right": (0, 1), "wrong to wrong": (0, 0)}
     lines = []
     for k, (before, after) in enumerate(zip(rows, rows[1:]), 1):
         counts = Counter(zip(*eval.paired_scores(before, after)))
@@ -246,7 +247,7 @@ def measure(setup, gate, loop, settings, suffix=""):
     rows = []
     for k, states in enumerate(zip(*history)):
         pairs = [(r.attempt.text, p["answer"]) for r, p in zip(states, setup.problems)]
-        scores = [float(right is True) for right in verify_many(pairs, strict=loop["strict"])]
+        scores = [float(verdict is True) for verdict in verify_many(pairs, strict=loop["strict"])]
         spent = [r.spent for r in states]
         rows.append(eval.score_row(setup.problems, scores, spent, seconds * sum(spent) / total,
                                    method=f"refine, K = {k}{suffix}", **settings))
@@ -257,10 +258,10 @@ def main(args):
     if args.traces:
         append_lines(args.traces, [])  # create it, or fail before sampling
     setup = eval.load_setup(args, replies=3)
-    prompts = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
+    check, again = (CHECK, AGAIN) if is_tiny(setup.config) else (CHECK_LONG, AGAIN_LONG)
     loop = {"rounds": args.rounds, "approval": args.approval, "strict": setup.grade == "strict",
-            "critique_prompt": args.critique_prompt or prompts[0],
-            "revise_prompt": args.revise_prompt or prompts[1]}
+            "critique_prompt": args.critique_prompt or check,
+            "revise_prompt": args.revise_prompt or again}
     settings = eval.settings_of(setup) | loop | {"score": args.score, "grade": setup.grade}
     loop |= {k: v for k, v in setup.options.items() if k not in ("prompt", "system", "shots")}
     loop["seeds"] = eval.prompt_seeds(setup.problems)
@@ -282,12 +283,12 @@ def main(args):
     for name, gate in (("oracle", oracle_gate), ("random", random_gate)):
         _, bound = measure(setup, gate, loop, settings, f", {name} gate (a bound)")
         bounds += bound[1:]  # all gates share the draft
-    if args.temperature > 0:
+    if args.temperature:
         bounds += equal_cost_rows(setup, [row["tokens_mean"] for row in rows])
     eval.publish(setup, rows + bounds)
     print_rounds(rows)
     say(f"accepted: {percent(rate)} % of {len(accepted)} revisions (the random gate's rate)")
-    right = [score == 1 for score in rows[0]["scores"].values()]
+    right = rows[0]["scores"].values()
     for name in SCORES:
         area = auroc([rounds[0].attempt.scores[name] for rounds in history], right)
         say(f"AUROC of the draft's score, {name}: {area:.3f}")

@@ -9,10 +9,26 @@ import functools
 import math
 import runpy
 from pathlib import Path
+from typing import NamedTuple
 
 from data.mixture import split_number
 from model import did_you_mean
 from verify import format_reward
+
+
+class Group(NamedTuple):
+    """A problem, its G completions and their grades."""
+    problem: dict
+    prompt: list[int]  # tokens
+    texts: list[str]  # without end tokens, and without an opening tag that is in the prompt
+    completions: list  # of generate.Completion: tokens, logprobs, finish
+    right: list[bool | None]  # None: undecided
+    max_new_tokens: int
+    think_tag: str
+    place: int = 0  # of the problem within the step
+    parts: dict[str, list] = {}  # name of a reward -> [G]
+    rewards: list[float | None] = ()  # [G] weighted sums of the parts; None: undecided
+    advantages: list[float | None] = ()  # [G] None: undecided, not trained on
 
 
 def accuracy(group):

@@ -355,7 +355,7 @@ def answering(reply_fn, script="eval"):
         yield output
 
 
-def asked(text):
+def parse_sum(text):
     """The n in a prompt that asks for n+1."""
     return int(re.search(r"user\n(\d+)\+1", text)[1])
 

@@ -14,9 +14,9 @@ from data.prompts import PRESETS, load_shots, prompt_hash, render_prompt
 from model import save_model
 from tests.common import (
     answering,
-    asked,
     error_of,
     in_process,
+    parse_sum,
     raises,
     read_lines,
     run,
@@ -105,7 +105,7 @@ def test_eval_rates_by_hand():
                 for text, reference in pairs]
 
     with mock.patch.object(evaluation, "verify_many", grade):
-        records = _evaluate(lambda text, *_: replies[asked(text)], sum_problems(5),
+        records = _evaluate(lambda text, *_: replies[parse_sum(text)], sum_problems(5),
                             max_new_tokens=20)
     row = evaluation.summarize(records, method="greedy", grade="strict")
     assert row["accuracy"] == 0.2 and row["n"] == 5, row
@@ -209,7 +209,7 @@ def test_eval_compare_is_paired():
             setup.settings["model"] = path.stem
 
             def reply(text, *_, right=right):
-                return f"\\boxed{{{asked(text) + (1 if asked(text) < right else 7)}}}"
+                return f"\\boxed{{{parse_sum(text) + (1 if parse_sum(text) < right else 7)}}}"
 
             _collect(setup._replace(records=path), reply)
         text = in_process("eval", "--compare", *paths)
@@ -240,7 +240,7 @@ def test_eval_find_row_matches_every_field():
 def test_eval_warns_of_training_problems_when_a_row_lacks_some():
     """Long few-shot prompts were dropped from a row; the warning for a trained model crashed."""
     with (temporary_dir() as folder,
-          answering(lambda text, *_: f"\\boxed{{{asked(text)}}}") as printed):
+          answering(lambda text, *_: f"\\boxed{{{parse_sum(text)}}}") as printed):
         setup = scripted_setup(sum_problems(4))._replace(
             trained_on={"sum/1"}, results=folder / "rows.jsonl")
         row = evaluation.measure(setup._replace(problems=setup.problems[:3]), "some")
@@ -354,7 +354,7 @@ def test_eval_a_problem_too_long_for_the_context_is_dropped():
         printed = in_process("grpo", "--data", "arithmetic", "--eval-data", data, "--steps", 1,
                           "--prompts", 2, "--group", 2, *usual, "--train-limit", 9, "--refill", 0,
                           "--run-dir", folder / "run")
-        assert printed.count("problems dropped") == 2 and "30 for the result" in printed, printed
+        assert printed.count("problems dropped") == 2 and "30 test," in printed, printed
         examples = write_lines(folder / "examples.jsonl", [
             {"problem": p["problem"], "response": "1"} for p in problems[:9]])
         printed = in_process("sft", "--data", examples, "--validation", 0, "--epochs", 1,

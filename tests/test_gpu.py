@@ -94,7 +94,7 @@ def two_steps(base, lora, engine):
     grpo.fill_defaults(args, config)
     policy = grpo.Policy(base | lora, config, tokenizer, None, engine)
     problems = load_problems("arithmetic", "train", 20)
-    found = []
+    results = []
     for step in range(2):
         for i, name in enumerate(lora):
             noise = torch.randn(lora[name].shape, generator=torch.Generator().manual_seed(i))
@@ -110,8 +110,8 @@ def two_steps(base, lora, engine):
                            quiet=True, engine=engine)
         addresses = [tensor.data_ptr() for tensor in engine.params.values()] if engine else []
         records = [record | {"seconds": 0} for record in records]
-        found.append((groups, logprobs.cpu(), records, addresses))
-    return found
+        results.append((groups, logprobs.cpu(), records, addresses))
+    return results
 
 
 def check_grpo_steps():

@@ -7,7 +7,7 @@ from unittest import mock
 import eval as evaluation
 import infer_scale
 from stats import maj_at_k, percent
-from tests.common import answering, asked, scripted, scripted_setup, sum_problems
+from tests.common import answering, parse_sum, scripted, scripted_setup, sum_problems
 
 
 def test_scale_votes_by_hand():
@@ -52,9 +52,9 @@ def test_scale_budget_by_level():
     """A model that is right if its budget is at least 10 tokens per level."""
     def generate(*request, think_budget=0, temperature, **more):
         def reply(text, seed, sample):
-            needed = 10 * (asked(text) % 2 + 1)
+            needed = 10 * (parse_sum(text) % 2 + 1)
             enough = needed <= (think_budget or needed)
-            return f"\\boxed{{{asked(text) + 1 if enough else 99}}}"
+            return f"\\boxed{{{parse_sum(text) + 1 if enough else 99}}}"
 
         assert temperature == 0
         return scripted(reply)(*request, **more)
@@ -73,7 +73,7 @@ def test_scale_budget_by_level():
 def _pool(num_samples, temperature=0.7):
     """Records in which two of three samples are right and the wrong answers differ."""
     def reply(text, seed, sample):
-        return f"\\boxed{{{asked(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
+        return f"\\boxed{{{parse_sum(text) + 1 + (20 * sample if sample % 3 == 0 else 0)}}}"
 
     problems = [p | {"problem": f"{10 + i}+1", "answer": str(11 + i)}
                 for i, p in enumerate(sum_problems(10))]

@@ -12,8 +12,11 @@ from tests.common import raises
 
 def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high, hard, beta, kl,
                     longest, total, weights):
-    """The formulas of the papers, a token at a time."""
-    (B, T), number = mask.shape, lambda x: torch.tensor(x, dtype=torch.float64)
+    """The formulas of the papers, one token at a time."""
+    def number(x):
+        return torch.tensor(x, dtype=torch.float64)
+
+    B, T = mask.shape
     rows = []
     for i in range(B):
         length = int(mask[i].sum())
@@ -28,8 +31,8 @@ def _reference_loss(logprobs, old, ref, advantages, mask, loss, level, low, high
             if loss == "cispo":
                 term = -min(r.item(), 1 + high) * A * logprobs[i, t]
             elif loss == "dppo":
-                moved = (torch.exp(logprobs[i, t]) - torch.exp(old[i, t])).item()
-                dropped = moved > high if A > 0 else moved < -low
+                change = (torch.exp(logprobs[i, t]) - torch.exp(old[i, t])).item()
+                dropped = change > high if A > 0 else change < -low
                 term = number(0.0) if dropped else -A * min(r.item(), 20.0) * logprobs[i, t]
             elif loss == "sapo":
                 tau = 1.0 if A > 0 else 1.05
@@ -62,14 +65,14 @@ def _loss_case(seed=0, B=5, T=6):
 
     logprobs = -draw(B, T).abs() - 0.1
     old, ref = logprobs + 0.4 * draw(B, T), logprobs + 0.5 * draw(B, T)
-    # a whole row, a single token, an empty row
+    # a full row, a single token, an empty row, ...
     mask = torch.arange(T) < torch.tensor([6, 4, 1, 5, 0])[:, None]
     return logprobs, old, ref, draw(B), mask
 
 
 def test_losses_every_loss_equals_its_formula():
-    """Value and gradient, float64, against a loop over tokens: every loss, level, bound, divergence
-    and normaliser. The weights are the objective's alone."""
+    """Value and gradient in float64 against a loop over tokens, for every loss, level, bound,
+    divergence and normaliser. Weights apply to the objective only."""
     logprobs, old, ref, advantages, mask = _loss_case()
     weights = logprobs.detach().exp() + 0.5
     checked = 0
@@ -81,20 +84,19 @@ def test_losses_every_loss_equals_its_formula():
         value, _ = losses.policy_loss(ours, old, ref if beta else None, advantages, mask, loss=loss,
                                     level=level, clip_hard=hard, beta=beta, kl=kl,
                                     max_completion_tokens=6, total=total, weights=weights)
-        wanted = _reference_loss(theirs, old, ref, advantages, mask, loss, level, 0.2, 0.28, hard,
+        expected = _reference_loss(theirs, old, ref, advantages, mask, loss, level, 0.2, 0.28, hard,
                                  beta, kl, 6, total, weights)
-        value.backward(), wanted.backward()
-        assert abs(value.item() - wanted.item()) < 1e-12, (loss, level, hard, beta, kl, total)
+        value.backward(), expected.backward()
+        assert abs(value.item() - expected.item()) < 1e-12, (loss, level, hard, beta, kl, total)
         worst = (ours.grad - theirs.grad).abs().max()
         assert worst < 1e-12, (loss, level, hard, beta, kl, total)
         checked += 1
     assert checked == 280
 
 
-def test_losses_clip_what_they_say():
-    """A max() where PPO takes min() left bad completions that had become likelier without a
-    gradient, in other code. CISPO clips from above only, whatever the advantage: it counted PPO's
-    regions as clipped."""
+def test_losses_clip_and_count_the_right_tokens():
+    """Other code had max() in place of PPO's min(): bad completions that had become likelier got no
+    gradient. CISPO clips only from above, for any advantage; PPO's regions were counted."""
     logprobs = torch.tensor([[0.9, 0.0], [0.9, -0.9]], dtype=torch.float64, requires_grad=True)
     case = logprobs, torch.zeros(2, 2), None, torch.tensor([1.0, -1.0]), torch.ones(2, 2)
     for loss, clipped in (("dapo", (1, 1)), ("cispo", (0, 2))):
@@ -108,18 +110,18 @@ def test_losses_clip_what_they_say():
     assert abs(losses.policy_loss(*case, clip_hard=1.5)[0].item() - 1.5) < 1e-9
 
 
-def test_losses_survives_degenerate_rows():
-    """Padding may hold anything; rows of no tokens count for nothing; absurd log-probabilities stay
-    finite."""
+def test_losses_degenerate_rows():
+    """Values at padding and rows without tokens have no effect; extreme log-probabilities give a
+    finite loss."""
     logprobs, old, ref, advantages, mask = _loss_case()
-    spoilt = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
+    noisy = [torch.where(mask, x, torch.tensor(v, dtype=torch.float64))
               for x, v in ((logprobs, -1e30), (old, 1e30), (ref, 5e29))]
     for loss in losses.LOSSES:
         kw = {"loss": loss, "beta": 0.1, "max_completion_tokens": 6}
-        spoilt[0].requires_grad_()
+        noisy[0].requires_grad_()
         a, b = (losses.policy_loss(*case, advantages, mask, **kw)[0]
-                for case in (spoilt, (logprobs, old, ref)))
-        gradient, = torch.autograd.grad(a, spoilt[0])
+                for case in (noisy, (logprobs, old, ref)))
+        gradient, = torch.autograd.grad(a, noisy[0])
         assert torch.isfinite(a) and torch.isclose(a, b) and not gradient[~mask].any(), loss
         none = torch.zeros_like(mask)
         assert losses.policy_loss(logprobs, old, ref, advantages, none, **kw)[0] == 0
@@ -127,9 +129,9 @@ def test_losses_survives_degenerate_rows():
     assert torch.isfinite(losses.policy_loss(*far, torch.ones(1), torch.ones(1, 1), beta=1.0)[0])
 
 
-def test_losses_k1_in_the_loss_has_no_mean_gradient():
-    """Why k1 is no penalty: over the policy's samples, log p - log ref has that of log p, which is
-    0 in the mean. The corrected k3 has that of the divergence itself."""
+def test_losses_k1_has_no_mean_gradient():
+    """Over the policy's samples, log p - log ref has the gradient of log p, whose mean is 0: k1 is
+    no penalty. The corrected k3 has the gradient of the divergence itself."""
     logits, ref = torch.randn(2, 8, dtype=torch.float64,
                               generator=torch.Generator().manual_seed(0))
     ref = ref.log_softmax(-1)
@@ -151,7 +153,7 @@ def test_losses_k1_in_the_loss_has_no_mean_gradient():
 
 
 def test_losses_mismatch_weights():
-    """The formula of either level, a row at a time; a ratio beyond all bounds leaves no NaN."""
+    """Both levels against their formula, one row at a time; extreme ratios give no NaN."""
     log_ratio = torch.tensor([[0.5, 0.4, 0.0], [0.5, 0.7, 0.0], [-0.6, -0.6, 0.0],
                               [900.0, 0.0, 0.0], [-900.0, 0.0, 0.0]], dtype=torch.float64)
     token = losses.mismatch_weights(log_ratio, 1.5)
@@ -167,8 +169,8 @@ def _decided(row):
 
 
 def test_losses_advantages():
-    """Of every scale, against its formula, a completion at a time in float64; MaxRL's "mean" weighs
-    a right one the more, the rarer it is. What is undecided has no part in the others'."""
+    """Every scale against its formula in float64, one completion at a time; undecided ones do not
+    affect the others."""
     rewards = [[1.0, 0, 0, 0], [1, 1, 1, 0], [0] * 4, [1] * 4, [0.1, 1.1, math.nan, 1]]
     for scale in ("group", "batch", "none", "mean"):
         found = losses.group_advantages(torch.tensor(rewards, dtype=torch.float64), scale).tolist()
@@ -185,8 +187,8 @@ def test_losses_advantages():
 
 
 def test_losses_gdpo_advantages():
-    """Against the formula, a completion at a time: a reward that hardly differs counts as much.
-    What is undecided by one reward has no part in any."""
+    """Against the formula, one completion at a time: a reward of small spread counts as much. A
+    completion undecided in one reward is left out of all."""
     generator = torch.Generator().manual_seed(0)
     parts = {"accuracy": torch.randint(2, (5, 4), generator=generator).double(),
              "brevity": 0.01 * torch.rand(5, 4, generator=generator, dtype=torch.float64)}
@@ -198,15 +200,16 @@ def test_losses_gdpo_advantages():
                   for row in map(list, rows)]
         summed += [a + 0.5 * b for a, b in zip(*normal)]
     scale = statistics.stdev(summed) + 1e-4
-    wanted = [(x - statistics.mean(summed)) / scale for x in summed]
+    expected = [(x - statistics.mean(summed)) / scale for x in summed]
     coefficients = {"accuracy": 1.0, "brevity": 0.5}
     found = losses.combined_advantages(parts, coefficients, "group").flatten().tolist()
-    assert max(abs(a - b) for a, b in zip(_decided(found), wanted, strict=True)) < 1e-12
+    assert max(abs(a - b) for a, b in zip(_decided(found), expected, strict=True)) < 1e-12
 
 
-def test_losses_say_what_was_expected():
+def test_losses_reject_bad_settings():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3)
-    for bad, said in (({"loss": "ppo"}, "dapo"), ({"level": "word"}, "sequence"),
-                      ({"kl": "k4", "beta": 1.0}, "k3"), ({"loss": "dr_grpo"}, "max_completion")):
-        with raises(ValueError, said):
+    for bad, message in (({"loss": "ppo"}, "dapo"), ({"level": "word"}, "sequence"),
+                         ({"kl": "k4", "beta": 1.0}, "k3"),
+                         ({"loss": "dr_grpo"}, "max_completion")):
+        with raises(ValueError, message):
             losses.policy_loss(x, x, x, torch.ones(2), mask, **bad)

@@ -10,11 +10,11 @@ from tests.test_grpo import _args, _group, _rewarded
 
 
 def test_metrics_says_whether_training_helped():
-    """"best" began at -1, so that a run which fell from 20 % to none had a best of 0 %."""
+    """The best accuracy began at -1, so a run that fell from 20 % to 0 reported a best of 0 %."""
     start = [0, [1, 0, 0, 0] * 50]
     worse, equal = [25, [0] * 200], [25, start[1][::-1]]
     better, barely = [50, [1, 1, 0, 0] * 50], [50, start[1][:-1] + [1]]
-    for evaluations, best, said in (
+    for evaluations, best, text in (
             ([start, worse], 0, "did not help: no later step exceeds the dev accuracy 0.250"),
             ([start, equal], 0, "did not help"),
             ([start, better], 50, "training helped: dev"),
@@ -22,12 +22,12 @@ def test_metrics_says_whether_training_helped():
             ([start, barely, worse], 50, "it is unclear")):
         kept = metrics.keep_first_and_best(evaluations)
         assert kept[0] == start and kept[1][0] == best
-        assert said in metrics.training_verdict(kept), metrics.training_verdict(kept)
+        assert text in metrics.training_verdict(kept), metrics.training_verdict(kept)
 
 
 def test_metrics_token_texts():
-    """A character of several tokens stands at its last; what is no character loses nothing after
-    it."""
+    """A character of several tokens belongs to the last. An invalid byte affects nothing after it.
+    """
     tokenizer = bytes_tokenizer()
     tokens = tokenizer.encode("é = √2 😀ab", add_special_tokens=False).ids
     pieces = metrics.token_texts(tokenizer, tokens)
@@ -36,7 +36,7 @@ def test_metrics_token_texts():
     assert len(pieces) == 5 and "".join(pieces).endswith("ab"), pieces
 
 
-def test_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
+def test_metrics_separate_wrong_from_unboxed_and_count_solved_problems():
     box = "\\boxed{4}"
     groups = [_group([box, "\\boxed{5}", "the answer is 4", "\\boxed{4"]), _group([box] * 4),
               _group(["no"] * 4)]
@@ -44,9 +44,9 @@ def test_metrics_tell_wrong_from_unboxed_and_count_what_is_solved():
     groups = [_rewarded(group._replace(problem=group.problem | {"id": f"p{i}"}))
               for i, group in enumerate(groups)]
     found = metrics.step_metrics(groups, Counter(tokens=1), _args("--group", 4))
-    wanted = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
+    expected = {"accuracy": 4 / 12, "wrong": 1 / 12, "no_box": 6 / 12, "undecided": 1 / 12,
               "solved_never": 1 / 3, "solved_always": 0, "pass@4": 2 / 3, "pass@2": (1 / 2 + 1) / 3}
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert abs(found[name] - value) < 1e-12, (name, found[name])
     counts = {"p3": [8, 8]}
     for _ in range(2):

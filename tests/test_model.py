@@ -541,6 +541,7 @@ def test_model_config_rejects_unsupported_fields():
             ({"hidden_size": 900}, "hidden_size 900, 14 heads"),
             ({"hidden_size": 14 * 63}, "head_dim 63"),
             ({"head_dim": 128}, "head_dim 128"),
+            ({"num_hidden_layers": 2_000_000}, "num_hidden_layers", "at most 1000"),
             ({"num_key_value_heads": 4}, "14 heads", "4 key/value heads"),
             ({"eos_token_id": "<|im_end|>"}, "'<|im_end|>'"),
             ({"eos_token_id": [1, [2]]}, "not a Qwen-2.5 config"),
@@ -603,6 +604,10 @@ def test_model_errors_name_the_damaged_file():
             path.write_text(text, encoding="latin-1")
             with raises(ValueError, "config.json", "not a JSON object"):
                 model.load_config(home)
+        with open(home / "tokenizer_config.json", "w") as file:
+            file.truncate(2**40)  # a sparse file
+        with raises(ValueError, "tokenizer_config.json", "1,099,511,627,776 bytes"):
+            model.load_system_prompt(home)
         tokenizer.enable_truncation(2)
         tokenizer.enable_padding(length=9)
         tokenizer.save(str(tokens))

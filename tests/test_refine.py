@@ -13,9 +13,9 @@ from engine import sampling_params
 from generate import generate
 from tests.common import (
     answering,
-    asked,
     bytes_tokenizer,
     in_process,
+    parse_sum,
     read_lines,
     run,
     scripted_setup,
@@ -68,7 +68,7 @@ def _reply(log):
     and otherwise unchanged."""
     def reply(text, seed, sample):
         log.append(text)
-        n = asked(text)
+        n = parse_sum(text)
         turns = text.count("<|im_start|>assistant\n")
         if turns == 2:
             return "Every step is right." if n % 3 == 0 else "Step 1 is wrong."
@@ -151,7 +151,7 @@ def test_refine_traces_do_not_depend_on_the_number_of_processes():
 def test_refine_equal_cost_is_equal():
     """The self-consistency row for K rounds costs exactly as many tokens, by interpolation between
     two numbers of samples."""
-    with answering(lambda text, seed, sample: f"\\boxed{{{asked(text) + 1 + sample % 2}}}"):
+    with answering(lambda text, seed, sample: f"\\boxed{{{parse_sum(text) + 1 + sample % 2}}}"):
         found = refine.equal_cost_rows(scripted_setup(sum_problems(9)), [10.0, 24.0, 31.0])
     assert len(found) == 2
     for row, tokens in zip(found, (24.0, 31.0)):

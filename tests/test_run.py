@@ -73,15 +73,15 @@ def test_run_checkpoint_bitwise():
     for dtype, lora in ((torch.float32, None), (torch.bfloat16, None),
                         (torch.float32, model.init_lora(TRAIN_CONFIG, 2, 0))):
         with temporary_dir() as run_dir:
-            params, unbroken = trained_state(3, dtype, lora)
-            path = _save(run_dir, 3, base | params if lora else params, unbroken)
+            params, uninterrupted = trained_state(3, dtype, lora)
+            path = _save(run_dir, 3, base | params if lora else params, uninterrupted)
             _, resumed = optim.init_optimizer(lora or model.init_params(TRAIN_CONFIG, 9),
                                               dtype=dtype)
             assert run.load_checkpoint(path, resumed)["extra"] == {"seen": 3}
-            assert _equal(unbroken, resumed)
-            train_on(unbroken, range(3, 6))
+            assert _equal(uninterrupted, resumed)
+            train_on(uninterrupted, range(3, 6))
             train_on(resumed, range(3, 6))
-            assert _equal(unbroken, resumed)
+            assert _equal(uninterrupted, resumed)
             assert len({file.stat().st_mode for file in path.rglob("*.*")}) == 1
             # the directory is a model, with the adapter merged
             saved = model.load_params(path, dtype=dtype)
@@ -190,14 +190,14 @@ def test_run_damaged_checkpoint():
                 run.load_checkpoint(path, optimizer)
 
 
-def test_run_ruined_weights_are_not_saved():
+def test_run_never_saves_non_finite_weights():
     """NaN weights, or finite ones with which the model overflows. A run used to save them, and no
     resume recovered from that."""
-    for ruin in (lambda w: w[3, 3].fill_(float("nan")), lambda w: w.mul_(1e30)):
+    for damage in (lambda w: w[3, 3].fill_(float("nan")), lambda w: w.mul_(1e30)):
         with _saved() as (run_dir, params, optimizer, path):
             with torch.no_grad():
                 for name in ("up_proj", "gate_proj"):
-                    ruin(params[f"model.layers.0.mlp.{name}.weight"])
+                    damage(params[f"model.layers.0.mlp.{name}.weight"])
             with raises(ValueError, "not finite", "--lr"):
                 _save(run_dir, 2, params, optimizer)
             assert run.list_checkpoints(run_dir) == [path]
@@ -300,9 +300,9 @@ def test_run_second_ctrl_c_quits():
 
 def test_run_killed_and_resumed():
     """After Ctrl-C and kill -9 at random moments, the last checkpoint and the metrics equal an
-    unbroken run's."""
+    uninterrupted run's."""
     with temporary_dir() as home:
-        unbroken = start_training(home, "unbroken", "--save-every", "1")
+        uninterrupted = start_training(home, "uninterrupted", "--save-every", "1")
         metrics = home / "run" / "metrics.jsonl"
         process = start_training(home, "run", "--save-every", "1")
         wait_for_steps(metrics, 1, process)
@@ -319,8 +319,8 @@ def test_run_killed_and_resumed():
             process.communicate()
         assert 1 < int(run.list_checkpoints(home / "run")[-1].name[5:]) < 12
         finish(start_training(home, "run", "--save-every", "1", "--resume"))
-        finish(unbroken)
+        finish(uninterrupted)
         first, second = (file_hashes(home / name / "checkpoints" / "step_000012")
-                         for name in ("unbroken", "run"))
+                         for name in ("uninterrupted", "run"))
         assert first == second and len(first) == 6, (first, second)
-        assert metrics.read_bytes() == (home / "unbroken" / "metrics.jsonl").read_bytes()
+        assert metrics.read_bytes() == (home / "uninterrupted" / "metrics.jsonl").read_bytes()
