@@ -33,7 +33,7 @@ from data.prompts import THINK_TAGS, extract_thought, format_response
 from data.steps import check_text
 from eval import fit_context
 from generate import completion_text, generate
-from launch import Parser, above, at_least, between, compute_dtype, find_device, printable
+from launch import Parser, above, at_least, between, compute_dtype, find_device, printable, run_main
 from run import write_atomic
 from stats import markdown
 from verify import extract_answer, verify_many
@@ -402,7 +402,7 @@ def self_test(count):
 
 def main(args):
     if args.self_test:
-        return int(not self_test(args.self_test))
+        sys.exit(not self_test(args.self_test))
     problems = {problem["id"]: problem for name in args.data
                 for problem in load_problems(name, args.split, args.limit, args.seed)}
     settings = teacher_settings(args)
@@ -415,9 +415,8 @@ def main(args):
         dropped[stage] = [(trace.record["id"], fault) for trace, fault in pairs if fault]
         traces = [trace for trace, fault in pairs if not fault]
     if not traces:
-        reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
-        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered "
-                         f"{facts['unanswered']}")
+        counts = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
+        raise ValueError(f"no trace is left; dropped by {counts}; unanswered {facts['unanswered']}")
     records = [add_slip(trace, args) for trace in traces]
     random.Random(args.seed).shuffle(records)
     facts["self-correction"] = sum("self_correction" in record["source"] for record in records)
@@ -434,15 +433,7 @@ def main(args):
         example = f" | {printable(drops[0][1]):.100}" if drops else ""
         print(f"dropped by {stage:16}| {len(drops):6}{example}")
     print(f"{len(records)} of {len(raw)} traces -> {out}, card {card} | {facts['cost']}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"traces.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("traces.py: interrupted; run the same command to resume", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, parse_args)

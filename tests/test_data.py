@@ -65,7 +65,7 @@ def test_data_files_name_line_and_field():
                 load_problems(path)
         with raises(FileNotFoundError, str(home), "expected a .jsonl file"):
             list(files.read_rows(home))
-        with raises(FileNotFoundError, "no file"):
+        with raises(FileNotFoundError, "other.jsonl", "No such file"):
             load_problems(home / "other.jsonl")
         for call, *words in [(("gsm9k",), "gsm9k", "knights", "jsonl", "did you mean gsm8k?"),
                              (("words", "half"), "'half'", "train"), (("words", "test", 0), "0")]:
@@ -500,7 +500,7 @@ def make_traces(home, *flags):
     args = traces.parse_args(["--decontaminate", "--out", str(out), *map(str, flags)])
     with (contextlib.redirect_stdout(io.StringIO()) as output,
           contextlib.redirect_stderr(io.StringIO())):
-        assert traces.main(args) == 0
+        traces.main(args)
     _, *raw = read_lines(out.with_suffix(".raw.jsonl"))
     return read_lines(out), out.with_suffix(".md").read_text(), raw, output.getvalue()
 
@@ -820,7 +820,7 @@ def test_data_judge_checks_steps_as_well_as_answers():
 
 def test_data_traces_user_errors_are_one_line():
     error = run("-m", "data.traces", "--data", "nothing.jsonl", ok=False)
-    assert error == "traces.py: no file nothing.jsonl\n", error
+    assert error.startswith("traces.py: nothing.jsonl: No such file") and error.count("\n") == 1
     for flags, word in [
         (["--error-rate", "2"], "0.0 to 1.0"), (["--samples", "0"], "at least 1"),
         (["--teacher-url", "x"], "--teacher-model"),
