@@ -211,7 +211,7 @@ def test_data_prompt_ids_match_the_text():
 
 
 def test_data_corpus_is_reproducible():
-    """The corpus is byte for byte the one that the tiny model, and so its prompts, came from."""
+    """The corpus, prompt texts included, is byte for byte the one the tiny model was trained on."""
     rng = random.Random(corpus.parse_args([]).seed)
     documents = [json.dumps(corpus.write_document(rng)) + "\n" for _ in range(2000)]
     digest = hashlib.sha256("".join(documents).encode()).hexdigest()
@@ -262,7 +262,7 @@ def test_data_step_checkers():
                 assert family.check_steps(p, text) is not None, (name, text[:50])
 
 
-def test_data_slips_are_forgiven_only_when_repaired_at_once():
+def test_data_slips_are_forgiven_only_if_repaired_on_the_next_line():
     p = next(p for p in load_problems("words", "train", 50) if p["level"] == 3)
     one, two, three, last = p["solution"].split("\n")
     wrong = one[:-1] + str((int(one[-1]) + 1) % 10)
