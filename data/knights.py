@@ -75,8 +75,7 @@ def known_people(worlds, people):
 
 
 def propagate(worlds, known, constraints, names):
-    """Apply single statements until nothing changes, or to a contradiction, which leaves no world;
-    returns (proof lines, worlds left)."""
+    """Apply single statements until nothing changes; returns (proof lines, worlds left, if any)."""
     lines = []
     known = set(known)
     before = None

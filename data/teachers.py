@@ -250,8 +250,8 @@ def gsm8k_reply(problem, sample, settings):
         raise ValueError(f"{problem['id']} is not a GSM8K problem; choose another --teacher")
     lines = re.sub(r"<<[^<>\n]*>>", "", problem["solution"]).split("\n")
     thought = "\n".join(line.strip() for line in lines if line.strip())
-    text = format_response(thought, problem["answer"], settings["think_tag"])
-    return {"text": text, "finish": "stop"}
+    response = format_response(thought, problem["answer"], settings["think_tag"])
+    return {"text": response, "finish": "stop"}
 
 
 SOLUTIONS = {"solver": solver_reply, "gsm8k-solutions": gsm8k_reply}

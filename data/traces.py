@@ -33,7 +33,7 @@ from data.prompts import THINK_TAGS, extract_thought, format_response
 from data.steps import check_text
 from eval import fit_context
 from generate import completion_text, generate
-from launch import Parser, above, at_least, between, compute_dtype, find_device, printable
+from launch import Parser, above, at_least, between, compute_dtype, find_device, printable, run_main
 from run import write_atomic
 from stats import markdown
 from verify import extract_answer, verify_many
@@ -142,7 +142,7 @@ def teacher_settings(args):
 
 
 def collect_traces(problems, settings, args):
-    """(raw traces of this and earlier runs in problem order, cost of this run, failure counts)."""
+    """(raw traces of this and earlier runs, in problem order; facts about this run)."""
     kind = settings["teacher"]
     samples = 1 if kind in teachers.SOLUTIONS else args.samples
     path = Path(args.out).with_suffix(".raw.jsonl")
@@ -174,13 +174,16 @@ def collect_traces(problems, settings, args):
                 on_reply(problem, sample, teachers.SOLUTIONS[kind](problem, sample, settings))
     found, _ = teachers.read_raw(path, settings)
     new = [row for job, row in found.items() if job not in traces]
-    cost = {field: sum(row.get(field, 0) for row in new)
-            for field in ("prompt_tokens", "completion_tokens")}
-    cost["unanswered"] = len(jobs) - len(new)
+    unanswered = str(len(jobs) - len(new))
+    if failures:
+        unanswered += f", most common failure: {failures.most_common(1)[0][0]}"
+    prompt_tokens = sum(row.get("prompt_tokens", 0) for row in new)
+    completion_tokens = sum(row.get("completion_tokens", 0) for row in new)
+    cost = f"{prompt_tokens:,} prompt + {completion_tokens:,} completion tokens in this run"
     order = {problem["id"]: i for i, problem in enumerate(problems)}
     rows = [row for row in found.values() if row["problem_id"] in order]
     rows.sort(key=lambda row: (order[row["problem_id"]], row["sample"]))
-    return rows, cost, failures
+    return rows, {"unanswered": unanswered, "cost": cost}
 
 
 class Trace(NamedTuple):
@@ -399,19 +402,12 @@ def self_test(count):
 
 def main(args):
     if args.self_test:
-        return int(not self_test(args.self_test))
+        sys.exit(not self_test(args.self_test))
     problems = {problem["id"]: problem for name in args.data
                 for problem in load_problems(name, args.split, args.limit, args.seed)}
     settings = teacher_settings(args)
-    raw, cost, failures = collect_traces(list(problems.values()), settings, args)
-    unanswered = str(cost["unanswered"])
-    if failures:
-        unanswered += f", most common failure: {failures.most_common(1)[0][0]}"
-    facts = {
-        "teacher": settings, "problems": len(problems), "unanswered": unanswered,
-        "cost": f"{cost['prompt_tokens']:,} prompt + {cost['completion_tokens']:,} completion "
-                "tokens in this run",
-    }
+    raw, run_facts = collect_traces(list(problems.values()), settings, args)
+    facts = {"teacher": settings, "problems": len(problems)} | run_facts
     traces = [make_trace(row, problems[row["problem_id"]], settings, args) for row in raw]
     dropped = {}  # {stage: [(id, fault)]}
     for stage, faults_fn in STAGES.items():
@@ -419,8 +415,8 @@ def main(args):
         dropped[stage] = [(trace.record["id"], fault) for trace, fault in pairs if fault]
         traces = [trace for trace, fault in pairs if not fault]
     if not traces:
-        reasons = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
-        raise ValueError(f"no trace is left; dropped by {reasons}; unanswered {unanswered}")
+        counts = ", ".join(f"{stage} {len(drops)}" for stage, drops in dropped.items())
+        raise ValueError(f"no trace is left; dropped by {counts}; unanswered {facts['unanswered']}")
     records = [add_slip(trace, args) for trace in traces]
     random.Random(args.seed).shuffle(records)
     facts["self-correction"] = sum("self_correction" in record["source"] for record in records)
@@ -437,15 +433,7 @@ def main(args):
         example = f" | {printable(drops[0][1]):.100}" if drops else ""
         print(f"dropped by {stage:16}| {len(drops):6}{example}")
     print(f"{len(records)} of {len(raw)} traces -> {out}, card {card} | {facts['cost']}")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"traces.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("traces.py: interrupted; run the same command to resume", file=sys.stderr)
-        sys.exit(130)
+    run_main(main, parse_args)

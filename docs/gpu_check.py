@@ -2,8 +2,7 @@
 
     python -m docs.gpu_check    # two minutes; needs a GPU of compute capability 8.0 or above
 
-Each check yields figures, (label, value, bound). Every line ends in ok or WRONG; the exit code is
-the number of WRONG lines.
+Checks yield (label, value, bound). Lines end in ok or WRONG; the exit code counts the latter.
 """
 
 import sys

@@ -122,8 +122,7 @@ def main():
     print(f"{len(gaps)} configurations of the loss differ by at most {max(gaps):.1e}")
     gaps = [advantage_gap(scale, "sum_then_normalize") for scale in ("group", "batch", "none")]
     gaps.append(advantage_gap("group", "normalize_then_sum"))
-    print(f"{len(gaps)} of the advantages differ by at most {max(gaps):.1e} "
-          "(TRL rounds n / (n - 1))")
+    print(f"{len(gaps)} of the advantages differ by {max(gaps):.1e} (TRL rounds n / (n - 1))")
 
 
 if __name__ == "__main__":

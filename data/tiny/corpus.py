@@ -82,8 +82,7 @@ def review(problem, thought):
     lines = [line for line in thought.split("\n") if line != previous]
     for number, line in enumerate(lines, 1):
         claim = line.removeprefix("wait ").removeprefix("=")
-        trees = arithmetic.work_out(arithmetic.parse(previous))
-        steps = [arithmetic.render(tree) for tree in trees]
+        steps = list(map(arithmetic.render, arithmetic.work_out(arithmetic.parse(previous))))
         if claim not in steps[1:]:
             return f"Step {number} is wrong: ={steps[1]}"
         previous = claim
