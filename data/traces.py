@@ -86,6 +86,7 @@ def parse_args(argv=None):
         help="share of the family traces that get a slip and its repair")
     add("--think-tag", default="think", choices=THINK_TAGS, help="tag of the thinking block")
     args = p.parse_args(argv)
+    args.records = Path(args.out).with_suffix(".raw.jsonl")  # an interrupted run continues from it
     if bool(args.teacher_url) != bool(args.teacher_model):
         p.error("--teacher-url and --teacher-model must be given together")
     if args.teacher_url and not re.match("https?://.", args.teacher_url):
@@ -145,8 +146,7 @@ def collect_traces(problems, settings, args):
     """(raw traces of this and earlier runs, in problem order; facts about this run)."""
     kind = settings["teacher"]
     samples = 1 if kind in teachers.SOLUTIONS else args.samples
-    path = Path(args.out).with_suffix(".raw.jsonl")
-    traces, file = teachers.open_raw(path, settings)
+    traces, file = teachers.open_raw(args.records, settings)
     jobs = [(p, s) for p in problems for s in range(samples) if (p["id"], s) not in traces]
     failures = Counter()
     name = f"traces by {settings['model']}"
@@ -172,7 +172,7 @@ def collect_traces(problems, settings, args):
         else:
             for problem, sample in jobs:
                 on_reply(problem, sample, teachers.SOLUTIONS[kind](problem, sample, settings))
-    found, _ = teachers.read_raw(path, settings)
+    found, _ = teachers.read_raw(args.records, settings)
     new = [row for job, row in found.items() if job not in traces]
     unanswered = str(len(jobs) - len(new))
     if failures:
