@@ -51,13 +51,20 @@ def length_bucket(n):
 CPU_SCRATCH = 2**18  # scores computed at a time, which fit in a CPU's cache
 
 
-def float_scores(q, k):
-    """q k^T / sqrt(head_dim) in float32: [N, M, head_dim], [N, S, head_dim] -> [N, M, S]."""
+def mask_bias(masked):
+    """-inf where `masked` is true, else 0: float32, to be added to scores."""
+    return torch.zeros(masked.shape, device=masked.device).masked_fill_(masked, -torch.inf)
+
+
+def float_scores(q, k, bias):
+    """q k^T / sqrt(head_dim) + bias in float32: [N, M, head_dim], [N, S, head_dim] -> [N, M, S].
+
+    bias: float32, broadcast; 0, or -inf for masked keys.
+    """
     scale = q.shape[-1] ** -0.5
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale)
-    zero = torch.zeros((), device=q.device)
-    return torch.baddbmm(zero, q.float(), k.float().mT, beta=0, alpha=scale)
+        return torch.bmm(q, k.mT, out_dtype=torch.float32).mul_(scale).add_(bias)
+    return torch.baddbmm(bias, q.float(), k.float().mT, alpha=scale)
 
 
 class SlicedAttention(torch.autograd.Function):
@@ -73,9 +80,10 @@ class SlicedAttention(torch.autograd.Function):
         weights = q.new_empty(*q.shape[:2], k.shape[1])
         out = torch.empty_like(q)
         step = max(1, CPU_SCRATCH // weights[0].numel())
+        zero = torch.zeros((), device=q.device)
         for begin in range(0, len(q), step):
             part = slice(begin, begin + step)
-            scores = float_scores(q[part], k[part])
+            scores = float_scores(q[part], k[part], zero)
             heads = scores.view(len(scores), -1, *masked.shape[1:])  # [step, R, T, S]
             heads.masked_fill_(masked[part, None], -torch.inf)
             weights[part] = scores.softmax(-1)
@@ -272,7 +280,7 @@ def cached_attention(cache, positions):
 class Layout(NamedTuple):
     """Which of the running rows share a prompt."""
     cached: torch.Tensor  # [B] int64: tokens of each row's prompt, cached apart from the row
-    masked: torch.Tensor  # [K * N, 1, P] bool: slots after the end of each prompt
+    bias: torch.Tensor  # [K * N, 1, P] float32: -inf for slots after the end of each prompt
     members: torch.Tensor  # [N, g] int64: the rows of each prompt, padded with row 0
     index: torch.Tensor  # [B] int64: of each row in members.flatten(); empty if already in order
 
@@ -289,7 +297,7 @@ def decode_attention(own, prompts, layout, positions):
     N, g = layout.members.shape
     device = positions.device
     last = (positions - layout.cached).clamp(max=S - 1).repeat(K)  # [K * B]
-    masked = torch.arange(S, device=device) > last[:, None, None]  # [K * B, 1, S]
+    bias = mask_bias(torch.arange(S, device=device) > last[:, None, None])  # [K * B, 1, S]
     slots = torch.arange(0, K * B * S, S, device=device) + last  # of the new tokens, flattened
 
     def by_prompt(rows):  # [K * B, R, n] -> [K * N, g * R, n]
@@ -309,10 +317,9 @@ def decode_attention(own, prompts, layout, positions):
             new = new.transpose(0, 1).reshape(-1, head_dim).to(cached.dtype)  # [K * B, head_dim]
             cached.view(-1, head_dim).index_copy_(0, slots, new)
         q = q.view(B, K, -1, head_dim).transpose(0, 1).reshape(K * B, -1, head_dim)
-        scores = float_scores(q, keys).masked_fill_(masked, -torch.inf)  # [K * B, R, S]
+        scores = float_scores(q, keys, bias)  # [K * B, R, S]
         prompt_keys, prompt_values = (cached.flatten(0, 1) for cached in prompts[layer])
-        prompt_scores = float_scores(by_prompt(q), prompt_keys)  # [K * N, g * R, P]
-        prompt_scores = by_row(prompt_scores.masked_fill_(layout.masked, -torch.inf))
+        prompt_scores = by_row(float_scores(by_prompt(q), prompt_keys, layout.bias))
         weights = torch.cat((prompt_scores, scores), -1).softmax(-1).to(q.dtype)
         prompt_weights, own_weights = weights.split((prompt_keys.shape[1], S), -1)
         out = by_row(torch.bmm(by_prompt(prompt_weights), prompt_values))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import model
-from attention import Layout, Slots, power_of_two
+from attention import Layout, Slots, mask_bias, power_of_two
 
 # ------------------------------------------------------------ weights
 
@@ -212,10 +212,10 @@ def batch_layout(batch):
     members = [group + [0] * (g - len(group)) for group in groups]
     if sum(members, []) == list(range(B)):  # in order already: no gather needed
         index = []
-    masked = torch.arange(P) >= torch.tensor(prompt_lengths * K)[:, None, None]  # [K * N, 1, P]
+    bias = mask_bias(torch.arange(P) >= torch.tensor(prompt_lengths * K)[:, None, None])
     device = batch.own.layers[0][0].device
     return Layout(*(torch.as_tensor(column).to(device)
-                    for column in (cached, masked, members, index)))
+                    for column in (cached, bias, members, index)))
 
 
 def seat(params, config, batch, waiting, prompts, max_batch, chunk):
