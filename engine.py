@@ -268,8 +268,7 @@ class Engine:
 
 
 def static_slots(length):
-    """Slots of a place for rows of this length, in steps of 128, so that calls can share a cache.
-    """
+    """Slots per place for rows of this length, in steps of 128 so that calls share a cache."""
     return -(-length // 128) * 128
 
 
