@@ -69,7 +69,7 @@ def test_attention_scores_are_float32():
     values = v.transpose(0, 1)
     own = [[keys[:, :, 40:].clone(), values[:, :, 40:].clone()]]
     prompts = [[keys[:, :, :40].clone(), values[:, :, :40].clone()]]
-    layout = attention.Layout(torch.tensor([40]), torch.zeros(2, 1, 40).bool(), torch.tensor([[0]]),
+    layout = attention.Layout(torch.tensor([40]), torch.zeros(2, 1, 40), torch.tensor([[0]]),
                               torch.empty(0))
     decode = attention.decode_attention(own, prompts, layout, torch.tensor([63]))
     got = decode(0, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:])
